@@ -1,0 +1,1 @@
+"""Codes to instruction data: code files, code text, one script per task."""

@@ -1,0 +1,1 @@
+"""Acquire and read knowledge graphs: download, parse, validate, index."""

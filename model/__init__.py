@@ -1,0 +1,1 @@
+"""The mathematics of stage 1, one paper noun a file."""

@@ -1,0 +1,238 @@
+"""What every command shares: one-line errors, files renamed into place, and the record beside each artifact.
+
+The lowest file of the toolkit: it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # torch takes a second to import: only the functions that need it do so
+    import torch
+
+ROOT = Path(__file__).resolve().parent
+RECORDED_PACKAGES = ("torch", "dgl", "numpy", "numba", "transformers", "peft", "accelerate")
+
+
+class InputError(Exception):
+    """Bad input of the user's. Its message is ONE line: flag or file:line, what was found, what was expected,
+    what to run next. ``run_command`` prints it and exits with code 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line on stderr and exit code 2; its help shows every default."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see: python {self.prog} --help)\n")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's ``main`` and turn its end into an exit code: 2 for InputError, 130 for Ctrl-C."""
+    try:
+        code = main() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``, on failure removed.
+
+    Raises InputError when the folder cannot be written or the disk is full; the file that was there stays.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_torch(value: Any, path: str | Path) -> None:
+    """torch.save through a temporary file (see ``atomic_path``)."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+            raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
+
+
+def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:
+    """torch.load restricted to plain tensors and containers.
+
+    ``what`` names the file's meaning in the error, as in "codes" or "checkpoint".
+    Raises InputError where the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise InputError(
+            f"{what} file {path} cannot be read as tensors and plain values ({line}); write it anew"
+        ) from error
+
+
+def write_json(value: Any, path: str | Path) -> None:
+    """Indented UTF-8 JSON through a temporary file; NaN and infinities are refused (ValueError)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(text, path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """UTF-8 text through a temporary file (see ``atomic_path``)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Parse a JSON file; InputError names ``what`` the file is and the line of the fault."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what} file {path} cannot be read as JSON: {reason}") from error
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def git_commit() -> str | None:
+    """The repository's commit, with ``+changes`` when tracked files differ from it; None outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the recorded packages that are installed (none is imported for it)."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str | torch.device) -> str:
+    """``cpu (N threads)`` or the GPU's own name."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def peak_memory_mb(device: str | torch.device = "cpu") -> float:
+    """Peak resident memory of this process in MiB, or peak allocated memory of a CUDA device."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def make_record(
+    args: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    wall_seconds: float,
+    device: str | torch.device = "cpu",
+    **extra: Any,
+) -> dict[str, Any]:
+    """The run record written beside an artifact.
+
+    ``args``: the parsed flags; ``inputs``: file name -> sha256; ``wall_seconds``: of the whole run, resumed parts
+    included; ``extra``: metrics and whatever else the command reports (``seed`` is taken from ``args``).
+    """
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "args": {key: str(value) if isinstance(value, Path) else value for key, value in args.items()},
+        "seed": args.get("seed"),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "device": device_name(device),
+        "inputs": dict(inputs),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall_seconds": round(wall_seconds, 2),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
+        **extra,
+    }
