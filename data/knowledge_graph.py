@@ -1,0 +1,536 @@
+"""A knowledge graph in a folder: read, validated, indexed, with its names and the filter of filtered ranking.
+
+Two forms of a folder are read. Names: ``train.txt``, ``valid.txt``, ``test.txt`` with tab-separated ``h r t`` per
+line, and, where present, ``entities.dict`` and ``relations.dict`` (``id TAB name``); without a dict, ids follow the
+sorted names of all three splits. OpenKE: ``train2id.txt``, ``valid2id.txt``, ``test2id.txt`` (first line a count, then
+``h t r``) with ``entity2id.txt`` and ``relation2id.txt`` (first line a count, then ``name TAB id``).
+``data/README.md`` lists the optional files.
+
+    python data/knowledge_graph.py data/family
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_record import ROOT, CommandParser, InputError, atomic_path, run_command
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+SPLITS = ("train", "valid", "test")
+PUBLIC = ("FB15k-237", "WN18RR", "FB15k-237N")
+OPTIONAL = (
+    "entities.dict",
+    "relations.dict",
+    "valid_neg.txt",
+    "test_neg.txt",
+    "entity2label.txt",
+    "entity2text.txt",
+    "FB15k_mid2name.txt",
+    "entity2definition.txt",
+    "relation2text.txt",
+)
+CACHE_FOLDER = ROOT / "data" / ".cache"
+CACHE_FORMAT = 1  # part of the cache's key: raise it when what is stored, or how it is derived, changes
+CACHE_FROM_BYTES = 2**20  # below this, parsing is as fast as the cache
+
+
+def with_inverse(triples: Ints, num_relations: int) -> Ints:
+    """``[n, 3]`` -> ``[2n, 3]``: the triples, then (t, r + R, h) for each."""
+    inverse = triples[:, ::-1].copy()
+    inverse[:, 1] += num_relations
+    return np.concatenate([triples, inverse])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Known tails per query (h, r), inverse queries (r >= R) included, as CSR.
+
+    ``keys [n]``: sorted distinct ``h * 2R + r``; the tails of ``keys[i]`` are
+    ``targets[indptr[i]:indptr[i + 1]]``, sorted.
+    """
+
+    keys: Ints
+    indptr: Ints
+    targets: Ints
+    num_relations: int
+
+    def rows(self, h: ArrayLike, r: ArrayLike) -> Ints:
+        """Position in ``keys`` of each query (h ``[B]``, r ``[B]``); -1 where the query has no known tail."""
+        wanted = np.asarray(h, dtype=np.int64) * (2 * self.num_relations) + np.asarray(r, dtype=np.int64)
+        if not len(self.keys):
+            return np.full(wanted.shape, -1, dtype=np.int64)
+        position = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[position] == wanted, position, -1).astype(np.int64)
+
+
+class Neighbours(NamedTuple):
+    """Edges by head: those of h are rows ``indptr[h]:indptr[h + 1]``, sorted by (relation, neighbour)."""
+
+    indptr: Ints  # [M + 1]
+    neighbour: Ints  # [2E]
+    relation: Ints  # [2E], R..2R-1 are the inverses
+
+
+@dataclass
+class KnowledgeGraph:
+    """A validated graph: M entities, R relations, three splits of (h, r, t). Made by ``KnowledgeGraph.load``."""
+
+    name: str
+    entities: list[str]  # M raw names, row = id
+    relations: list[str]  # R raw names
+    train: Ints  # [n, 3]
+    valid: Ints
+    test: Ints
+    labels: list[str]  # a readable name per entity, the raw name where none exists
+    has_label: Bools  # [M]
+    descriptions: list[str]  # "" where none exists
+    relation_labels: list[str]
+    negative_splits: dict[str, Ints] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    input_hashes: dict[str, str] = field(default_factory=dict)
+    degree: Ints = field(init=False)  # [M] training edges, both directions
+    unseen: Bools = field(init=False)  # [M] in no training triple
+
+    def __post_init__(self) -> None:
+        ends = self.train[:, [0, 2]].ravel()
+        self.degree = np.bincount(ends, minlength=self.num_entities).astype(np.int64)
+        self.unseen = self.degree == 0
+
+    @property
+    def num_entities(self) -> int:
+        return len(self.entities)
+
+    @property
+    def num_relations(self) -> int:
+        """R, inverses not counted."""
+        return len(self.relations)
+
+    def split(self, name: str) -> Ints:
+        """The triples ``[n, 3]`` of ``train``, ``valid`` or ``test``; InputError for another name."""
+        if name not in SPLITS:
+            raise InputError(f"split {name!r} does not exist; choose one of {', '.join(SPLITS)}")
+        return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+
+    def negatives(self, split: str) -> Ints | None:
+        """The known-false triples ``[n, 3]`` of ``{split}_neg.txt``: the file's order, repeats kept; None without."""
+        self.split(split)
+        return self.negative_splits.get(split)
+
+    def answers(self, *splits: str) -> Answers:
+        """The known tails of all queries in these splits (all three when none is named)."""
+        R, M = self.num_relations, self.num_entities
+        edges = with_inverse(np.concatenate([self.split(name) for name in splits or SPLITS]), R)
+        pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
+        keys, start = np.unique(pairs // M, return_index=True)
+        return Answers(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
+
+    def csr(self) -> Neighbours:
+        """Training edges and their inverses, grouped by head (repeated triples stay repeated)."""
+        edges = with_inverse(self.train, self.num_relations)
+        edges = edges[np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0]))]
+        indptr = np.zeros(self.num_entities + 1, dtype=np.int64)
+        np.cumsum(np.bincount(edges[:, 0], minlength=self.num_entities), out=indptr[1:])
+        return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
+
+    @classmethod
+    def load(cls, folder: str | Path, use_cache: bool = True) -> KnowledgeGraph:
+        """Read and validate a folder of either form.
+
+        ``use_cache``: keep the parsed arrays in ``data/.cache`` under the hash of all files read, and start from
+        there next time. Raises InputError with ``file:line``, what was found and what was expected.
+        """
+        folder = Path(folder)
+        raw = _read_folder(folder)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
+        name = folder.resolve().name
+        key = hashlib.sha256(json.dumps([CACHE_FORMAT, hashes]).encode()).hexdigest()[:16]
+        cache = CACHE_FOLDER / f"{name}-{key}.npz"
+        use_cache = use_cache and sum(map(len, raw.values())) >= CACHE_FROM_BYTES
+        parts = _read_cache(cache) if use_cache else None
+        if parts is None:
+            parts = _Reader(folder, raw).parts()
+            if use_cache:
+                _write_cache(cache, name, parts)
+        return cls(name=name, input_hashes=hashes, **parts)
+
+
+# ---------------------------------------------------------------- the files
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    """File name -> bytes of every file of the folder that is read; InputError where a required one is missing."""
+    fetch = f"python data/download.py {folder.name if folder.name in PUBLIC else 'NAME'}"
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"data folder {folder} {what}; a public data set ({', '.join(PUBLIC)}) comes by: {fetch}")
+    names = [f"{split}.txt" for split in SPLITS]
+    openke = [f"{split}2id.txt" for split in SPLITS] + ["entity2id.txt", "relation2id.txt"]
+    required = openke if not (folder / names[0]).exists() and (folder / openke[0]).exists() else names
+    missing = [name for name in required if not (folder / name).exists()]
+    if missing:
+        raise InputError(
+            f"data folder {folder} has no {', '.join(missing)}; expected {', '.join(required)}; "
+            f"a public data set comes by: {fetch}"
+        )
+    skipped = () if required is names else ("entities.dict", "relations.dict", "valid_neg.txt", "test_neg.txt")
+    raw = {}
+    for name in [*required, *(name for name in OPTIONAL if name not in skipped and (folder / name).exists())]:
+        try:
+            raw[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read: {error.strerror}") from error
+    return raw
+
+
+class _Reader:
+    """Turns the bytes of a folder's files into the parts of a KnowledgeGraph, collecting every fault on the way."""
+
+    def __init__(self, folder: Path, raw: dict[str, bytes]) -> None:
+        self.folder = folder
+        self.raw = raw
+        self.faults: list[str] = []
+        self.report: dict[str, Any] = {"form": "names" if "train.txt" in raw else "openke"}
+
+    def fault(self, file: str, line: int, found: object, expected: str) -> None:
+        shown = found if isinstance(found, _Words) else repr(found if not isinstance(found, str) else found[:80])
+        self.faults.append(f"{self.folder / file}:{line}: found {shown}, expected {expected}")
+
+    def check(self) -> None:
+        """Raise the first fault, with the number of the others."""
+        if self.faults:
+            more = len(self.faults) - 1
+            others = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
+            raise InputError(self.faults[0] + others)
+
+    def parts(self) -> dict[str, Any]:
+        read = self.read_openke if self.report["form"] == "openke" else self.read_names
+        entities, relations, splits = read()
+        self.count(len(entities), len(relations), splits)
+        labels, has_label, descriptions = self.entity_names(entities)
+        relation_labels = self.relation_names(relations)
+        self.check()
+        return {
+            "entities": entities,
+            "relations": relations,
+            **{name: splits[name] for name in SPLITS},
+            "negative_splits": {name.removesuffix("_neg"): t for name, t in splits.items() if name.endswith("_neg")},
+            "labels": labels,
+            "has_label": has_label,
+            "descriptions": descriptions,
+            "relation_labels": relation_labels,
+            "report": self.report,
+        }
+
+    # ---------------- lines
+
+    def lines(self, file: str) -> list[str]:
+        """The file's lines without their ends; faults: NUL, not UTF-8, empty lines, an empty file."""
+        content = self.raw[file]
+        if b"\0" in content:
+            self.fault(file, content[: content.index(b"\0")].count(b"\n") + 1, _Words("a NUL byte"), "UTF-8 text")
+            return []
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            # with a BOM, the decoder counts from behind it
+            start = error.start + 3 * content.startswith(b"\xef\xbb\xbf")
+            self.fault(file, content[:start].count(b"\n") + 1, content[start : start + 1], "UTF-8 text")
+            return []
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").removesuffix("\r")
+        if not text.strip():
+            self.fault(file, 1, _Words("an empty file"), "at least one line")
+            return []
+        lines = text.removesuffix("\n").split("\n")
+        if "" in lines:
+            for number, line in enumerate(lines, 1):
+                if not line:
+                    self.fault(file, number, _Words("an empty line"), "none")
+            return []
+        return lines
+
+    def triple_names(self, file: str) -> tuple[list[str], list[str], list[str]]:
+        lines = self.lines(file)
+        good = True
+        for number, tabs in enumerate([line.count("\t") for line in lines], 1):
+            if tabs != 2:
+                good = False
+                self.fault(file, number, _Words(f"{tabs + 1} columns"), "3, tab-separated: head relation tail")
+        fields = "\t".join(lines).split("\t") if good and lines else []
+        for position in [i for i, value in enumerate(fields) if not value] if "" in fields else []:
+            self.fault(file, position // 3 + 1, _Words("an empty name"), "head TAB relation TAB tail")
+        return fields[0::3], fields[1::3], fields[2::3]
+
+    def number(self, file: str, line: int, text: str, below: int, what: str) -> int:
+        """A decimal integer in 0..below-1; a fault and 0 otherwise."""
+        if text.isascii() and text.isdigit() and len(text) < 18 and int(text) < below:
+            return int(text)
+        self.fault(file, line, text, f"{what} in 0..{below - 1}")
+        return 0
+
+    def id_names(self, file: str, rows: Iterable[tuple[int, str, str]], size: int) -> list[str]:
+        """Names by id from (line, id, name) rows; faults: ids out of range (so no gaps), repeated ids or names."""
+        names: list[str | None] = [None] * size
+        first: dict[str, int] = {}
+        for line, text, name in rows:
+            index = self.number(file, line, text, size, "an id (as many as names, no gaps)")
+            if not name:
+                self.fault(file, line, _Words("an empty name"), "a name")
+            elif name in first:
+                self.fault(file, line, name, f"a name not yet given in line {first[name]}")
+            elif names[index] is not None:
+                self.fault(file, line, text, f"an id not yet given to {names[index]!r}")
+            names[index] = name
+            first.setdefault(name, line)
+        return [name or "" for name in names]
+
+    # ---------------- the form with names
+
+    def read_names(self) -> tuple[list[str], list[str], dict[str, Ints]]:
+        stems = [*SPLITS, *(stem for stem in ("valid_neg", "test_neg") if f"{stem}.txt" in self.raw)]
+        columns = {stem: self.triple_names(f"{stem}.txt") for stem in stems}
+        entities = self.dictionary("entities.dict")
+        relations = self.dictionary("relations.dict")
+        self.check()
+        where_entity, where_relation = "a name in entities.dict", "a name in relations.dict"
+        if entities is None:
+            where_entity = "an entity of the three splits"
+            entities = sorted({name for stem in SPLITS for column in (0, 2) for name in columns[stem][column]})
+        if relations is None:
+            where_relation = "a relation of the three splits"
+            relations = sorted({name for stem in SPLITS for name in columns[stem][1]})
+        entity_id = {name: i for i, name in enumerate(entities)}
+        relation_id = {name: i for i, name in enumerate(relations)}
+        splits = {}
+        for stem, (h, r, t) in columns.items():
+            ids = np.empty((len(h), 3), dtype=np.int64)
+            for column, (names, lookup, expected) in enumerate(
+                [(h, entity_id, where_entity), (r, relation_id, where_relation), (t, entity_id, where_entity)]
+            ):
+                found = [lookup.get(name, -1) for name in names]
+                ids[:, column] = found
+                if -1 in found:
+                    for line in np.flatnonzero(ids[:, column] < 0):
+                        self.fault(f"{stem}.txt", int(line) + 1, names[line], expected)
+            splits[stem] = ids
+        self.check()
+        return entities, relations, splits
+
+    def dictionary(self, file: str) -> list[str] | None:
+        """``id TAB name`` lines -> names by id; None where the file is absent."""
+        if file not in self.raw:
+            return None
+        lines = self.lines(file)
+        rows = []
+        for number, line in enumerate(lines, 1):
+            columns = line.split("\t")
+            if len(columns) == 2:
+                rows.append((number, columns[0], columns[1]))
+            else:
+                self.fault(file, number, _Words(f"{len(columns)} columns"), "2, tab-separated: id name")
+        return self.id_names(file, rows, len(lines))
+
+    # ---------------- the OpenKE form
+
+    def counted_lines(self, file: str) -> list[tuple[int, str]]:
+        """(line number, line) after a first line that holds their count."""
+        lines = self.lines(file)
+        if lines:
+            count = lines[0].strip()
+            if not (count.isascii() and count.isdigit()):
+                self.fault(file, 1, lines[0], "the number of lines that follow")
+            elif int(count) != len(lines) - 1 or int(count) == 0:
+                self.fault(
+                    file, 1, _Words(f"count {int(count)}"), f"{max(len(lines) - 1, 1)}, the number of lines that follow"
+                )
+        return list(enumerate(lines, 1))[1:]
+
+    def read_openke(self) -> tuple[list[str], list[str], dict[str, Ints]]:
+        names = []
+        for file in ("entity2id.txt", "relation2id.txt"):
+            lines = self.counted_lines(file)
+            rows = []
+            for number, line in lines:
+                columns = line.split("\t") if "\t" in line else line.rsplit(" ", 1)
+                if len(columns) == 2:
+                    rows.append((number, columns[1].strip(), columns[0]))
+                else:
+                    self.fault(file, number, _Words(f"{len(columns)} columns"), "2: name id")
+            names.append(self.id_names(file, rows, len(lines)))
+        self.check()
+        entities, relations = names
+        splits = {}
+        for split in SPLITS:
+            file = f"{split}2id.txt"
+            triples = []
+            for number, line in self.counted_lines(file):
+                columns = line.split()
+                if len(columns) != 3:
+                    self.fault(file, number, _Words(f"{len(columns)} columns"), "3: head tail relation")
+                    continue
+                h = self.number(file, number, columns[0], len(entities), "the head's id")
+                t = self.number(file, number, columns[1], len(entities), "the tail's id")
+                r = self.number(file, number, columns[2], len(relations), "the relation's id (third: h t r)")
+                triples.append((h, r, t))
+            splits[split] = np.array(triples, dtype=np.int64).reshape(-1, 3)
+        self.check()
+        return entities, relations, splits
+
+    # ---------------- names and the report
+
+    def texts(self, file: str) -> dict[str, str]:
+        """``name TAB text`` lines -> text by raw name: white space collapsed, the first line of a repeated name."""
+        found: dict[str, str] = {}
+        if file not in self.raw:
+            return found
+        for number, line in enumerate(self.lines(file), 1):
+            key, tab, text = line.partition("\t")
+            if not tab:
+                self.fault(file, number, _Words("1 column"), "2, tab-separated: name text")
+            found.setdefault(key, " ".join(text.split()))
+        return found
+
+    def entity_names(self, entities: list[str]) -> tuple[list[str], Bools, list[str]]:
+        """Labels, whether a name file gave them, descriptions.
+
+        A label comes from entity2label, else entity2text, else FB15k_mid2name. Where no other file gives names or
+        descriptions and most lines of entity2text hold a comma, it is of the form "name, gloss" (WN18RR): the name
+        ends at the first comma and the gloss is the description. Else its whole text is the name (FB15k-237).
+        """
+        files = ("entity2label.txt", "entity2text.txt", "FB15k_mid2name.txt", "entity2definition.txt")
+        label, text, mid, definition = (self.texts(file) for file in files)
+        if not label and not mid and not definition and 2 * sum(", " in value for value in text.values()) > len(text):
+            split = {name: value.partition(", ") for name, value in text.items()}
+            text = {name: value[0] for name, value in split.items()}
+            definition = {name: value[2] for name, value in split.items()}
+        mid = {name: " ".join(value.split("_")).strip() for name, value in mid.items()}
+        found = [label.get(name) or text.get(name) or mid.get(name, "") for name in entities]
+        descriptions = [definition.get(name, "") for name in entities]
+        has_label = np.array([bool(name) for name in found], dtype=bool)
+        own = set(entities)
+        self.report["labels_missing"] = int((~has_label).sum())
+        self.report["descriptions_missing"] = descriptions.count("")
+        self.report["names_of_other_entities"] = len(
+            (label.keys() | text.keys() | mid.keys() | definition.keys()) - own
+        )
+        labels = [name or raw for name, raw in zip(found, entities, strict=True)]
+        self.report["labels_shared"] = len(labels) - len(set(labels))
+        return labels, has_label, descriptions
+
+    def relation_names(self, relations: list[str]) -> list[str]:
+        """relation2text, else the raw name with its separators turned into spaces."""
+        text = self.texts("relation2text.txt")
+        self.report["relation_labels_missing"] = sum(not text.get(name) for name in relations)
+        separators = str.maketrans(dict.fromkeys("/_.-", " "))
+        return [text.get(name) or " ".join(name.translate(separators).split()) or name for name in relations]
+
+    def count(self, M: int, R: int, splits: dict[str, Ints]) -> None:
+        """Fill the report: sizes, repeated triples, triples shared by splits, what never occurs in training."""
+        packed = {name: (t[:, 0] * R + t[:, 1]) * M + t[:, 2] for name, t in splits.items()}
+        distinct = {name: np.unique(values) for name, values in packed.items()}
+        seen = np.zeros(M, dtype=bool)
+        seen[splits["train"][:, [0, 2]]] = True
+        used = np.zeros(M, dtype=bool)
+        for name in SPLITS:
+            used[splits[name][:, [0, 2]]] = True
+        seen_relations = np.unique(splits["train"][:, 1])
+        self.report |= {
+            "entities": M,
+            "relations": R,
+            "triples": {name: len(t) for name, t in splits.items()},
+            "repeated_triples": {name: len(packed[name]) - len(distinct[name]) for name in splits},
+            "shared_triples": {
+                f"{a}/{b}": len(np.intersect1d(distinct[a], distinct[b], assume_unique=True))
+                for a, b in combinations(SPLITS, 2)
+            },
+            "unseen_entities": int((~seen).sum()),
+            "unused_entities": int((~used).sum()),
+            "triples_with_unseen_entities": {
+                name: int((~seen[splits[name][:, [0, 2]]]).any(axis=1).sum()) for name in ("valid", "test")
+            },
+            "unseen_relations": R - len(seen_relations),
+        }
+
+
+class _Words(str):
+    """A description of a fault, printed as it is; any other string found in a file is quoted."""
+
+
+# ---------------------------------------------------------------- the cache
+
+_LISTS = ("entities", "relations", "labels", "descriptions", "relation_labels")
+
+
+def _write_cache(path: Path, name: str, parts: dict[str, Any]) -> None:
+    """Store the parts without pickle; a cache that cannot be written is left out."""
+    arrays: dict[str, NDArray[Any]] = {key: parts[key].astype(np.int32) for key in SPLITS}
+    arrays |= {f"negative_{key}": value.astype(np.int32) for key, value in parts["negative_splits"].items()}
+    arrays |= {key: np.frombuffer("\n".join(parts[key]).encode(), dtype=np.uint8) for key in _LISTS}
+    arrays["has_label"] = parts["has_label"]
+    arrays["report"] = np.frombuffer(json.dumps(parts["report"]).encode(), dtype=np.uint8)
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        for other in path.parent.glob(glob.escape(name) + "-" + "[0-9a-f]" * 16 + ".npz"):
+            if other != path:
+                other.unlink()
+    except (InputError, OSError):
+        return
+
+
+def _read_cache(path: Path) -> dict[str, Any] | None:
+    """The parts from a cache file; None where it is absent, damaged or of another layout."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            stored = {key: file[key] for key in file.files}  # the zip's checksums are verified here
+        parts: dict[str, Any] = {key: stored[key].tobytes().decode().split("\n") for key in _LISTS}
+        parts |= {key: stored[key].astype(np.int64).reshape(-1, 3) for key in SPLITS}
+        parts["negative_splits"] = {
+            key.removeprefix("negative_"): value.astype(np.int64)
+            for key, value in stored.items()
+            if key.startswith("negative_")
+        }
+        parts["has_label"] = stored["has_label"]
+        parts["report"] = json.loads(stored["report"].tobytes())
+        return parts
+    except Exception:  # a cache may be damaged in any way: it is then built anew from the files
+        return None
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="data/knowledge_graph.py", description="Validate a graph folder and print what it holds."
+    )
+    parser.add_argument("folder", help="the folder, such as data/family")
+    parser.add_argument("--no_cache", action="store_true", help="parse the files even where a cache of them exists")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    kg = KnowledgeGraph.load(args.folder, use_cache=not args.no_cache)
+    seconds = time.perf_counter() - start
+    print(f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, loaded in {seconds:.2f} s")
+    for key, value in kg.report.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"  {key.replace('_', ' '):30} {shown}")
+    h, r, t = kg.train[0]
+    print(f"  first training triple          {kg.labels[h]} | {kg.relation_labels[r]} | {kg.labels[t]}")
+
+
+if __name__ == "__main__":
+    run_command(main)
