@@ -1,0 +1,170 @@
+"""RQGCN: graph -> entity vectors -> L x Q codes -> scores (Eq. 3-9 of the paper, residual levels in place of one).
+
+Two halves with the integers between them. The encoder (graph, text, every entity-indexed parameter) only chooses
+codes; ``CodeScorer`` sees nothing but codes and holds nothing that is indexed by an entity, so the scores that train
+the model are the scores that the dumped integers give.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.CompGCN import CompGCN
+from model.decoders import make_decoder
+from model.message_passing import RelationalGraph
+from model.RQCodebook import RQCodebook
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of the graph."""
+
+    z: Tensor  # [M, L, code_dim], to be quantized
+    relations: Tensor  # [2R, D], for the decoder
+
+
+class CodeScorer(nn.Module):
+    """Codes [*, L, Q] -> entity vectors q_e (Eq. 4) -> scores (Eq. 6). No parameter of it is indexed by an entity.
+
+    ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        num_code: int,
+        num_quantizers: int,
+        code_dim: int,
+        dim: int,
+        decoder: str = "conve",
+        decoder_drop: float | None = None,
+        codebook: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers, **(codebook or {}))
+        self.W_q = nn.Linear(seq_len * code_dim, dim, bias=False)
+        self.decoder = make_decoder(decoder, dim, dropout=decoder_drop)
+
+    def entity_vectors(self, z_q: Tensor) -> Tensor:
+        """q_e = W_q [x_q1 ... x_qL] (Eq. 4): quantized vectors [N, L, code_dim] -> [N, D]."""
+        vectors: Tensor = self.W_q(z_q.flatten(1))
+        return vectors
+
+    def entity_vectors_from_codes(self, codes: Tensor, levels: int | None = None) -> Tensor:
+        """The same from integers [N, L, Q] alone; ``levels`` decodes only the first levels."""
+        return self.entity_vectors(self.rq_codebook.decode_from_codes(codes, levels))
+
+    def scores(self, q_head: Tensor, relation: Tensor, q_all: Tensor) -> Tensor:
+        """s(h, r, t) of every tail (Eq. 6): q_head [B, D], relation [B, D], q_all [M, D] -> [B, M]."""
+        return self.decoder.query(q_head, relation) @ q_all.T
+
+
+class RQGCN(nn.Module):
+    """CompGCN encoder, expansion to L positions, residual codebooks, decoder.
+
+    ``init_dim``: width of the learned inputs; ``gcn_dim``: D; ``gcn_layers`` 0 leaves the graph out (the ablation
+    "w/o GCN"); ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
+    ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
+    of RQCodebook; ``quantized=False`` is the unquantized twin (z itself goes into Eq. 4), for comparison only.
+    """
+
+    def __init__(
+        self,
+        num_entities: int,
+        num_relations: int,
+        *,
+        init_dim: int = 200,
+        gcn_dim: int = 200,
+        gcn_layers: int = 2,
+        composition: str = "mult",
+        gcn_drop: float = 0.2,
+        act: str = "tanh",
+        graph_backend: str = "auto",
+        seq_len: int = 16,
+        num_code: int = 1024,
+        num_quantizers: int = 4,
+        code_dim: int = 32,
+        tf_layers: int = 1,
+        att_head: int = 4,
+        decoder: str = "conve",
+        decoder_drop: float | None = None,
+        text_dim: int | None = None,
+        codebook: dict[str, Any] | None = None,
+        quantized: bool = True,
+    ) -> None:
+        super().__init__()
+        width = gcn_dim if gcn_layers else init_dim
+        self.seq_len, self.code_dim, self.quantized = seq_len, code_dim, quantized
+        self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
+        self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
+        nn.init.xavier_normal_(self.entity_embedding)
+        nn.init.xavier_normal_(self.relation_embedding)
+        self.encoder = CompGCN(
+            gcn_layers, init_dim, gcn_dim, num_relations, composition=composition, dropout=gcn_drop, act=act,
+            backend=graph_backend,
+        )  # fmt: skip
+        self.ffn = nn.Linear(width, seq_len * code_dim)
+        self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
+        self.transformer = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                code_dim, att_head, 4 * code_dim, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+            )
+            for _ in range(tf_layers)
+        )
+        self.norm = nn.BatchNorm1d(seq_len * code_dim)
+        self.scorer = CodeScorer(
+            seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, codebook
+        )  # fmt: skip
+        self.W_s = nn.Linear(width, text_dim) if text_dim else None
+
+    @property
+    def rq_codebook(self) -> RQCodebook:
+        """The residual codebooks (they live in the half that survives without the encoder)."""
+        return self.scorer.rq_codebook
+
+    def relation_vectors(self) -> Tensor:
+        """[2R, D]: the relations after the encoder's layers (v' = W_rel v); no entity takes part."""
+        return self.encoder.relations(self.relation_embedding)
+
+    def encode(self, g: RelationalGraph) -> Encoded:
+        """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim."""
+        e, relations = self.encoder(self.entity_embedding, self.relation_embedding, g)
+        z = self.ffn(e).view(-1, self.seq_len, self.code_dim)  # (M, L, code_dim)
+        if len(self.transformer):
+            z = z + self.position
+            for block in self.transformer:
+                z = block(z)
+        z = self.norm(z.flatten(1)).view_as(z)
+        return Encoded(z, relations)
+
+    def semantic_loss(self, q: Tensor, text: Tensor) -> Tensor:
+        """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities."""
+        if self.W_s is None:
+            raise ValueError("the model was built without text_dim, so it has no W_s for the semantic loss")
+        return (self.W_s(q) - text).square().sum(dim=1).mean()
+
+    @torch.no_grad()
+    def _clean_z(self, g: RelationalGraph) -> Tensor:
+        """z [M, L, code_dim] without dropout and with running statistics: the one path that codes come from."""
+        training = self.training
+        self.eval()
+        z = self.encode(g).z
+        self.train(training)
+        return z
+
+    @torch.no_grad()
+    def cal_allent_codes(self, g: RelationalGraph) -> Tensor:
+        """Codes of all entities, int64 [M, L, Q]."""
+        return self.rq_codebook.cal_codes(self._clean_z(g))
+
+    @torch.no_grad()
+    def cal_allent_codes_emds(self, g: RelationalGraph) -> Tensor:
+        """Vectors that those codes stand for, [M, L, code_dim]."""
+        return self.rq_codebook.decode_from_codes(self.cal_allent_codes(g))
+
+    def quantize_with(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Decode given assignments of z, [M, L, code_dim]. The value is the codes' own; the gradient reaches the
+        codebooks (as an embedding's does) and, straight through, z."""
+        return self.rq_codebook.decode_from_codes(codes) + (z - z.detach())
