@@ -1,0 +1,125 @@
+"""CompGCN: the graph encoder, layer by layer (Eq. 1-2 of SSQR; Vashishth et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.message_passing import COMPOSITIONS, RelationalGraph, compose_sum
+from run_record import InputError
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+}
+
+
+class Encoded(NamedTuple):
+    """A layer's or the encoder's output."""
+
+    x: Tensor  # [M, out_dim] entities
+    v: Tensor  # [2R, out_dim] relations and their inverses
+
+
+class CompGCNLayer(nn.Module):
+    """One layer of Eq. 1-2:
+
+        x'_j = act(BN((in_j + out_j + loop_j) / 3)),        v' = v W_rel
+        in_j   = sum over training triples (i, r, j) of W_in  w phi(x_i, v_r)
+        out_j  = sum over training triples (j, r, i) of W_out w phi(x_i, v_(r + R))
+        loop_j = W_loop phi(x_j, v_loop)
+
+    with phi(a, b) = a * b (``mult``) or a - b (``sub``) and w = 1/sqrt(d d') of the direction. W is linear, so the
+    neighbours are summed first and W_in, W_out applied once per entity, not once per edge. Batch norm's shift is the
+    layer's bias. ``v_loop`` is the layer's own parameter: the 2R relations that pass through have no self-loop.
+
+    ``dropout`` acts on the summed in- and out-neighbours, as in CompGCN; ``backend``: see message_passing.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_relations: int,
+        composition: str = "mult",
+        dropout: float = 0.2,
+        act: str = "tanh",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if composition not in COMPOSITIONS:
+            raise InputError(f"composition {composition!r} is not one of {', '.join(COMPOSITIONS)}")
+        if act not in ACTIVATIONS:
+            raise InputError(f"activation {act!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.in_dim, self.num_relations = in_dim, num_relations
+        self.composition, self.backend = composition, backend
+        self.w_in = _weight(in_dim, out_dim)
+        self.w_out = _weight(in_dim, out_dim)
+        self.w_loop = _weight(in_dim, out_dim)
+        self.w_rel = _weight(in_dim, out_dim)
+        self.v_loop = _weight(1, in_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.BatchNorm1d(out_dim)
+        self.act = ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor, v: Tensor, graph: RelationalGraph) -> Encoded:
+        """``x`` [M, in_dim], ``v`` [2R, in_dim] -> x' [M, out_dim], v' [2R, out_dim]."""
+        if v.shape != (2 * self.num_relations, self.in_dim):
+            raise InputError(f"v is {tuple(v.shape)}, expected {(2 * self.num_relations, self.in_dim)}: 2R x width")
+        sums = compose_sum(x, v, graph.edges, self.backend, self.composition)  # [2M, in_dim]
+        sums = self.dropout(sums.view(len(x), -1))  # [M, 2 in_dim]: in-neighbours | out-neighbours
+        if self.composition == "mult":  # (x * v_loop) W_loop, with the scale moved to the smaller operand
+            loop = x @ (self.v_loop.T * self.w_loop)
+        else:
+            loop = (x - self.v_loop) @ self.w_loop
+        total = torch.addmm(loop, sums, torch.cat([self.w_in, self.w_out]))  # [M, out_dim]
+        return Encoded(self.act(self.norm(total / 3)), v @ self.w_rel)
+
+
+class CompGCN(nn.Module):
+    """``num_layers`` layers, widths ``in_dim -> hidden_dim -> ... -> out_dim``; none is the identity ("w/o GCN").
+
+    ``dropout``: on the neighbour sums within a layer; ``hidden_dropout``: on the entities between two layers.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        num_relations: int,
+        composition: str = "mult",
+        dropout: float = 0.2,
+        hidden_dropout: float = 0.0,
+        act: str = "tanh",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_layers < 0 or (num_layers == 0 and in_dim != out_dim):
+            raise InputError(
+                f"{num_layers} GCN layers from width {in_dim} to {out_dim}: "
+                "give 0 or more, and equal widths for 0 (no layer changes them)"
+            )
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim][: num_layers + 1]
+        self.layers = nn.ModuleList(
+            CompGCNLayer(width, next_width, num_relations, composition, dropout, act, backend)
+            for width, next_width in pairwise(widths)
+        )
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+
+    def forward(self, x: Tensor, v: Tensor, graph: RelationalGraph) -> Encoded:
+        """``x`` [M, in_dim], ``v`` [2R, in_dim] -> x [M, out_dim], v [2R, out_dim]."""
+        for depth, layer in enumerate(self.layers):
+            x, v = layer(self.hidden_dropout(x) if depth else x, v, graph)
+        return Encoded(x, v)
+
+
+def _weight(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_normal_(torch.empty(rows, columns)))

@@ -1,0 +1,114 @@
+"""CompGCN's layers against Eq. 1-2 written out edge by edge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.CompGCN import CompGCN, CompGCNLayer
+from model.message_passing import RelationalGraph
+from run_record import InputError
+from tests.test_message_passing import BACKENDS, INSTALLED, random_edges, relative
+
+M, R, E, D = 30, 4, 120, 6
+
+
+def small_graph() -> tuple[list[list[int]], RelationalGraph]:
+    triples = torch.stack(random_edges(E, M, R, seed=5, used=25), dim=1)  # five entities stay isolated
+    return triples.tolist(), RelationalGraph.from_triples(triples, M, R)
+
+
+def layers_of(encoder: CompGCN) -> list[CompGCNLayer]:
+    return [layer for layer in encoder.layers if isinstance(layer, CompGCNLayer)]
+
+
+def gradients(module: torch.nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+def equation_1(layer: CompGCNLayer, x: Tensor, v: Tensor, triples: list[list[int]]) -> Tensor:
+    """The layer's docstring with a matrix product per edge, batch norm from the batch's own statistics, tanh."""
+
+    def phi(a: Tensor, b: Tensor) -> Tensor:
+        return a * b if layer.composition == "mult" else a - b
+
+    heads, tails = [h for h, _, _ in triples], [t for _, _, t in triples]
+    rows = [phi(x[j], layer.v_loop[0]) @ layer.w_loop for j in range(M)]
+    for h, r, t in triples:
+        weight = (heads.count(h) * tails.count(t)) ** -0.5  # the same pair of degrees in both directions
+        rows[t] = rows[t] + weight * phi(x[h], v[r]) @ layer.w_in
+        rows[h] = rows[h] + weight * phi(x[t], v[r + R]) @ layer.w_out
+    total = torch.stack(rows) / 3
+    centred = total - total.mean(0)
+    normed = centred / (centred.square().mean(0) + layer.norm.eps).sqrt()
+    return torch.tanh(normed * layer.norm.weight + layer.norm.bias)
+
+
+@pytest.mark.parametrize("composition", ["mult", "sub"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_is_equation_1_and_2(backend: str, composition: str) -> None:
+    triples, graph = small_graph()
+    torch.manual_seed(0)
+    layer = CompGCNLayer(D, 5, R, composition, dropout=0.0, act="tanh", backend=backend).double()
+    x = torch.randn(M, D, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2 * R, D, dtype=torch.float64, requires_grad=True)
+    leaves = {"x": x, "v": v, **{n: p for n, p in layer.named_parameters() if n != "w_rel"}}
+    direction = torch.randn(M, 5, dtype=torch.float64)
+    ours, relations = layer(x, v, graph)
+    theirs = equation_1(layer, x, v, triples)
+    assert relative(ours.detach(), theirs.detach()) <= 1e-12
+    assert torch.equal(relations, v @ layer.w_rel)
+    our_grads = torch.autograd.grad((ours * direction).sum(), list(leaves.values()))
+    their_grads = torch.autograd.grad((theirs * direction).sum(), list(leaves.values()))
+    for name, a, b in zip(leaves, our_grads, their_grads, strict=True):
+        # batch norm removes what is common to all rows: the gradient of `sub`'s v_loop is zero, so no ratio is taken
+        assert (a - b).norm() <= 1e-10 * max(1.0, float(b.norm())), name
+
+
+@pytest.mark.parametrize("composition", ["mult", "sub"])
+def test_backends_agree_in_float32(composition: str) -> None:
+    """Two layers, equal parameters: outputs and every parameter's gradient to 1e-5."""
+    _, graph = small_graph()
+    torch.manual_seed(0)
+    x, v, direction = torch.randn(M, D), torch.randn(2 * R, D), torch.randn(M, D)
+    encoder = CompGCN(2, D, 9, D, R, composition, dropout=0.0)
+    found = {}
+    for backend in INSTALLED:
+        for layer in layers_of(encoder):
+            layer.backend = backend
+        encoder.zero_grad()
+        out = encoder(x, v, graph)
+        ((out.x * direction).sum() + out.v.square().sum()).backward()
+        found[backend] = [out.x.detach(), out.v.detach(), *gradients(encoder)]
+    assert "torch" in found
+    for backend, tensors in found.items():
+        for ours, theirs in zip(tensors, found["torch"], strict=True):
+            assert relative(ours, theirs) <= 1e-5, backend
+
+
+def test_no_layer_is_the_identity_and_widths_are_checked() -> None:
+    _, graph = small_graph()
+    x, v = torch.randn(M, D), torch.randn(2 * R, D)
+    out = CompGCN(0, D, 99, D, R)(x, v, graph)
+    assert out.x is x and out.v is v
+    with pytest.raises(InputError, match="equal widths"):
+        CompGCN(0, D, D, D + 1, R)
+    assert [tuple(layer.w_in.shape) for layer in layers_of(CompGCN(3, 4, 5, 6, R))] == [(4, 5), (5, 5), (5, 6)]
+    with pytest.raises(InputError, match="2R"):
+        CompGCN(1, D, D, D, R)(x, v[:R], graph)
+    with pytest.raises(InputError, match="tanh, relu, gelu, identity"):
+        CompGCNLayer(D, D, R, act="swish")
+
+
+def test_dropout_spares_the_self_loop_and_is_off_in_eval() -> None:
+    """With the in and out weights' sums dropped whole, what is left is the self-loop alone."""
+    _, graph = small_graph()
+    torch.manual_seed(0)
+    layer = CompGCNLayer(D, D, R, dropout=1.0, act="identity", backend="torch")
+    x, v = torch.randn(M, D), torch.randn(2 * R, D)
+    alone = layer.norm(x * layer.v_loop @ layer.w_loop / 3)
+    assert torch.allclose(layer(x, v, graph).x, alone, atol=1e-5)
+    layer.eval()
+    assert torch.equal(layer(x, v, graph).x, layer(x, v, graph).x)
+    assert not torch.allclose(layer(x, v, graph).x, layer.norm(x * layer.v_loop @ layer.w_loop / 3), atol=1e-3)
