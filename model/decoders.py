@@ -1,0 +1,220 @@
+"""Decoders: the score of a triple (h, r, t) from the quantized vectors q_h, q_t and the relation's v_r (Eq. 6).
+
+Every decoder turns (q_h, v_r) into a query vector, and the score of t is its product with q_t:
+
+    s(h, r, t) = query(q_h, v_r)^T q_t
+
+so one matrix product scores a batch of queries against all entities (1-N). No decoder holds a parameter that is
+indexed by entities, a bias per entity included: what is known of an entity stands in its codes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module):
+    """Base: ``query`` is what a decoder defines.
+
+    dim: D, the width of q_h, q_t and the query. relation_dim: the width that v_r must have.
+    Raises ValueError for widths that the decoder cannot take.
+    """
+
+    def __init__(self, dim: int, relation_dim: int | None = None) -> None:
+        super().__init__()
+        if dim < 1 or (relation_dim is not None and relation_dim < 1):
+            raise ValueError(f"widths must be positive, found D = {dim} and relation_dim = {relation_dim}")
+        self.dim = dim
+        self.relation_dim = dim if relation_dim is None else relation_dim
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        """q_h [B, D], v_r [B, relation_dim] -> [B, D]."""
+        raise NotImplementedError
+
+    def forward(self, q_h: Tensor, v_r: Tensor, q_t: Tensor) -> Tensor:
+        """Scores of every tail in q_t [N, D] -> [B, N]."""
+        return self.query(q_h, v_r) @ q_t.T
+
+    def score_triples(self, q_h: Tensor, v_r: Tensor, q_t: Tensor) -> Tensor:
+        """Scores of the B triples (q_h[i], v_r[i], q_t[i]), q_t [B, D] -> [B]."""
+        return (self.query(q_h, v_r) * q_t).sum(-1)
+
+
+class DistMult(Decoder):
+    """s = sum_i q_h[i] v_r[i] q_t[i] (Yang et al., ICLR 2015, arXiv 1412.6575); dropout on the query."""
+
+    def __init__(self, dim: int, dropout: float = 0.2) -> None:
+        super().__init__(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        return self.dropout(q_h * v_r)
+
+
+class ComplEx(Decoder):
+    """s = Re sum_i h[i] r[i] conj(t[i]) (Trouillon et al., ICML 2016, arXiv 1606.06357); dropout on the query.
+
+    A vector's first D/2 numbers are its real part, the others its imaginary part; D must be even.
+    """
+
+    def __init__(self, dim: int, dropout: float = 0.2) -> None:
+        super().__init__(dim)
+        if dim % 2:
+            raise ValueError(f"ComplEx splits D into a real and an imaginary half: D must be even, found {dim}")
+        self.dropout = nn.Dropout(dropout)
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        (h_re, h_im), (r_re, r_im) = q_h.chunk(2, dim=-1), v_r.chunk(2, dim=-1)
+        return self.dropout(torch.cat([h_re * r_re - h_im * r_im, h_re * r_im + h_im * r_re], dim=-1))
+
+
+class TuckER(Decoder):
+    """s = W x_1 q_h x_2 v_r x_3 q_t (Balazevic et al., EMNLP 2019, arXiv 1901.09590).
+
+    The core W is [D, relation_dim, D]. Batch norm and dropout on q_h, dropout on the matrix of r, batch norm and
+    dropout on the query, as in the paper's code. The matrices of r take B * D * D numbers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        relation_dim: int | None = None,
+        input_dropout: float = 0.3,
+        relation_dropout: float = 0.4,
+        hidden_dropout: float = 0.5,
+    ) -> None:
+        super().__init__(dim, relation_dim)
+        scale = 1 / math.sqrt(dim * self.relation_dim)  # q_h and v_r of unit variance give a query of unit variance
+        self.core = nn.Parameter(torch.randn(dim, self.relation_dim, dim) * scale)
+        self.input_norm, self.hidden_norm = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.relation_dropout = nn.Dropout(relation_dropout)
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        x = self.input_dropout(self.input_norm(q_h))
+        of_relation = self.relation_dropout(torch.einsum("br,irj->bij", v_r, self.core))  # [B, D, D]
+        x = torch.bmm(x.unsqueeze(1), of_relation).squeeze(1)  # [B, D]
+        return self.hidden_dropout(self.hidden_norm(x))
+
+
+class ConvE(Decoder):
+    """s = Flat(Conv(q_h || v_r))^T W_c q_t (Eq. 6; Dettmers et al., AAAI 2018, arXiv 1707.01476).
+
+    q_h and v_r are folded to height x width = D and stacked to an image of 2 * height rows; ``channels`` kernels of
+    kernel x kernel run over it, W_c maps their flat output to D. Batch norms, ReLUs and the three dropouts stand where
+    ConvE has them; its bias per entity is left out.
+    height: rows of one folded vector; default: the factor of D that makes the vector most square (D = 200: 10 x 20).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        channels: int = 32,
+        kernel: int = 3,
+        height: int | None = None,
+        input_dropout: float = 0.2,
+        feature_dropout: float = 0.2,
+        hidden_dropout: float = 0.3,
+    ) -> None:
+        super().__init__(dim)
+        self.height, self.width = conve_shape(dim, kernel, height)
+        self.input_norm, self.conv = nn.BatchNorm2d(1), nn.Conv2d(1, channels, kernel)
+        self.feature_norm = nn.BatchNorm2d(channels)
+        self.project = nn.Linear(channels * (2 * self.height - kernel + 1) * (self.width - kernel + 1), dim)  # W_c
+        self.hidden_norm = nn.BatchNorm1d(dim)
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.feature_dropout = nn.Dropout2d(feature_dropout)
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        x = torch.cat([q_h, v_r], dim=1).view(-1, 1, 2 * self.height, self.width)
+        x = self.conv(
+            self.input_dropout(self.input_norm(x))
+        )  # [B, channels, 2 height - kernel + 1, width - kernel + 1]
+        x = self.feature_dropout(torch.relu(self.feature_norm(x)))
+        x = self.hidden_dropout(self.project(x.flatten(1)))
+        return torch.relu(self.hidden_norm(x))
+
+
+class MLP(Decoder):
+    """query = W_2 ReLU(BN(W_1 [q_h; v_r; q_h * v_r])) + q_h * v_r: DistMult with a learned correction.
+
+    Of no paper: a non-linear decoder of two matrix products, far cheaper than ConvE's convolution.
+    hidden: width of the middle layer, default 2 D.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int | None = None, input_dropout: float = 0.2, hidden_dropout: float = 0.3
+    ) -> None:
+        super().__init__(dim)
+        hidden = 2 * dim if hidden is None else hidden
+        self.expand, self.hidden_norm, self.project = (
+            nn.Linear(3 * dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden, dim),
+        )
+        self.input_dropout, self.hidden_dropout = nn.Dropout(input_dropout), nn.Dropout(hidden_dropout)
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        both = q_h * v_r
+        x = self.expand(self.input_dropout(torch.cat([q_h, v_r, both], dim=1)))
+        return self.project(self.hidden_dropout(torch.relu(self.hidden_norm(x)))) + both
+
+
+def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, int]:
+    """(height, width) with height * width = dim; the kernel fits the stacked image of 2 * height x width.
+
+    Without ``height``: the fitting shape nearest to a square, the wider one of two. Raises ValueError that names D and
+    the heights that fit, or the nearest D that has one.
+    """
+
+    def heights(d: int) -> list[int]:
+        return [h for h in range(1, d + 1) if d % h == 0 and 2 * h >= kernel and d // h >= kernel]
+
+    fitting = heights(dim)
+    if not fitting:
+        near = [
+            next((d for d in span if heights(d)), None) for span in (range(dim, 0, -1), range(dim, dim + kernel**2 + 2))
+        ]
+        near_text = " or ".join(str(d) for d in near if d is not None)
+        raise ValueError(
+            f"ConvE cannot fold D = {dim} for a {kernel} x {kernel} kernel; the nearest D that fits: {near_text}"
+        )
+    if height is None:
+        return min(((h, dim // h) for h in fitting), key=lambda shape: (abs(shape[0] - shape[1]), shape[0]))
+    if height not in fitting:
+        raise ValueError(
+            f"ConvE cannot fold D = {dim} to height {height} for a {kernel} x {kernel} kernel; "
+            f"heights that fit: {fitting}"
+        )
+    return height, dim // height
+
+
+DECODERS: dict[str, type[Decoder]] = {
+    "conve": ConvE,
+    "distmult": DistMult,
+    "complex": ComplEx,
+    "tucker": TuckER,
+    "mlp": MLP,
+}
+
+
+def make_decoder(name: str, dim: int, dropout: float | None = None, **options: Any) -> Decoder:
+    """The decoder called ``name`` (a key of DECODERS) of width ``dim``.
+
+    dropout: one rate for all of the decoder's dropouts, None for the class's own; ``options`` go to the class.
+    Raises ValueError for an unknown name or a width that does not fit.
+    """
+    if name not in DECODERS:
+        raise ValueError(f"unknown decoder {name!r}; there are {', '.join(DECODERS)}")
+    decoder = DECODERS[name](dim, **options)
+    if dropout is not None:
+        for module in decoder.modules():
+            if isinstance(module, nn.Dropout | nn.Dropout2d):
+                module.p = dropout
+    return decoder

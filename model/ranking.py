@@ -1,0 +1,231 @@
+"""Filtered ranks by counting, and the metrics made of them.
+
+The rank of a target among M entities is taken with ties at their mean (the "realistic" rank):
+
+    rank = 1 + #{others that score higher} + #{others that score the same} / 2
+
+where the others are all entities but the target and its filtered ones (other known answers of the same query).
+Counting needs one pass over the scores. The filter is a correction of the count by the few filtered scores, gathered
+through CSR indices: no dense mask and no sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+HITS = (1, 3, 10)
+CPU_BLOCK = 2**18  # scores compared at once: three float32 blocks of this size stay in a core's cache
+GPU_BLOCK = 2**25
+FILTER_BLOCK = 2**22  # (target, filtered entity) pairs held at once
+EXACT_COLUMNS = 2**22  # so many counts of 0, 1 or 2 add up exactly in float32
+
+
+class AnswersLike(Protocol):
+    """What ``filtered_ranks`` reads of ``data.knowledge_graph.Answers``."""
+
+    @property
+    def keys(self) -> np.ndarray:
+        """int64 [n], sorted distinct h * 2R + r."""
+
+    @property
+    def indptr(self) -> np.ndarray:
+        """int64 [n + 1]."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64: the known tails of query keys[i] are targets[indptr[i]:indptr[i + 1]], each once."""
+
+
+def rank_scores(
+    scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor] | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """Filtered ranks of ``targets``, ties at their mean -> float64 [N].
+
+    scores: [B, M], higher is better. targets: int64 [N], target i stands in row ``rows[i]`` of the scores (default:
+    N = B, one target per row). known: CSR (indptr [B + 1], ids) of the entities to leave out of each row's ranks,
+    each once per row; a target is never left out of its own rank, so it may be among them.
+    Raises ValueError for NaN scores, for targets outside 0..M-1 and for shapes that do not fit.
+    """
+    if rows is None:
+        rows = torch.arange(len(scores), device=scores.device)
+    if scores.dim() != 2 or rows.shape != targets.shape or (known is not None and len(known[0]) != len(scores) + 1):
+        raise ValueError(
+            f"shapes do not fit: scores {list(scores.shape)}, targets {list(targets.shape)}, rows {list(rows.shape)}"
+            + ("" if known is None else f", known's indptr {list(known[0].shape)}")
+        )
+    _check_range("target", targets, scores.shape[1])
+    return _ranks(lambda: [(0, scores)], rows, targets, known)
+
+
+@torch.no_grad()
+def filtered_ranks(
+    score_fn: Callable[..., Tensor],
+    triples: np.ndarray,
+    answers: AnswersLike,
+    *,
+    num_relations: int,
+    batch: int = 1024,
+    num_entities: int | None = None,
+    chunk: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> np.ndarray:
+    """Rank of t for every triple (h, r, t), filtered by the known ``answers`` of (h, r) -> float64 [n].
+
+    triples: int64 [n, 3] with inverse queries already appended (``with_inverse``): relations 0..2R-1, R =
+    ``num_relations``. Every distinct query (h, r) is scored once, ``batch`` queries at a time, however many triples
+    share it. ``score_fn(heads [B], relations [B]) -> [B, M]`` gets int64 tensors on ``device`` and returns its scores
+    on any one device; the model is in eval mode.
+
+    With ``chunk`` and ``num_entities`` the scores [B, M] never exist: ``score_fn(heads, relations, start, stop) ->
+    [B, stop - start]`` is called twice per chunk of entities, first for the targets' scores, then to count. All calls
+    of a batch get the same two tensor objects, so the callee may keep its query vectors. Equal scores give equal
+    ranks, whatever ``batch`` and ``chunk``.
+    Raises ValueError for NaN scores and for ids out of range.
+    """
+    triples = np.asarray(triples, dtype=np.int64).reshape(-1, 3)
+    if len(triples) and (triples.min() < 0 or triples[:, 1].max() >= 2 * num_relations):
+        raise ValueError(f"ids must not be negative and relation ids lie below 2R = {2 * num_relations}")
+    if chunk is not None and num_entities is None:
+        raise ValueError("chunk needs num_entities")
+    queries, query_of = np.unique(triples[:, 0] * (2 * num_relations) + triples[:, 1], return_inverse=True)
+    order = np.argsort(query_of, kind="stable")
+    first = np.searchsorted(query_of[order], np.arange(len(queries) + 1))  # triples order[first[q]:first[q + 1]]
+    ranks = np.empty(len(triples))
+    for start in tqdm(range(0, len(queries), batch), desc="rank", unit="batch", disable=not progress, leave=False):
+        keys = queries[start : start + batch]
+        heads, relations = (torch.from_numpy(x).to(device) for x in np.divmod(keys, 2 * num_relations))
+        if chunk is None:
+            scores = score_fn(heads, relations)
+            blocks, size = _whole(scores), scores.shape[1]
+        else:
+            assert num_entities is not None
+            blocks, size = _chunked(score_fn, heads, relations, num_entities, chunk), num_entities
+        members = order[first[start] : first[start + len(keys)]]
+        targets, rows = torch.from_numpy(triples[members, 2]), torch.from_numpy(query_of[members] - start)
+        _check_range("target", targets, size)
+        ranks[members] = _ranks(blocks, rows, targets, _known(answers, keys)).cpu().numpy()
+    return ranks
+
+
+def summarize(ranks: np.ndarray, is_head_query: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+    """Metrics of ``ranks`` [n] -> {"mrr", "mr", "hits@1", "hits@3", "hits@10", "count", "head": {...}, "tail": {...}}.
+
+    is_head_query: bool [n], true for inverse queries (t, r + R, ?), which ask for the head; "head" and "tail" hold the
+    same metrics over either half. mask: bool [n], the subset to report (e.g. triples with an entity unseen in
+    training). hits@k is the share of ranks <= k. Metrics of no ranks at all are None, their count 0.
+    """
+    ranks, head = np.asarray(ranks, dtype=np.float64), np.asarray(is_head_query, dtype=bool)
+    chosen = np.ones(len(ranks), dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+    return _metrics(ranks[chosen]) | {
+        "head": _metrics(ranks[chosen & head]),
+        "tail": _metrics(ranks[chosen & ~head]),
+    }
+
+
+def _metrics(ranks: np.ndarray) -> dict[str, Any]:
+    values = {"mrr": 1 / ranks, "mr": ranks, **{f"hits@{k}": ranks <= k for k in HITS}}
+    return {name: float(v.mean()) if len(ranks) else None for name, v in values.items()} | {"count": len(ranks)}
+
+
+# ---------------------------------------------------------------- counting
+
+Blocks = Callable[[], Iterable[tuple[int, Tensor]]]  # each call yields (first entity, scores [B, m]) over all entities
+
+
+def _whole(scores: Tensor) -> Blocks:
+    return lambda: [(0, scores)]
+
+
+def _chunked(score_fn: Callable[..., Tensor], heads: Tensor, relations: Tensor, entities: int, chunk: int) -> Blocks:
+    def blocks() -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, entities, chunk):
+            yield start, score_fn(heads, relations, start, min(start + chunk, entities))
+
+    return blocks
+
+
+def _ranks(blocks: Blocks, rows: Tensor, targets: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Ranks [N] of ``targets`` in ``rows`` of the scores that ``blocks`` yields, on the scores' device."""
+    own: Tensor | None = None
+    for start, scores in blocks():
+        if own is None:
+            rows, targets = rows.to(scores.device), targets.to(scores.device)
+            known = None if known is None else (known[0].to(scores.device), known[1].to(scores.device))
+            own = scores.new_zeros(len(targets))
+        # the sum is NaN where any score is; opposite infinities make it NaN too, hence the second look
+        if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
+            raise ValueError("scores hold NaN: they have no rank")
+        here = ((targets >= start) & (targets < start + scores.shape[1])).nonzero().squeeze(1)
+        own[here] = scores[rows[here], targets[here] - start]
+    if own is None:
+        raise ValueError("there are no entities to rank")
+    # The target has counted itself as one tie, so 1 + above - 1/2.
+    ranks = torch.full(own.shape, 0.5, dtype=torch.float64, device=own.device)
+    for start, scores in blocks():
+        ranks += _count_above(scores, rows, own)
+        if known is not None:
+            ranks -= _count_known_above(scores, start, rows, targets, own, *known)
+    return ranks
+
+
+def _count_above(scores: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+    """#{scores > own} + #{scores == own} / 2 over each target's row -> float64 [N]."""
+    total = torch.zeros(len(own), dtype=torch.float64, device=own.device)
+    size = GPU_BLOCK if scores.is_cuda else CPU_BLOCK
+    for part in scores.split(EXACT_COLUMNS, dim=1):
+        step = min(max(1, size // part.shape[1]), max(1, len(own)))
+        higher, as_high = torch.empty((2, step, part.shape[1]), device=scores.device)
+        for i in range(0, len(own), step):
+            row, bar = part[rows[i : i + step]], own[i : i + step, None]
+            # a comparison that writes floats, then a float sum: both vectorized, a sum of bools is not
+            count = torch.gt(row, bar, out=higher[: len(row)]).add_(torch.ge(row, bar, out=as_high[: len(row)]))
+            total[i : i + step] += count.sum(1)
+    return total / 2
+
+
+def _count_known_above(
+    scores: Tensor, start: int, rows: Tensor, targets: Tensor, own: Tensor, indptr: Tensor, ids: Tensor
+) -> Tensor:
+    """The part of ``_count_above`` that is due to each target's filtered entities -> float64 [N].
+
+    scores: [B, m], entities start..start+m-1; (indptr, ids): CSR over the B rows.
+    """
+    total = torch.zeros(len(own), dtype=torch.float64, device=own.device)
+    sizes = (indptr[1:] - indptr[:-1])[rows]
+    ends = sizes.cumsum(0)
+    _, pieces = torch.unique_consecutive((ends - sizes) // FILTER_BLOCK, return_counts=True)
+    for members in torch.arange(len(own), device=own.device).split(pieces.tolist()):
+        of = members.repeat_interleave(sizes[members])  # the target of each pair
+        place = torch.arange(len(of), device=of.device) - (ends - sizes)[of] + (ends - sizes)[members[0]]
+        entity = ids[indptr[rows[of]] + place]
+        keep = (entity != targets[of]) & (entity >= start) & (entity < start + scores.shape[1])
+        of, entity = of[keep], entity[keep]
+        score, bar = scores[rows[of], entity - start], own[of]
+        total.index_add_(0, of, (score > bar).double() + (score >= bar).double())
+    return total / 2
+
+
+def _known(answers: AnswersLike, keys: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The answers of the queries ``keys`` as a CSR of their own; a query that is not there has none."""
+    place = np.searchsorted(answers.keys, keys)
+    found = place < len(answers.keys)
+    found[found] = answers.keys[place[found]] == keys[found]
+    begin = np.zeros(len(keys), dtype=np.int64)
+    sizes = np.zeros(len(keys), dtype=np.int64)
+    begin[found] = answers.indptr[place[found]]
+    sizes[found] = answers.indptr[place[found] + 1] - begin[found]
+    indptr = np.concatenate([[0], np.cumsum(sizes)])
+    index = np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], sizes)
+    return torch.from_numpy(indptr), torch.from_numpy(answers.targets[index])
+
+
+def _check_range(what: str, ids: Tensor, size: int) -> None:
+    if ids.numel() and (ids.min() < 0 or ids.max() >= size):
+        raise ValueError(f"{what} ids must lie in 0..{size - 1}, found {int(ids.min())}..{int(ids.max())}")
