@@ -1,15 +1,25 @@
-"""Codes files: how the integers of stage 1 are named, saved, loaded and checked.
+"""Codes: their files, their text and the tokens of that text. Nothing else in the toolkit spells a code.
+
+Files, as stage 1 leaves them:
 
 {dataset}_{L}_{K}_{Q}_rq.pt       int64 [M, L, Q]     (VQ: {dataset}_{L}_{K}.pt, int64 [M, L])
 ..._rq_emd.pt                     float32 [M, L, code_dim], the vectors that the codes stand for
 ..._rq.entities.txt               one raw entity name per row, so that codes map to another data set's ids
 ..._rq.json                       the run record
+
+Text of one entity, in two forms that every parser here reads (L = 2 positions, Q = 3 levels):
+spec      <ENT>name</ENT> <CODE>Q0_5:Q1_9:Q2_0|Q0_7:Q1_1:Q2_3</CODE>     about 2*L*Q tokens
+compact   <ENT>name</ENT> <CODE>Q0_5Q1_9Q2_0Q0_7Q1_1Q2_3</CODE>          L*Q + 2 tokens: level 0 opens a position
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from run_record import InputError, load_torch, save_torch, sha256_file, write_text
 
@@ -17,6 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from numpy.typing import ArrayLike, NDArray
+
+    from data.knowledge_graph import KnowledgeGraph
+
+ENT, END_ENT, CODE, END_CODE = MARKS = ("<ENT>", "</ENT>", "<CODE>", "</CODE>")
+CODE_FORMATS = ("spec", "compact")
 
 
 class CodeFiles(NamedTuple):
@@ -88,7 +104,199 @@ def load_codes(path: str | Path, num_entities: int | None = None, num_code: int 
 
 def load_entities(path: str | Path) -> list[str]:
     """The raw entity names of ``{stem}.entities.txt``, row by row. Raises InputError when it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+    try:  # split at newlines alone: a name may hold U+2028 or another line end that splitlines() knows
+        return Path(path).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"entity names {path} cannot be read: {error}; run run_rq.py again to write them") from error
+
+
+# ---------------------------------------------------------------- tokens and text
+
+_TOKEN = re.compile(r"Q(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})")
+# a piece of a name that a tokenizer would take for one of our tokens, with the backslashes that keep it apart
+_LIKE_TOKEN = re.compile(r"(</?(?:ENT|CODE)|Q[0-9]+)(\\*)(?=>|_[0-9])")
+
+
+class CodeTextError(ValueError):
+    """A code text that is broken or ends early; ``position`` is the offset of the fault in the given string."""
+
+    def __init__(self, text: str, position: int, problem: str) -> None:
+        self.text, self.position = text, position
+        found = repr(text[position : position + 24]) if position < len(text) else "the end of the text"
+        super().__init__(f"at character {position}: {problem}, found {found}")
+
+
+class EntityText(NamedTuple):
+    """One ``<ENT>name</ENT> <CODE>...</CODE>``, read."""
+
+    name: str
+    codes: NDArray[np.int64]  # [L, Q]
+
+
+def code_tokens(num_code: int, num_quantizers: int) -> list[str]:
+    """Every token that the codes add to a tokenizer: the four marks, then Q{level}_{index} by level and index.
+
+    Token ``4 + level * K + index`` of the list is ``Q{level}_{index}``; its length is 4 + Q*K.
+    """
+    return [*MARKS, *(f"Q{level}_{index}" for level in range(num_quantizers) for index in range(num_code))]
+
+
+def print_codes(codes: ArrayLike, code_format: str = "spec") -> str:
+    """``<CODE>...</CODE>`` of one entity's codes [L, Q] (VQ: [L]). ValueError for another shape or a negative index."""
+    return render_codes(np.asarray(codes)[None], code_format)[0]
+
+
+def render_codes(codes: ArrayLike, code_format: str = "spec") -> list[str]:
+    """``<CODE>...</CODE>`` of each row of codes [M, L, Q] (VQ: [M, L]): M strings."""
+    if code_format not in CODE_FORMATS:
+        raise ValueError(f"code format {code_format!r} does not exist; choose one of {', '.join(CODE_FORMATS)}")
+    rows = np.asarray(codes)
+    if rows.ndim == 2:
+        rows = rows[..., None]
+    if rows.ndim != 3 or not rows.size or not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0:
+        raise ValueError(f"codes must be indices of 0 or more, [L, Q] or [L] per entity, not {rows.dtype} {rows.shape}")
+    between_levels, between_positions = (":", "|") if code_format == "spec" else ("", "")
+    return [
+        CODE
+        + between_positions.join(between_levels.join(f"Q{q}_{k}" for q, k in enumerate(position)) for position in row)
+        + END_CODE
+        for row in rows.tolist()
+    ]
+
+
+def parse_codes(
+    text: str, seq_len: int | None = None, num_quantizers: int | None = None, num_code: int | None = None
+) -> NDArray[np.int64]:
+    """The codes [L, Q] of a ``<CODE>...</CODE>`` in either format: the exact inverse of ``print_codes``.
+
+    ``seq_len``, ``num_quantizers``, ``num_code``: the shape and range that the text must have, where known.
+    Raises CodeTextError, with the character where the text departs from the form.
+    """
+    return _parse_codes(text, 0, seq_len, num_quantizers, num_code)
+
+
+def _parse_codes(
+    text: str, at: int, seq_len: int | None, num_quantizers: int | None, num_code: int | None
+) -> NDArray[np.int64]:
+    """``parse_codes`` of ``text[at:]``, with positions counted in the whole text."""
+    if not text.startswith(CODE, at):
+        raise CodeTextError(text, at, f"expected {CODE}")
+    at += len(CODE)
+    rows: list[list[int]] = [[]]
+    separators: bool | None = None  # known from the first joint of two codes
+    while True:
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise CodeTextError(text, at, "expected a code such as Q0_5")
+        level, index = int(token[1]), int(token[2])
+        if level != len(rows[-1]):
+            raise CodeTextError(text, at, f"expected level {len(rows[-1])} of position {len(rows) - 1}")
+        if num_code is not None and index >= num_code:
+            raise CodeTextError(text, at, f"expected an index in 0..{num_code - 1}")
+        rows[-1].append(index)
+        at = token.end()
+        levels = num_quantizers or (len(rows[0]) if len(rows) > 1 else None)
+        done = text.startswith(END_CODE, at)
+        joint = "" if done else text[at : at + 1]
+        if not done:
+            if separators is None:
+                separators = joint in (":", "|")
+            if separators and joint not in (":", "|"):
+                raise CodeTextError(text, at, f"expected ':', '|' or {END_CODE}")
+        opens = joint == "|" if separators else text.startswith("Q0_", at)
+        if (done or opens) and levels is not None and len(rows[-1]) != levels:
+            raise CodeTextError(
+                text, at, f"expected {levels} levels in position {len(rows) - 1}, which ends after {len(rows[-1])}"
+            )
+        if not (done or opens) and levels is not None and len(rows[-1]) == levels:
+            raise CodeTextError(text, at, f"expected a new position or {END_CODE} after {levels} levels")
+        if done:
+            break
+        if separators:
+            at += 1
+        elif not text.startswith("Q", at):
+            raise CodeTextError(text, at, f"expected a code or {END_CODE}")
+        if opens:
+            if len(rows) == seq_len:
+                raise CodeTextError(text, at, f"expected {END_CODE} after {seq_len} positions")
+            rows.append([])
+    if seq_len is not None and len(rows) != seq_len:
+        raise CodeTextError(text, at, f"expected {seq_len} positions, the text has {len(rows)}")
+    at += len(END_CODE)
+    if at != len(text):
+        raise CodeTextError(text, at, f"expected nothing after {END_CODE}")
+    return np.array(rows, dtype=np.int64)
+
+
+def escape_name(name: str) -> str:
+    """The name with a backslash inside whatever a tokenizer would take for one of our tokens.
+
+    ``</ENT>`` becomes ``</ENT\\>`` and ``Q1_20`` becomes ``Q1\\_20``; where backslashes stand there already, one more
+    is added, so that ``unescape_name`` gives every name back. Other names are unchanged.
+    """
+    return _LIKE_TOKEN.sub(r"\1\2\\", name)
+
+
+def unescape_name(text: str) -> str:
+    """The inverse of ``escape_name``."""
+    return _LIKE_TOKEN.sub(lambda match: match[1] + match[2][:-1], text)
+
+
+def entity_text(name: str, codes: ArrayLike | None, code_format: str = "spec") -> str:
+    """``<ENT>name</ENT> <CODE>...</CODE>``, the name escaped; without codes (None, the ablation) the bare name."""
+    if codes is None:
+        return escape_name(name)
+    return f"{ENT}{escape_name(name)}{END_ENT} {print_codes(codes, code_format)}"
+
+
+def parse_entity(
+    text: str, seq_len: int | None = None, num_quantizers: int | None = None, num_code: int | None = None
+) -> EntityText:
+    """The inverse of ``entity_text`` with codes; shape arguments and errors as in ``parse_codes``."""
+    if not text.startswith(ENT):
+        raise CodeTextError(text, 0, f"expected {ENT}")
+    end = text.find(END_ENT)
+    if end < 0:
+        raise CodeTextError(text, len(text), f"expected {END_ENT}")
+    start = end + len(END_ENT)
+    if not text.startswith(" ", start):
+        raise CodeTextError(text, start, f"expected a space between {END_ENT} and {CODE}")
+    codes = _parse_codes(text, start + 1, seq_len, num_quantizers, num_code)
+    return EntityText(unescape_name(text[len(ENT) : end]), codes)
+
+
+# ---------------------------------------------------------------- names
+
+
+class Names(NamedTuple):
+    """One name per entity, no two equal."""
+
+    names: list[str]
+    missing: int  # entities without a label, shown by their id
+    shared: int  # entities whose label another one bears too
+    described: int  # of these, told apart by the description
+
+
+def unique_names(kg: KnowledgeGraph) -> Names:
+    """A display name per entity: the label; where it is shared, followed by ' (description)', else by ' (id)'.
+
+    Entities that share label and description get ' (id)' instead of the description. An entity without a label is shown
+    by its id. Names are never equal.
+    """
+
+    def shared(values: Sequence[str]) -> list[int]:
+        counts = Counter(values)
+        return [i for i, value in enumerate(values) if counts[value] > 1]
+
+    names = list(kg.labels)
+    ambiguous = shared(names)
+    for i in ambiguous:
+        names[i] += f" ({kg.descriptions[i] or kg.entities[i]})"
+    again = shared(names)
+    for i in again:
+        names[i] = f"{kg.labels[i]} ({kg.entities[i]})"
+    described = sum(bool(kg.descriptions[i]) for i in set(ambiguous) - set(again))
+    while again := shared(names):  # a label may read like another one with its id
+        for i in again:
+            names[i] += f" ({kg.entities[i]})"
+    return Names(names, int((~kg.has_label).sum()), len(ambiguous), described)
