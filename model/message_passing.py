@@ -13,7 +13,9 @@ and its gradients by one of three backends:
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,7 +75,7 @@ class EdgeSet:
         self.by_destination = _grouped(
             destination, (relation, source), num_destinations, source, relation, destination, weight
         )
-        self._weights: dict[torch.dtype, Tensor] = {}
+        self._weights: dict[tuple[torch.dtype, str], Tensor] = {}
 
     @classmethod
     def from_triples(
@@ -107,11 +109,12 @@ class EdgeSet:
     def device(self) -> torch.device:
         return self.by_destination.source.device
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """Edge weights in destination order, as ``dtype``: [E]."""
-        if dtype not in self._weights:
-            self._weights[dtype] = self.by_destination.weight.to(dtype)
-        return self._weights[dtype]
+    def weight(self, dtype: torch.dtype, by: str = "destination") -> Tensor:
+        """Edge weights in the order of ``by_destination`` or ``by_source``, as ``dtype``: [E]."""
+        if (dtype, by) not in self._weights:
+            rows = self.by_source if by == "source" else self.by_destination
+            self._weights[dtype, by] = rows.weight.to(dtype)
+        return self._weights[dtype, by]
 
     def to(self, device: str | torch.device) -> EdgeSet:
         """The same edges on ``device`` (itself when they are there already)."""
@@ -206,6 +209,10 @@ def compose_sum(x: Tensor, v: Tensor, edges: EdgeSet, backend: str = "auto", com
     backend = resolve_backend(backend, x.device)
     if backend == "dgl":
         return _dgl_sum(x, v, edges, composition)
+    if backend == "fused":
+        from model.fused_cpu import FusedSum
+
+        return FusedSum.apply(x, v, edges, composition == "mult")
     return _TorchSum.apply(x, v, edges, composition == "mult")
 
 
@@ -218,7 +225,7 @@ def resolve_backend(name: str, device: str | torch.device) -> str:
     if name not in BACKENDS:
         raise InputError(f"graph backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == "auto":
-        return "dgl" if device.type == "cpu" and _missing_for("dgl", device) is None else "torch"
+        return "fused" if _missing_for("fused", device) is None else "torch"
     missing = _missing_for(name, device)
     if missing:
         raise InputError(f"graph backend {name!r} cannot run on {device}: {missing}; choose auto or torch")
@@ -235,7 +242,11 @@ def _missing_for(name: str, device: torch.device) -> str | None:
         except Exception as error:
             return f"dgl does not work there ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
     elif name == "fused":
-        return "the fused kernels are not built yet"
+        package = "numba" if device.type == "cpu" else "triton"
+        if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        if package == "triton":
+            return "the GPU kernel is not built yet"
     return None
 
 

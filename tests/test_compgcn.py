@@ -84,7 +84,8 @@ def test_backends_agree_in_float32(composition: str) -> None:
     assert "torch" in found
     for backend, tensors in found.items():
         for ours, theirs in zip(tensors, found["torch"], strict=True):
-            assert relative(ours, theirs) <= 1e-5, backend
+            # an absolute floor: under batch norm the gradient of `sub`'s v_loop is zero but for rounding
+            assert (ours - theirs).norm() <= 1e-5 * max(1.0, float(theirs.norm())), backend
 
 
 def test_no_layer_is_the_identity_and_widths_are_checked() -> None:
