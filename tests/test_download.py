@@ -1,0 +1,153 @@
+"""The verified download, against a server on this machine: no test leaves it."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data import download
+from data.download import DATASETS, PublicFile, fetch
+from run_record import InputError
+
+CONTENT = {"train.txt": b"a\tr\tb\n" * 5000, "valid.txt": b"b\tr\tc\n" * 30}
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT below /pinned; ``faults`` holds what goes wrong with the next requests for a file."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[str] = []
+        self.faults: dict[str, list[str]] = {}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        self.server.requests.append(name)
+        faults = self.server.faults.get(name, [])
+        fault = faults.pop(0) if faults else ""
+        if fault.isdigit() or not self.path.startswith("/pinned/"):
+            self.send_error(int(fault or 404))
+            return
+        body = b"another file" if fault == "other" else CONTENT[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if fault == "truncated" else body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    files = {name: PublicFile(f"pinned/{name}", hashlib.sha256(body).hexdigest()) for name, body in CONTENT.items()}
+    files["extra.npy"] = PublicFile(None, hashlib.sha256(b"extra").hexdigest())
+    monkeypatch.setitem(DATASETS, "toy", files)
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def get(server: Server, out: Path, said: list[str] | None = None) -> Path:
+    return fetch("toy", out, base_url=server.url, say=(said if said is not None else []).append, pause=0)
+
+
+def test_fetches_verifies_and_then_skips(server: Server, tmp_path: Path) -> None:
+    folder = get(server, tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == CONTENT
+    assert (folder / "train.txt").stat().st_mode & 0o044  # not the private mode of a temporary file
+    said: list[str] = []
+    server.requests.clear()
+    get(server, tmp_path, said)
+    assert server.requests == [] and all("skipped" in line for line in said)
+
+
+def test_a_partial_or_changed_file_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    folder = get(server, tmp_path)
+    (folder / "train.txt").write_bytes(CONTENT["train.txt"][:100])
+    server.requests.clear()
+    get(server, tmp_path)
+    assert server.requests == ["train.txt"]
+    assert (folder / "train.txt").read_bytes() == CONTENT["train.txt"]
+
+
+def test_a_truncated_body_is_tried_again(server: Server, tmp_path: Path) -> None:
+    server.faults["train.txt"] = ["truncated", "503"]
+    folder = get(server, tmp_path)
+    assert (folder / "train.txt").read_bytes() == CONTENT["train.txt"]
+    assert server.requests == ["train.txt"] * 3 + ["valid.txt"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "words", "requests"),
+    [
+        (["truncated"] * 9, "no full answer", download.TRIES),
+        (["404"], "HTTP 404", 1),
+        (["500"] * 9, "HTTP 500", download.TRIES),
+        (["other"], "found sha256", 1),
+    ],
+)
+def test_faults_are_one_line_and_leave_nothing(
+    server: Server, tmp_path: Path, faults: list[str], words: str, requests: int
+) -> None:
+    server.faults["train.txt"] = faults
+    with pytest.raises(InputError) as error:
+        get(server, tmp_path)
+    message = str(error.value)
+    assert words in message and "train.txt" in message and "\n" not in message
+    assert len(server.requests) == requests
+    assert not list((tmp_path / "toy").iterdir())
+
+
+def test_a_wrong_hash_names_both_and_keeps_the_other_files(server: Server, tmp_path: Path) -> None:
+    server.faults["valid.txt"] = ["other"]
+    with pytest.raises(InputError) as error:
+        get(server, tmp_path)
+    assert hashlib.sha256(b"another file").hexdigest() in str(error.value)
+    assert DATASETS["toy"]["valid.txt"].sha256 in str(error.value)
+    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["train.txt"]
+
+
+def test_no_server(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--source"):
+        fetch("toy", tmp_path, base_url="http://127.0.0.1:1", say=lambda line: None, pause=0)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_source_folder(server: Server, tmp_path: Path, nested: bool) -> None:
+    source = tmp_path / "source"
+    folder = source / "toy" if nested else source
+    folder.mkdir(parents=True)
+    for name, body in {**CONTENT, "extra.npy": b"extra"}.items():
+        (folder / name).write_bytes(body)
+    target = fetch("toy", tmp_path / "out", source, base_url=server.url, say=lambda line: None)
+    assert {path.name for path in target.iterdir()} == {*CONTENT, "extra.npy"} and server.requests == []
+
+    (folder / "valid.txt").write_bytes(b"changed")
+    with pytest.raises(InputError, match=r"toy/valid\.txt .* expected"):
+        fetch("toy", tmp_path / "again", source, say=lambda line: None)
+    (folder / "valid.txt").unlink()
+    with pytest.raises(InputError, match=r"has no valid\.txt"):
+        fetch("toy", tmp_path / "third", source, say=lambda line: None)
+    assert not (tmp_path / "third").exists()
+
+
+def test_every_url_is_pinned_to_a_commit_and_every_hash_is_whole() -> None:
+    for files in DATASETS.values():
+        assert {"train.txt", "valid.txt", "test.txt"} <= set(files)
+        for name, public in files.items():
+            assert len(public.sha256) == 64 and int(public.sha256, 16)
+            if public.path is not None:
+                owner, repository, commit, *rest = public.path.split("/")
+                assert owner and repository and len(commit) == 40 and int(commit, 16) and rest[-1] == name
