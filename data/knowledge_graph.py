@@ -272,7 +272,7 @@ class _Reader:
         for number, tabs in enumerate([line.count("\t") for line in lines], 1):
             if tabs != 2:
                 good = False
-                self.fault(file, number, _Words(f"{tabs + 1} columns"), "3, tab-separated: head relation tail")
+                self.fault(file, number, _columns(tabs + 1), "3, tab-separated: head relation tail")
         fields = "\t".join(lines).split("\t") if good and lines else []
         for position in [i for i, value in enumerate(fields) if not value] if "" in fields else []:
             self.fault(file, position // 3 + 1, _Words("an empty name"), "head TAB relation TAB tail")
@@ -344,7 +344,7 @@ class _Reader:
             if len(columns) == 2:
                 rows.append((number, columns[0], columns[1]))
             else:
-                self.fault(file, number, _Words(f"{len(columns)} columns"), "2, tab-separated: id name")
+                self.fault(file, number, _columns(len(columns)), "2, tab-separated: id name")
         return self.id_names(file, rows, len(lines))
 
     # ---------------- the OpenKE form
@@ -372,7 +372,7 @@ class _Reader:
                 if len(columns) == 2:
                     rows.append((number, columns[1].strip(), columns[0]))
                 else:
-                    self.fault(file, number, _Words(f"{len(columns)} columns"), "2: name id")
+                    self.fault(file, number, _columns(len(columns)), "2: name id")
             names.append(self.id_names(file, rows, len(lines)))
         self.check()
         entities, relations = names
@@ -383,7 +383,7 @@ class _Reader:
             for number, line in self.counted_lines(file):
                 columns = line.split()
                 if len(columns) != 3:
-                    self.fault(file, number, _Words(f"{len(columns)} columns"), "3: head tail relation")
+                    self.fault(file, number, _columns(len(columns)), "3: head tail relation")
                     continue
                 h = self.number(file, number, columns[0], len(entities), "the head's id")
                 t = self.number(file, number, columns[1], len(entities), "the tail's id")
@@ -403,7 +403,7 @@ class _Reader:
         for number, line in enumerate(self.lines(file), 1):
             key, tab, text = line.partition("\t")
             if not tab:
-                self.fault(file, number, _Words("1 column"), "2, tab-separated: name text")
+                self.fault(file, number, _columns(1), "2, tab-separated: name text")
             found.setdefault(key, " ".join(text.split()))
         return found
 
@@ -471,6 +471,10 @@ class _Reader:
 
 class _Words(str):
     """A description of a fault, printed as it is; any other string found in a file is quoted."""
+
+
+def _columns(count: int) -> _Words:
+    return _Words(f"{count} column{'s' * (count != 1)}")
 
 
 # ---------------------------------------------------------------- the cache

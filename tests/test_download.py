@@ -10,7 +10,7 @@ import pytest
 
 from data import download
 from data.download import DATASETS, PublicFile, fetch
-from run_record import InputError
+from run_record import ROOT, InputError
 
 CONTENT = {"train.txt": b"a\tr\tb\n" * 5000, "valid.txt": b"b\tr\tc\n" * 30}
 
@@ -151,3 +151,11 @@ def test_every_url_is_pinned_to_a_commit_and_every_hash_is_whole() -> None:
             if public.path is not None:
                 owner, repository, commit, *rest = public.path.split("/")
                 assert owner and repository and len(commit) == 40 and int(commit, 16) and rest[-1] == name
+
+
+def test_the_readme_lists_every_file_with_its_hash() -> None:
+    rows = [
+        line.split(" | ") for line in (ROOT / "data" / "README.md").read_text().splitlines() if line.endswith("` |")
+    ]
+    listed = {(name.strip("| "), file.strip("`")): sha.strip("`| ") for name, file, _, sha in rows}
+    assert listed == {(name, file): public.sha256 for name, files in DATASETS.items() for file, public in files.items()}

@@ -151,7 +151,7 @@ def test_raw_names_as_labels(tmp_path: Path) -> None:
 
 FAULTS: list[tuple[dict[str, str | bytes], str, str]] = [
     ({"train.txt": "a\tlikes\tc\na\tlikes\n"}, "train.txt:2", "2 columns"),
-    ({"train.txt": "a likes c\n"}, "train.txt:1", "1 columns"),
+    ({"train.txt": "a likes c\n"}, "train.txt:1", "found 1 column,"),
     # one column too few and one too many: the sum alone would look right
     ({"train.txt": "a\tlikes\nc\tnear_to\tb\ta\n"}, "train.txt:1", "2 columns"),
     ({"train.txt": "a\t\tc\n"}, "train.txt:1", "an empty name"),
@@ -168,7 +168,7 @@ FAULTS: list[tuple[dict[str, str | bytes], str, str]] = [
     ({"entities.dict": "0\tb\n1\tc\n1\td\n2\ta\n"}, "entities.dict:3", "'c'"),
     ({"entities.dict": "0\tb\n1\tc\n2\tb\n3\td\n"}, "entities.dict:3", "line 1"),
     ({"entities.dict": "0\tb\n-1\tc\n2\ta\n3\td\n"}, "entities.dict:2", "'-1'"),
-    ({"entities.dict": "0\tb\nc\n2\ta\n3\td\n"}, "entities.dict:2", "1 columns"),
+    ({"entities.dict": "0\tb\nc\n2\ta\n3\td\n"}, "entities.dict:2", "found 1 column,"),
     ({"relations.dict": "near_to\t0\nlikes\t1\n"}, "relations.dict:1", "'near_to'"),
     ({"entity2label.txt": "a\tAnna\nb Berta\n"}, "entity2label.txt:2", "1 column"),
     ({"relation2text.txt": b"likes\t\xe9\n"}, "relation2text.txt:1", "UTF-8"),
@@ -195,7 +195,7 @@ OPENKE_FAULTS = [
     ({"valid2id.txt": "1\n0 x 1\n"}, "valid2id.txt:2", "'x'"),
     ({"entity2id.txt": "4\na\t2\nb\t0\nc\t1\nd\t4\n"}, "entity2id.txt:5", "0..3"),
     ({"entity2id.txt": "4\na\t2\nb\t0\na\t1\nd\t3\n"}, "entity2id.txt:4", "line 2"),
-    ({"relation2id.txt": "2\nnear_to\t0\nlikes\n"}, "relation2id.txt:3", "1 columns"),
+    ({"relation2id.txt": "2\nnear_to\t0\nlikes\n"}, "relation2id.txt:3", "found 1 column,"),
 ]
 
 
