@@ -1,0 +1,497 @@
+"""What every instruction-data script shares: flags, the data set with its codes, rows, and the files they go to.
+
+A script parses with ``add_flags``, calls ``open_source`` and hands row iterators to ``write_task``, which streams:
+no list of rows is ever held in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
+from data.knowledge_graph import KnowledgeGraph
+from run_record import ROOT, InputError, atomic_path, make_record, read_json, sha256_file, write_json
+
+Ints = NDArray[np.int64]
+Row = dict[str, Any]
+
+CODES_FOLDER = ROOT / "codes_new"
+BUNDLED = ROOT / "data" / "family"
+OUT_FOLDER = ROOT / "lora_training" / "lora_data"
+FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # SPEC's file names
+FORMATS = ("json", "jsonl")
+STATS = "dataset_stats.json"
+TRAIN_FILES = ("train.txt", "train2id.txt")
+
+
+# ---------------------------------------------------------------- rows
+
+
+def make_row(
+    instruction: str,
+    output: str,
+    *,
+    id: str,
+    task_type: str,
+    split: str,
+    triple: Sequence[str] | None = None,
+    direction: str | None = None,
+    candidates: Sequence[str] | None = None,
+    truth: Sequence[str] | None = None,
+    input: str = "",
+) -> Row:
+    """One row: the Alpaca fields and what scoring needs. Every row has every key, None where it does not apply.
+
+    ``split``: train, validation or test. ``triple``: raw names head, relation, tail, always in the data set's own
+    direction; a row that rests on several triples has them one after another (6 names, 9, ...). ``direction``: the end
+    that is asked for, ``head`` or ``tail``. ``candidates``: raw entity names as listed. ``truth``: the right answers as
+    data, a list: raw entity names, or ["True"] / ["False"] where the row judges its triple.
+    """
+    return {
+        "instruction": instruction,
+        "input": input,
+        "output": output,
+        "id": id,
+        "task_type": task_type,
+        "split": split,
+        "triple": None if triple is None else list(triple),
+        "direction": direction,
+        "candidates": None if candidates is None else list(candidates),
+        "truth": None if truth is None else list(truth),
+    }
+
+
+def row_triples(row: Row) -> list[tuple[str, str, str]]:
+    """The triples that a row rests on; none where ``triple`` does not apply."""
+    names = row.get("triple") or []
+    return [(names[i], names[i + 1], names[i + 2]) for i in range(0, len(names), 3)]
+
+
+def states_facts(row: Row) -> bool:
+    """False for a row whose triple is a negative: it tells nothing about what holds."""
+    return row.get("truth") != ["False"]
+
+
+# ---------------------------------------------------------------- files
+
+
+def split_path(folder: str | Path, split: str, file_format: str = "json") -> Path:
+    """SPEC's file of a split: train, validation or test_tasks."""
+    return Path(folder) / f"{FILE_STEMS[split]}.{file_format}"
+
+
+def existing_split(folder: str | Path, split: str) -> Path | None:
+    """The split's file in either format; None where there is none."""
+    paths = [split_path(folder, split, file_format) for file_format in FORMATS]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def write_rows(path: Path, rows: Iterable[Row], limit: int = 0) -> dict[str, Any]:
+    """Stream rows into a JSON array or JSON lines (by the ending), one row per line; 0 as ``limit`` means all.
+
+    The file appears when complete, and one of the other format goes. Returns counts: rows, bytes, rows per task type,
+    outputs of rows that judge, longest and mean prompt and output in characters.
+    """
+    array = path.suffix == ".json"
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    count, prompt_sum, prompt_max, output_sum, output_max = 0, 0, 0, 0, 0
+    task_types: Counter[str] = Counter()
+    judged: Counter[str] = Counter()
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", encoding="utf-8", newline="\n", buffering=1 << 20) as file:
+            for row in itertools.islice(rows, limit or None):
+                file.write(("[\n" if count == 0 else ",\n") + encode(row) if array else encode(row) + "\n")
+                count += 1
+                prompt, output = len(row["instruction"]) + len(row["input"]), len(row["output"])
+                prompt_sum, prompt_max = prompt_sum + prompt, max(prompt_max, prompt)
+                output_sum, output_max = output_sum + output, max(output_max, output)
+                task_types[row["task_type"]] += 1
+                if row["truth"] in (["True"], ["False"]):
+                    judged[row["output"]] += 1
+            if array:
+                file.write("\n]\n" if count else "[]\n")
+        size = temporary.stat().st_size
+    split_path(path.parent, next(s for s, stem in FILE_STEMS.items() if stem == path.stem),
+               "jsonl" if array else "json").unlink(missing_ok=True)  # fmt: skip
+    stats: dict[str, Any] = {"file": path.name, "rows": count, "bytes": size, "task_types": dict(task_types)}
+    if judged:
+        stats["judged"] = dict(judged)
+    if count:
+        stats["prompt_characters"] = {"mean": round(prompt_sum / count, 1), "max": prompt_max}
+        stats["output_characters"] = {"mean": round(output_sum / count, 1), "max": output_max}
+    return stats
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Stream the rows of a file of ``write_rows``; InputError names the line that is no row."""
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                text = line.strip().rstrip(",")
+                if text in ("", "[", "]", "[]"):
+                    continue
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: not one JSON row per line ({error.msg})") from error
+                if not isinstance(row, dict) or not {"instruction", "output"} <= row.keys():
+                    raise InputError(f"{path}:{number}: a row needs instruction, input and output")
+                yield row
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"instruction data {path} cannot be read: {error}") from error
+
+
+def write_task(
+    folder: Path,
+    task: str,
+    args: argparse.Namespace,
+    source: Source,
+    splits: Mapping[str, Iterable[Row]],
+    notes: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Write the splits' files and dataset_stats.json of one task; returns what the latter holds.
+
+    ``notes`` is called after the rows were written and adds to the stats: counts made on the way, and
+    ``candidate_order`` ({split: "shuffled" or "ranked"}) where rows have candidates.
+    """
+    (folder / STATS).unlink(missing_ok=True)  # a folder with stats is complete
+    written = {}
+    for split, rows in splits.items():
+        written[split] = write_rows(split_path(folder, split, args.format), rows, args.limit)
+        if not written[split]["rows"]:
+            raise InputError(f"task {task} has no {split} rows from {source.kg.name}; check the flags and the data set")
+        print(f"  {split:10} {written[split]['rows']:>9,} rows  {split_path(folder, split, args.format)}")
+    stats = make_record(
+        vars(args), source.kg.input_hashes, time.monotonic() - source.started,
+        task=task, dataset=source.kg.name, codes=source.codes_info, names=source.names_info, splits=written, **notes(),
+    )  # fmt: skip
+    write_json(stats, folder / STATS)
+    return stats
+
+
+def fill_top(task_folder: Path, out_dir: Path) -> bool:
+    """Give SPEC's three files and dataset_stats.json the content of one task, by hard link where the disk allows it.
+
+    A mix that build_mix.py wrote is left alone: then nothing is done and False is returned.
+    """
+    stats_path = out_dir / STATS
+    if stats_path.is_file() and "mix" in read_json(stats_path, "statistics"):
+        return False
+    stats_path.unlink(missing_ok=True)
+    for split in FILE_STEMS:
+        file = existing_split(task_folder, split)
+        if file is None:
+            continue
+        for file_format in FORMATS:
+            split_path(out_dir, split, file_format).unlink(missing_ok=True)
+        try:
+            os.link(file, out_dir / file.name)
+        except OSError:
+            with atomic_path(out_dir / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    write_json(read_json(task_folder / STATS, "statistics"), stats_path)
+    return True
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_flags(parser: argparse.ArgumentParser, code_format: str = "spec") -> None:
+    """The flags that every instruction-data script has."""
+    group = parser.add_argument_group("codes and data")
+    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: what codes_new/ holds)")
+    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: what the codes belong to)")
+    group.add_argument("--no_codes", action="store_true", help="the ablation: names alone, no codes in any prompt")
+    group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
+    group.add_argument("--code_format", choices=CODE_FORMATS, default=code_format, help="text form of the codes")
+    group = parser.add_argument_group("output")
+    group.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
+    group.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file (0: all)")
+    group.add_argument("--format", choices=FORMATS, default="json", help="a JSON array, or JSON lines")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+
+
+def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse flags of ``add_flags`` that contradict each other or are out of range."""
+    if args.limit < 0 or args.seed < 0:
+        parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
+    if args.no_codes and (args.codes or args.shuffle_codes):
+        parser.error("--no_codes writes no codes: leave out --codes and --shuffle_codes")
+
+
+# ---------------------------------------------------------------- the data set and its codes
+
+
+@dataclass
+class Source:
+    """A data set, its display names and, unless left out, its codes as text: rendered once per entity."""
+
+    kg: KnowledgeGraph
+    names: Names
+    codes: Ints | None = None  # [M, L, Q]
+    num_code: int = 0  # K
+    code_format: str = "spec"
+    codes_info: dict[str, Any] = field(default_factory=dict)  # for dataset_stats.json
+    shown: list[str] = field(init=False)  # names as a prompt may hold them
+    code_texts: list[str] = field(init=False)  # <CODE>...</CODE> per entity; the shown name without codes
+    entity_texts: list[str] = field(init=False)  # <ENT>name</ENT> <CODE>...</CODE>; the shown name without codes
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.shown = [escape_name(name) for name in self.names.names]
+        if self.codes is None:
+            self.code_texts = self.entity_texts = self.shown
+            return
+        self.code_texts = render_codes(self.codes, self.code_format)
+        self.entity_texts = [
+            f"<ENT>{name}</ENT> {code}" for name, code in zip(self.shown, self.code_texts, strict=True)
+        ]
+
+    @property
+    def with_codes(self) -> bool:
+        return self.codes is not None
+
+    @property
+    def names_info(self) -> dict[str, int]:
+        """What ``unique_names`` had to do, for dataset_stats.json."""
+        return {"missing": self.names.missing, "shared": self.names.shared, "described": self.names.described}
+
+    def raw_triple(self, h: int, r: int, t: int) -> list[str]:
+        """The triple by raw names, as rows carry it."""
+        return [self.kg.entities[h], self.kg.relations[r], self.kg.entities[t]]
+
+
+class _Choice(NamedTuple):
+    """One way to go: a codes file (None: no codes) and a data set."""
+
+    codes: Path | None
+    dataset: Path
+
+
+def open_source(args: argparse.Namespace, preferred: str | None = None) -> Source:
+    """The data set and codes that the flags name, or that stage 1 left; says which, and checks them.
+
+    Without ``--dataset``: the data set called ``preferred`` if codes for it are there, else the codes' own. Without
+    ``--codes``: the newest of codes_new/ that fit, the data set's own before another's, the bundled graph's last.
+    Raises InputError where nothing fits, or what is given does not.
+    """
+    started = time.monotonic()
+    choices = list(_choices(args, preferred))
+    if not choices:
+        raise InputError(
+            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/family'} "
+            "(or give --codes FILE.pt, or --no_codes)"
+        )
+    graphs: dict[Path, KnowledgeGraph] = {}
+    reasons = []
+    for choice in choices:
+        try:
+            if choice.dataset not in graphs:
+                graphs[choice.dataset] = KnowledgeGraph.load(choice.dataset)
+            kg = graphs[choice.dataset]
+            if choice.codes is None:
+                source = Source(kg, unique_names(kg), codes_info={"file": None})
+            else:
+                codes, num_code, info = fit_codes(choice.codes, kg, choice.dataset)
+                if args.shuffle_codes:
+                    codes = codes[np.random.default_rng(args.seed).permutation(len(codes))]
+                info |= {"code_format": args.code_format, "shuffled": args.shuffle_codes}
+                source = Source(kg, unique_names(kg), codes, num_code, args.code_format, info)
+        except InputError as error:
+            reasons.append(str(error))
+            continue
+        source.started = started
+        for reason in reasons:
+            print(f"passed over: {reason}")
+        _announce(source, choice)
+        return source
+    more = f" (and {len(reasons) - 1} other codes that do not fit)" if len(reasons) > 1 else ""
+    raise InputError(reasons[0] + more)
+
+
+def _announce(source: Source, choice: _Choice) -> None:
+    kg, info = source.kg, source.codes_info
+    print(
+        f"data set {kg.name} ({choice.dataset}): {kg.num_entities:,} entities, {kg.num_relations} relations; "
+        f"{source.names.missing} names missing, {source.names.shared} shared"
+    )
+    if source.codes is None:
+        print("codes: none (--no_codes)")
+    else:
+        L, Q = source.codes.shape[1:]
+        shuffled = ", SHUFFLED (control)" if info["shuffled"] else ""
+        print(f"codes: {choice.codes} ({L} x {Q} of {source.num_code}), {info['origin']}{shuffled}")
+
+
+def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choice]:
+    """Ways to go, best first."""
+    if args.no_codes and args.dataset:
+        yield _Choice(None, args.dataset)
+        return
+    found = _dumped_codes() if args.codes is None else [args.codes]
+    folders = {codes: training_folder(codes, read_record(codes), args.dataset) for codes in found}
+    if args.dataset:
+        found.sort(key=lambda codes: folders[codes] is None or folders[codes].resolve() != args.dataset.resolve())
+        yield from (_Choice(codes, args.dataset) for codes in found)
+        return
+    options: list[_Choice] = []
+    if preferred:
+        places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
+        home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
+        if home is not None:
+            own_first = sorted(found, key=lambda codes: folders[codes] is None or folders[codes].name != preferred)
+            options = [_Choice(codes, home) for codes in own_first if folders[codes] != BUNDLED]
+    own = [_Choice(codes, folder) for codes, folder in folders.items() if folder]
+    options += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
+    if args.codes and not options:
+        raise InputError(f"the data set that {args.codes} was trained on is not at hand; give --dataset DIR")
+    if args.no_codes:
+        options = [_Choice(None, choice.dataset) for choice in options] or [_Choice(None, BUNDLED)]
+    yield from options
+
+
+def _dumped_codes() -> list[Path]:
+    """Codes files with a record in codes_new/, newest first."""
+    found = [path.with_suffix(".pt") for path in CODES_FOLDER.glob("*.json") if path.with_suffix(".pt").is_file()]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def read_record(codes: Path) -> dict[str, Any]:
+    """The run record beside a codes file; InputError where it is missing or lacks what the checks need."""
+    path = codes.with_suffix(".json")
+    if not codes.is_file():
+        raise InputError(f"codes file {codes} does not exist; stage 1 writes it: python run_rq.py --dataset DIR")
+    if not path.is_file():
+        raise InputError(f"codes file {codes} has no record {path.name} beside it: what it learned from is unknown")
+    record = read_json(path, "record")
+    wanted = ("args", "inputs", "outputs", "dataset")
+    missing = [key for key in wanted if not isinstance(record, dict) or key not in record]
+    if missing or not any(name in record["inputs"] for name in TRAIN_FILES):
+        raise InputError(
+            f"record {path} lacks {', '.join(missing) or 'the hash of a training file'}; run run_rq.py again"
+        )
+    return record
+
+
+def _train_hash(hashes: Mapping[str, str]) -> str | None:
+    return next((hashes[name] for name in TRAIN_FILES if name in hashes), None)
+
+
+def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = None) -> Path | None:
+    """The folder whose training file has the hash in the record: as recorded, in data/, or beside ``near``."""
+    recorded = Path(record["args"].get("dataset") or "")
+    name = record["dataset"]
+    places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
+    if near is not None:
+        places += [near, near.resolve().parent / name]
+    for place in places:
+        for file in TRAIN_FILES:
+            if (place / file).is_file() and sha256_file(place / file) == _train_hash(record["inputs"]):
+                return place
+    return None
+
+
+def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, dict[str, Any]]:
+    """(codes [M, L, Q] in the order of ``kg``'s ids, K, what to say of them), checked against file, record and graph.
+
+    Codes of another data set are mapped by entity name. Raises InputError, both sides named: the file is not the one
+    recorded; shape, dtype or range differ from the record; the graph has entities without codes; the codes were
+    trained on a split that holds test triples of ``kg``, or on one that is not at hand to be checked.
+    """
+    record = read_record(path)
+    names_path = path.with_suffix(".entities.txt")
+    for file in (path, names_path):
+        expected = record["outputs"].get(file.name)
+        if not file.is_file() or expected is None:
+            raise InputError(
+                f"{file} is {'missing' if not file.is_file() else 'not in its record'}; run run_rq.py again"
+            )
+        if sha256_file(file) != expected:
+            raise InputError(f"{file} is not the file of its record (sha256 differs); run run_rq.py again")
+    names = load_entities(names_path)
+    num_code = int(record["args"]["num_code"])
+    codes = load_codes(path, num_code=num_code).numpy()
+    wanted = (len(names), int(record["args"]["seq_len"]), int(record["args"].get("num_quantizers") or codes.shape[2]))
+    if codes.shape != wanted:
+        raise InputError(f"codes file {path} is {list(codes.shape)}, its names and record say {list(wanted)}")
+    own = _train_hash(record["inputs"]) == _train_hash(kg.input_hashes)
+    info: dict[str, Any] = {
+        "file": path.name, "sha256": record["outputs"][path.name], "record": str(path.with_suffix(".json")),
+        "dataset": record["dataset"], "seq_len": wanted[1], "num_code": num_code, "num_quantizers": wanted[2],
+        "origin": f"learned on {kg.name}'s own training split",
+    }  # fmt: skip
+    if names != kg.entities:
+        row = {name: i for i, name in enumerate(names)}
+        absent = [name for name in kg.entities if name not in row]
+        if absent:
+            raise InputError(
+                f"codes file {path} ({record['dataset']}, {len(names)} entities) has no row for {len(absent)} of the "
+                f"{kg.num_entities} entities of {kg.name}, such as {absent[0]!r}; run: python run_rq.py --dataset {folder}"
+            )
+        codes = codes[[row[name] for name in kg.entities]]
+    if not own:
+        info |= _check_origin(path, record, kg, folder, len(names))
+    return codes, num_code, info
+
+
+def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, folder: Path, rows: int) -> dict[str, Any]:
+    """What to say of codes that were trained on other triples than ``kg``'s; InputError where they saw its test."""
+    origin = training_folder(path, record, folder)
+    if origin is None:
+        raise InputError(
+            f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which is not at hand "
+            f"with the recorded hash: whether it holds test triples of {kg.name} cannot be checked; put it in data/"
+        )
+    seen = shared_triples(KnowledgeGraph.load(origin), kg)
+    if seen["test_triples"]:
+        raise InputError(
+            f"codes file {path} was trained on {origin}/train, which holds {seen['test_triples']} of the {len(kg.test)} "
+            f"test triples of {kg.name}; run: python run_rq.py --dataset {folder}"
+        )
+    return {
+        "origin": f"learned on {record['dataset']} ({rows:,} rows), mapped to {kg.name} ({kg.num_entities:,}) by name",
+        "in_their_training_split": seen,
+    }
+
+
+def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
+    """How many of ``kg``'s valid and test triples stand, by name, in the training split of ``other``.
+
+    Also how many test triples have their pair of entities linked there, in either direction and by any relation.
+    """
+    entity = {name: i for i, name in enumerate(kg.entities)}
+    relation = {name: i for i, name in enumerate(kg.relations)}
+    M, R = kg.num_entities, kg.num_relations
+    e = np.array([entity.get(name, -1) for name in other.entities], dtype=np.int64)
+    r = np.array([relation.get(name, -1) for name in other.relations], dtype=np.int64)
+    h, p, t = e[other.train[:, 0]], r[other.train[:, 1]], e[other.train[:, 2]]
+    linked = (h >= 0) & (t >= 0)
+    known = linked & (p >= 0)
+    triples = (h[known] * R + p[known]) * M + t[known]
+    pairs = np.concatenate([h[linked] * M + t[linked], t[linked] * M + h[linked]])
+
+    def among(split: Ints) -> int:
+        return int(np.isin((split[:, 0] * R + split[:, 1]) * M + split[:, 2], triples).sum())
+
+    return {
+        "valid_triples": among(kg.valid),
+        "test_triples": among(kg.test),
+        "test_pairs": int(np.isin(kg.test[:, 0] * M + kg.test[:, 2], pairs).sum()),
+    }
