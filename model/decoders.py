@@ -186,7 +186,7 @@ def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, 
             f"ConvE cannot fold D = {dim} for a {kernel} x {kernel} kernel; the nearest D that fits: {near_text}"
         )
     if height is None:
-        return min(((h, dim // h) for h in fitting), key=lambda shape: (abs(shape[0] - shape[1]), shape[0]))
+        return min(((h, dim // h) for h in fitting), key=lambda shape: abs(shape[0] - shape[1]))  # the first: wide
     if height not in fitting:
         raise ValueError(
             f"ConvE cannot fold D = {dim} to height {height} for a {kernel} x {kernel} kernel; "
