@@ -347,17 +347,22 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choic
         return
     found = _dumped_codes() if args.codes is None else [args.codes]
     folders = {codes: training_folder(codes, read_record(codes), args.dataset) for codes in found}
+
+    def others_last(is_own: Callable[[Path], bool]) -> list[Path]:
+        return sorted(found, key=lambda codes: not ((folder := folders[codes]) and is_own(folder)))
+
     if args.dataset:
-        found.sort(key=lambda codes: folders[codes] is None or folders[codes].resolve() != args.dataset.resolve())
-        yield from (_Choice(codes, args.dataset) for codes in found)
+        own_folder = args.dataset.resolve()
+        yield from (
+            _Choice(codes, args.dataset) for codes in others_last(lambda folder: folder.resolve() == own_folder)
+        )
         return
     options: list[_Choice] = []
     if preferred:
         places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
         home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
         if home is not None:
-            own_first = sorted(found, key=lambda codes: folders[codes] is None or folders[codes].name != preferred)
-            options = [_Choice(codes, home) for codes in own_first if folders[codes] != BUNDLED]
+            options = [_Choice(codes, home) for codes in others_last(lambda folder: folder.name == preferred)]
     own = [_Choice(codes, folder) for codes, folder in folders.items() if folder]
     options += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
     if args.codes and not options:
@@ -420,9 +425,8 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
     for file in (path, names_path):
         expected = record["outputs"].get(file.name)
         if not file.is_file() or expected is None:
-            raise InputError(
-                f"{file} is {'missing' if not file.is_file() else 'not in its record'}; run run_rq.py again"
-            )
+            problem = "not in its record" if file.is_file() else "missing"
+            raise InputError(f"{file} is {problem}; run run_rq.py again")
         if sha256_file(file) != expected:
             raise InputError(f"{file} is not the file of its record (sha256 differs); run run_rq.py again")
     names = load_entities(names_path)
@@ -442,8 +446,9 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
         absent = [name for name in kg.entities if name not in row]
         if absent:
             raise InputError(
-                f"codes file {path} ({record['dataset']}, {len(names)} entities) has no row for {len(absent)} of the "
-                f"{kg.num_entities} entities of {kg.name}, such as {absent[0]!r}; run: python run_rq.py --dataset {folder}"
+                f"codes file {path} ({record['dataset']}, {len(names)} entities) has no row for {len(absent)} of "
+                f"the {kg.num_entities} entities of {kg.name}, such as {absent[0]!r}; "
+                f"run: python run_rq.py --dataset {folder}"
             )
         codes = codes[[row[name] for name in kg.entities]]
     if not own:
@@ -456,14 +461,14 @@ def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, fol
     origin = training_folder(path, record, folder)
     if origin is None:
         raise InputError(
-            f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which is not at hand "
-            f"with the recorded hash: whether it holds test triples of {kg.name} cannot be checked; put it in data/"
+            f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which is not at "
+            f"hand with the recorded hash: whether it holds test triples of {kg.name} is unknown; put it in data/"
         )
     seen = shared_triples(KnowledgeGraph.load(origin), kg)
     if seen["test_triples"]:
         raise InputError(
-            f"codes file {path} was trained on {origin}/train, which holds {seen['test_triples']} of the {len(kg.test)} "
-            f"test triples of {kg.name}; run: python run_rq.py --dataset {folder}"
+            f"codes file {path} was trained on the training split of {origin}, which holds {seen['test_triples']} of "
+            f"the {len(kg.test)} test triples of {kg.name}; run: python run_rq.py --dataset {folder}"
         )
     return {
         "origin": f"learned on {record['dataset']} ({rows:,} rows), mapped to {kg.name} ({kg.num_entities:,}) by name",

@@ -43,7 +43,7 @@ def link_prediction(
         + (f"Head: {head_text}\n" if with_codes else "")
         + "Candidates:\n"
         + "\n".join(candidate_texts)
-        + f"\nGive the {'codes' if with_codes else 'names'} of the {answers} most plausible candidates, the best first, "
+        + f"\nGive the {'codes' if with_codes else 'names'} of the {answers} most plausible candidates, best first, "
         "one numbered line each."
     )
 
