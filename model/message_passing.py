@@ -267,7 +267,7 @@ def _dgl_sum(x: Tensor, v: Tensor, edges: EdgeSet, composition: str) -> Tensor:
     weight = edges.weight(x.dtype)[:, None]  # [E, 1]
     with graph.local_scope():
         graph.srcdata["x"] = x
-        relations = v.index_select(0, rows.relation)  # [E, D]
+        relations = v.index_select(0, rows.relation.long())  # [E, D]
         if composition == "mult":
             graph.edata["v"] = weight * relations
             graph.update_all(fn.u_mul_e("x", "v", "message"), fn.sum("message", "out"))
@@ -288,8 +288,8 @@ class _TorchSum(torch.autograd.Function):
         ctx.edges, ctx.mult = edges, mult
         out = x.new_zeros(edges.num_destinations, x.shape[1])
         for source, relation, destination, weight in _chunks(edges, x.dtype):
-            message = x.index_select(0, source)
-            message = message.mul_(v[relation]) if mult else message.sub_(v[relation])
+            message, relations = x.index_select(0, source), v.index_select(0, relation)
+            message = message.mul_(relations) if mult else message.sub_(relations)
             out.index_add_(0, destination, message.mul_(weight))
         return out
 
@@ -302,9 +302,10 @@ class _TorchSum(torch.autograd.Function):
         for source, relation, destination, weight in _chunks(ctx.edges, x.dtype):
             message = grad.index_select(0, destination).mul_(weight)  # [chunk, D]
             if grad_x is not None:
-                grad_x.index_add_(0, source, message * v[relation] if ctx.mult else message)
+                grad_x.index_add_(0, source, message * v.index_select(0, relation) if ctx.mult else message)
             if grad_v is not None:
-                grad_v.index_add_(0, relation, message.mul_(x[source]) if ctx.mult else message.neg_())
+                message = message.mul_(x.index_select(0, source)) if ctx.mult else message.neg_()
+                grad_v.index_add_(0, relation, message)
         return grad_x, grad_v, None, None
 
 
@@ -314,4 +315,5 @@ def _chunks(edges: EdgeSet, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor
     weight = edges.weight(dtype)[:, None]
     for start in range(0, edges.num_edges, CHUNK_EDGES):
         part = slice(start, start + CHUNK_EDGES)
-        yield source[part], relation[part], destination[part], weight[part]
+        # int64: torch's gather and index_add take half as long with it as with int32
+        yield source[part].long(), relation[part].long(), destination[part].long(), weight[part]

@@ -1,0 +1,203 @@
+"""One CompGCN layer, forward and backward over both directions, by each way of summing the composed neighbours.
+
+    python benchmarks/message_passing.py [--quick] [--json F] [--dataset DIR]
+
+On FB15k-237 (a random graph of its size where the folder is not there), equal parameters, no dropout. The reference is
+the original's way: DGL with a user-defined message function and a matrix product per edge. The ways take turns, and
+each keeps its best time; errors are relative to the same layer in float64, the largest over output and gradients.
+Below the layer stand its parts: its matrix products alone, and the sum alone (forward, and with both gradients).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.knowledge_graph import KnowledgeGraph
+from model.CompGCN import CompGCNLayer, Encoded
+from model.message_passing import RelationalGraph, compose_sum, import_dgl, resolve_backend
+from run_record import ROOT, CommandParser, InputError, make_record, run_command, write_json
+
+REFERENCE = "matrix product per edge (DGL function)"
+
+
+class PerEdgeLayer(CompGCNLayer):
+    """The same layer as the original computes it: every edge's message is multiplied by W, then summed."""
+
+    def forward(self, x: Tensor, v: Tensor, graph: RelationalGraph) -> Encoded:
+        import_dgl()
+        import dgl.function as fn
+
+        total = (x * self.v_loop) @ self.w_loop
+        for g, w in zip(one_graph_per_direction(graph), (self.w_in, self.w_out), strict=True):
+            with g.local_scope():
+                g.ndata["x"] = x
+                relation, norm = g.edata["relation"], g.edata["norm"]
+                g.update_all(
+                    lambda edges, r=relation, n=norm, w=w: {"m": (edges.src["x"] * v[r]) @ w * n}, fn.sum("m", "out")
+                )
+                total = total + g.ndata["out"]
+        return Encoded(self.act(self.norm(total / 3)), v @ self.w_rel)
+
+
+GRAPHS: dict[int, list[Any]] = {}
+
+
+def one_graph_per_direction(graph: RelationalGraph) -> list[Any]:
+    """Two DGLGraphs over the entities with relation ids and 1/sqrt(d d') on their edges, built once."""
+    if id(graph) not in GRAPHS:
+        dgl, rows = import_dgl(), graph.edges.by_destination
+        GRAPHS[id(graph)] = []
+        for direction in (0, 1):
+            mine = rows.destination % 2 == direction
+            g = dgl.graph((rows.source[mine], rows.destination[mine] // 2), num_nodes=graph.num_entities)
+            g.edata["relation"] = rows.relation[mine].long()
+            g.edata["norm"] = rows.weight[mine, None].float()
+            GRAPHS[id(graph)].append(g)
+    return GRAPHS[id(graph)]
+
+
+def load_triples(folder: Path, seed: int) -> tuple[str, np.ndarray, int, int, dict[str, str]]:
+    """(name, train triples, M, R, input hashes); without the folder, ids drawn by a 1/rank law at FB15k-237's sizes."""
+    if (folder / "train.txt").exists():
+        kg = KnowledgeGraph.load(folder)
+        return kg.name, kg.train, kg.num_entities, kg.num_relations, kg.input_hashes
+    rng, M, R, E = np.random.default_rng(seed), 14_541, 237, 272_115
+
+    def law(n: int) -> np.ndarray:
+        weight = 1 / np.arange(1, n + 1)
+        return rng.choice(n, E, p=weight / weight.sum())
+
+    return "random graph of FB15k-237's size", np.stack([law(M), law(R), law(M)], axis=1), M, R, {}
+
+
+def best_times(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each way's best of ``repeats`` turns, after one call that warms it up."""
+    best: dict[str, float] = {}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if turn:
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+    return best
+
+
+def installed(backends: tuple[str, ...]) -> list[str]:
+    """Those of ``backends`` that run here."""
+    found = []
+    for name in backends:
+        try:
+            found.append(resolve_backend(name, "cpu"))
+        except InputError as error:
+            print(f"left out: {error}")
+    return found
+
+
+def main() -> int:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one turn each, under 50 s on two cores")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "FB15k-237", help="the data set's folder")
+    parser.add_argument("--width", type=int, default=200, help="D, in and out")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="of the parameters and of a random graph")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    begun, D = time.perf_counter(), args.width
+
+    name, triples, M, R, hashes = load_triples(args.dataset, args.seed)
+    graph = RelationalGraph.from_triples(triples, M, R)
+    backends = installed(("dgl", "torch", "fused"))
+    x, v = torch.randn(M, D, requires_grad=True), torch.randn(2 * R, D, requires_grad=True)
+    grad_out, grad_sum = torch.randn(M, D), torch.randn(2 * M, D)
+
+    parameters = CompGCNLayer(D, D, R, dropout=0.0).state_dict()
+
+    def layer(way: type[CompGCNLayer], backend: str) -> CompGCNLayer:
+        made = way(D, D, R, dropout=0.0, backend=backend)
+        made.load_state_dict(parameters)
+        return made
+
+    layers = {f"{backend} backend": layer(CompGCNLayer, backend) for backend in backends}
+    if "dgl" in backends:
+        layers = {REFERENCE: layer(PerEdgeLayer, "dgl"), **layers}
+
+    def results(made: CompGCNLayer, x: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        """[out, gradients of x, v and the weights] of one forward and backward."""
+        out = made(x, v, graph).x
+        leaves = [x, v, made.w_in, made.w_out, made.w_loop, made.v_loop]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    exact = results(
+        layer(CompGCNLayer, "torch").double(),
+        x.detach().double().requires_grad_(),
+        v.detach().double().requires_grad_(),
+        grad_out.double(),
+    )
+
+    def error(made: CompGCNLayer) -> float:
+        pairs = zip(results(made, x, v, grad_out), exact, strict=True)
+        return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+    sums, w = torch.randn(M, 2 * D), torch.randn(2 * D, D)
+    x_data, w_loop = x.detach(), layer(CompGCNLayer, "torch").w_loop.detach()
+
+    def products() -> None:
+        """The layer's own products, forward (2) and backward (4)."""
+        sums @ w, x_data @ w_loop
+        grad_out @ w.T, sums.T @ grad_out, grad_out @ w_loop.T, x_data.T @ grad_out
+
+    def sum_forward(backend: str) -> None:
+        compose_sum(x_data, v.detach(), graph.edges, backend)
+
+    def sum_and_gradients(backend: str) -> None:
+        torch.autograd.grad(compose_sum(x, v, graph.edges, backend), (x, v), grad_sum)
+
+    repeats = 1 if args.quick else 3
+    whole = best_times({way: partial(results, made, x, v, grad_out) for way, made in layers.items()}, repeats)
+    parts = best_times(
+        {
+            "the layer's matrix products alone": products,
+            **{f"sum forward, {b}": partial(sum_forward, b) for b in backends},
+            **{f"sum and gradients, {b}": partial(sum_and_gradients, b) for b in backends},
+        },
+        repeats,
+    )
+    reference = whole.get(REFERENCE)
+    rows = [
+        {
+            "way": way,
+            "seconds": round(seconds, 4),
+            "ratio": round(reference / seconds, 1) if reference else None,
+            "relative_error": error(layers[way]) if way in layers else None,
+        }
+        for way, seconds in {**whole, **parts}.items()
+    ]
+    print(f"{name}: {M:,} entities, {2 * len(triples):,} edges, D = {D}, {args.threads} threads")
+    print(f"{'way':<42}{'seconds':>10}{'ratio':>9}{'rel. error':>13}")
+    for row in rows:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.1f}x"
+        off = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
+        print(f"{row['way']:<42}{row['seconds']:>10.4f}{ratio:>9}{off:>13}")
+    print("ratio: the reference's seconds over this row's; for the parts, of the whole reference layer over the part")
+    if args.json:
+        write_json(make_record(vars(args), hashes, time.perf_counter() - begun, graph=name, rows=rows), args.json)
+        print(f"wrote {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
