@@ -250,12 +250,18 @@ class Source:
     code_format: str = "spec"
     codes_info: dict[str, Any] = field(default_factory=dict)  # for dataset_stats.json
     shown: list[str] = field(init=False)  # names as a prompt may hold them
+    relations: list[str] = field(init=False)  # relations as a prompt may hold them, no two equal
     code_texts: list[str] = field(init=False)  # <CODE>...</CODE> per entity; the shown name without codes
     entity_texts: list[str] = field(init=False)  # <ENT>name</ENT> <CODE>...</CODE>; the shown name without codes
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.shown = [escape_name(name) for name in self.names.names]
+        labels = Counter(self.kg.relation_labels)
+        self.relations = [
+            escape_name(label if labels[label] == 1 else f"{label} ({raw})")
+            for label, raw in zip(self.kg.relation_labels, self.kg.relations, strict=True)
+        ]
         if self.codes is None:
             self.code_texts = self.entity_texts = self.shown
             return
@@ -352,10 +358,8 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choic
         return sorted(found, key=lambda codes: not ((folder := folders[codes]) and is_own(folder)))
 
     if args.dataset:
-        own_folder = args.dataset.resolve()
-        yield from (
-            _Choice(codes, args.dataset) for codes in others_last(lambda folder: folder.resolve() == own_folder)
-        )
+        given: Path = args.dataset
+        yield from (_Choice(codes, given) for codes in others_last(lambda folder: folder.resolve() == given.resolve()))
         return
     options: list[_Choice] = []
     if preferred:

@@ -1,0 +1,285 @@
+"""Triple classification: is (h, r, t) true? Rows of the paper's Table 7, answered by True or False.
+
+    python Class/gen_fb_data_rq.py                                   what stage 1 left in codes_new/
+    python Class/gen_fb_data_rq.py --dataset data/FB15k-237N --neg_sampling uniform --no_codes
+
+Training: every training triple, and --neg_ratio sampled negatives for each. Validation and test: the triples of
+valid.txt and test.txt, and the negatives of valid_neg.txt and test_neg.txt as they stand, repeated lines included;
+a data set without these files gets one sampled negative per triple.
+
+Negatives of FB15k-237N are adversarial: more of them than of the positives join entities that the relation links in
+training. Negatives drawn uniformly teach the opposite, so the default draws the replaced end from the relation's
+training range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.instructions import (
+    Ints,
+    Row,
+    Source,
+    add_flags,
+    check_flags,
+    fill_top,
+    make_row,
+    open_source,
+    write_task,
+)
+from Class.prompts import FALSE, TRUE, classification
+from data.knowledge_graph import KnowledgeGraph
+from run_record import CommandParser, InputError, run_command
+
+TASK = "triple_classification"
+PREFERRED = "FB15k-237N"
+RANGE_ROUNDS, ROUNDS = 100, 2000  # draws per negative before the range, then the whole search, is given up
+CHUNK = 1 << 16
+
+
+class Ranges(NamedTuple):
+    """The entities that stand at one end of each relation in training, as CSR over relations."""
+
+    keys: Ints  # sorted distinct r * M + entity
+    indptr: Ints  # [R + 1]
+
+
+class Labelled(NamedTuple):
+    """Triples and whether they hold."""
+
+    triples: Ints  # [n, 3]
+    labels: NDArray[np.bool_]  # [n]
+
+
+class Split(NamedTuple):
+    """One split's rows, and of its negatives how many had to come from outside the range."""
+
+    rows: Labelled
+    outside: int
+    sampled: bool
+
+
+def triple_keys(triples: Ints, kg: KnowledgeGraph) -> Ints:
+    """One integer per triple [n, 3] -> [n]."""
+    return (triples[:, 0] * kg.num_relations + triples[:, 1]) * kg.num_entities + triples[:, 2]
+
+
+def member(keys: Ints, sorted_keys: Ints) -> NDArray[np.bool_]:
+    """Which of ``keys [n]`` occur among the sorted ones."""
+    if not len(sorted_keys):
+        return np.zeros(len(keys), dtype=bool)
+    return sorted_keys[np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)] == keys
+
+
+def training_ranges(kg: KnowledgeGraph) -> tuple[Ranges, Ranges]:
+    """The heads and the tails of each relation's training triples."""
+
+    def of(column: int) -> Ranges:
+        keys = np.unique(kg.train[:, 1] * kg.num_entities + kg.train[:, column])
+        return Ranges(keys, np.searchsorted(keys, np.arange(kg.num_relations + 1) * kg.num_entities).astype(np.int64))
+
+    return of(0), of(2)
+
+
+def in_range(triples: Ints, kg: KnowledgeGraph, ranges: tuple[Ranges, Ranges]) -> NDArray[np.bool_]:
+    """Whether both ends of each triple stand at their end of the relation in training: [n, 3] -> [n]."""
+    heads, tails = (
+        member(triples[:, 1] * kg.num_entities + triples[:, column], ranges[end].keys)
+        for end, column in enumerate((0, 2))
+    )
+    return heads & tails
+
+
+def sample_negatives(
+    positives: Ints,
+    ratio: int,
+    known: Ints,
+    kg: KnowledgeGraph,
+    ranges: tuple[Ranges, Ranges] | None,
+    rng: np.random.Generator,
+) -> tuple[Ints, int]:
+    """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, by a coin, none among ``known``.
+
+    ``known``: sorted keys (``triple_keys``) that must not be drawn. ``ranges``: draw the new end from those the relation
+    has in training (None: from all entities). Also returns how many negatives found none there and came from all
+    entities. Raises InputError where a positive has no negative at all.
+    """
+    M = kg.num_entities
+    negatives = np.repeat(positives, ratio, axis=0)
+    todo, outside = np.arange(len(negatives)), 0
+    for turn in range(ROUNDS):
+        if not len(todo):
+            return negatives, outside
+        if turn == RANGE_ROUNDS and ranges is not None:
+            ranges, outside = None, len(todo)
+        drawn = negatives[todo]
+        drawn[:, [0, 2]] = np.repeat(positives[todo // ratio], 1, axis=0)[:, [0, 2]]
+        at_tail = rng.random(len(todo)) < 0.5
+        if ranges is None:
+            new = rng.integers(0, M, len(todo))
+        else:
+            new = np.empty(len(todo), dtype=np.int64)
+            for end, chosen in enumerate((~at_tail, at_tail)):
+                relation = drawn[chosen, 1]
+                start, stop = ranges[end].indptr[relation], ranges[end].indptr[relation + 1]
+                # a relation without training triples has no range: its draw is the positive itself, drawn again later
+                position = start + (rng.random(len(relation)) * (stop - start)).astype(np.int64)
+                found = ranges[end].keys[position.clip(max=len(ranges[end].keys) - 1)] % M
+                new[chosen] = np.where(stop > start, found, drawn[chosen, 2 * end])
+        drawn[at_tail, 2], drawn[~at_tail, 0] = new[at_tail], new[~at_tail]
+        negatives[todo] = drawn
+        own = (drawn == positives[todo // ratio]).all(axis=1)
+        todo = todo[own | member(triple_keys(drawn, kg), known)]
+    h, r, t = positives[todo[0] // ratio]
+    raise InputError(
+        f"no negative found for ({kg.entities[h]}, {kg.relations[r]}, {kg.entities[t]}): nearly every other entity makes it "
+        f"true; use a data set where relations are sparser"
+    )
+
+
+def make_splits(kg: KnowledgeGraph, ratio: int, neg_sampling: str, seed: int) -> dict[str, Split]:
+    """The labelled triples of train (shuffled), validation and test (in the files' order, True and False in turn).
+
+    Training negatives avoid training triples alone: to avoid those of valid and test too would tell which they are.
+    Sampled validation and test negatives, on the other hand, must be false by all that is known, and new to the reader.
+    """
+    ranges = training_ranges(kg) if neg_sampling == "range" else None
+    rng = np.random.default_rng([seed, 0])
+    negatives, outside = sample_negatives(kg.train, ratio, np.sort(triple_keys(kg.train, kg)), kg, ranges, rng)
+    triples = np.concatenate([kg.train, negatives])
+    order = rng.permutation(len(triples))
+    splits = {"train": Split(Labelled(triples[order], order < len(kg.train)), outside, True)}
+    known = np.concatenate([triple_keys(part, kg) for part in (triples, kg.valid, kg.test)])
+    for number, (split, name) in enumerate([("validation", "valid"), ("test", "test")], 1):
+        positives, given, outside = kg.split(name), kg.negatives(name), 0
+        if given is None:
+            rng = np.random.default_rng([seed, number])
+            given, outside = sample_negatives(positives, 1, np.unique(known), kg, ranges, rng)
+            known = np.concatenate([known, triple_keys(given, kg)])
+        order = np.argsort(np.concatenate([np.arange(len(positives)), np.arange(len(given))]), kind="stable")
+        rows = Labelled(np.concatenate([positives, given])[order], order < len(positives))
+        splits[split] = Split(rows, outside, kg.negatives(name) is None)
+    return splits
+
+
+def rows_of(source: Source, split: str, labelled: Labelled) -> Iterator[Row]:
+    """The split's rows, one by one."""
+    shown, texts, relations = source.shown, source.entity_texts, source.relations
+    number = 0
+    for start in range(0, len(labelled.triples), CHUNK):
+        part = slice(start, start + CHUNK)
+        for (h, r, t), holds in zip(labelled.triples[part].tolist(), labelled.labels[part].tolist(), strict=True):
+            answer = TRUE if holds else FALSE
+            yield make_row(
+                classification(shown[h], relations[r], shown[t], texts[h], texts[t], source.with_codes),
+                answer,
+                id=f"{TASK}-{split}-{number}",
+                task_type=TASK,
+                split=split,
+                triple=source.raw_triple(h, r, t),
+                truth=[answer],
+            )
+            number += 1
+
+
+def range_controls(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, float]]:
+    """Per split: the share of positives and negatives in range, the accuracy of "in range = True" and of its inverse."""
+    ranges = training_ranges(kg)
+    found = {}
+    for name, split in splits.items():
+        inside, labels = in_range(split.rows.triples, kg, ranges), split.rows.labels
+        found[name] = {
+            "positives_in_range": round(float(inside[labels].mean()), 4),
+            "negatives_in_range": round(float(inside[~labels].mean()), 4),
+            "accuracy_in_range_is_true": round(float((inside == labels).mean()), 4),
+            "accuracy_in_range_is_false": round(float((inside != labels).mean()), 4),
+        }
+    return found
+
+
+def negative_counts(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
+    """Per split: positives, negatives, where those come from, how many repeat an earlier one or stand in training too."""
+    found: dict[str, dict[str, Any]] = {}
+    trained = np.unique(triple_keys(splits["train"].rows.triples[~splits["train"].rows.labels], kg))
+    for name, split in splits.items():
+        triples, labels = split.rows
+        keys = triple_keys(triples[~labels], kg)
+        found[name] = {
+            "positives": int(labels.sum()),
+            "negatives": len(keys),
+            "negatives_from": "sampled" if split.sampled else "given",
+            "repeated_negatives": len(keys) - len(np.unique(keys)),
+            "negatives_from_outside_the_range": split.outside,
+        }
+        if name != "train":
+            found[name] |= {
+                "negatives_also_sampled_for_training": int(member(keys, trained).sum()),
+                "positives_sampled_as_negatives_for_training": int(
+                    member(triple_keys(triples[labels], kg), trained).sum()
+                ),
+            }
+    return found
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="Class/gen_fb_data_rq.py", description=__doc__.split("\n")[0])
+    add_flags(parser)
+    group = parser.add_argument_group("negatives")
+    group.add_argument("--neg_ratio", type=int, default=16, help="sampled negatives per training triple")
+    group.add_argument(
+        "--neg_sampling", choices=["range", "uniform"], default="range",
+        help="the replaced end comes from the relation's training range, or from all entities",
+    )  # fmt: skip
+    parser.add_argument(
+        "--task_only", action="store_true", help="leave OUT_DIR's own train, validation and test_tasks files alone"
+    )
+    args = parser.parse_args(argv)
+    check_flags(args, parser)
+    if args.neg_ratio < 1:
+        parser.error(f"--neg_ratio must be 1 or more, got {args.neg_ratio}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    source = open_source(args, preferred=PREFERRED)
+    kg = source.kg
+    splits = make_splits(kg, args.neg_ratio, args.neg_sampling, args.seed)
+    counts, controls = negative_counts(kg, splits), range_controls(kg, splits)
+    folder = args.out_dir / TASK
+    write_task(
+        folder, TASK, args, source, {name: rows_of(source, name, split.rows) for name, split in splits.items()},
+        lambda: {"labelled": counts, "range_controls": controls},
+    )  # fmt: skip
+    for name, count in counts.items():
+        print(
+            f"  {name:10} {count['positives']:,} positives, {count['negatives']:,} negatives ({count['negatives_from']}, "
+            f"{count['repeated_negatives']} repeated)"
+        )
+    print('control without a model, "both ends in the relation\'s training range = True" and its inverse:')
+    for name, control in controls.items():
+        print(
+            f"  {name:10} accuracy {control['accuracy_in_range_is_true']:.3f} and "
+            f"{control['accuracy_in_range_is_false']:.3f} (in range: {control['positives_in_range']:.1%} of positives, "
+            f"{control['negatives_in_range']:.1%} of negatives)"
+        )
+    if args.task_only:
+        return
+    if fill_top(folder, args.out_dir):
+        print(f"filled {args.out_dir}/train, validation, test_tasks with this task")
+        print("next: cd lora_training && python train_lora.py (or mix tasks first: python Class/build_mix.py)")
+    else:
+        print(f"{args.out_dir} holds a mix and was left alone; mix anew: python Class/build_mix.py")
+
+
+if __name__ == "__main__":
+    run_command(main)
