@@ -107,11 +107,12 @@ def sample_negatives(
     ranges: tuple[Ranges, Ranges] | None,
     rng: np.random.Generator,
 ) -> tuple[Ints, int]:
-    """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, by a coin, none among ``known``.
+    """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, by a coin.
 
-    ``known``: sorted keys (``triple_keys``) that must not be drawn. ``ranges``: draw the new end from those the relation
-    has in training (None: from all entities). Also returns how many negatives found none there and came from all
-    entities. Raises InputError where a positive has no negative at all.
+    ``known``: sorted keys (``triple_keys``) that are never drawn. ``ranges``: draw the new end from those that the
+    relation has in training (None: from all entities). Also
+    returns how many negatives found none in the range and came from all entities. Raises InputError where a
+    positive has no negative at all.
     """
     M = kg.num_entities
     negatives = np.repeat(positives, ratio, axis=0)
@@ -121,8 +122,7 @@ def sample_negatives(
             return negatives, outside
         if turn == RANGE_ROUNDS and ranges is not None:
             ranges, outside = None, len(todo)
-        drawn = negatives[todo]
-        drawn[:, [0, 2]] = np.repeat(positives[todo // ratio], 1, axis=0)[:, [0, 2]]
+        drawn = positives[todo // ratio]
         at_tail = rng.random(len(todo)) < 0.5
         if ranges is None:
             new = rng.integers(0, M, len(todo))
@@ -131,7 +131,7 @@ def sample_negatives(
             for end, chosen in enumerate((~at_tail, at_tail)):
                 relation = drawn[chosen, 1]
                 start, stop = ranges[end].indptr[relation], ranges[end].indptr[relation + 1]
-                # a relation without training triples has no range: its draw is the positive itself, drawn again later
+                # a relation without training triples has no range: it gets the positive's own end, to be drawn again
                 position = start + (rng.random(len(relation)) * (stop - start)).astype(np.int64)
                 found = ranges[end].keys[position.clip(max=len(ranges[end].keys) - 1)] % M
                 new[chosen] = np.where(stop > start, found, drawn[chosen, 2 * end])
@@ -141,8 +141,8 @@ def sample_negatives(
         todo = todo[own | member(triple_keys(drawn, kg), known)]
     h, r, t = positives[todo[0] // ratio]
     raise InputError(
-        f"no negative found for ({kg.entities[h]}, {kg.relations[r]}, {kg.entities[t]}): nearly every other entity makes it "
-        f"true; use a data set where relations are sparser"
+        f"no negative found for ({kg.entities[h]}, {kg.relations[r]}, {kg.entities[t]}) of {kg.name}: nearly every "
+        "other entity makes it true; use a data set where relations are sparser"
     )
 
 
@@ -192,7 +192,7 @@ def rows_of(source: Source, split: str, labelled: Labelled) -> Iterator[Row]:
 
 
 def range_controls(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, float]]:
-    """Per split: the share of positives and negatives in range, the accuracy of "in range = True" and of its inverse."""
+    """Per split: positives and negatives in range (shares), accuracy of "in range = True" and of its inverse."""
     ranges = training_ranges(kg)
     found = {}
     for name, split in splits.items():
@@ -207,7 +207,7 @@ def range_controls(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, di
 
 
 def negative_counts(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
-    """Per split: positives, negatives, where those come from, how many repeat an earlier one or stand in training too."""
+    """Per split: positives, negatives and their source, how many repeat an earlier one or stand in training too."""
     found: dict[str, dict[str, Any]] = {}
     trained = np.unique(triple_keys(splits["train"].rows.triples[~splits["train"].rows.labels], kg))
     for name, split in splits.items():
@@ -222,6 +222,7 @@ def negative_counts(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, d
         }
         if name != "train":
             found[name] |= {
+                # sampling does not look at valid and test, so it meets some of their triples: these two say how many
                 "negatives_also_sampled_for_training": int(member(keys, trained).sum()),
                 "positives_sampled_as_negatives_for_training": int(
                     member(triple_keys(triples[labels], kg), trained).sum()
@@ -262,8 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     for name, count in counts.items():
         print(
-            f"  {name:10} {count['positives']:,} positives, {count['negatives']:,} negatives ({count['negatives_from']}, "
-            f"{count['repeated_negatives']} repeated)"
+            f"  {name:10} {count['positives']:,} positives, {count['negatives']:,} negatives "
+            f"({count['negatives_from']}, {count['repeated_negatives']:,} repeated)"
         )
     print('control without a model, "both ends in the relation\'s training range = True" and its inverse:')
     for name, control in controls.items():
