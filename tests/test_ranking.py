@@ -95,7 +95,7 @@ def test_small_blocks_change_nothing(rng: np.random.Generator, monkeypatch: pyte
     rows, targets = torch.from_numpy(rng.integers(0, 9, N)), torch.from_numpy(rng.integers(0, M, N))
     known = torch.arange(10) * 11, torch.from_numpy(np.concatenate([rng.permutation(M)[:11] for _ in range(9)]))
     whole = rank_scores(scores, targets, known, rows)
-    for name, value in (("CPU_BLOCK", 50), ("EXACT_COLUMNS", 10), ("FILTER_BLOCK", 15)):
+    for name, value in (("CPU_BLOCK", 50), ("CPU_BLOCK", 10), ("FILTER_BLOCK", 15)):
         monkeypatch.setattr(ranking, name, value)
         assert torch.equal(rank_scores(scores, targets, known, rows), whole)
     assert whole.tolist() == [
