@@ -114,7 +114,7 @@ class FusedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, v = ctx.saved_tensors
         edges: EdgeSet = ctx.edges
-        mult, rows = ctx.mult, edges.by_source
+        mult, rows = ctx.mult, edges.rows("source")
         bytes_each = max(1, v.numel() * v.element_size())
         weight = edges.weight(x.dtype, by="source")
         indptr, relation, destination, w = _arrays(rows.indptr, rows.relation, rows.destination, weight)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,11 +26,12 @@ from torch.autograd.function import once_differentiable
 from run_record import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BACKENDS = ("auto", "dgl", "torch", "fused")
 COMPOSITIONS = ("mult", "sub")
-CHUNK_EDGES = 8192  # edges per step of the torch backend: two [8192, D] buffers stay near the caches
+# Edges per step of the torch backend: on CPU two [2048, D] buffers stay in the caches, a GPU wants long steps.
+CHUNK_EDGES = {"cpu": 2048, "cuda": 2**18}
 
 
 class Rows(NamedTuple):
@@ -75,7 +75,7 @@ class EdgeSet:
         self.by_destination = _grouped(
             destination, (relation, source), num_destinations, source, relation, destination, weight
         )
-        self._weights: dict[tuple[torch.dtype, str], Tensor] = {}
+        self._cache: dict[tuple[object, ...], Any] = {}
 
     @classmethod
     def from_triples(
@@ -85,21 +85,37 @@ class EdgeSet:
         weight = symmetric_weights(source, destination, num_entities)
         return cls(source, relation, destination, weight, num_entities, num_relations, num_entities)
 
-    @cached_property
-    def by_source(self) -> Rows:
-        """The same edges grouped by source: the rows of the gradient with respect to x."""
-        _, source, relation, destination, weight = self.by_destination
-        return _grouped(source, (relation, destination), self.num_sources, source, relation, destination, weight)
+    def rows(self, by: str) -> Rows:
+        """The edges grouped by "destination" (rows of the sum), "source" or "relation" (rows of its gradients)."""
+        if by == "destination":
+            return self.by_destination
+        return self.cached(("rows", by), lambda: self._regrouped(by))
 
-    @cached_property
+    def _regrouped(self, by: str) -> Rows:
+        _, source, relation, destination, weight = self.by_destination
+        columns = (source, relation, destination, weight)
+        if by == "source":
+            return _grouped(source, (relation, destination), self.num_sources, *columns)
+        return _grouped(relation, (destination, source), self.num_relations, *columns)
+
+    def cached(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """What a backend derives from the edges alone, made once per EdgeSet."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    @property
     def dgl_graph(self) -> Any:
         """The edges, in destination order, as a DGLGraph from ``source`` to ``destination`` nodes."""
-        dgl = import_dgl()
-        rows = self.by_destination
-        return dgl.heterograph(
-            {("source", "composed", "destination"): (rows.source, rows.destination)},
-            num_nodes_dict={"source": self.num_sources, "destination": self.num_destinations},
-        )
+
+        def make() -> Any:
+            ends = (self.by_destination.source, self.by_destination.destination)
+            return import_dgl().heterograph(
+                {("source", "composed", "destination"): ends},
+                num_nodes_dict={"source": self.num_sources, "destination": self.num_destinations},
+            )
+
+        return self.cached(("dgl",), make)
 
     @property
     def num_edges(self) -> int:
@@ -110,11 +126,8 @@ class EdgeSet:
         return self.by_destination.source.device
 
     def weight(self, dtype: torch.dtype, by: str = "destination") -> Tensor:
-        """Edge weights in the order of ``by_destination`` or ``by_source``, as ``dtype``: [E]."""
-        if (dtype, by) not in self._weights:
-            rows = self.by_source if by == "source" else self.by_destination
-            self._weights[dtype, by] = rows.weight.to(dtype)
-        return self._weights[dtype, by]
+        """Edge weights in the order of ``rows(by)``, as ``dtype``: [E]."""
+        return self.cached(("weight", by, dtype), lambda: self.rows(by).weight.to(dtype))
 
     def to(self, device: str | torch.device) -> EdgeSet:
         """The same edges on ``device`` (itself when they are there already)."""
@@ -124,7 +137,7 @@ class EdgeSet:
         moved.num_sources, moved.num_relations = self.num_sources, self.num_relations
         moved.num_destinations = self.num_destinations
         moved.by_destination = Rows(*(tensor.to(device) for tensor in self.by_destination))
-        moved._weights = {}
+        moved._cache = {}
         return moved
 
 
@@ -206,14 +219,27 @@ def compose_sum(x: Tensor, v: Tensor, edges: EdgeSet, backend: str = "auto", com
         )
     if x.dtype != v.dtype:
         raise InputError(f"x is {x.dtype} and v is {v.dtype}: give both one float type")
-    backend = resolve_backend(backend, x.device)
-    if backend == "dgl":
+    chosen = resolve_backend(backend, x.device)
+    if chosen == "fused" and x.dtype not in (torch.float32, torch.float64):
+        if backend == "fused":
+            raise InputError(f"graph backend 'fused' is for float32 and float64, not {x.dtype}; choose auto or torch")
+        chosen = "torch"
+    if chosen == "dgl":
         return _dgl_sum(x, v, edges, composition)
-    if backend == "fused":
-        from model.fused_cpu import FusedSum
-
-        return FusedSum.apply(x, v, edges, composition == "mult")
+    if chosen == "fused":
+        return _fused(x.device.type).apply(x, v, edges, composition == "mult")
     return _TorchSum.apply(x, v, edges, composition == "mult")
+
+
+def _fused(device_type: str) -> Any:
+    """The fused autograd function of a device; imported on first use, as numba and triton may be absent."""
+    if device_type == "cpu":
+        from model import fused_cpu
+
+        return fused_cpu.FusedSum
+    from model import fused_gpu
+
+    return fused_gpu.FusedSum
 
 
 def resolve_backend(name: str, device: str | torch.device) -> str:
@@ -242,11 +268,11 @@ def _missing_for(name: str, device: torch.device) -> str | None:
         except Exception as error:
             return f"dgl does not work there ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
     elif name == "fused":
-        package = "numba" if device.type == "cpu" else "triton"
+        package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+        if package is None:
+            return "its kernels are for cpu and cuda"
         if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
-        if package == "triton":
-            return "the GPU kernel is not built yet"
     return None
 
 
@@ -280,7 +306,7 @@ def _dgl_sum(x: Tensor, v: Tensor, edges: EdgeSet, composition: str) -> Tensor:
 
 
 class _TorchSum(torch.autograd.Function):
-    """The sum by chunks of edges: memory O(M D + CHUNK_EDGES D), never [E, D]."""
+    """The sum by chunks of edges: memory O((M + CHUNK_EDGES) D), never [E, D]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, edges: EdgeSet, mult: bool) -> Tensor:
@@ -310,10 +336,11 @@ class _TorchSum(torch.autograd.Function):
 
 
 def _chunks(edges: EdgeSet, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(source, relation, destination, weight [chunk, 1]) of CHUNK_EDGES edges at a time, in destination order."""
+    """(source, relation, destination, weight [chunk, 1]) of some edges at a time, in destination order."""
     _, source, relation, destination, _ = edges.by_destination
     weight = edges.weight(dtype)[:, None]
-    for start in range(0, edges.num_edges, CHUNK_EDGES):
-        part = slice(start, start + CHUNK_EDGES)
+    step = CHUNK_EDGES.get(edges.device.type, CHUNK_EDGES["cpu"])
+    for start in range(0, edges.num_edges, step):
+        part = slice(start, start + step)
         # int64: torch's gather and index_add take half as long with it as with int32
         yield source[part].long(), relation[part].long(), destination[part].long(), weight[part]

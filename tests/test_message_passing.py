@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,71 @@ def test_bad_input_is_named() -> None:
         compose_sum(x, v, edges, composition="corr")
     with pytest.raises(InputError, match="auto, dgl, torch, fused"):
         resolve_backend("cuda", "cpu")
+
+
+def test_half_precision_goes_to_torch() -> None:
+    edges = EdgeSet.from_triples(*random_edges(200, 20, 3), 20, 3)
+    torch.manual_seed(0)
+    x, v = torch.randn(20, 4), torch.randn(3, 4)
+    half = compose_sum(x.bfloat16(), v.bfloat16(), edges)
+    assert half.dtype == torch.bfloat16 and relative(half, compose_sum(x, v, edges)) < 0.02
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    if "fused" not in INSTALLED:
+        pytest.skip("numba is not installed")
+    edges = EdgeSet.from_triples(*random_edges(40_000, 500, 11), 500, 11)
+    torch.manual_seed(0)
+    x, v, weights = torch.randn(500, 20), torch.randn(11, 20), torch.randn(500, 20)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(results(x, v, edges, "fused", "mult", weights))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+# Triton's interpreter runs the GPU kernel's own source on CPU tensors; on a CUDA machine the kernel itself runs.
+ON_TRITON = """
+import torch
+from model.fused_gpu import FusedSum
+from model.message_passing import EdgeSet, compose_sum
+from tests.test_message_passing import random_edges, relative
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for width, composition in ((7, "mult"), (33, "sub"), (300, "mult")):  # below, between and above a block
+    triples = random_edges(900, 40, 5, used=30)  # groups longer than a segment, and empty ones
+    edges = EdgeSet.from_triples(*triples, 40, 5)
+    torch.manual_seed(0)
+    x, v = torch.randn(40, width).double(), torch.randn(5, width).double()
+    weights = torch.randn(40, width).double()
+
+    def results(run, kind, device):
+        leaves = [t.to(device, kind).requires_grad_() for t in (x, v)]
+        out = run(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(device, kind))]
+
+    there = edges.to(device)
+    expected = results(lambda x, v: compose_sum(x, v, edges, "torch", composition), torch.float64, "cpu")
+    for kind, bound in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        found = results(lambda x, v: FusedSum.apply(x, v, there, composition == "mult"), kind, device)
+        again = results(lambda x, v: FusedSum.apply(x, v, there, composition == "mult"), kind, device)
+        for ours, same, theirs in zip(found, again, expected):
+            assert relative(ours.cpu(), theirs) <= bound, (width, composition, kind)
+            assert torch.equal(ours, same)
+"""
+
+
+def test_triton_kernel() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TRITON], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 BLOCKED = """
