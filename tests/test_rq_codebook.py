@@ -1,0 +1,538 @@
+"""RQCodebook against closed forms, against itself by other paths, and against vector-quantize-pytorch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from model.RQCodebook import RQCodebook, code_perplexity, code_usage, collisions, entropy_bits
+
+B, L, D, K, Q = 40, 5, 12, 24, 3
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def vectors(batch: int = B, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, L, D, generator=generator(100 + seed), dtype=dtype)  # no codebook's seed
+
+
+def codebook(num_quantizers: int = Q, seed: int = 0, **options: object) -> RQCodebook:
+    """Random codebooks whose scale falls by level, as residuals do; marked as initialized."""
+    book = RQCodebook(K, D, num_quantizers, kmeans_init=False, **options)  # type: ignore[arg-type]
+    source = generator(seed)
+    with torch.no_grad():
+        for level, weight in enumerate(book.parameters()):
+            weight.copy_(torch.randn(K, D, generator=source) * 0.7**level)
+    return book
+
+
+def weights(book: RQCodebook) -> list[torch.Tensor]:
+    return [level.weight for level in book.codebooks]  # type: ignore[misc]
+
+
+def brute_force(book: RQCodebook, z: torch.Tensor) -> torch.Tensor:
+    """Nearest codes from float64 differences, the residual subtracted in the codebooks' own precision."""
+    residual, columns = z.reshape(-1, z.shape[-1]), []
+    for weight in weights(book):
+        distance = (residual.double().unsqueeze(1) - weight.detach().double()).square().sum(2)
+        columns.append(distance.argmin(1))
+        residual = residual - weight.detach()[columns[-1]]
+    return torch.stack(columns, 1).view(*z.shape[:2], -1)
+
+
+# ---------------------------------------------------------------- surface and search
+
+
+def test_surface() -> None:
+    book = RQCodebook(K, D)
+    assert (book.num_quantizers, book.beta, len(book.codebooks)) == (4, 0.25, 4)
+    assert all(type(level) is torch.nn.Embedding and level.weight.shape == (K, D) for level in book.codebooks)
+    z_q, codes, loss = book(vectors())
+    assert z_q.shape == (B, L, D) and codes.shape == (B, L, 4) and loss.shape == ()
+    assert codes.dtype == torch.int64 and codes.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_codes", [1, 5, 32, 33, 100])
+def test_search_is_the_nearest_by_brute_force(num_codes: int, dtype: torch.dtype) -> None:
+    book = RQCodebook(num_codes, D, Q, kmeans_init=False).to(dtype)
+    z = vectors(200, dtype=dtype)
+    torch.testing.assert_close(book.cal_codes(z), brute_force(book, z), rtol=0, atol=0)
+
+
+def test_search_is_exact_where_float32_scores_are_not() -> None:
+    """Codes 1e-3 apart at distance 1000 from 0: |c|^2 - 2 r.c in float32 cannot order them, the search must."""
+    book = RQCodebook(K, D, 1, kmeans_init=False)
+    with torch.no_grad():
+        weights(book)[0].copy_(1000 + 1e-3 * torch.randn(K, D, generator=generator(3)))
+    z = 1000 + 1e-3 * vectors(50)
+    expected = brute_force(book, z)
+    weight, rows = weights(book)[0].detach(), z.reshape(-1, D)
+    by_scores = (weight.square().sum(1) - 2 * rows @ weight.t()).argmin(1)
+    assert (by_scores != expected.flatten()).float().mean() > 0.5  # the control: the plain formula fails here
+    torch.testing.assert_close(book.cal_codes(z), expected, rtol=0, atol=0)
+
+
+def test_lower_index_wins_exact_ties() -> None:
+    book = codebook(1)
+    with torch.no_grad():
+        weights(book)[0][K // 2 :] = weights(book)[0][: K // 2]
+    codes = book.cal_codes(vectors(200))
+    assert codes.max() < K // 2 and len(codes.unique()) > K // 4
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 100, 199, 10_000])
+def test_chunk_size_changes_no_code(chunk_size: int) -> None:
+    book, z = codebook(), vectors(200, seed=5)
+    expected = book.cal_codes(z)
+    book.chunk_size = chunk_size
+    assert torch.equal(book.cal_codes(z), expected)
+
+
+def test_a_row_gets_the_same_codes_alone_in_any_order_and_under_any_thread_count() -> None:
+    book, z = codebook(), vectors(300, seed=6)
+    expected = book.cal_codes(z)
+    order = torch.randperm(300, generator=generator())
+    assert torch.equal(book.cal_codes(z[order]), expected[order])
+    assert torch.equal(torch.cat([book.cal_codes(z[i : i + 1]) for i in range(60)]), expected[:60])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(book.cal_codes(z), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_search_ignores_autocast_and_reduced_matmul_precision() -> None:
+    book, z = codebook(), vectors(200)
+    expected = book.cal_codes(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(book.cal_codes(z), expected)
+        assert torch.equal(book.eval()(z).all_indices, expected)
+    try:
+        torch.set_float32_matmul_precision("medium")  # bfloat16 products, where the processor has them
+        assert torch.equal(book.cal_codes(z), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_indices_equal_vector_quantize_pytorch() -> None:
+    library = pytest.importorskip("vector_quantize_pytorch")
+    book, z = codebook().eval(), vectors(300)
+    theirs = library.ResidualVQ(dim=D, num_quantizers=Q, codebook_size=K, shared_codebook=False).eval()
+    with torch.no_grad():
+        for layer, weight in zip(theirs.layers, weights(book), strict=True):
+            layer._codebook.embed.copy_(weight.unsqueeze(0))
+            layer._codebook.initted.fill_(True)
+        z_q, indices, _ = theirs(z)
+        ours = book(z)
+    assert torch.equal(ours.all_indices, indices)
+    torch.testing.assert_close(ours.z_q, z_q)
+    assert len(indices.unique()) == K
+
+
+# ---------------------------------------------------------------- the one value of z_q
+
+
+@pytest.mark.parametrize("num_quantizers", [1, Q])
+@pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
+def test_every_path_to_z_q_agrees_bitwise(num_quantizers: int, gradient: str) -> None:
+    book, z = codebook(num_quantizers, gradient=gradient), vectors()
+    for mode in (True, False):
+        book.train(mode)
+        output = book(z.clone().requires_grad_())
+        assert torch.equal(output.all_indices, book.cal_codes(z))
+        assert torch.equal(output.z_q, book.decode_from_codes(book.cal_codes(z)))
+        assert torch.equal(output.z_q, book.cal_code_emds(z))
+    assert not torch.equal(output.z_q, z)
+
+
+def test_given_codes_equal_the_search_and_others_are_obeyed() -> None:
+    book, z = codebook(), vectors()
+    searched, searched_copy = z.clone().requires_grad_(), z.clone().requires_grad_()
+    twin = copy.deepcopy(book)
+    first = book(searched)
+    second = twin(searched_copy, first.all_indices)
+    (first.total_loss + first.z_q.square().sum()).backward()
+    (second.total_loss + second.z_q.square().sum()).backward()
+    assert torch.equal(first.z_q, second.z_q) and torch.equal(first.total_loss, second.total_loss)
+    assert torch.equal(searched.grad, searched_copy.grad)  # type: ignore[arg-type]
+    for a, b in zip(weights(book), weights(twin), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+    stale = torch.randint(K, (B, L, Q), generator=generator())
+    other = book(z, stale)
+    assert torch.equal(other.all_indices, stale) and torch.equal(other.z_q, book.decode_from_codes(stale))
+    assert other.total_loss > first.total_loss
+
+
+def test_decode_by_levels() -> None:
+    book = codebook()
+    codes = torch.randint(K, (B, L, Q), generator=generator())
+    w = weights(book)
+    for levels in range(1, Q + 1):
+        expected = w[0][codes[:, :, 0]]
+        for level in range(1, levels):
+            expected = expected + w[level][codes[:, :, level]]
+        assert torch.equal(book.decode_from_codes(codes, levels=levels), expected)
+    assert torch.equal(book.decode_from_codes(codes.to(torch.int16)), book.decode_from_codes(codes))
+
+
+# ---------------------------------------------------------------- loss and gradients
+
+
+def test_loss_and_gradients_on_a_case_computed_by_hand() -> None:
+    """z = 1.0; level 0 has codes 0 and 0.8, level 1 has codes 0 and 0.15. So r_0 = 1, c_0 = 0.8, r_1 = 0.2, c_1 = 0.15.
+
+    Level 0: (1 - 0.8)^2 = 0.04; level 1: (0.2 - 0.15)^2 = 0.0025. Loss 1.25 * 0.0425.
+    d/dz = 0.25 * 2 * (0.2 + 0.05); d/dc_0 = 2 * (0.8 - 1) = -0.4 and d/dc_1 = 2 * (0.15 - 0.2) = -0.1: each level is
+    pulled to the residual that it quantized. (Subtracting first, c_0 would be pulled to 0.2: +1.2.)
+    """
+    book = RQCodebook(2, 1, 2, beta=0.25, kmeans_init=False).double()
+    first, second = weights(book)
+    with torch.no_grad():
+        first.copy_(torch.tensor([[0.0], [0.8]]).double())
+        second.copy_(torch.tensor([[0.0], [0.15]]).double())
+    z = torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True)
+    output = book(z)
+    assert output.all_indices.tolist() == [[[1, 1]]]
+    output.total_loss.backward()
+    for got, expected in [
+        (output.z_q, [[[0.95]]]),
+        (output.total_loss, 1.25 * 0.0425),
+        (book.level_losses, [1.25 * 0.04, 1.25 * 0.0025]),
+        (z.grad, [[[0.125]]]),
+        (first.grad, [[0.0], [-0.4]]),
+        (second.grad, [[0.0], [-0.1]]),
+    ]:
+        assert got is not None
+        torch.testing.assert_close(got.detach(), torch.tensor(expected).double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 2.0])
+def test_gradients_equal_autograd_of_the_written_loss(beta: float) -> None:
+    """The closed forms against torch's own differentiation of Eq. 5 with detach at every sg."""
+    book = codebook(beta=beta).double()
+    z = vectors(dtype=torch.float64).requires_grad_()
+    weight_of_output = torch.randn(B, L, D, generator=generator(9), dtype=torch.float64)
+    output = book(z)
+    (3 * output.total_loss + (output.z_q * weight_of_output).sum()).backward()
+    got = [z.grad, *(w.grad for w in weights(book))]
+
+    twin, z2 = copy.deepcopy(book), z.detach().clone().requires_grad_()
+    twin.zero_grad()
+    residual, total, loss = z2, torch.zeros_like(z2), torch.zeros((), dtype=torch.float64)
+    for level, weight in enumerate(weights(twin)):
+        code = weight[output.all_indices[:, :, level]]
+        loss = loss + (code - residual.detach()).square().mean() + beta * (residual - code.detach()).square().mean()
+        residual = residual - code.detach()
+        total = total + code.detach()
+    z_q = z2 + (total - z2).detach()
+    (3 * loss + (z_q * weight_of_output).sum()).backward()
+    torch.testing.assert_close(output.total_loss, loss)
+    for ours, theirs in zip(got, [z2.grad, *(w.grad for w in weights(twin))], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_gradient_with_fixed_codes_passes_gradcheck_for_z() -> None:
+    """With the codebook term out (EMA in eval), the loss is a plain function of z: finite differences must agree."""
+    book = codebook(ema_decay=0.9).double().eval()
+    z = vectors(3, dtype=torch.float64).requires_grad_()
+    codes = book.cal_codes(z)
+    assert gradcheck(lambda x: book(x, codes).total_loss, (z,))
+
+
+def test_straight_through_gradient_is_the_identity() -> None:
+    book, z = codebook(), vectors().requires_grad_()
+    gradient = torch.randn(B, L, D, generator=generator(4))
+    book(z).z_q.backward(gradient)
+    assert torch.equal(z.grad, gradient)  # type: ignore[arg-type]
+    assert all(w.grad is None or not w.grad.any() for w in weights(book))
+
+
+def test_rotation_turns_and_scales_the_gradient_as_z_turns_into_z_q() -> None:
+    book, z = codebook(gradient="rotation").double(), vectors(dtype=torch.float64).requires_grad_()
+    output = book(z)
+    gradient = torch.randn(B, L, D, generator=generator(4), dtype=torch.float64)
+    output.z_q.backward(gradient, retain_graph=True)
+    scale = output.z_q.detach().norm(dim=2) / z.detach().norm(dim=2)
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad.norm(dim=2), scale * gradient.norm(dim=2))
+    assert not torch.allclose(z.grad, gradient)
+    z.grad = None
+    # J z = z_q, so J^T z_q = |q|^2 / |z|^2 z: the map itself, not only its scale
+    output.z_q.backward(output.z_q.detach())
+    torch.testing.assert_close(z.grad, scale.square().unsqueeze(2) * z.detach())
+
+
+def test_rotation_falls_back_where_none_is_defined() -> None:
+    book = RQCodebook(1, 2, 1, kmeans_init=False, gradient="rotation")
+    with torch.no_grad():
+        weights(book)[0].copy_(torch.tensor([[1.0, 0.0]]))
+    z = torch.tensor([[[0.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
+    gradient = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
+    book(z).z_q.backward(gradient)
+    assert z.grad is not None
+    assert torch.equal(z.grad[0, :2], gradient[0, :2])
+    torch.testing.assert_close(z.grad[0, 2], torch.tensor([-6.0, 5.0]))  # (0, 1) -> (1, 0) turns by -90 degrees
+
+
+def test_no_gradient_reaches_z_that_asks_for_none_and_bfloat16_z_works() -> None:
+    book = codebook()
+    book(vectors()).total_loss.backward()
+    assert all(w.grad is not None and w.grad.any() for w in weights(book))
+    z = vectors().bfloat16().requires_grad_()
+    output = book(z)
+    (output.total_loss + output.z_q.sum()).backward()
+    assert output.z_q.dtype == torch.float32 and z.grad is not None and z.grad.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- initialization
+
+
+def structured(batch: int = 400, seed: int = 0) -> torch.Tensor:
+    """Clusters within clusters, so that later levels have something to find."""
+    source = generator(seed)
+    coarse, fine = torch.randn(16, D, generator=source) * 4, torch.randn(16, D, generator=source)
+    pick = torch.randint(16, (2, batch, L), generator=source)
+    return coarse[pick[0]] + fine[pick[1]] + 0.05 * torch.randn(batch, L, D, generator=source)
+
+
+def test_kmeans_error_falls_with_levels_and_beats_random_codes() -> None:
+    book, z = RQCodebook(K, D, Q), structured()
+    book.init_from_data(z, generator=generator())
+    codes = book.cal_codes(z)
+    errors = [float((z - book.decode_from_codes(codes, n)).detach().square().mean()) for n in range(1, Q + 1)]
+    assert float(z.var()) > 2 * errors[0] and errors[0] > 2 * errors[1] > 2 * errors[2]
+    random_rows = RQCodebook(K, D, 1)
+    random_rows.init_from_data(z, iterations=0, generator=generator())
+    assert errors[0] < 0.9 * float((z - random_rows.cal_code_emds(z)).square().mean())
+    assert code_usage(codes, K).min() == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_finds_separated_clusters_exactly(seed: int) -> None:
+    """8 far clusters and K = 8: the codes are the clusters' means, from any seed."""
+    source = generator(1)
+    label = torch.arange(8).repeat_interleave(50)
+    rows = (torch.randn(8, D, generator=source) * 100)[label] + torch.randn(400, D, generator=source)
+    means = torch.stack([rows[label == k].mean(0) for k in range(8)])
+    book = RQCodebook(8, D, 1)
+    book.init_from_data(rows.view(1, 400, D), generator=generator(seed))
+    found = weights(book)[0].detach()
+    torch.testing.assert_close(found[found[:, 0].argsort()], means[means[:, 0].argsort()])
+
+
+def test_equal_seeds_give_equal_codebooks() -> None:
+    def trained(seed: int) -> RQCodebook:
+        torch.manual_seed(0)
+        book, z = RQCodebook(K, D, Q), structured().requires_grad_()
+        book.init_from_data(z, generator=generator(seed), sample=500)
+        optimizer = torch.optim.Adam(book.parameters(), 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            book(z).total_loss.backward()
+            optimizer.step()
+        book.revive_dead_codes(z, book.cal_codes(z), generator(seed))
+        return book
+
+    first, second, other = (trained(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_reload_never_initializes_again() -> None:
+    book, z = RQCodebook(K, D, Q), structured()
+    assert not book.initialized.any()
+    book.eval()(z)
+    assert not book.initialized.any()  # evaluation leaves the codebooks alone
+    book.train()(z)
+    assert book.initialized.all() and book.initialized.shape == (Q,)
+    loaded = RQCodebook(K, D, Q)
+    loaded.load_state_dict(book.state_dict())
+    loaded(structured(seed=8))
+    assert all(torch.equal(a, b) for a, b in zip(weights(book), weights(loaded), strict=True))
+    before = weights(codebook())[0].clone()
+    plain = codebook()
+    plain(z)
+    assert torch.equal(weights(plain)[0], before)  # kmeans_init=False
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_init_from_fewer_rows_than_codes(rows: int) -> None:
+    book, z = RQCodebook(K, D, 2), vectors(1)[:, :rows]
+    book.init_from_data(z)
+    assert all(weight.isfinite().all() for weight in weights(book))
+    torch.testing.assert_close(book.cal_code_emds(z), z)
+
+
+# ---------------------------------------------------------------- EMA, usage, revival
+
+
+def test_ema_with_decay_zero_moves_each_code_to_its_mean_in_one_step() -> None:
+    book, z = codebook(ema_decay=0.0).double(), vectors(dtype=torch.float64)
+    before = [w.clone() for w in weights(book)]
+    codes = book(z).all_indices.view(-1, Q)
+    residual = z.view(-1, D)
+    for level, (old, new) in enumerate(zip(before, weights(book), strict=True)):
+        for k in range(K):
+            mine = residual[codes[:, level] == k]
+            torch.testing.assert_close(new[k], mine.mean(0) if len(mine) else old[k])
+        residual = residual - old[codes[:, level]]
+    assert not any(w.requires_grad for w in weights(book))
+
+
+def test_ema_equals_the_two_buffer_form_and_converges_to_the_means() -> None:
+    decay = 0.8
+    book, z = codebook(1, ema_decay=decay).double(), vectors(dtype=torch.float64)
+    weight = weights(book)[0]
+    count, total = torch.ones(K).double(), weight.clone()
+    codes = book.cal_codes(z)  # fixed, so that the fixed point is known
+    onehot = torch.nn.functional.one_hot(codes.flatten(), K).double()
+    for _ in range(5):
+        book(z, codes)
+        count = decay * count + (1 - decay) * onehot.sum(0)
+        total = decay * total + (1 - decay) * onehot.t() @ z.view(-1, D)
+        torch.testing.assert_close(weight, total / count.unsqueeze(1))
+    for _ in range(200):
+        book(z, codes)
+    used = onehot.sum(0) > 0
+    torch.testing.assert_close(weight[used], (onehot.t() @ z.view(-1, D))[used] / onehot.sum(0)[used].unsqueeze(1))
+    book.eval()(z)
+    settled = weight.clone()
+    book(z)
+    assert torch.equal(weight, settled)  # eval moves nothing
+
+
+def test_ema_drops_the_codebook_term() -> None:
+    plain, moved, z = codebook().eval(), codebook(ema_decay=0.9).eval(), vectors()
+    torch.testing.assert_close(moved(z).total_loss * 1.25, plain(z).total_loss * 0.25)
+
+
+def test_ema_survives_codes_that_are_never_used() -> None:
+    book = codebook(1, ema_decay=0.0)
+    z = vectors(1)
+    for _ in range(3):
+        book(z, torch.zeros(1, L, 1, dtype=torch.int64))
+    assert weights(book)[0].isfinite().all()
+
+
+def test_usage_counts_training_assignments_until_the_refresh() -> None:
+    book, z = codebook(), vectors()
+    codes = book(z).all_indices
+    book(z)
+    book.eval()(z)
+    expected = torch.stack([torch.bincount(codes[:, :, q].flatten(), minlength=K) for q in range(Q)])
+    assert torch.equal(book.usage, 2 * expected)
+    book.revive_dead_codes(z, codes)
+    assert not book.usage.any()
+
+
+def test_revival_raises_usage_and_lowers_the_error() -> None:
+    book, z = codebook(), structured()
+    with torch.no_grad():
+        for weight in weights(book):
+            weight[3:] += 1000  # beyond all data: dead
+    codes = book.cal_codes(z)
+    before = [w.clone() for w in weights(book)]
+    assert code_usage(codes, K).max() <= 3 / K
+    revived = book.revive_dead_codes(z, codes, generator())
+    assert revived == [int(K - len(codes[:, :, q].unique())) for q in range(Q)]
+    for q, (old, new) in enumerate(zip(before, weights(book), strict=True)):
+        used = codes[:, :, q].unique()
+        assert torch.equal(old[used], new[used])
+    after = book.cal_codes(z)
+    assert code_usage(after, K)[0] == 1 and (code_usage(after, K) > 2 * code_usage(codes, K)).all()
+    assert (z - book.decode_from_codes(after)).square().mean() < 0.5 * (
+        z - book.decode_from_codes(codes)
+    ).square().mean()
+
+
+def test_revived_codes_are_residuals_of_their_level_with_fresh_statistics() -> None:
+    book, z = codebook(ema_decay=0.9), vectors()
+    codes = book.cal_codes(z).clamp_max(K - 4)  # the last 3 of every level unused
+    book.ema_count.fill_(7.0)
+    old = [w.clone() for w in weights(book)]
+    book.revive_dead_codes(z, codes, generator())
+    residual = z.view(-1, D)
+    for q in range(Q):
+        fresh = weights(book)[q][K - 3 :]
+        assert torch.cdist(fresh, residual, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() == 0
+        assert torch.equal(book.ema_count[q, K - 3 :], torch.ones(3)) and (book.ema_count[q] == 7).any()
+        residual = residual - old[q][codes[:, :, q].flatten()]
+
+
+def test_revive_after_waits_and_duplicates_revive_one_code() -> None:
+    book, z = codebook(1, revive_after=3), vectors()
+    codes = torch.zeros(B, L, 1, dtype=torch.int64)
+    assert [book.revive_dead_codes(z, codes)[0] for _ in range(4)] == [0, 0, K - 1, 0]
+    same = vectors(1)[:, :1].expand(B, L, D)
+    assert codebook(1).revive_dead_codes(same, codes) == [1]
+    exact = codebook(1)
+    assert exact.revive_dead_codes(exact.decode_from_codes(codes), codes) == [0]  # nothing left to gain
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_statistics_by_hand() -> None:
+    codes = torch.tensor([[[0, 1]], [[0, 1]], [[1, 1]], [[2, 1]]])  # M = 4, L = 1, Q = 2
+    torch.testing.assert_close(code_usage(codes, 4), torch.tensor([0.75, 0.25]).double())
+    torch.testing.assert_close(code_perplexity(codes, 4), torch.tensor([2**1.5, 1.0]).double())
+    assert entropy_bits(codes) == pytest.approx(1.5) and collisions(codes) == 2
+    every = torch.arange(8).view(8, 1, 1)
+    assert entropy_bits(every) == pytest.approx(math.log2(8)) and collisions(every) == 0
+    assert code_perplexity(every, 8).item() == pytest.approx(8)
+    assert collisions(codes[:, :, 1]) == 4  # VQ's [M, L]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_codes": 0},
+        {"num_quantizers": 0},
+        {"chunk_size": 0},
+        {"revive_after": 0},
+        {"gradient": "none"},
+        {"ema_decay": 1.0},
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RQCodebook(**{"num_codes": K, "latent_dim": D, **options})  # type: ignore[arg-type]
+
+
+def test_bad_tensors_are_refused() -> None:
+    book, z = codebook(), vectors()
+    good = torch.zeros(B, L, Q, dtype=torch.int64)
+    for bad in (good - 1, good + K, good.float(), good.bool(), good[:, :, 1:], good[0]):
+        with pytest.raises(ValueError, match="codes must be"):
+            book.decode_from_codes(bad)
+        with pytest.raises(ValueError, match="codes must be"):
+            book(z, bad)
+    with pytest.raises(ValueError, match="codes must be"):
+        book(z, good[:1])
+    for bad in (z[0], z[:, :, 1:], z[:0]):
+        with pytest.raises(ValueError, match="z "):
+            book(bad)
+    for levels in (0, Q + 1):
+        with pytest.raises(ValueError, match="levels"):
+            book.decode_from_codes(good, levels)
+    with pytest.raises(ValueError, match="init_from_data"):
+        RQCodebook(K, D)(z, torch.zeros(B, L, 4, dtype=torch.int64))
+
+
+def test_a_nan_in_z_reaches_the_loss_and_nothing_else() -> None:
+    book, z = codebook(), vectors()
+    expected = book.cal_codes(z)
+    for value in (torch.nan, torch.inf):
+        z[0, 0, 0] = value
+        output = book(z)
+        assert not output.total_loss.isfinite()
+        assert torch.equal(output.all_indices.flatten(0, 1)[1:], expected.flatten(0, 1)[1:])
