@@ -109,10 +109,9 @@ def sample_negatives(
 ) -> tuple[Ints, int]:
     """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, by a coin.
 
-    ``known``: sorted keys (``triple_keys``) that are never drawn. ``ranges``: draw the new end from those that the
-    relation has in training (None: from all entities). Also
-    returns how many negatives found none in the range and came from all entities. Raises InputError where a
-    positive has no negative at all.
+    ``known``: sorted keys (``triple_keys``) that are never drawn, the positives' own among them. ``ranges``: draw the
+    new end from those that the relation has in training (None: from all entities). Also returns how many negatives
+    found none in the range and came from all entities. Raises InputError where a positive has no negative at all.
     """
     M = kg.num_entities
     negatives = np.repeat(positives, ratio, axis=0)
@@ -137,8 +136,7 @@ def sample_negatives(
                 new[chosen] = np.where(stop > start, found, drawn[chosen, 2 * end])
         drawn[at_tail, 2], drawn[~at_tail, 0] = new[at_tail], new[~at_tail]
         negatives[todo] = drawn
-        own = (drawn == positives[todo // ratio]).all(axis=1)
-        todo = todo[own | member(triple_keys(drawn, kg), known)]
+        todo = todo[member(triple_keys(drawn, kg), known)]
     h, r, t = positives[todo[0] // ratio]
     raise InputError(
         f"no negative found for ({kg.entities[h]}, {kg.relations[r]}, {kg.entities[t]}) of {kg.name}: nearly every "

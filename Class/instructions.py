@@ -138,22 +138,29 @@ def write_rows(path: Path, rows: Iterable[Row], limit: int = 0) -> dict[str, Any
     return stats
 
 
+def parse_line(line: str, path: Path, number: int) -> Row | None:
+    """The row in one line of a file of ``write_rows``; None for its brackets. InputError for anything else."""
+    text = line.strip().rstrip(",")
+    if text in ("", "[", "]", "[]"):
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{number}: not one JSON row per line ({error.msg})") from error
+    if not isinstance(row, dict) or not {"instruction", "output", "id", "task_type"} <= row.keys():
+        raise InputError(f"{path}:{number}: a row needs instruction, output, id and task_type")
+    return row
+
+
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Stream the rows of a file of ``write_rows``; InputError names the line that is no row."""
     path = Path(path)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                text = line.strip().rstrip(",")
-                if text in ("", "[", "]", "[]"):
-                    continue
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: not one JSON row per line ({error.msg})") from error
-                if not isinstance(row, dict) or not {"instruction", "output"} <= row.keys():
-                    raise InputError(f"{path}:{number}: a row needs instruction, input and output")
-                yield row
+                row = parse_line(line, path, number)
+                if row is not None:
+                    yield row
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"instruction data {path} cannot be read: {error}") from error
 

@@ -1,0 +1,196 @@
+"""Mix tasks by weight into lora_data/train, validation and test_tasks.
+
+    python Class/build_mix.py                                             every task that is there, each row once
+    python Class/build_mix.py triple_classification=0.05 link_prediction=2
+
+A weight is how often each training row of a task comes on average: 0.05 draws one row in twenty, 2 takes each twice.
+Validation and test rows come once, whatever the weight; tasks not named are left out.
+
+The tasks cut the same triples differently (link prediction tunes on most of the valid split), so a training row is
+dropped when a test row of any task rests on its triple, and a validation row when a training or a test row does.
+Negatives state no fact and are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.instructions import (
+    FILE_STEMS,
+    FORMATS,
+    OUT_FOLDER,
+    STATS,
+    Ints,
+    Row,
+    existing_split,
+    parse_line,
+    row_triples,
+    split_path,
+    states_facts,
+    write_rows,
+)
+from run_record import CommandParser, InputError, make_record, read_json, run_command, write_json
+
+
+def triple_keys(row: Row) -> list[int]:
+    """A 64-bit key per triple that the row rests on."""
+    texts = ("\t".join(triple) for triple in row_triples(row))
+    return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in texts]
+
+
+def scan(path: Path, forbidden: set[int], facts: set[int]) -> tuple[Ints, int]:
+    """Byte offsets of the rows of a file that rest on no ``forbidden`` fact, and how many others there are.
+
+    The kept rows' facts are added to ``facts``.
+    """
+    offsets, dropped, at = [], 0, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            row = parse_line(line.decode(), path, number)
+            if row is not None:
+                keys = triple_keys(row) if states_facts(row) else []
+                if forbidden and not forbidden.isdisjoint(keys):
+                    dropped += 1
+                else:
+                    offsets.append(at)
+                    facts.update(keys)
+            at += len(line)
+    return np.array(offsets, dtype=np.int64), dropped
+
+
+def draw(count: int, weight: float, rng: np.random.Generator) -> Ints:
+    """Row numbers, each ``weight`` times on average: the whole part surely, the rest for a random part of the rows."""
+    whole = int(weight)
+    part = rng.permutation(count)[: round((weight - whole) * count)]
+    return np.concatenate([np.repeat(np.arange(count), whole), part]).astype(np.int64)
+
+
+def read_at(paths: list[Path], which: Ints, offsets: Ints) -> Iterator[Row]:
+    """The rows at ``offsets`` of the files ``paths[which]``; a row that comes again gets an id of its own."""
+    files = [open(path, "rb") for path in paths]  # noqa: SIM115
+    copies: Counter[tuple[int, int]] = Counter()
+    try:
+        for i, at in zip(which.tolist(), offsets.tolist(), strict=True):
+            files[i].seek(at)
+            row = parse_line(files[i].readline().decode(), paths[i], 0)
+            assert row is not None
+            copies[i, at] += 1
+            if copies[i, at] > 1:
+                row["id"] = f"{row['id']}#{copies[i, at]}"
+            yield row
+    finally:
+        for file in files:
+            file.close()
+
+
+def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """The statistics of the tasks; InputError where one is not there or they rest on different codes."""
+    there = sorted(path.parent.name for path in folder.glob(f"*/{STATS}"))
+    absent = sorted(weights.keys() - set(there))
+    if absent or not there:
+        made = ", ".join(there) or "none; make one: python Class/gen_fb_data_rq.py"
+        raise InputError(f"no data of task {', '.join(absent) or 'any'} in {folder}; there: {made}")
+    tasks = {name: read_json(folder / name / STATS, "statistics") for name in weights or there}
+    codes = {
+        name: (stats["codes"].get("sha256"), stats["codes"].get("shuffled", False)) for name, stats in tasks.items()
+    }
+    if len(set(codes.values())) > 1:
+        shown = ", ".join(f"{name}: {tasks[name]['codes'].get('file')}" for name in codes)
+        raise InputError(f"the tasks rest on different codes, whose tokens clash ({shown}); make them from one file")
+    return tasks
+
+
+def task_weight(text: str) -> tuple[str, float]:
+    """TASK=WEIGHT."""
+    name, _, weight = text.partition("=")
+    try:
+        value = float(weight or "1")
+    except ValueError:
+        value = -1.0
+    if not name or not 0 < value < 1000:
+        raise argparse.ArgumentTypeError(f"expected TASK or TASK=WEIGHT with a weight above 0, got {text!r}")
+    return name, value
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="Class/build_mix.py", description=__doc__.split("\n")[0])
+    parser.add_argument("tasks", nargs="*", type=task_weight, metavar="TASK=WEIGHT", help="default: all, weight 1")
+    parser.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file, at random (0: all)")
+    parser.add_argument("--format", choices=FORMATS, default="json", help="a JSON array, or JSON lines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the order")
+    args = parser.parse_args(argv)
+    if args.limit < 0 or args.seed < 0:
+        parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.monotonic()
+    args = parse_args(argv)
+    given = dict(args.tasks)
+    tasks = read_tasks(args.out_dir, given)
+    weights = {name: given.get(name, 1.0) for name in tasks}
+    (args.out_dir / STATS).unlink(missing_ok=True)
+
+    facts: dict[str, set[int]] = {"test": set(), "train": set(), "validation": set()}
+    splits: dict[str, dict[str, Any]] = {}
+    dropped: dict[str, dict[str, int]] = {}
+    drawn: dict[str, dict[str, int]] = {}
+    for split, others in (("test", ()), ("train", ("test",)), ("validation", ("test", "train"))):
+        forbidden: set[int] = set().union(*(facts[other] for other in others))
+        rng = np.random.default_rng([args.seed, list(FILE_STEMS).index(split)])
+        paths: list[Path] = []
+        which: list[Ints] = []
+        offsets: list[Ints] = []
+        dropped[split], drawn[split] = {}, {}
+        for name in tasks:
+            path = existing_split(args.out_dir / name, split)
+            if path is None:
+                continue
+            found, dropped[split][name] = scan(path, forbidden, facts[split])
+            chosen = draw(len(found), weights[name], rng) if split == "train" else np.arange(len(found))
+            drawn[split][name] = len(chosen)
+            which.append(np.full(len(chosen), len(paths)))
+            offsets.append(found[chosen])
+            paths.append(path)
+        if not paths:
+            raise InputError(f"no task of {', '.join(tasks)} has a {split} file in {args.out_dir}")
+        file_number, at = np.concatenate(which), np.concatenate(offsets)
+        order = rng.permutation(len(at))[: args.limit or None]
+        if split != "train":
+            order.sort()  # scored files keep the tasks' order
+        if not len(order):
+            raise InputError(f"no {split} row is left of {', '.join(tasks)}; dropped as overlapping: {dropped[split]}")
+        target = split_path(args.out_dir, split, args.format)
+        splits[split] = write_rows(target, read_at(paths, file_number[order], at[order]))
+        counts = ", ".join(f"{name} {drawn[split][name]:,}" for name in drawn[split])
+        print(f"  {split:10} {splits[split]['rows']:>9,} rows  {target}  ({counts})")
+        for name, count in dropped[split].items():
+            if count:
+                print(f"             {count:,} rows of {name} left out: another split rests on their triple")
+
+    stats = make_record(
+        {**vars(args), "tasks": weights}, {}, time.monotonic() - started,
+        mix=weights, codes=next(iter(tasks.values()))["codes"], dropped=dropped, splits=splits,
+        datasets={name: stats["dataset"] for name, stats in tasks.items()},
+        code_formats={name: stats["codes"].get("code_format") for name, stats in tasks.items()},
+        candidate_orders={name: stats.get("candidate_order", {}) for name, stats in tasks.items()},
+    )  # fmt: skip
+    write_json(stats, args.out_dir / STATS)
+    print(f"next: python Class/check_leaks.py {args.out_dir}, then cd lora_training && python train_lora.py")
+
+
+if __name__ == "__main__":
+    run_command(main)
