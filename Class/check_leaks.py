@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.build_mix import fact_keys
+from Class.build_mix import triple_keys
 from Class.instructions import (
     FILE_STEMS,
     OUT_FOLDER,
@@ -34,7 +34,6 @@ from Class.instructions import (
     Row,
     existing_split,
     read_rows,
-    row_triples,
     states_facts,
 )
 from Class.prompts import FALSE, TRUE
@@ -115,10 +114,7 @@ def count_row(row: Row, split: Split) -> None:
         stated, mentioned = answer_in_prompt(prompt, output)
         task.stated += stated
         task.mentioned += mentioned
-    if states_facts(row):
-        split.facts.update(fact_keys(row))
-    else:
-        split.negatives.update(hash(triple) for triple in row_triples(row))
+    (split.facts if states_facts(row) else split.negatives).update(triple_keys(row))
     split.repeated_ids += row["id"] in split.ids
     split.ids.add(row["id"])
 
@@ -199,9 +195,8 @@ def check(root: Path) -> list[str]:
     """All leaks below ``root``, one line each. InputError where there is nothing to check."""
     if not root.is_dir():
         raise InputError(f"folder {root} does not exist; make data: python Class/gen_fb_data_rq.py")
-    folders = [
-        folder for folder in [root, *sorted(root.iterdir())] if folder.is_dir() and existing_split(folder, "train")
-    ]
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    folders = [folder for folder in folders if existing_split(folder, "train")]
     if not folders:
         raise InputError(f"no train.json or train.jsonl in {root} or its folders; python Class/gen_fb_data_rq.py")
     faults, read, inodes = [], {}, set()
