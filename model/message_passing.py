@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "dgl", "torch", "fused")
 COMPOSITIONS = ("mult", "sub")
-# Edges per step of the torch backend: on CPU two [2048, D] buffers stay in the caches, a GPU wants long steps.
-CHUNK_EDGES = {"cpu": 2048, "cuda": 2**18}
+# Edges per step of the torch backend: on CPU small enough for the caches, large enough that the threads' meeting
+# after each operation does not count; a GPU wants long steps.
+CHUNK_EDGES = {"cpu": 8192, "cuda": 2**18}
 
 
 class Rows(NamedTuple):
@@ -313,8 +314,9 @@ class _TorchSum(torch.autograd.Function):
         ctx.save_for_backward(x, v)
         ctx.edges, ctx.mult = edges, mult
         out = x.new_zeros(edges.num_destinations, x.shape[1])
-        for source, relation, destination, weight in _chunks(edges, x.dtype):
-            message, relations = x.index_select(0, source), v.index_select(0, relation)
+        for source, relation, destination, weight, first, second in _chunks(edges, x):
+            message = torch.index_select(x, 0, source, out=first)
+            relations = torch.index_select(v, 0, relation, out=second)
             message = message.mul_(relations) if mult else message.sub_(relations)
             out.index_add_(0, destination, message.mul_(weight))
         return out
@@ -325,22 +327,28 @@ class _TorchSum(torch.autograd.Function):
         x, v = ctx.saved_tensors
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         grad_v = torch.zeros_like(v) if ctx.needs_input_grad[1] else None
-        for source, relation, destination, weight in _chunks(ctx.edges, x.dtype):
-            message = grad.index_select(0, destination).mul_(weight)  # [chunk, D]
+        for source, relation, destination, weight, first, second in _chunks(ctx.edges, x):
+            share = torch.index_select(grad, 0, destination, out=first).mul_(weight)
             if grad_x is not None:
-                grad_x.index_add_(0, source, message * v.index_select(0, relation) if ctx.mult else message)
+                grad_x.index_add_(
+                    0, source, torch.index_select(v, 0, relation, out=second).mul_(share) if ctx.mult else share
+                )
             if grad_v is not None:
-                message = message.mul_(x.index_select(0, source)) if ctx.mult else message.neg_()
-                grad_v.index_add_(0, relation, message)
+                grad_v.index_add_(
+                    0, relation, torch.index_select(x, 0, source, out=second).mul_(share) if ctx.mult else share.neg_()
+                )
         return grad_x, grad_v, None, None
 
 
-def _chunks(edges: EdgeSet, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(source, relation, destination, weight [chunk, 1]) of some edges at a time, in destination order."""
+def _chunks(edges: EdgeSet, like: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(source, relation, destination [c], weight [c, 1]) of c edges at a time, in destination order, and two buffers
+    [c, D] that every step writes anew: fresh ones would cost more than the arithmetic."""
     _, source, relation, destination, _ = edges.by_destination
-    weight = edges.weight(dtype)[:, None]
-    step = CHUNK_EDGES.get(edges.device.type, CHUNK_EDGES["cpu"])
+    weight = edges.weight(like.dtype)[:, None]
+    step = CHUNK_EDGES.get(like.device.type, CHUNK_EDGES["cpu"])
+    buffers = like.new_empty(2, min(step, edges.num_edges), like.shape[1])
     for start in range(0, edges.num_edges, step):
         part = slice(start, start + step)
+        first, second = buffers[:, : edges.num_edges - start]
         # int64: torch's gather and index_add take half as long with it as with int32
-        yield source[part].long(), relation[part].long(), destination[part].long(), weight[part]
+        yield source[part].long(), relation[part].long(), destination[part].long(), weight[part], first, second
