@@ -324,7 +324,8 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
             else:
                 codes, num_code, info = fit_codes(choice.codes, kg, choice.dataset)
                 if args.shuffle_codes:
-                    codes = codes[np.random.default_rng(args.seed).permutation(len(codes))]
+                    circle = np.random.default_rng(args.seed).permutation(len(codes))
+                    codes[circle] = codes[np.roll(circle, 1)]  # along one circle: no entity keeps its own
                 info |= {"code_format": args.code_format, "shuffled": args.shuffle_codes}
                 source = Source(kg, unique_names(kg), codes, num_code, args.code_format, info)
         except InputError as error:
