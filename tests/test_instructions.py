@@ -215,7 +215,7 @@ def test_codes_that_saw_the_test_triples_are_refused(tmp_path: Path, graph: Path
         open_source(flags("--dataset", graph, "--codes", path))
     for file in seen.iterdir():  # without the data, it cannot be known
         file.unlink()
-    with pytest.raises(InputError, match="trained on seen .* not at hand"):
+    with pytest.raises(InputError, match=r"trained on seen .* not at hand"):
         open_source(flags("--dataset", graph, "--codes", path))
 
 
@@ -391,7 +391,7 @@ def test_a_mix_of_different_codes_is_refused(tmp_path: Path) -> None:
     task(tmp_path, "c", {"train": [fact("c", "train", "q r s")]}, sha="other")
     with pytest.raises(InputError, match=r"different codes.*a: same, b: same, c: other"):
         build_mix.main(["--out_dir", str(tmp_path)])
-    with pytest.raises(InputError, match="no data of task d in .*; there: a, b, c"):
+    with pytest.raises(InputError, match=r"no data of task d in .*; there: a, b, c"):
         build_mix.main(["d=2", "--out_dir", str(tmp_path)])
 
 
@@ -421,10 +421,9 @@ def question(i: int, prompt: str, output: str, **more: Any) -> dict[str, Any]:
 
 def listed(i: int, position: int, extra: str = "") -> dict[str, Any]:
     names = [f"n{k}x" for k in range(5)]
-    return question(
-        i, "Candidates:\n" + "\n".join(names) + extra, numbered([names[position], *(n for n in names if n != names[position])][:3]),
-        candidates=names, truth=[names[position]],
-    )  # fmt: skip
+    top = [names[position], *(name for name in names if name != names[position])][:3]
+    prompt = "Candidates:\n" + "\n".join(names) + extra
+    return question(i, prompt, numbered(top), candidates=names, truth=top[:1])
 
 
 def test_stated_answers_are_found(tmp_path: Path) -> None:
@@ -473,7 +472,7 @@ def test_labels_and_shared_facts_are_checked(tmp_path: Path) -> None:
     even = [fact("j", "test", f"a r {i}", ("True", "False")[i % 2]) for i in range(30)]
     train = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
     assert leaks(tmp_path / "3", {"train": train, "test": even}) == [], "negatives state no fact"
-    train[0] = fact("j", "train", "a r 2", "True")
+    train[0] = fact("j", "train", "a r 2", "True", number=1)
     assert leaks(tmp_path / "4", {"train": train, "test": even}) == ["t: 1 facts in both train and test"]
     assert any(
         "ids occur twice" in fault for fault in leaks(tmp_path / "5", {"train": [*train, train[0]], "test": even})
@@ -484,7 +483,7 @@ def test_leaks_end_the_command_with_1(tmp_path: Path, capsys: pytest.CaptureFixt
     task(tmp_path, "t", {"train": [question(0, "Answer: Mexico", "Mexico")]})
     assert check_leaks.main([str(tmp_path)]) == 1 and "LEAK t: train, q" in capsys.readouterr().out
     no_rows = write_graph(tmp_path / "g", train=["a r b"])
-    with pytest.raises(InputError, match="no train.json"):
+    with pytest.raises(InputError, match=r"no train\.json"):
         check_leaks.check(no_rows)
 
 
