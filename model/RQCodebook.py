@@ -355,20 +355,20 @@ class _Table(NamedTuple):
 def _nearest(rows: Tensor, weights: list[Tensor], chunk: int) -> Tensor:
     """rows [N, D] -> int64 [N, Q]: per level the nearest code of the residual (Eq. 3), the lower index on a tie.
 
-    Independent of chunk, threads and BLAS: see ``_nearest_in_chunk``. Distances are float32 at least, under AMP too.
+    Independent of chunk, threads and BLAS: see ``_nearest_in_chunk``. Distances are float32 at least, under autocast
+    too, which leaves products with a given output alone.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     weights = [weight.to(wide) for weight in weights]
     tables = [_Table.of(weight) for weight in weights]
     found = rows.new_empty(len(weights), len(rows), dtype=torch.int64)
     scratch = rows.new_empty(min(chunk, len(rows)), len(tables[0].codes), dtype=wide)
-    with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, len(rows), chunk):  # all levels of a chunk while it is in cache
-            residual = rows[start : start + chunk].to(wide, copy=True)
-            for level, table in enumerate(tables):
-                codes = _nearest_in_chunk(residual, table, scratch[: len(residual)])
-                found[level, start : start + chunk] = codes.clamp_max_(len(weights[level]) - 1)  # NaN rows only
-                residual -= table.codes.index_select(0, codes)
+    for start in range(0, len(rows), chunk):  # all levels of a chunk while it is in cache
+        residual = rows[start : start + chunk].to(wide, copy=True)
+        for level, table in enumerate(tables):
+            codes = _nearest_in_chunk(residual, table, scratch[: len(residual)])
+            found[level, start : start + chunk] = codes.clamp_max_(len(weights[level]) - 1)  # NaN rows only
+            residual -= table.codes.index_select(0, codes)
     return found.t().contiguous()
 
 

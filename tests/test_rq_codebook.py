@@ -107,14 +107,26 @@ def test_a_row_gets_the_same_codes_alone_in_any_order_and_under_any_thread_count
         torch.set_num_threads(threads)
 
 
-def test_search_ignores_autocast_and_reduced_matmul_precision() -> None:
-    book, z = codebook(), vectors(200)
+def test_search_ignores_autocast() -> None:
+    book, z = codebook().eval(), vectors(200)
     expected = book.cal_codes(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(book.cal_codes(z), expected)
-        assert torch.equal(book.eval()(z).all_indices, expected)
+        assert torch.equal(book(z).all_indices, expected)
+
+
+def test_search_is_exact_under_reduced_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of a processor that rounds their inputs to bfloat16, as "medium" allows it to."""
+    book, z = codebook(), vectors(200)
+    expected, addmm = book.cal_codes(z), torch.addmm
+
+    def coarse(norms: torch.Tensor, rows: torch.Tensor, codes: torch.Tensor, **options: object) -> torch.Tensor:
+        return addmm(norms, rows.bfloat16().float(), codes.bfloat16().float(), **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "addmm", coarse)
+    assert not torch.equal(book.cal_codes(z), expected)  # the control: unannounced, such rounding flips codes
     try:
-        torch.set_float32_matmul_precision("medium")  # bfloat16 products, where the processor has them
+        torch.set_float32_matmul_precision("medium")
         assert torch.equal(book.cal_codes(z), expected)
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -324,6 +336,18 @@ def test_kmeans_finds_separated_clusters_exactly(seed: int) -> None:
     book.init_from_data(rows.view(1, 400, D), generator=generator(seed))
     found = weights(book)[0].detach()
     torch.testing.assert_close(found[found[:, 0].argsort()], means[means[:, 0].argsort()])
+
+
+def test_kmeans_seeds_empty_clusters_again() -> None:
+    """64 points, 20 times each: draws of several starts at once hit some point twice, which leaves a cluster empty."""
+    points = torch.randn(64, D, generator=generator(2))
+    book = RQCodebook(64, D, 1)
+    z = points.repeat(20, 1).view(1, -1, D)
+    book.init_from_data(z, iterations=0, generator=generator(0))
+    assert code_usage(book.cal_codes(z), 64) < 1
+    book.init_from_data(z, generator=generator(0))
+    assert code_usage(book.cal_codes(z), 64) == 1
+    torch.testing.assert_close(book.cal_code_emds(z), z)
 
 
 def test_equal_seeds_give_equal_codebooks() -> None:
