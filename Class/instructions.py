@@ -373,20 +373,30 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choic
     if preferred:
         places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
         home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
-        if home is not None:
+        if home is not None and args.no_codes:
+            options = [_Choice(None, home)]
+        elif home is not None:
             options = [_Choice(codes, home) for codes in others_last(lambda folder: folder.name == preferred)]
-    own = [_Choice(codes, folder) for codes, folder in folders.items() if folder]
+    own = [_Choice(None if args.no_codes else codes, folder) for codes, folder in folders.items() if folder]
     options += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
-    if args.codes and not options:
-        raise InputError(f"the data set that {args.codes} was trained on is not at hand; give --dataset DIR")
     if args.no_codes:
-        options = [_Choice(None, choice.dataset) for choice in options] or [_Choice(None, BUNDLED)]
+        options.append(_Choice(None, BUNDLED))
+    elif args.codes and not options:
+        raise InputError(f"the data set that {args.codes} was trained on is not at hand; give --dataset DIR")
     yield from options
 
 
 def _dumped_codes() -> list[Path]:
-    """Codes files with a record in codes_new/, newest first."""
-    found = [path.with_suffix(".pt") for path in CODES_FOLDER.glob("*.json") if path.with_suffix(".pt").is_file()]
+    """Codes files with a record in codes_new/, newest first; what stage 1 did not write is passed over."""
+    found = []
+    for record in CODES_FOLDER.glob("*.json"):
+        codes = record.with_suffix(".pt")
+        if codes.is_file():
+            try:
+                read_record(codes)
+                found.append(codes)
+            except InputError as error:
+                print(f"passed over: {error}")
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -398,12 +408,14 @@ def read_record(codes: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"codes file {codes} has no record {path.name} beside it: what it learned from is unknown")
     record = read_json(path, "record")
-    wanted = ("args", "inputs", "outputs", "dataset")
-    missing = [key for key in wanted if not isinstance(record, dict) or key not in record]
-    if missing or not any(name in record["inputs"] for name in TRAIN_FILES):
-        raise InputError(
-            f"record {path} lacks {', '.join(missing) or 'the hash of a training file'}; run run_rq.py again"
-        )
+    record = record if isinstance(record, dict) else {}
+    missing = [key for key in ("args", "inputs", "outputs", "dataset") if key not in record]
+    if not missing:
+        missing = [f"args.{key}" for key in ("seq_len", "num_code") if not record["args"].get(key)]
+        if _train_hash(record["inputs"]) is None:
+            missing.append(f"inputs.{TRAIN_FILES[0]}")
+    if missing:
+        raise InputError(f"record {path} lacks {', '.join(missing)}; run run_rq.py again")
     return record
 
 
@@ -413,8 +425,8 @@ def _train_hash(hashes: Mapping[str, str]) -> str | None:
 
 def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = None) -> Path | None:
     """The folder whose training file has the hash in the record: as recorded, in data/, or beside ``near``."""
-    recorded = Path(record["args"].get("dataset") or "")
     name = record["dataset"]
+    recorded = Path(record["args"].get("dataset") or f"data/{name}")  # without the flag, stage 1 takes data/FB15k-237
     places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
     if near is not None:
         places += [near, near.resolve().parent / name]

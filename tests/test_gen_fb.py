@@ -165,10 +165,7 @@ def test_given_negatives_stand_as_they_are(tmp_path: Path, capsys: pytest.Captur
     assert stats["range_controls"]["validation"]["accuracy_in_range_is_true"] == 0.5
     assert stats["labelled"]["test"]["repeated_negatives"] == 1
     assert stats["labelled"]["validation"]["negatives_from"] == "given"
-    assert (
-        "test       accuracy 1.000 and 0.000 (in range: 100.0% of positives, 0.0% of negatives)"
-        in capsys.readouterr().out
-    )
+    assert "test       accuracy 1.000 and 0.000 (in range: 100.0% of positives, 0.0%" in capsys.readouterr().out
 
 
 def test_rows_show_names_and_codes_of_their_triple(tmp_path: Path) -> None:
@@ -192,9 +189,8 @@ def test_rows_show_names_and_codes_of_their_triple(tmp_path: Path) -> None:
     without = generate(tmp_path / "no", "--dataset", FAMILY, "--no_codes", *words)
     plain = [(row["id"], row["triple"], row["output"]) for row in without["test"]]
     assert plain == [(row["id"], row["triple"], row["output"]) for row in rows["test"]], "the ablation: same triples"
-    assert not any(
-        mark in row["instruction"] for row in without["train"] for mark in ("<CODE>", "<ENT>", "Q0_", "codes")
-    )
+    prompts = "\n".join(row["instruction"] for row in without["train"] + without["test"])
+    assert not any(mark in prompts for mark in ("<CODE>", "<ENT>", "Q0_", "codes"))
 
 
 def test_the_seed_decides_everything(tmp_path: Path) -> None:
@@ -211,15 +207,8 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
 def test_the_bundled_graph_has_no_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for neg_sampling in ("range", "uniform"):
         out = tmp_path / neg_sampling
-        words: list[str | Path] = [
-            "--codes",
-            write_codes(FAMILY, tmp_path / "codes"),
-            "--neg_sampling",
-            neg_sampling,
-            "--neg_ratio",
-            "4",
-        ]
-        generate(out, *words)
+        codes = write_codes(FAMILY, tmp_path / "codes")
+        generate(out, "--codes", codes, "--neg_sampling", neg_sampling, "--neg_ratio", "4")
         assert check_leaks.check(out) == [], capsys.readouterr().out
 
 

@@ -47,15 +47,24 @@ def write_graph(folder: Path, **splits: Iterable[str]) -> Path:
 
 
 def write_codes(
-    graph: Path, out: Path, shape: tuple[int, int, int] = (3, 8, 2), quantizer: str = "rq", seed: int = 0
+    graph: Path, out: Path, shape: tuple[int, int, int] = (3, 8, 2), quantizer: str = "rq", dataset: bool = True
 ) -> Path:
-    """Random codes of a graph with the record that stage 1 would leave; for tests alone."""
+    """Random codes of a graph with the record that stage 1 would leave; for tests alone.
+
+    ``dataset``: False as in a run without that flag.
+    """
     kg = KnowledgeGraph.load(graph, use_cache=False)
     L, K, Q = shape
     files = code_files(out, code_stem(kg.name, L, K, Q, quantizer))
-    codes = torch.randint(0, K, (kg.num_entities, L, Q), generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(0, K, (kg.num_entities, L, Q), generator=torch.Generator().manual_seed(0))
     outputs = save_codes(files, codes.squeeze(-1) if quantizer == "vq" else codes, kg.entities, None)
-    args = {"dataset": str(graph), "seq_len": L, "num_code": K, "num_quantizers": Q, "quantizer": quantizer}
+    args = {
+        "dataset": str(graph) if dataset else None,
+        "seq_len": L,
+        "num_code": K,
+        "num_quantizers": Q,
+        "quantizer": quantizer,
+    }
     write_json({"args": args, "inputs": kg.input_hashes, "outputs": outputs, "dataset": kg.name}, files.record)
     return files.codes
 
@@ -177,6 +186,11 @@ def test_codes_reach_the_text_they_belong_to(graph: Path, codes_folder: Path) ->
     assert open_source(flags("--dataset", graph, "--no_codes")).entity_texts == ["a", "b", "c", "d"]
 
 
+def test_a_record_without_the_dataset_flag_is_placed_by_name(graph: Path, codes_folder: Path) -> None:
+    path = write_codes(graph, codes_folder, dataset=False)
+    assert open_source(flags("--codes", path)).kg.name == "little", "data/ beside the codes' folder"
+
+
 def test_vq_codes_are_one_level(graph: Path, codes_folder: Path) -> None:
     source = open_source(flags("--codes", write_codes(graph, codes_folder, (3, 8, 1), "vq")))
     assert source.codes is not None and source.codes.shape == (4, 3, 1)
@@ -285,6 +299,11 @@ def test_files_that_are_not_those_recorded_are_refused(tmp_path: Path, graph: Pa
         open_source(flags("--dataset", graph, "--codes", path))
     with pytest.raises(InputError, match="does not exist"):
         open_source(flags("--codes", tmp_path / "none.pt"))
+    write_json({"mrr": 0.3}, path.with_suffix(".json"))
+    with pytest.raises(InputError, match="lacks args, inputs, outputs, dataset"):
+        open_source(flags("--codes", path))
+    with pytest.raises(InputError, match="holds no codes"):  # in codes_new/ such a file is passed over
+        open_source(flags("--dataset", graph))
 
 
 # ---------------------------------------------------------------- what is taken when nothing is said
@@ -323,6 +342,7 @@ def test_the_preferred_data_set_takes_its_own_codes_before_mapped_ones(tmp_path:
     assert open_source(flags(), preferred="FB15k-237N").codes_info["file"] == own.name
     assert open_source(flags("--codes", mapped), preferred="FB15k-237N").codes_info["dataset"] == "FB15k-237"
     assert open_source(flags("--no_codes"), preferred="FB15k-237N").kg.name == "FB15k-237N"
+    assert open_source(flags("--no_codes"), preferred="elsewhere").kg.name == "FB15k-237"
 
 
 # ---------------------------------------------------------------- mixes
