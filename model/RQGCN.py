@@ -25,6 +25,21 @@ class Encoded(NamedTuple):
     relations: Tensor  # [2R, D], for the decoder
 
 
+def scorer_of(config: dict[str, Any], best: dict[str, Any], device: torch.device | str) -> tuple[CodeScorer, Tensor]:
+    """(CodeScorer, relations [2R, D]) of a checkpoint's best epoch: all that ranking from integers needs.
+
+    ``config``: the model's arguments. Raises KeyError or RuntimeError where the entries are not there or do not fit.
+    """
+    dim = config["gcn_dim"] if config["gcn_layers"] else config["init_dim"]
+    names = ("seq_len", "num_code", "num_quantizers", "code_dim", "decoder", "decoder_drop", "codebook")
+    scorer = CodeScorer(dim=dim, **{name: config[name] for name in names})
+    prefix = "scorer."
+    scorer.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in best["model"].items() if name.startswith(prefix)}
+    )
+    return scorer.to(device).eval(), best["relations"].to(device)
+
+
 class CodeScorer(nn.Module):
     """Codes [*, L, Q] -> entity vectors q_e (Eq. 4) -> scores (Eq. 6). No parameter of it is indexed by an entity.
 
@@ -102,7 +117,7 @@ class RQGCN(nn.Module):
         nn.init.xavier_normal_(self.entity_embedding)
         nn.init.xavier_normal_(self.relation_embedding)
         self.encoder = CompGCN(
-            gcn_layers, init_dim, gcn_dim, num_relations, composition=composition, dropout=gcn_drop, act=act,
+            gcn_layers, init_dim, gcn_dim, width, num_relations, composition=composition, dropout=gcn_drop, act=act,
             backend=graph_backend,
         )  # fmt: skip
         self.ffn = nn.Linear(width, seq_len * code_dim)
@@ -126,7 +141,10 @@ class RQGCN(nn.Module):
 
     def relation_vectors(self) -> Tensor:
         """[2R, D]: the relations after the encoder's layers (v' = W_rel v); no entity takes part."""
-        return self.encoder.relations(self.relation_embedding)
+        v: Tensor = self.relation_embedding
+        for layer in self.encoder.layers:
+            v = v @ layer.w_rel
+        return v
 
     def encode(self, g: RelationalGraph) -> Encoded:
         """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim."""

@@ -29,7 +29,7 @@ def evaluate_vectors(
         return scorer.scores(q_all[heads], relations[rels], q_all)
 
     ranks = filtered_ranks(
-        score, triples, kg.answers("train", "valid", "test"), kg.num_relations, batch=batch, device=q_all.device
+        score, triples, kg.answers(), num_relations=kg.num_relations, batch=batch, device=q_all.device
     )
     scorer.train(training)
     is_head = triples[:, 1] >= kg.num_relations

@@ -29,30 +29,29 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, rows: Tensor, columns: Tensor, smoothing: float) -> Tensor:
-        batch, num_entities = scores.shape
-        share = (1.0 - smoothing) / torch.bincount(rows, minlength=batch).to(scores.dtype)[rows]
+        count = torch.bincount(rows, minlength=len(scores)).to(scores.dtype)  # true tails per query
         log_total = torch.logsumexp(scores, dim=1)
-        loss = log_total.mean() - (scores[rows, columns] * share).sum() / batch
+        loss = (count * log_total).sum() - (1 - smoothing) * scores[rows, columns].sum()
         if smoothing:
-            loss = loss - smoothing * scores.mean()
-        ctx.save_for_backward(scores, log_total, rows, columns, share)
+            loss = loss - smoothing * (count * scores.mean(dim=1)).sum()
+        ctx.save_for_backward(scores, log_total, count, rows, columns)
         ctx.smoothing = smoothing
-        return loss
+        return loss / len(rows)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scores, log_total, rows, columns, share = ctx.saved_tensors
-        batch, num_entities = scores.shape
+        scores, log_total, count, rows, columns = ctx.saved_tensors
         grad = scores.sub(log_total[:, None]).exp_()
         if ctx.smoothing:
-            grad.sub_(ctx.smoothing / num_entities)
-        grad.index_put_((rows, columns), -share, accumulate=True)
-        return grad.mul_(grad_outputs[0] / batch), None, None, None
+            grad.sub_(ctx.smoothing / scores.shape[1])
+        grad.mul_(count[:, None])
+        grad.index_put_((rows, columns), grad.new_tensor(ctx.smoothing - 1), accumulate=True)
+        return grad.mul_(grad_outputs[0] / len(rows)), None, None, None
 
 
 def softmax_cross_entropy(scores: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over the B queries of the cross-entropy between softmax(scores [B, M]) and the uniform law on a query's
-    true tails, mixed with ``label_smoothing`` of the uniform law on all entities. Every query needs a tail."""
+    """Mean over the n true triples of the batch of -log softmax(scores [B, M]) at the tail; every triple counts once,
+    so a query weighs as much as it has tails. ``label_smoothing``: share of the target law spread over all entities."""
     loss: Tensor = _SoftmaxCrossEntropy.apply(scores, targets.rows, targets.columns, label_smoothing)
     return loss
 

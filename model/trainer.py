@@ -44,7 +44,6 @@ class TrainSettings:
     warmup_epochs: float = 1
     freeze_at: float = 0.85
     encoder_every: int = 1
-    revive_every: int = 1
     lr_schedule: str = "cosine"
     eval_every: int = 1
     patience: int = 0
@@ -62,7 +61,7 @@ class Phase(NamedTuple):
 class Trainer:
     """Trains ``model`` on ``kg`` and keeps ``checkpoint`` (one file with ``last`` and ``best``).
 
-    ``config``: the model's arguments and ``args`` the command's, both stored in the checkpoint; ``text``: [M, T] for
+    ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored. ``text``: [M, T] for
     Eq. 8 or None. ``report`` receives one line per epoch.
     """
 
@@ -73,13 +72,13 @@ class Trainer:
         settings: TrainSettings,
         checkpoint: Path,
         config: dict[str, Any],
-        args: dict[str, Any],
+        comparable: dict[str, Any],
         text: Tensor | None = None,
         device: torch.device | str = "cpu",
         report: Callable[[str], None] = print,
     ) -> None:
         self.kg, self.model, self.settings, self.report = kg, model.to(device), settings, report
-        self.checkpoint, self.config, self.args = checkpoint, config, args
+        self.checkpoint, self.config, self.comparable = checkpoint, config, comparable
         self.device = torch.device(device)
         self.text = None if text is None else text.to(self.device)
         self.graph = RelationalGraph.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
@@ -149,11 +148,11 @@ class Trainer:
         if phase.name == "codes":
             if self.codes is None:
                 self._start_quantizing()
-            elif self.settings.revive_every and self.epoch % self.settings.revive_every == 0:
+            else:
                 z = model._clean_z(self.graph)
                 model.rq_codebook.revive_dead_codes(z, self.codes, generator=self.generator)
             self.codes = model.cal_allent_codes(self.graph)
-        bar = tqdm(batches, desc=f"epoch {self.epoch + 1} {phase.name}", leave=False, unit="step", dynamic_ncols=True)
+        bar = tqdm(batches, desc=f"epoch {self.epoch + 1} {phase.name}", leave=False, unit="step", dynamic_ncols=True, disable=None)
         for step, batch in enumerate(bar):
             self._set_lr(self._phase(self.epoch + step / len(batches)).progress)
             self.optimizer.zero_grad(set_to_none=True)
@@ -271,7 +270,8 @@ class Trainer:
             "history": self.history,
         }
         save_torch(
-            {"format": 1, "config": self.config, "args": self.args, "last": last, "best": self.best}, self.checkpoint
+            {"format": 1, "config": self.config, "comparable": self.comparable, "last": last, "best": self.best},
+            self.checkpoint,
         )
 
     def restore(self, stored: dict[str, Any]) -> None:
@@ -289,6 +289,11 @@ class Trainer:
             torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
         np.random.set_state(("MT19937", np.array(rng["numpy"][:-1], dtype=np.uint32), rng["numpy"][-1]))
         random.setstate((3, tuple(rng["python"]), None))
+
+
+def _numpy_state() -> list[int]:
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    return [*(int(key) for key in keys), int(position)]
 
 
 def format_epoch(row: dict[str, Any]) -> str:

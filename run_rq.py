@@ -1,0 +1,554 @@
+"""Stage 1: learn the codes of a knowledge graph, dump them, rank from them.
+
+    python run_rq.py --dataset data/FB15k-237            train, dump codes_new/FB15k-237_16_1024_4_rq.pt, score the dump
+    python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt           rank from the dumped integers alone
+    python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --predict HEAD RELATION       top tails by name
+
+The encoder of Eq. 1-3 is in model/RQGCN.py, the quantizer of Eq. 3 and 5 in model/RQCodebook.py, one training step
+of Eq. 9 in model/trainer.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from Class.codes import CodeFiles, code_files, code_stem, load_codes, load_entities, save_codes
+from run_record import (
+    ROOT,
+    CommandParser,
+    InputError,
+    load_torch,
+    make_record,
+    run_command,
+    seed_everything,
+    sha256_file,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.knowledge_graph import KnowledgeGraph
+    from model.RQGCN import CodeScorer
+    from model.trainer import Trainer
+
+EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
+# flags that may differ when a run is continued: they say when to stop and where to write, not what is trained
+FREE_ON_RESTORE = {
+    "epoch", "max_minutes", "patience", "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
+    "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend",
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of stage 1; those of the original trainer keep their meaning."""
+    parser = CommandParser(description=__doc__.split("\n")[0])
+
+    group = parser.add_argument_group("data and outputs (default folders lie in the repository)")
+    group.add_argument("--dataset", "--data", type=Path, metavar="DIR", help="graph folder (default: data/FB15k-237)")
+    group.add_argument("--name", help="name of the run and its checkpoint (default: the stem of the codes file)")
+    group.add_argument("--out_dir", type=Path, metavar="DIR", help="folder for codes and records (default: codes_new)")
+    group.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help="folder for {name}.pt (default: checkpoints)")
+    group.add_argument(
+        "--text_emb", type=Path, metavar="FILE.npy", help="text embeddings [M, T], row = entity id: Eq. 8"
+    )
+    group.add_argument("--save_emb", action="store_true", help="write the embeddings even when they exceed 2 GiB")
+
+    group = parser.add_argument_group("codes")
+    group.add_argument("--quantizer", choices=["rq", "vq"], default="rq", help="residual levels, or SSQR's one level")
+    group.add_argument("--seq_len", type=int, default=16, help="L, code positions per entity")
+    group.add_argument("--num_code", type=int, default=1024, help="K, codes per codebook")
+    group.add_argument("--num_quantizers", type=int, help="Q, residual levels (default: 4; vq has 1)")
+    group.add_argument("--code_dim", type=int, default=32, help="width of a code vector")
+    group.add_argument("--vq_weight", type=float, default=0.1, help="weight of the quantization loss in Eq. 9")
+
+    group = parser.add_argument_group("encoder and decoder")
+    group.add_argument("--init_dim", type=int, default=200, help="width of the learned entity and relation inputs")
+    group.add_argument("--gcn_dim", type=int, default=200, help="D, width of the graph layers and of q_e")
+    group.add_argument("--gcn_layers", type=int, default=2, help="graph layers; 0 leaves the graph encoder out")
+    group.add_argument("--gcn_drop", type=float, default=0.2, help="dropout of the graph layers")
+    group.add_argument("--opn", choices=["mult", "sub"], default="mult", help="composition of neighbour and relation")
+    group.add_argument("--act", choices=["tanh", "relu", "gelu", "identity"], default="tanh", help="activation")
+    group.add_argument("--tf_layers", type=int, default=1, help="transformer blocks over the L positions")
+    group.add_argument("--att_head", type=int, default=4, help="attention heads of those blocks")
+    group.add_argument("--decoder", default="conve", help="conve, distmult, ... (model/decoders.py)")
+    group.add_argument("--decoder_drop", type=float, help="dropout of the decoder (default: the decoder's own)")
+    group.add_argument("--graph_backend", choices=["auto", "fused", "dgl", "torch"], default="auto",
+                       help="who sums over neighbours; all give the same result")  # fmt: skip
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epoch", type=int, default=800, help="epochs")
+    group.add_argument(
+        "--max_minutes", type=float, default=0, help="stop after this time, schedules fitted to it (0: off)"
+    )
+    group.add_argument("--batch", type=int, default=1024, help="B, distinct (h, r) queries per step")
+    group.add_argument("--lr", type=float, default=0.0005, help="learning rate of Adam")
+    group.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="course of the rate")
+    group.add_argument("--l2", type=float, default=1e-8, help="weight decay of Adam")
+    group.add_argument("--loss", choices=["ce", "bce"], default="ce", help="1-N loss: softmax or binary cross-entropy")
+    group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
+    group.add_argument("--warmup_epochs", type=int, default=1, help="epochs before the codebooks are initialised")
+    group.add_argument("--freeze_at", type=float, default=0.85,
+                       help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
+    group.add_argument("--encoder_every", type=int, default=1, help="scorer steps per pass of the encoder")
+    group.add_argument("--eval_every", type=int, default=1, help="epochs between rankings of valid")
+    group.add_argument(
+        "--patience", type=int, default=0, help="stop after so many epochs without a better MRR (0: off)"
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one); wins over --gpu")
+    group.add_argument("--gpu", type=int, help="GPU number, -1 for the CPU")
+    group.add_argument("--num_workers", type=int, default=0, help="CPU threads (0: all)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument("--restore", action="store_true", help="continue the run of this name")
+    group.add_argument("--overwrite", action="store_true", help="start anew over a run of this name")
+    group.add_argument(
+        "--dump_only", action="store_true", help="with --restore: no training, dump the best epoch so far"
+    )
+    group.add_argument("--no_test", action="store_true", help="leave the test split alone (for searches)")
+
+    group = parser.add_argument_group("from codes, without training")
+    group.add_argument("--eval_codes", type=Path, metavar="CODES.pt", help="rank from these integers alone")
+    group.add_argument(
+        "--checkpoint", type=Path, metavar="CK.pt", help="codebooks, relations and decoder for --eval_codes"
+    )
+    group.add_argument("--split", choices=["train", "valid", "test"], default="test", help="split to rank")
+    group.add_argument("--metrics_out", type=Path, metavar="FILE.json", help="write the metrics there")
+    group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
+    group.add_argument("--predict", nargs=2, metavar=("HEAD", "RELATION"),
+                       help="print the top tails; ~RELATION asks for heads instead")  # fmt: skip
+    group.add_argument("--top", type=int, default=10, help="answers that --predict prints")
+
+    args = parser.parse_args(argv)
+    _check_flags(args, parser)
+    return args
+
+
+def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
+    at_least_one = ["seq_len", "num_code", "code_dim", "init_dim", "gcn_dim", "att_head", "epoch", "batch", "encoder_every",
+                    "eval_every", "top"]  # fmt: skip
+    for flag in at_least_one:
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
+    for flag in ["gcn_layers", "tf_layers", "max_minutes", "l2", "patience", "num_workers", "vq_weight", "text_weight",
+                 "seed", "warmup_epochs"]:  # fmt: skip
+        if not 0 <= getattr(args, flag) < float("inf"):
+            parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 or more")
+    for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:
+        if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
+    if not args.lr > 0:
+        parser.error(f"--lr {args.lr} is out of range, expected more than 0")
+    if not 0 < args.freeze_at <= 1:
+        parser.error(f"--freeze_at {args.freeze_at} is out of range, expected 0 < freeze_at <= 1")
+    if args.quantizer == "vq" and args.num_quantizers not in (None, 1):
+        parser.error(f"--quantizer vq has one level, but --num_quantizers {args.num_quantizers} was given")
+    if args.num_quantizers is None:
+        args.num_quantizers = 1 if args.quantizer == "vq" else 4
+    if args.num_quantizers < 1:
+        parser.error(f"--num_quantizers {args.num_quantizers} is too small, expected 1 or more")
+    if args.tf_layers and args.code_dim % args.att_head:
+        parser.error(f"--code_dim {args.code_dim} is no multiple of --att_head {args.att_head}")
+    if args.warmup_epochs >= args.epoch:
+        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves no epoch with codes, --epoch is {args.epoch}")
+    if args.restore and args.overwrite:
+        parser.error("--restore continues a run and --overwrite starts it anew: give one of them")
+    if args.dump_only and not args.restore:
+        parser.error("--dump_only dumps an existing run: give --restore with it")
+    if args.eval_codes and not args.checkpoint:
+        parser.error("--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes")
+    if (args.predict or args.shuffle_codes or args.metrics_out) and not args.eval_codes:
+        parser.error("--predict, --shuffle_codes and --metrics_out go with --eval_codes CODES.pt --checkpoint CK.pt")
+
+
+# ---------------------------------------------------------------- what both ways need
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """--device, else --gpu, else CUDA where there is one. Raises InputError when it is not there."""
+    import torch
+
+    word = args.device
+    if word is None:
+        word = ("cuda" if torch.cuda.is_available() else "cpu") if args.gpu is None else (
+            "cpu" if args.gpu < 0 else f"cuda:{args.gpu}")  # fmt: skip
+    flag = "--device" if args.device else "--gpu"
+    try:
+        device = torch.device(word)
+    except RuntimeError as error:
+        raise InputError(f"{flag} {word} is no device, expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"{flag}: {word} is not there, torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    if args.num_workers:
+        torch.set_num_threads(args.num_workers)
+    return device
+
+
+def load_graph(args: argparse.Namespace) -> KnowledgeGraph:
+    """Read --dataset and say what was found."""
+    from data.knowledge_graph import KnowledgeGraph
+
+    kg = KnowledgeGraph.load(args.dataset or ROOT / "data" / "FB15k-237")
+    print(
+        f"{kg.name}: {kg.num_entities} entities ({int(kg.unseen.sum())} unseen in training), {kg.num_relations} "
+        f"relations, {len(kg.train)} / {len(kg.valid)} / {len(kg.test)} triples in train / valid / test"
+    )
+    return kg
+
+
+def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
+    """Text embeddings [M, T] as float32; InputError for another row count, shape, or a value that is not finite."""
+    import numpy as np
+    import torch
+
+    if path is None:
+        return None
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--text_emb {path} cannot be read as a .npy array: {str(error).splitlines()[0]}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != num_entities or array.dtype.kind != "f":
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
+    text = torch.from_numpy(array.astype(np.float32))
+    if not bool(torch.isfinite(text).all()):
+        raise InputError(f"--text_emb {path} holds values that are not finite; write it again")
+    return text
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """MRR, MR and Hits on one line, head and tail queries apart."""
+    line = "  ".join(f"{key} {metrics[key]:.4f}" for key in ("mrr", "hits@1", "hits@3", "hits@10"))
+    return (
+        f"{line}  mr {metrics['mr']:.1f}  (mrr of head {metrics['head']['mrr']:.4f}, tail {metrics['tail']['mrr']:.4f})"
+    )
+
+
+# ---------------------------------------------------------------- train and dump
+
+
+@contextmanager
+def only_run(path: Path) -> Iterator[None]:
+    """Hold ``path`` as a lock for as long as the run lives; InputError when another run holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (held open for as long as the run lives)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another --checkpoint_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another run is writing {path.stem}; wait for it or choose another --name") from error
+        yield
+        path.unlink(missing_ok=True)
+
+
+def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict[str, Any]:
+    """The flags that shape RQGCN."""
+    names = ["init_dim", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers", "code_dim",
+             "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend"]  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {
+        "composition": args.opn,
+        "text_dim": None if text is None else text.shape[1],
+        "codebook": {},
+    }
+
+
+def comparable(args: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    """What must agree for a run to be continued: every flag that shapes training, and the files' hashes."""
+    unused = {"eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "top"}
+    return {key: value for key, value in args.items() if key not in FREE_ON_RESTORE | unused} | {
+        f"file {name}": value for name, value in inputs.items()
+    }
+
+
+def check_existing(
+    args: argparse.Namespace, checkpoint: Path, files: CodeFiles, now: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The stored run to continue, or None to start anew. Refuses to write over a run from other arguments."""
+    if args.overwrite:
+        return None
+    if not checkpoint.exists():
+        if args.restore:
+            raise InputError(f"--restore: there is no {checkpoint}; leave --restore out to start the run")
+        if files.record.exists() or files.codes.exists():
+            raise InputError(f"{files.codes} exists from another run; give --out_dir DIR or --overwrite")
+        return None
+    stored = load_checkpoint(checkpoint)
+    then = stored["comparable"]
+    differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if differing:
+        shown = ", ".join(f"{key} (there {then.get(key)}, here {now.get(key)})" for key in differing[:3])
+        hint = "give the same flags" if args.restore else "give another --name and --out_dir, or --overwrite"
+        raise InputError(f"{checkpoint} comes from other arguments: {shown}; {hint}")
+    return stored
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this command; InputError when the file is something else."""
+    stored = load_torch(path, "checkpoint")
+    if not isinstance(stored, dict) or not {"config", "best", "last", "comparable"} <= stored.keys():
+        raise InputError(f"checkpoint file {path} is none of run_rq.py's; expected the entries config, last and best")
+    return stored
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train RQGCN, dump codes, embeddings and names of the best epoch, rank from the dump, write the record."""
+    from model.message_passing import resolve_backend
+    from model.RQGCN import RQGCN
+    from model.trainer import Trainer, TrainSettings
+
+    device = choose_device(args)
+    kg = load_graph(args)
+    text = load_text(args.text_emb, kg.num_entities)
+    stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)
+    name = args.name or stem
+    if Path(name).name != name:
+        raise InputError(f"--name {name} must be a plain file name; folders go to --checkpoint_dir and --out_dir")
+    files = code_files(args.out_dir or ROOT / "codes_new", stem)
+    checkpoint = (args.checkpoint_dir or ROOT / "checkpoints") / f"{name}.pt"
+    inputs = dict(kg.input_hashes)
+    if args.text_emb is not None:
+        inputs[args.text_emb.name] = sha256_file(args.text_emb)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+    with only_run(checkpoint.with_suffix(".lock")):
+        now = comparable(plain, inputs)
+        stored = check_existing(args, checkpoint, files, now)
+        seed_everything(args.seed)
+        try:
+            model = RQGCN(kg.num_entities, kg.num_relations, **model_arguments(args, text))
+        except ValueError as error:
+            raise InputError(f"these flags do not fit together: {error}") from error
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, backend {resolve_backend(args.graph_backend, device)}"
+        )
+        settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
+        trainer = Trainer(kg, model, settings, checkpoint, model_arguments(args, text), now, text, device)
+        if stored is not None:
+            try:
+                trainer.restore(stored)
+            except (KeyError, RuntimeError, ValueError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(
+                    f"checkpoint {checkpoint} does not hold this model: {reason}; use --overwrite"
+                ) from error
+            print(f"continuing {checkpoint.name} after epoch {trainer.epoch}")
+        if not args.dump_only:
+            fit_until_stopped(trainer, checkpoint)
+        if trainer.best is None:
+            raise InputError(f"{checkpoint.name} has no epoch with codes yet; train on with --restore")
+        dump(args, kg, trainer, files, plain, inputs)
+    print(
+        f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {files.codes} --checkpoint {checkpoint}\n"
+        f"      python Class/gen_fb_data_rq.py --codes {files.codes}"
+    )
+
+
+def fit_until_stopped(trainer: Trainer, checkpoint: Path) -> None:
+    """Train; on Ctrl-C or SIGTERM say what is saved and how to go on, and leave with 130 or 143."""
+
+    def terminate(signum: int, frame: object) -> None:
+        raise SystemExit(143)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        trainer.fit()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if checkpoint.exists() and trainer.epoch:
+            where = f"epoch {trainer.epoch} is saved in {checkpoint}; go on with --restore, or dump with --restore --dump_only"
+        else:
+            where = "no epoch was finished, nothing is saved"
+        print(f"stopped: {where}", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, SystemExit) else 130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def dump(
+    args: argparse.Namespace,
+    kg: KnowledgeGraph,
+    trainer: Trainer,
+    files: CodeFiles,
+    plain: dict[str, Any],
+    inputs: dict[str, str],
+) -> None:
+    """Write the best epoch's codes and score what was written, from the file."""
+    from model.evaluation import evaluate_codes, shuffled
+    from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
+    from model.RQGCN import scorer_of
+
+    assert trainer.best is not None
+    start = time.monotonic()
+    best, device = trainer.best, trainer.device
+    scorer, relations = scorer_of(trainer.config, best, device)
+    codes = best["codes"].cpu()
+    embeddings = None
+    if args.save_emb or codes.shape[0] * codes.shape[1] * args.code_dim * 4 <= EMBEDDINGS_LIMIT_BYTES:
+        embeddings = scorer.rq_codebook.decode_from_codes(codes.to(device)).detach()
+    else:
+        print(f"{files.embeddings.name} would exceed 2 GiB and is left out; --save_emb writes it")
+    written = save_codes(files, codes.squeeze(-1) if args.quantizer == "vq" else codes, kg.entities, embeddings)
+    codes = load_codes(files.codes, kg.num_entities, args.num_code).to(device)
+
+    def rank(split: str, **how: Any) -> dict[str, Any]:
+        return evaluate_codes(scorer, relations, codes, kg, split, **how)
+
+    metrics: dict[str, Any] = {"valid": rank("valid")}
+    metrics["valid_mrr_by_levels"] = [rank("valid", levels=level)["mrr"] for level in range(1, args.num_quantizers)] + [
+        metrics["valid"]["mrr"]
+    ]
+    if not args.no_test:
+        metrics["test"] = rank("test")
+        metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")
+    record = make_record(
+        plain, inputs, trainer.seconds + time.monotonic() - start, device,
+        dataset=kg.name, shape=list(codes.shape), best_epoch=best["epoch"], epochs=trainer.epoch, outputs=written,
+        **metrics,
+        codes={
+            "usage": code_usage(codes, args.num_code).tolist(),
+            "perplexity": code_perplexity(codes, args.num_code).tolist(),
+            "collisions": collisions(codes),
+            "entropy_bits": entropy_bits(codes),
+        },
+        history=trainer.history,
+    )  # fmt: skip
+    write_json(record, files.record)
+    print(
+        f"wrote {files.codes} (best epoch {best['epoch']} of {trainer.epoch}), {', '.join(sorted(written))}, {files.record.name}"
+    )
+    print(f"valid from the dumped codes: {format_metrics(metrics['valid'])}")
+    print("valid MRR by levels decoded: " + " ".join(f"{value:.4f}" for value in metrics["valid_mrr_by_levels"]))
+    if "test" in metrics:
+        print(f"test from the dumped codes:  {format_metrics(metrics['test'])}")
+        print(f"control, shuffled codes:     {format_metrics(metrics['test_shuffled_codes'])}")
+    print(
+        f"codes: usage {' '.join(f'{x:.3f}' for x in record['codes']['usage'])}, {record['codes']['collisions']} entities "
+        f"share their code with another, entropy {record['codes']['entropy_bits']:.2f} bits"
+    )
+
+
+# ---------------------------------------------------------------- from codes
+
+
+def load_scored_codes(
+    args: argparse.Namespace, kg: KnowledgeGraph, device: torch.device
+) -> tuple[CodeScorer, torch.Tensor, torch.Tensor]:
+    """(scorer, relations [2R, D], codes [M, L, Q]) from --checkpoint and --eval_codes, checked against each other."""
+    from model.evaluation import shuffled
+    from model.RQGCN import scorer_of
+
+    stored = load_checkpoint(args.checkpoint)
+    if stored["best"] is None:
+        raise InputError(f"checkpoint {args.checkpoint} has no epoch with codes yet; train on with --restore")
+    try:
+        scorer, relations = scorer_of(stored["config"], stored["best"], device)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint {args.checkpoint} holds no complete scorer: {reason}") from error
+    codebook = scorer.rq_codebook
+    codes = load_codes(args.eval_codes, kg.num_entities, codebook.num_codes)
+    wanted = [stored["config"]["seq_len"], codebook.num_quantizers]
+    if list(codes.shape[1:]) != wanted:
+        raise InputError(
+            f"--eval_codes {args.eval_codes} has [L, Q] = {list(codes.shape[1:])}, the checkpoint was trained with {wanted}"
+        )
+    if len(relations) != 2 * kg.num_relations:
+        raise InputError(
+            f"--checkpoint {args.checkpoint} knows {len(relations) // 2} relations, --dataset {kg.name} has {kg.num_relations}"
+        )
+    names = args.eval_codes.with_suffix(".entities.txt")
+    if names.exists() and load_entities(names) != kg.entities:
+        raise InputError(
+            f"{names} lists other entities than --dataset {kg.name}; take the data set of the codes' record"
+        )
+    if args.shuffle_codes:
+        codes = shuffled(codes, args.seed)
+    return scorer, relations, codes.to(device)
+
+
+def eval_codes(args: argparse.Namespace) -> None:
+    """Rank --split from the integers of --eval_codes alone; no encoder is built."""
+    from model.evaluation import evaluate_codes
+
+    device = choose_device(args)
+    kg = load_graph(args)
+    scorer, relations, codes = load_scored_codes(args, kg, device)
+    if args.predict:
+        predict(args, kg, scorer, relations, codes)
+        return
+    metrics = evaluate_codes(scorer, relations, codes, kg, args.split)
+    print(
+        f"{args.split} from {'shuffled codes of ' if args.shuffle_codes else ''}{args.eval_codes}: {format_metrics(metrics)}"
+    )
+    if "unseen" in metrics:
+        print(
+            f"  triples with an entity unseen in training ({metrics['unseen']['count']} queries): {format_metrics(metrics['unseen'])}"
+        )
+    if args.metrics_out:
+        write_json(metrics, args.metrics_out)
+        print(f"wrote {args.metrics_out}")
+
+
+def find_name(word: str, raw: list[str], labels: list[str], what: str) -> int:
+    """Row of an entity or relation by raw name, else by label; InputError lists the matches of an ambiguous label."""
+    if word in raw:
+        return raw.index(word)
+    found = [row for row, label in enumerate(labels) if label.casefold() == word.casefold()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"--predict: {len(found)} {what}s are called {word!r}: {', '.join(raw[i] for i in found[:8])}")
+    near = [labels[i] for i, label in enumerate(labels) if word.casefold() in label.casefold()][:5]
+    raise InputError(f"--predict: no {what} is called {word!r}" + (f"; near: {', '.join(near)}" if near else ""))
+
+
+def predict(
+    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer, relations: torch.Tensor, codes: torch.Tensor
+) -> None:
+    """Print the --top tails of (HEAD, RELATION), known answers marked with their split."""
+    import torch
+
+    head_word, relation_word = args.predict
+    head = find_name(head_word, kg.entities, kg.labels, "entity")
+    inverse = relation_word.startswith("~")
+    relation = find_name(relation_word.removeprefix("~"), kg.relations, kg.relation_labels, "relation")
+    relation += kg.num_relations * inverse
+    scorer.eval()
+    with torch.no_grad():
+        q_all = scorer.entity_vectors_from_codes(codes)
+        scores = scorer.scores(q_all[[head]], relations[[relation]], q_all)[0]
+    known: dict[int, str] = {}
+    for split in ("test", "valid", "train"):
+        answers = kg.answers(split)
+        row = int(answers.rows([head], [relation])[0])
+        if row >= 0:
+            known |= dict.fromkeys(answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist(), split)
+    top = scores.topk(min(args.top, len(scores)))
+    print(f"{kg.labels[head]} -- {relation_word} -->")
+    for place, (score, tail) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
+        mark = f"  known ({known[tail]})" if tail in known else ""
+        print(f"{place:3d}. {score:9.4f}  {kg.labels[tail]} [{kg.entities[tail]}]{mark}")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.eval_codes:
+        eval_codes(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    run_command(main)
