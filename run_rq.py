@@ -100,6 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--freeze_at", type=float, default=0.85,
                        help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=1, help="scorer steps per pass of the encoder")
+    group.add_argument("--matmul_precision", choices=["highest", "high", "medium"], default="medium",
+                       help="of float32 products in training; ranking always has the highest")  # fmt: skip
     group.add_argument("--eval_every", type=int, default=1, help="epochs between rankings of valid")
     group.add_argument(
         "--patience", type=int, default=0, help="stop after so many epochs without a better MRR (0: off)"

@@ -65,7 +65,8 @@ class CompGCNLayer(nn.Module):
         self.w_rel = _weight(in_dim, out_dim)
         self.v_loop = _weight(1, in_dim)
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.BatchNorm1d(out_dim)
+        # all entities pass at once, so their own statistics are the population's, in training and after
+        self.norm = nn.BatchNorm1d(out_dim, track_running_stats=False)
         self.act = ACTIVATIONS[act]()
 
     def forward(self, x: Tensor, v: Tensor, graph: RelationalGraph) -> Encoded:
@@ -119,6 +120,10 @@ class CompGCN(nn.Module):
         for depth, layer in enumerate(self.layers):
             x, v = layer(self.hidden_dropout(x) if depth else x, v, graph)
         return Encoded(x, v)
+
+    def relation_weights(self) -> list[Tensor]:
+        """W_rel of every layer: their product takes the input relations to the output's, without any entity."""
+        return [layer.w_rel for layer in self.layers]  # type: ignore[misc]
 
 
 def _weight(rows: int, columns: int) -> nn.Parameter:

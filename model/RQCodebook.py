@@ -27,8 +27,6 @@ import torch
 from torch import Tensor, nn
 
 LANES = 32  # scores are reduced as [rows, K / LANES, LANES]: torch's amin over the middle axis is vectorized
-# Relative error which a matrix product in reduced precision adds to float32's (torch.set_float32_matmul_precision).
-REDUCED_PRECISION = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
 
 
 class RQOutput(NamedTuple):
@@ -391,7 +389,7 @@ def _nearest_in_chunk(rows: Tensor, table: _Table, scores: Tensor) -> Tensor:
     lanes.scatter_(1, lane.unsqueeze(1), torch.inf)
     slots.scatter_(1, slot.unsqueeze(1), torch.inf)
     runner_up = torch.minimum(lanes.amin(1), slots.amin(1))
-    slack = (width + 4) * torch.finfo(rows.dtype).eps + REDUCED_PRECISION[torch.get_float32_matmul_precision()]
+    slack = (width + 4) * torch.finfo(rows.dtype).eps
     limit = best + slack * table.reach * (table.reach + 2 * torch.linalg.vector_norm(rows, dim=1))
     unsure = (runner_up <= limit).nonzero().squeeze(1)
     if len(unsure):

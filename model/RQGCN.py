@@ -60,6 +60,8 @@ class CodeScorer(nn.Module):
         super().__init__()
         self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers, **(codebook or {}))
         self.W_q = nn.Linear(seq_len * code_dim, dim, bias=False)
+        # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
+        nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim) ** 0.5)
         self.decoder = make_decoder(decoder, dim, dropout=decoder_drop)
 
     def entity_vectors(self, z_q: Tensor) -> Tensor:
@@ -128,7 +130,8 @@ class RQGCN(nn.Module):
             )
             for _ in range(tf_layers)
         )
-        self.norm = nn.BatchNorm1d(seq_len * code_dim)
+        # all entities pass at once, so their own statistics are the population's, in training and after
+        self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
         self.scorer = CodeScorer(
             seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, codebook
         )  # fmt: skip
@@ -139,11 +142,15 @@ class RQGCN(nn.Module):
         """The residual codebooks (they live in the half that survives without the encoder)."""
         return self.scorer.rq_codebook
 
+    def relation_parameters(self) -> list[Tensor]:
+        """The parameters that ``relation_vectors`` depends on."""
+        return [self.relation_embedding, *self.encoder.relation_weights()]
+
     def relation_vectors(self) -> Tensor:
         """[2R, D]: the relations after the encoder's layers (v' = W_rel v); no entity takes part."""
         v: Tensor = self.relation_embedding
-        for layer in self.encoder.layers:
-            v = v @ layer.w_rel
+        for weight in self.encoder.relation_weights():
+            v = v @ weight
         return v
 
     def encode(self, g: RelationalGraph) -> Encoded:
@@ -164,8 +171,8 @@ class RQGCN(nn.Module):
         return (self.W_s(q) - text).square().sum(dim=1).mean()
 
     @torch.no_grad()
-    def _clean_z(self, g: RelationalGraph) -> Tensor:
-        """z [M, L, code_dim] without dropout and with running statistics: the one path that codes come from."""
+    def clean_z(self, g: RelationalGraph) -> Tensor:
+        """z [M, L, code_dim] without dropout: the one path that codes come from."""
         training = self.training
         self.eval()
         z = self.encode(g).z
@@ -175,14 +182,9 @@ class RQGCN(nn.Module):
     @torch.no_grad()
     def cal_allent_codes(self, g: RelationalGraph) -> Tensor:
         """Codes of all entities, int64 [M, L, Q]."""
-        return self.rq_codebook.cal_codes(self._clean_z(g))
+        return self.rq_codebook.cal_codes(self.clean_z(g))
 
     @torch.no_grad()
     def cal_allent_codes_emds(self, g: RelationalGraph) -> Tensor:
         """Vectors that those codes stand for, [M, L, code_dim]."""
         return self.rq_codebook.decode_from_codes(self.cal_allent_codes(g))
-
-    def quantize_with(self, z: Tensor, codes: Tensor) -> Tensor:
-        """Decode given assignments of z, [M, L, code_dim]. The value is the codes' own; the gradient reaches the
-        codebooks (as an embedding's does) and, straight through, z."""
-        return self.rq_codebook.decode_from_codes(codes) + (z - z.detach())

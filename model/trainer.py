@@ -8,14 +8,12 @@ graph may be taken once per ``encoder_every`` scorer steps (gradients are averag
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +22,7 @@ from data.knowledge_graph import KnowledgeGraph
 from model.evaluation import evaluate_codes, evaluate_vectors
 from model.losses import LOSSES, gather_targets
 from model.message_passing import RelationalGraph
+from model.precision import matmul_precision
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
 from run_record import InputError, save_torch
@@ -48,6 +47,7 @@ class TrainSettings:
     eval_every: int = 1
     patience: int = 0
     max_minutes: float = 0
+    matmul_precision: str = "medium"
     seed: int = 0
 
 
@@ -61,8 +61,9 @@ class Phase(NamedTuple):
 class Trainer:
     """Trains ``model`` on ``kg`` and keeps ``checkpoint`` (one file with ``last`` and ``best``).
 
-    ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored. ``text``: [M, T] for
-    Eq. 8 or None. ``report`` receives one line per epoch.
+    ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored.
+    ``text``: [M, T] for Eq. 8
+    or None. ``report`` receives one line per epoch.
     """
 
     def __init__(
@@ -87,14 +88,32 @@ class Trainer:
         self.heads = as_tensor(known.keys // (2 * kg.num_relations)).to(self.device)
         self.rels = as_tensor(known.keys % (2 * kg.num_relations)).to(self.device)
         self.indptr, self.targets = as_tensor(known.indptr).to(self.device), as_tensor(known.targets).to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, weight_decay=settings.l2)
+        self.optimizer = self._make_optimizer()
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.codes: Tensor | None = None  # [M, L, Q], the assignments in use
+        self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use while warming up
         self.epoch = 0
         self.seconds = 0.0  # of training so far, resumed parts included
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self._clock = time.monotonic()
+
+    def _make_optimizer(self) -> torch.optim.Adam:
+        """Adam; what steps once per ``encoder_every`` scorer steps moves by its square root more each time."""
+        every_step = {id(p) for p in [*self.model.scorer.parameters(), *self.model.relation_parameters()]}
+        if self.model.W_s is not None:
+            every_step |= {id(p) for p in self.model.W_s.parameters()}
+        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+        for parameter in self.model.parameters():
+            groups[id(parameter) in every_step].append(parameter)
+        return torch.optim.Adam(
+            [
+                {"params": groups[True], "rate": 1.0},
+                {"params": groups[False], "rate": math.sqrt(self.settings.encoder_every)},
+            ],
+            lr=self.settings.lr,
+            weight_decay=self.settings.l2,
+        )
 
     # ---------------------------------------------------------------- one epoch
 
@@ -115,7 +134,7 @@ class Trainer:
         if self.settings.lr_schedule == "cosine":
             scale = 0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * scale
+            group["lr"] = self.settings.lr * group["rate"] * scale
 
     def _structure_loss(self, q_all: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D]."""
@@ -127,70 +146,89 @@ class Trainer:
             return structure, structure.new_zeros(())
         return structure, self.model.semantic_loss(q_all[heads], self.text[heads])
 
-    def _start_quantizing(self) -> None:
-        """Codebooks by residual k-means of the warmed-up vectors, then the first assignments."""
+    def _refresh(self, phase: Phase) -> None:
+        """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on."""
+        z = self.model.clean_z(self.graph)
+        if phase.name == "warm-up":
+            self.z = z
+        else:
+            self.z, self.codes = None, self.model.rq_codebook.cal_codes(z)
+
+    def _start_epoch(self, phase: Phase) -> None:
+        """Codebooks by residual k-means of the warmed-up vectors at first; later, unused codes get a new place."""
         codebook = self.model.rq_codebook
-        if not bool(codebook.initialized.all()):
-            codebook.init_from_data(self.model._clean_z(self.graph), generator=self.generator)
-        self.codes = self.model.cal_allent_codes(self.graph)
+        if phase.name == "frozen":
+            return
+        if phase.name == "codes":
+            z = self.model.clean_z(self.graph)
+            if self.codes is None:
+                codebook.init_from_data(z, generator=self.generator)
+            else:
+                codebook.revive_dead_codes(z, self.codes, generator=self.generator)
+        self._refresh(phase)
+
+    def _scorer_step(self, batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward of L_st + L_se. Returns (L_st, L_se, their gradient with respect to z [M, L, code_dim])."""
+        if phase.name == "warm-up":
+            assert self.z is not None
+            z_q = self.z.requires_grad_()
+        else:
+            assert self.codes is not None
+            z_q = self.model.rq_codebook.decode_from_codes(self.codes)
+            z_q.retain_grad()
+        structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch)
+        (structure + self.settings.text_weight * semantic).backward()
+        gradient = z_q.grad
+        assert gradient is not None
+        z_q.grad = None
+        return structure.detach(), semantic.detach(), gradient
+
+    def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
+        """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value."""
+        z = self.model.encode(self.graph).z
+        surrogate, quantization = (z * gradient).sum(), 0.0
+        if phase.name == "codes":
+            total_loss = self.model.rq_codebook(z, codes=self.codes).total_loss
+            surrogate = surrogate + self.settings.vq_weight * total_loss
+            quantization = float(total_loss.detach())
+        surrogate.backward()
+        return quantization
 
     def _train_epoch(self) -> dict[str, Any]:
-        model, settings = self.model, self.settings
-        model.train()
-        order = torch.randperm(len(self.heads), generator=self.generator).to(self.device)
-        batches = order.split(settings.batch)
-        totals = {"structure": 0.0, "semantic": 0.0, "quantization": 0.0}
-        level_losses: Tensor | None = None
-        encoder_steps = 0
-        gradient: Tensor | None = None  # of z [M, L, code_dim], summed over the steps since the last encoder pass
-        waiting = 0
+        settings = self.settings
+        self.model.train()
+        batches = torch.randperm(len(self.heads), generator=self.generator).to(self.device).split(settings.batch)
         phase = self._phase(self.epoch)
-        if phase.name == "codes":
-            if self.codes is None:
-                self._start_quantizing()
-            else:
-                z = model._clean_z(self.graph)
-                model.rq_codebook.revive_dead_codes(z, self.codes, generator=self.generator)
-            self.codes = model.cal_allent_codes(self.graph)
-        bar = tqdm(batches, desc=f"epoch {self.epoch + 1} {phase.name}", leave=False, unit="step", dynamic_ncols=True, disable=None)
-        for step, batch in enumerate(bar):
+        self._start_epoch(phase)
+        totals = {"structure": 0.0, "semantic": 0.0, "quantization": 0.0}
+        gradient, waiting, encoder_steps = (
+            None,
+            0,
+            0,
+        )  # gradient of z, summed over the steps since the last encoder pass
+        title = f"epoch {self.epoch + 1} {phase.name}"
+        for step, batch in enumerate(tqdm(batches, desc=title, leave=False, unit="step", disable=None)):
             self._set_lr(self._phase(self.epoch + step / len(batches)).progress)
             self.optimizer.zero_grad(set_to_none=True)
-            if phase.name == "warm-up":
-                z_q = model.encode(self.graph).z
-            else:
-                assert self.codes is not None
-                z_q = model.rq_codebook.decode_from_codes(self.codes)
-                z_q.retain_grad()
-            structure, semantic = self._structure_loss(model.scorer.entity_vectors(z_q), batch)
-            (structure + settings.text_weight * semantic).backward()
+            structure, semantic, own = self._scorer_step(batch, phase)
             quantization = 0.0
-            if phase.name == "codes":
-                assert z_q.grad is not None and self.codes is not None
-                gradient = z_q.grad if gradient is None else gradient.add_(z_q.grad)
+            if phase.name != "frozen":
+                gradient = own if gradient is None else gradient.add_(own)
                 waiting += 1
-                if waiting == settings.encoder_every or step + 1 == len(batches):
-                    z = model.encode(self.graph).z
-                    quantized = model.rq_codebook(z, codes=self.codes)
-                    ((z * gradient).sum() / waiting + settings.vq_weight * quantized.total_loss).backward()
-                    quantization = float(quantized.total_loss.detach())
-                    level_losses = model.rq_codebook.level_losses.clone()
-                    encoder_steps += 1
-                    gradient, waiting = None, 0
+            if waiting and (waiting == settings.encoder_every or step + 1 == len(batches)):
+                assert gradient is not None
+                quantization = self._encoder_step(gradient / waiting, phase)
+                gradient, waiting, encoder_steps = None, 0, encoder_steps + 1
             self.optimizer.step()
-            if phase.name == "codes" and waiting == 0:
-                self.codes = model.cal_allent_codes(self.graph)
-            self._check_finite(float(structure.detach()) + float(semantic.detach()) + quantization, step)
-            totals["structure"] += float(structure.detach()) / len(batches)
-            totals["semantic"] += float(semantic.detach()) / len(batches)
+            if phase.name != "frozen" and not waiting:
+                self._refresh(phase)
+            self._check_finite(float(structure) + float(semantic) + quantization, step)
+            totals["structure"] += float(structure) / len(batches)
+            totals["semantic"] += float(semantic) / len(batches)
             totals["quantization"] += quantization
         totals["quantization"] /= max(1, encoder_steps)
-        return {
-            "phase": phase.name,
-            **totals,
-            "levels": [] if level_losses is None else [float(x) for x in level_losses],
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+        levels = self.model.rq_codebook.level_losses.tolist() if phase.name == "codes" else []
+        return {"phase": phase.name, **totals, "levels": levels, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -206,7 +244,8 @@ class Trainer:
         settings = self.settings
         self._clock = time.monotonic()
         while self.epoch < settings.epoch and self._phase(self.epoch).progress < 1.0 and not self._out_of_patience():
-            row = {"epoch": self.epoch + 1, **self._train_epoch()}
+            with matmul_precision(settings.matmul_precision):
+                row = {"epoch": self.epoch + 1, **self._train_epoch()}
             self.epoch += 1
             last = self.epoch == settings.epoch or self._phase(self.epoch).progress >= 1.0
             if self.epoch % settings.eval_every == 0 or last:
@@ -227,7 +266,7 @@ class Trainer:
         with torch.no_grad():
             relations = model.relation_vectors()
             if phase == "warm-up":
-                q_all = model.scorer.entity_vectors(model.encode(self.graph).z)
+                q_all = model.scorer.entity_vectors(model.clean_z(self.graph))
                 metrics = evaluate_vectors(model.scorer, relations, q_all, self.kg, "valid")
             else:
                 assert self.codes is not None
@@ -252,7 +291,7 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoint
 
     def save(self) -> None:
-        """Write ``last`` (everything that the next epoch depends on) and ``best`` (what is dumped), renamed into place."""
+        """Write ``last`` (all that the next epoch depends on) and ``best`` (what is dumped), renamed into place."""
         last = {
             "epoch": self.epoch,
             "seconds": self.seconds,
@@ -263,9 +302,6 @@ class Trainer:
                 "order": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "numpy": list(np.random.get_state(legacy=True)[1].tolist())
-                + [int(np.random.get_state(legacy=True)[2])],
-                "python": list(random.getstate()[1]),
             },
             "history": self.history,
         }
@@ -287,13 +323,6 @@ class Trainer:
         torch.set_rng_state(rng["torch"].cpu())
         if self.device.type == "cuda" and rng["cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
-        np.random.set_state(("MT19937", np.array(rng["numpy"][:-1], dtype=np.uint32), rng["numpy"][-1]))
-        random.setstate((3, tuple(rng["python"]), None))
-
-
-def _numpy_state() -> list[int]:
-    _, keys, position, *_ = np.random.get_state(legacy=True)
-    return [*(int(key) for key in keys), int(position)]
 
 
 def format_epoch(row: dict[str, Any]) -> str:
