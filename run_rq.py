@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--warmup_epochs", type=int, default=1, help="epochs before the codebooks are initialised")
     group.add_argument("--freeze_at", type=float, default=0.85,
                        help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
-    group.add_argument("--encoder_every", type=int, default=1, help="scorer steps per pass of the encoder")
+    group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
     group.add_argument("--matmul_precision", choices=["highest", "high", "medium"], default="medium",
                        help="of float32 products in training; ranking always has the highest")  # fmt: skip
     group.add_argument("--eval_every", type=int, default=1, help="epochs between rankings of valid")

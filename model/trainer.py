@@ -42,7 +42,7 @@ class TrainSettings:
     text_weight: float = 1.0
     warmup_epochs: float = 1
     freeze_at: float = 0.85
-    encoder_every: int = 1
+    encoder_every: int = 8
     lr_schedule: str = "cosine"
     eval_every: int = 1
     patience: int = 0
