@@ -1,0 +1,139 @@
+"""Shared by the tests of stage 1: a tiny graph with structure, small dimensions, and run_rq.py called in-process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import run_record
+import run_rq
+from data.knowledge_graph import KnowledgeGraph
+from model.RQGCN import RQGCN
+from model.trainer import Trainer, TrainSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+# M = 43 differs from every other size below, so that a tensor with 43 rows is indexed by entities
+M, R, L, K, Q, CODE_DIM, D = 43, 3, 3, 8, 2, 4, 12
+SHAPE: dict[str, Any] = {
+    "init_dim": D, "gcn_dim": D, "gcn_layers": 1, "seq_len": L, "num_code": K, "num_quantizers": Q,
+    "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult",
+}  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """What one call of run_rq.py left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def graph_triples() -> np.ndarray:
+    """43 entities on a ring: next (+1), over (+2), and the hub of an entity's class (mod 5)."""
+    rows = [(i, 0, (i + 1) % M) for i in range(M)] + [(i, 1, (i + 2) % M) for i in range(M)]
+    rows += [(i, 2, i % 5) for i in range(5, M)]
+    triples = np.array(rows)
+    return triples[np.random.default_rng(0).permutation(len(triples))]
+
+
+def write_graph(folder: Path) -> Path:
+    """The ring as a graph folder with names, so that ids are not the order of the names."""
+    folder.mkdir(parents=True)
+    triples = graph_triples()
+    relations = ["next", "over", "hub"]
+    for split, rows in {"train": triples[24:], "valid": triples[:12], "test": triples[12:24]}.items():
+        lines = [f"e{h}\t{relations[r]}\te{t}\n" for h, r, t in rows]
+        (folder / f"{split}.txt").write_text("".join(lines))
+    (folder / "entities.dict").write_text("".join(f"{i}\te{i}\n" for i in range(M)))
+    (folder / "relations.dict").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(relations)))
+    (folder / "entity2label.txt").write_text("".join(f"e{i}\tEntity {i}\n" for i in range(M)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny graph."""
+    return write_graph(tmp_path_factory.mktemp("data") / "ring")
+
+
+@pytest.fixture(scope="session")
+def ring_kg(ring: Path) -> KnowledgeGraph:
+    return KnowledgeGraph.load(ring)
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def small_flags(dataset: Path, folder: Path, **more: Any) -> list[str]:
+    """Flags of a small run of stage 1 whose outputs go to ``folder``."""
+    small: dict[str, Any] = {
+        "dataset": dataset, "out_dir": folder / "codes", "checkpoint_dir": folder / "checkpoints", **SHAPE, "epoch": 4,
+        "batch": 32, "lr": 0.01, "device": "cpu", "freeze_at": 0.7,
+    }  # fmt: skip
+    return flags_of(small | more)
+
+
+@contextmanager
+def arguments(words: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = ["run_rq.py", *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def rq(capsys: pytest.CaptureFixture[str]) -> Command:
+    """run_rq.py as the shell would run it, without a second process: rq("--dataset", ...) -> Outcome."""
+
+    def call(*words: str) -> Outcome:
+        capsys.readouterr()
+        with arguments(list(words)), pytest.raises(SystemExit) as end:
+            run_record.run_command(run_rq.main)
+        captured = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+TrainerMaker = Callable[..., Trainer]
+
+
+def books_of(model: RQGCN) -> list[torch.Tensor]:
+    """The codebooks [K, code_dim] by level."""
+    return [
+        model.get_parameter(f"scorer.rq_codebook.codebooks.{q}.weight") for q in range(len(model.rq_codebook.codebooks))
+    ]
+
+
+def make_model(kg: KnowledgeGraph, seed: int = 0, **changes: Any) -> RQGCN:
+    torch.manual_seed(seed)
+    return RQGCN(kg.num_entities, kg.num_relations, **(SHAPE | changes))
+
+
+@pytest.fixture
+def trainer_of(ring_kg: KnowledgeGraph, tmp_path: Path) -> TrainerMaker:
+    """trainer_of(model={...}, epoch=..., ...) -> a Trainer on the ring, quiet, checkpoint in tmp_path."""
+
+    def make(model: dict[str, Any] | None = None, text: torch.Tensor | None = None, **settings: Any) -> Trainer:
+        values: dict[str, Any] = {"epoch": 6, "lr": 0.01, "batch": 16, "matmul_precision": "highest", **settings}
+        config = SHAPE | {"gcn_drop": 0.2, "codebook": {}, "decoder_drop": None} | (model or {})
+        run_record.seed_everything(values.get("seed", 0))
+        net = RQGCN(ring_kg.num_entities, ring_kg.num_relations, **config)
+        return Trainer(
+            ring_kg, net, TrainSettings(**values), tmp_path / "run.pt", config, {}, text, "cpu", lambda line: None
+        )
+
+    return make

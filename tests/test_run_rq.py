@@ -1,0 +1,744 @@
+"""run_rq.py end to end: the files it leaves, ranking from the integers alone, what it continues and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import CODE_DIM, ROOT, SHAPE, K, L, M, Outcome, Q, R, flags_of, small_flags  # type: ignore[import-not-found]
+
+import run_rq
+from data.knowledge_graph import KnowledgeGraph, with_inverse
+from model.trainer import Trainer
+from run_record import load_torch
+
+Command = Callable[..., Outcome]
+RING = "ring_3_8_2_rq"
+FAMILY_FLAGS: dict[str, Any] = {
+    "seq_len": 4, "num_code": 32, "num_quantizers": 2, "code_dim": 16, "init_dim": 48, "gcn_dim": 48, "gcn_layers": 1,
+    "tf_layers": 0, "decoder": "distmult", "decoder_drop": 0, "gcn_drop": 0, "epoch": 8, "batch": 256, "lr": 0.01,
+    "lbl_smooth": 0,
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A finished run and its files."""
+
+    dataset: Path
+    folder: Path
+    stem: str
+    flags: list[str]
+
+    @property
+    def codes(self) -> Path:
+        return self.folder / "codes" / f"{self.stem}.pt"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / f"{self.stem}.pt"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.codes.with_suffix(".json").read_text())
+
+    def scored(self, codes: Path | None = None, checkpoint: Path | None = None, *more: str) -> list[str]:
+        """The flags that rank from codes."""
+        pair = {"dataset": self.dataset, "eval_codes": codes or self.codes, "checkpoint": checkpoint or self.checkpoint}
+        return [*flags_of(pair), "--device", "cpu", *more]
+
+
+def finished(dataset: Path, folder: Path, stem: str, **changes: Any) -> Run:
+    flags = small_flags(dataset, folder, **changes)
+    run_rq.train(run_rq.parse_args(flags))
+    return Run(dataset, folder, stem, flags)
+
+
+@pytest.fixture(scope="session")
+def ring_run(ring: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished(ring, tmp_path_factory.mktemp("rq"), RING)
+
+
+@pytest.fixture(scope="session")
+def family_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run on the bundled graph that learns: 4 s on one core."""
+    return finished(ROOT / "data" / "family", tmp_path_factory.mktemp("family"), "family_4_32_2_rq", **FAMILY_FLAGS)
+
+
+@pytest.fixture(scope="session")
+def family_kg() -> KnowledgeGraph:
+    return KnowledgeGraph.load(ROOT / "data" / "family")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds ``words``."""
+    assert outcome.code == 2, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize(
+    ("changes", "stem", "shape"),
+    [
+        ({}, RING, (M, L, Q)),
+        ({"num_quantizers": 1}, "ring_3_8_1_rq", (M, L, 1)),
+        ({"quantizer": "vq", "num_quantizers": None}, "ring_3_8", (M, L)),
+    ],
+    ids=["rq", "rq of one level", "vq"],
+)
+def test_a_run_writes_four_files_of_the_promised_names_and_forms(
+    rq: Command, ring: Path, tmp_path: Path, changes: dict[str, Any], stem: str, shape: tuple[int, ...]
+) -> None:
+    flags = small_flags(ring, tmp_path, **changes)
+    if "quantizer" in changes:
+        at = flags.index("--num_quantizers")
+        del flags[at : at + 2]
+    outcome = rq(*flags)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "codes"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{stem}.pt", f"{stem}_emd.pt", f"{stem}.entities.txt", f"{stem}.json"
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {f"{stem}.pt"}
+    codes = torch.load(folder / f"{stem}.pt", weights_only=True)
+    assert codes.dtype == torch.int64 and codes.shape == shape and codes.is_contiguous()
+    assert int(codes.min()) >= 0 and int(codes.max()) < K
+    embeddings = torch.load(folder / f"{stem}_emd.pt", weights_only=True)
+    assert embeddings.dtype == torch.float32 and embeddings.shape == (M, L, CODE_DIM) and embeddings.is_contiguous()
+    best = torch.load(tmp_path / "checkpoints" / f"{stem}.pt", weights_only=True)["best"]
+    books = [best["model"][f"scorer.rq_codebook.codebooks.{q}.weight"] for q in range(codes.view(M, L, -1).shape[2])]
+    levels = codes.view(M, L, -1).unbind(-1)
+    by_hand = sum(book[level] for book, level in zip(books, levels, strict=True))
+    torch.testing.assert_close(embeddings, by_hand)
+    assert (folder / f"{stem}.entities.txt").read_text() == "".join(f"e{i}\n" for i in range(M))
+
+    metrics = tmp_path / "metrics.json"
+    words = flags_of({"dataset": ring, "eval_codes": folder / f"{stem}.pt", "metrics_out": metrics})
+    words += flags_of({"checkpoint": tmp_path / "checkpoints" / f"{stem}.pt", "device": "cpu"})
+    assert rq(*words).code == 0
+    record = json.loads((folder / f"{stem}.json").read_text())
+    assert json.loads(metrics.read_text()) == record["test"]
+
+
+def test_the_record_holds_what_a_reader_needs(ring_run: Run, ring: Path) -> None:
+    record = ring_run.record
+    assert record["seed"] == 0 and record["args"]["seq_len"] == L and record["args"]["lr"] == 0.01
+    assert record["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", record["git_commit"])
+    assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
+    read = {path.name: sha256(path) for path in ring.iterdir()}
+    assert record["inputs"] == read
+    outputs = {path.name: sha256(path) for path in ring_run.codes.parent.iterdir() if path.suffix != ".json"}
+    assert record["outputs"] == outputs
+    assert 0 < record["wall_seconds"] < 600 and 50 < record["peak_memory_mb"] < 2**16
+    for split in ("valid", "test"):
+        for part in (record[split], record[split]["head"], record[split]["tail"]):
+            assert part["hits@1"] + part["mrr"] > 0 and part["hits@1"] <= part["mrr"] <= part["hits@10"] + 0.1
+            assert part["hits@1"] <= part["hits@3"] <= part["hits@10"] <= 1 <= part["mr"] <= M
+        assert record[split]["count"] == 24 == 2 * record[split]["head"]["count"]
+        assert record[split]["mrr"] == pytest.approx((record[split]["head"]["mrr"] + record[split]["tail"]["mrr"]) / 2)
+    assert len(record["history"]) == 4 == record["epochs"] and 2 <= record["best_epoch"] <= 4
+
+
+def test_the_record_counts_the_codes_of_the_file(ring_run: Run) -> None:
+    codes = torch.load(ring_run.codes, weights_only=True).numpy()
+    found = ring_run.record["codes"]
+    for q in range(Q):
+        counts = np.bincount(codes[..., q].ravel(), minlength=K) / (M * L)
+        assert found["usage"][q] == pytest.approx((counts > 0).mean())
+        seen = counts[counts > 0]
+        assert found["perplexity"][q] == pytest.approx(np.exp(-(seen * np.log(seen)).sum()))
+    shared: dict[bytes, int] = defaultdict(int)
+    for row in codes:
+        shared[row.tobytes()] += 1
+    assert found["collisions"] == sum(n for n in shared.values() if n > 1)
+    share = np.array(list(shared.values())) / M
+    assert found["entropy_bits"] == pytest.approx(-(share * np.log2(share)).sum())
+
+
+def test_no_test_leaves_the_test_split_out(rq: Command, ring: Path, tmp_path: Path) -> None:
+    outcome = rq(*small_flags(ring, tmp_path), "--no_test")
+    assert outcome.code == 0
+    record = json.loads((tmp_path / "codes" / f"{RING}.json").read_text())
+    assert "valid" in record and not [key for key in record if key.startswith("test")]
+    assert "test from" not in outcome.out
+
+
+def test_default_folders_lie_in_the_repository_and_given_ones_at_the_caller(
+    rq: Command, ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, caller = tmp_path / "repository", tmp_path / "caller"
+    caller.mkdir()
+    monkeypatch.setattr(run_rq, "ROOT", repository)
+    monkeypatch.chdir(caller)
+    flags = small_flags(ring, tmp_path)
+    for flag in ("--out_dir", "--checkpoint_dir"):
+        at = flags.index(flag)
+        del flags[at : at + 2]
+    flags[flags.index("--dataset") + 1] = os.path.relpath(ring, caller)
+    assert rq(*flags).code == 0
+    assert (repository / "codes_new" / f"{RING}.pt").exists()
+    assert (repository / "checkpoints" / f"{RING}.pt").exists()
+    assert not list(caller.iterdir())
+    assert rq(*flags, "--out_dir", "here", "--checkpoint_dir", "there", "--name", "mine").code == 0
+    assert (caller / "here" / f"{RING}.pt").exists() and (caller / "there" / "mine.pt").exists()
+    assert rq(*flags, "--out_dir", "here", "--checkpoint_dir", "there", "--name", "../up").code == 2
+
+
+# ---------------------------------------------------------------- the integers alone
+
+
+def by_hand_mrr(run: Run, kg: KnowledgeGraph, split: str) -> tuple[float, float, float]:
+    """Filtered MRR from the dumped integers, in float64 numpy loops: (lowest, MRR, highest).
+
+    DistMult over q_e = W_q [x_q1 ... x_qL]; entities of one code tie. Lowest and highest turn every comparison that
+    float32 could decide either way against or for the target.
+    """
+    codes = torch.load(run.codes, weights_only=True).numpy()
+    best = torch.load(run.checkpoint, weights_only=True)["best"]
+    weights = {name: value.double().numpy() for name, value in best["model"].items() if name.startswith("scorer.")}
+    books = [weights[f"scorer.rq_codebook.codebooks.{q}.weight"] for q in range(codes.shape[2])]
+    x = np.zeros((*codes.shape[:2], books[0].shape[1]))
+    for q, book in enumerate(books):
+        x += book[codes[..., q]]
+    q_all = x.reshape(len(codes), -1) @ weights["scorer.W_q.weight"].T
+    relations = best["relations"].double().numpy()
+    known = defaultdict(set)
+    for name in ("train", "valid", "test"):
+        for h, r, t in kg.split(name).tolist():
+            known[h, r].add(t)
+            known[t, r + kg.num_relations].add(h)
+    reciprocal = []
+    for h, r, t in kg.split(split).tolist():
+        for head, relation, tail in ((h, r, t), (t, r + kg.num_relations, h)):
+            scores = q_all @ (q_all[head] * relations[relation])
+            others = np.array([e for e in range(len(codes)) if e == tail or e not in known[head, relation]])
+            others = others[others != tail]
+            ties = (codes[others] == codes[tail]).all(axis=(1, 2))
+            gap = scores[others[~ties]] - scores[tail]
+            slack = 1e-5 * np.abs(scores).max()
+            place = 1 + ties.sum() / 2
+            reciprocal.append([1 / (place + (gap > bar).sum()) for bar in (-slack, 0, slack)])
+    return tuple(np.mean(reciprocal, axis=0).tolist())
+
+
+def assert_equals_by_hand(run: Run, kg: KnowledgeGraph, split: str) -> None:
+    low, mrr, high = by_hand_mrr(run, kg, split)
+    found = run.record[split]["mrr"]
+    assert low - 1e-6 <= found <= high + 1e-6
+    assert found == pytest.approx(mrr, abs=1e-6 if high - low < 1e-6 else high - low)
+    assert high - low < 2e-3
+
+
+def test_the_integers_alone_carry_the_graph(ring_run: Run, ring_kg: KnowledgeGraph) -> None:
+    for split in ("valid", "test"):
+        assert_equals_by_hand(ring_run, ring_kg, split)
+
+
+def test_the_integers_alone_carry_the_bundled_graph(family_run: Run, family_kg: KnowledgeGraph) -> None:
+    assert family_run.record["test"]["mrr"] > 0.3
+    assert_equals_by_hand(family_run, family_kg, "test")
+
+
+def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family_kg: KnowledgeGraph) -> None:
+    """The stated tie rule is for equal scores: a matrix product must not tell two equal rows apart."""
+    args = run_rq.parse_args(family_run.scored())
+    scorer, relations, codes = run_rq.load_scored_codes(args, family_kg, torch.device("cpu"))
+    whole, inverse, counts = torch.unique(codes.flatten(1), dim=0, return_inverse=True, return_counts=True)
+    first = torch.full((len(whole),), len(codes)).scatter_reduce_(0, inverse, torch.arange(len(codes)), "amin")[inverse]
+    assert int((counts > 1).sum()) > 10
+    with torch.no_grad():
+        q_all = scorer.entity_vectors_from_codes(codes)
+        assert torch.equal(q_all, q_all[first])
+        triples = with_inverse(family_kg.test, family_kg.num_relations)
+        for size in (len(triples), 257, 31, 1):
+            heads, rels = torch.from_numpy(triples[:size, 0]), torch.from_numpy(triples[:size, 1])
+            scores = scorer.scores(q_all[heads], relations[rels], q_all)
+            assert torch.equal(scores, scores[:, first]), size
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_eval_codes_gives_the_recorded_metrics(rq: Command, family_run: Run, tmp_path: Path, split: str) -> None:
+    out = tmp_path / "new" / "metrics.json"
+    outcome = rq(*family_run.scored(None, None, "--split", split, "--metrics_out", str(out)))
+    assert outcome.code == 0, outcome.err
+    assert json.loads(out.read_text()) == family_run.record[split]
+    assert f"mrr {family_run.record[split]['mrr']:.4f}" in outcome.out
+
+
+def without_rows(value: Any, rows: int) -> tuple[Any, int]:
+    """The same containers without tensors of ``rows`` rows, and how many were taken out."""
+    if isinstance(value, dict):
+        kept, gone = {}, 0
+        for key, item in value.items():
+            if isinstance(item, torch.Tensor) and item.dim() and len(item) == rows:
+                gone += 1
+            else:
+                kept[key], inner = without_rows(item, rows)
+                gone += inner
+        return kept, gone
+    if isinstance(value, list):
+        pairs = [without_rows(item, rows) for item in value]
+        return [item for item, _ in pairs], sum(n for _, n in pairs)
+    return value, 0
+
+
+def test_ranking_needs_nothing_that_is_indexed_by_entities(rq: Command, ring_run: Run, tmp_path: Path) -> None:
+    stored, gone = without_rows(load_torch(ring_run.checkpoint, "checkpoint"), M)
+    # entity_embedding of last and best, its two Adam moments, the codes of last and best
+    assert gone == 6
+    assert "codes" not in stored["best"] and "entity_embedding" not in stored["best"]["model"]
+    torch.save(stored, tmp_path / "small.pt")
+    out = tmp_path / "metrics.json"
+    outcome = rq(*ring_run.scored(None, tmp_path / "small.pt", "--metrics_out", str(out)))
+    assert outcome.code == 0, outcome.err
+    assert json.loads(out.read_text()) == ring_run.record["test"]
+
+
+def test_the_encoder_is_never_built_when_ranking_from_codes(
+    rq: Command, ring_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: Any, **more: Any) -> None:
+        raise AssertionError("the encoder was built")
+
+    monkeypatch.setattr("model.RQGCN.RQGCN.__init__", refuse)
+    monkeypatch.setattr("model.CompGCN.CompGCN.__init__", refuse)
+    assert rq(*ring_run.scored()).code == 0
+
+
+def mrr_of(rq: Command, run: Run, tmp_path: Path, codes: torch.Tensor | None = None, *more: str) -> float:
+    """Test MRR of other codes than the run's, from a file of their own."""
+    path = None
+    if codes is not None:
+        path = tmp_path / "other.pt"
+        torch.save(codes, path)
+    out = tmp_path / "metrics.json"
+    assert rq(*run.scored(path, None, "--metrics_out", str(out), *more)).code == 0
+    return json.loads(out.read_text())["mrr"]
+
+
+def test_wrong_codes_rank_like_chance(rq: Command, family_run: Run, tmp_path: Path) -> None:
+    true = family_run.record["test"]["mrr"]
+    codes = torch.load(family_run.codes, weights_only=True)
+    chance = float((1 / torch.arange(1, len(codes) + 1)).mean())  # 0.0075: every rank equally likely
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(32, codes.shape, generator=generator)
+    permuted = codes[torch.randperm(len(codes), generator=generator)]
+    for mrr in (
+        mrr_of(rq, family_run, tmp_path, random),
+        mrr_of(rq, family_run, tmp_path, permuted),
+        mrr_of(rq, family_run, tmp_path, None, "--shuffle_codes"),
+        family_run.record["test_shuffled_codes"]["mrr"],
+    ):
+        assert mrr < 0.1 * true and mrr < 3 * chance
+    assert mrr_of(rq, family_run, tmp_path, codes) == true
+
+
+def test_constant_codes_tie_every_entity(rq: Command, ring_run: Run, tmp_path: Path, ring_kg: KnowledgeGraph) -> None:
+    """All entities alike: every rank is the middle of the entities left by the filter, whatever the model."""
+    answers = ring_kg.answers()
+    triples = with_inverse(ring_kg.test, R)
+    sizes = answers.indptr[1:] - answers.indptr[:-1]
+    ranks = (M - sizes[answers.rows(triples[:, 0], triples[:, 1])] + 2) / 2
+    found = mrr_of(rq, ring_run, tmp_path, torch.zeros(M, L, Q, dtype=torch.int64))
+    assert found == pytest.approx((1 / ranks).mean(), abs=1e-12)
+
+
+def test_one_changed_row_changes_the_ranking(rq: Command, ring_run: Run, tmp_path: Path) -> None:
+    codes = torch.load(ring_run.codes, weights_only=True)
+    head = int(KnowledgeGraph.load(ring_run.dataset).test[0, 0])
+    codes[head] = (codes[head] + 1) % K
+    assert mrr_of(rq, ring_run, tmp_path, codes) != ring_run.record["test"]["mrr"]
+
+
+def test_predict_prints_the_best_tails_by_name(rq: Command, family_run: Run, family_kg: KnowledgeGraph) -> None:
+    head = int(family_kg.test[0, 0])
+    relation = int(family_kg.test[0, 1])
+    scorer, relations, codes = run_rq.load_scored_codes(
+        run_rq.parse_args(family_run.scored()), family_kg, torch.device("cpu")
+    )
+    q_all = scorer.entity_vectors_from_codes(codes)
+    words = {
+        relation: family_kg.relations[relation],
+        relation + family_kg.num_relations: "~" + family_kg.relations[relation],
+    }
+    for asked, word in words.items():
+        scores = (q_all @ (q_all[head] * relations[asked])).tolist()
+        outcome = rq(*family_run.scored(None, None, "--predict", family_kg.labels[head], word, "--top", "5"))
+        assert outcome.code == 0, outcome.err
+        lines = re.findall(r"^ *(\d+)\. +(-?[\d.]+)  (.*) \[(.*?)\](?:  known \((\w+)\))?$", outcome.out, re.MULTILINE)
+        assert [int(line[0]) for line in lines] == [1, 2, 3, 4, 5]
+        tops = sorted(scores, reverse=True)[:5]
+        known = {
+            (h, r, t): split
+            for split in ("test", "valid", "train")
+            for h, r, t in with_inverse(family_kg.split(split), family_kg.num_relations).tolist()
+        }
+        for (_, shown, label, raw, mark), score in zip(lines, tops, strict=True):
+            tail = family_kg.entities.index(raw)
+            assert family_kg.labels[tail] == label
+            assert float(shown) == pytest.approx(score, abs=2e-4) == pytest.approx(scores[tail], abs=2e-4)
+            assert mark == known.get((head, asked, tail), "")
+
+
+def test_predict_refuses_names_that_are_not_there(rq: Command, ring_run: Run) -> None:
+    assert_refused(rq(*ring_run.scored(None, None, "--predict", "Nobody", "next")), "Nobody")
+    assert_refused(rq(*ring_run.scored(None, None, "--predict", "e1", "beside")), "beside")
+    assert rq(*ring_run.scored(None, None, "--predict", "Entity 1", "~next")).code == 0
+
+
+# ---------------------------------------------------------------- continue, overwrite, refuse
+
+
+def test_a_name_from_other_arguments_is_refused(rq: Command, ring: Path, tmp_path: Path) -> None:
+    flags = small_flags(ring, tmp_path, epoch=2)
+    assert rq(*flags).code == 0
+    codes, checkpoint = tmp_path / "codes" / f"{RING}.pt", tmp_path / "checkpoints" / f"{RING}.pt"
+    before = sha256(codes), sha256(checkpoint)
+    for more in (["--seed", "1"], ["--restore", "--seed", "1"], ["--lbl_smooth", "0.3"]):
+        assert_refused(rq(*flags, *more), more[-2].removeprefix("--"), more[-1])
+    assert_refused(rq(*flags, "--name", "other"), "--overwrite")  # another name, the same codes file
+    assert (sha256(codes), sha256(checkpoint)) == before
+    again = rq(*flags)  # the same arguments: nothing is left to train, the same files
+    assert again.code == 0 and "continuing" in again.out
+    assert sha256(codes) == before[0]
+    longer = rq(*flags, "--epoch", "3", "--restore")
+    assert longer.code == 0 and "epoch    3" in longer.out and "epoch    2" not in longer.out
+    anew = rq(*flags, "--seed", "1", "--overwrite")
+    assert anew.code == 0 and "epoch    1" in anew.out
+    assert json.loads(codes.with_suffix(".json").read_text())["seed"] == 1 and sha256(codes) != before[0]
+
+
+def test_the_default_name_may_be_spelled_out(rq: Command, ring: Path, tmp_path: Path) -> None:
+    flags = small_flags(ring, tmp_path, epoch=2)
+    assert rq(*flags).code == 0
+    outcome = rq(*flags, "--name", RING, "--restore")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_changed_data_set_is_another_run(rq: Command, ring: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "ring"
+    copy.mkdir()
+    for path in ring.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    flags = small_flags(copy, tmp_path, epoch=2)
+    assert rq(*flags).code == 0
+    lines = (copy / "train.txt").read_text().splitlines(keepends=True)
+    (copy / "train.txt").write_text("".join(lines[1:]))
+    assert_refused(rq(*flags, "--restore"), "train.txt")
+
+
+def test_restore_needs_a_checkpoint(rq: Command, ring: Path, tmp_path: Path) -> None:
+    assert_refused(rq(*small_flags(ring, tmp_path), "--restore"), "--restore", f"{RING}.pt")
+
+
+def test_codes_of_another_run_are_not_written_over(rq: Command, ring: Path, tmp_path: Path) -> None:
+    flags = small_flags(ring, tmp_path, epoch=2)
+    assert rq(*flags).code == 0
+    (tmp_path / "checkpoints" / f"{RING}.pt").unlink()
+    assert_refused(rq(*flags), f"{RING}.pt", "--overwrite")
+
+
+def test_a_second_run_of_a_name_is_refused_while_the_first_lives(rq: Command, ring: Path, tmp_path: Path) -> None:
+    flags = small_flags(ring, tmp_path, epoch=2)
+    with run_rq.only_run(tmp_path / "checkpoints" / f"{RING}.lock"):
+        assert_refused(rq(*flags), "another run")
+        assert_refused(rq(*flags, "--overwrite"), "another run")
+        assert rq(*flags, "--name", "other").code == 0
+    assert rq(*flags, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
+    rq: Command, ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    save = Trainer.save
+
+    def save_then_stop(self: Trainer) -> None:
+        save(self)
+        if self.epoch == 3:
+            os.kill(os.getpid(), number)
+
+    flags = small_flags(ring, tmp_path, epoch=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save_then_stop)
+        outcome = rq(*flags)
+    assert outcome.code == code and "epoch 3 is saved" in outcome.err and "--restore" in outcome.err
+    assert not (tmp_path / "codes").exists()
+    dumped = rq(*flags, "--restore", "--dump_only")
+    assert dumped.code == 0, dumped.err
+    assert json.loads((tmp_path / "codes" / f"{RING}.json").read_text())["epochs"] == 3
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--device", "nonsense"], ["--device", "nonsense"]),
+        (["--device", "meta"], ["--device", "meta"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--quantizer", "vq", "--num_quantizers", "2"], ["--num_quantizers 2"]),
+        (["--decoder", "nothing"], ["nothing"]),
+        (["--decoder", "complex", "--gcn_dim", "13"], ["13"]),
+        (["--att_head", "3"], ["--att_head 3"]),
+        (["--seq_len", "0"], ["--seq_len 0"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--lr", "inf"], ["--lr inf"]),
+        (["--seed", str(2**70)], ["--seed"]),
+        (["--batch", "-1"], ["--batch -1"]),
+        (["--warmup_epochs", "4"], ["--warmup_epochs 4"]),
+        (["--lbl_smooth", "1"], ["--lbl_smooth"]),
+        (["--restore", "--overwrite"], ["--restore", "--overwrite"]),
+        (["--dump_only"], ["--dump_only", "--restore"]),
+        (["--metrics_out", "x.json"], ["--eval_codes"]),
+        (["--checkpoint", "x.pt"], ["--eval_codes"]),
+        (["--opn", "corr"], ["--opn"]),
+        (["--overwrit"], ["--overwrit"]),
+    ],
+    ids=" ".join,
+)
+def test_flags_out_of_range_are_refused(
+    rq: Command, ring: Path, tmp_path: Path, more: list[str], words: list[str]
+) -> None:
+    flags = small_flags(ring, tmp_path)
+    if "--device" in more:
+        del flags[flags.index("--device") : flags.index("--device") + 2]
+    assert_refused(rq(*flags, *more), *words)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused_and_device_wins(rq: Command, ring: Path, tmp_path: Path) -> None:
+    flags = small_flags(ring, tmp_path, epoch=2)
+    at = flags.index("--device")
+    without = flags[:at] + flags[at + 2 :]
+    assert_refused(rq(*without, "--gpu", "99"), "--gpu", "99", "--device cpu")
+    assert rq(*without, "--gpu", "-1").code == 0
+    assert rq(*flags, "--gpu", "99", "--overwrite").code == 0
+
+
+def test_a_missing_data_set_names_the_download(rq: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_rq, "ROOT", tmp_path)
+    assert_refused(rq("--device", "cpu"), "python data/download.py FB15k-237")
+    assert_refused(rq("--dataset", str(tmp_path / "WN18RR"), "--device", "cpu"), "python data/download.py WN18RR")
+
+
+def bad_text(path: Path, kind: str) -> Path:
+    array = np.random.default_rng(0).normal(size=(M, 5))
+    if kind == "rows":
+        np.save(path, array[1:])
+    elif kind == "nan":
+        array[3, 2] = np.nan
+        np.save(path, array)
+    elif kind == "integers":
+        np.save(path, array.astype(np.int64))
+    elif kind == "vector":
+        np.save(path, array[:, 0])
+    elif kind == "objects":
+        np.save(path, np.array([[open]] * M, dtype=object), allow_pickle=True)
+    elif kind == "archive":
+        with path.open("wb") as file:
+            np.savez(file, array)
+    elif kind == "broken archive":
+        path.write_bytes(b"PK\x03\x04" + b"x" * 50)
+    elif kind == "words":
+        path.write_text("0.1 0.2\n")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut":
+        np.save(path, array)
+        path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+TEXT_FAULTS = [
+    "rows",
+    "nan",
+    "integers",
+    "vector",
+    "objects",
+    "archive",
+    "broken archive",
+    "words",
+    "empty",
+    "cut",
+    "no",
+]
+
+
+@pytest.mark.parametrize("kind", TEXT_FAULTS)
+def test_bad_text_embeddings_are_refused(rq: Command, ring: Path, tmp_path: Path, kind: str) -> None:
+    path = bad_text(tmp_path / "text.npy", kind)
+    assert_refused(rq(*small_flags(ring, tmp_path, epoch=2), "--text_emb", str(path)), "--text_emb", "text.npy")
+
+
+def test_text_embeddings_reach_the_loss(rq: Command, ring: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(M, 5)).astype(np.float16))
+    assert rq(*small_flags(ring, tmp_path, epoch=3), "--text_emb", str(path)).code == 0
+    record = json.loads((tmp_path / "codes" / f"{RING}.json").read_text())
+    losses = [row["semantic"] for row in record["history"]]
+    assert losses[0] > losses[-1] > 0 and record["inputs"]["text.npy"] == sha256(path)
+    np.save(path, np.zeros((M, 5)))
+    assert_refused(rq(*small_flags(ring, tmp_path, epoch=3), "--text_emb", str(path)), "text.npy")
+
+
+BAD_CODES: dict[str, Any] = {
+    "rows": torch.zeros(M - 1, L, Q, dtype=torch.int64),
+    "positions": torch.zeros(M, L + 1, Q, dtype=torch.int64),
+    "levels": torch.zeros(M, L, Q + 1, dtype=torch.int64),
+    "one level": torch.zeros(M, L, dtype=torch.int64),
+    "too high": torch.full((M, L, Q), K),
+    "negative": torch.full((M, L, Q), -1),
+    "int32": torch.zeros(M, L, Q, dtype=torch.int32),
+    "floats": torch.zeros(M, L, Q),
+    "flat": torch.zeros(M * L * Q, dtype=torch.int64),
+    "nothing": torch.zeros(M, 0, Q, dtype=torch.int64),
+    "a list": [1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CODES)
+def test_codes_that_do_not_fit_are_refused(rq: Command, ring_run: Run, tmp_path: Path, kind: str) -> None:
+    torch.save(BAD_CODES[kind], tmp_path / "bad.pt")
+    assert_refused(rq(*ring_run.scored(tmp_path / "bad.pt")), "bad.pt")
+
+
+def test_codes_of_other_entities_are_refused(rq: Command, ring_run: Run, tmp_path: Path) -> None:
+    torch.save(torch.load(ring_run.codes, weights_only=True), tmp_path / "c.pt")
+    names = ring_run.codes.with_suffix(".entities.txt").read_text()
+    (tmp_path / "c.entities.txt").write_text(names)
+    assert rq(*ring_run.scored(tmp_path / "c.pt")).code == 0
+    (tmp_path / "c.entities.txt").write_text(names.replace("e3\n", "e3 \n", 1))
+    assert_refused(rq(*ring_run.scored(tmp_path / "c.pt")), "c.entities.txt")
+    swapped = names.splitlines()
+    swapped[0], swapped[1] = swapped[1], swapped[0]
+    (tmp_path / "c.entities.txt").write_text("\n".join(swapped) + "\n")
+    assert_refused(rq(*ring_run.scored(tmp_path / "c.pt")), "c.entities.txt")
+
+
+def test_a_checkpoint_of_another_graph_is_refused(rq: Command, ring_run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "ring"
+    other.mkdir()
+    for path in ring_run.dataset.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "relations.dict").write_text("0\tnext\n1\tover\n2\thub\n3\tnew\n")
+    assert_refused(rq(*Run(other, ring_run.folder, RING, []).scored()), "relations")
+
+
+def broken_checkpoint(run: Run, kind: str) -> Any:
+    stored = load_torch(run.checkpoint, "checkpoint")
+    if kind == "a tensor":
+        return torch.zeros(3)
+    if kind == "another program's":
+        return {"state_dict": {}}
+    if kind == "no scorer":
+        stored["best"]["model"] = {}
+    elif kind == "no relations":
+        del stored["best"]["relations"]
+    elif kind == "narrow relations":
+        stored["best"]["relations"] = stored["best"]["relations"][:, :5]
+    elif kind == "other widths":
+        stored["config"]["num_code"] = 9
+    elif kind == "no best":
+        stored["best"] = None
+    elif kind == "best is a list":
+        stored["best"] = [1]
+    elif kind == "not a number":
+        stored["best"]["relations"] = torch.full_like(stored["best"]["relations"], float("nan"))
+    return stored
+
+
+CHECKPOINT_FAULTS = [
+    "a tensor", "another program's", "no scorer", "no relations", "narrow relations", "other widths", "no best",
+    "best is a list", "not a number",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHECKPOINT_FAULTS)
+def test_broken_checkpoints_are_refused(rq: Command, ring_run: Run, tmp_path: Path, kind: str) -> None:
+    torch.save(broken_checkpoint(ring_run, kind), tmp_path / "bad.pt")
+    assert_refused(rq(*ring_run.scored(None, tmp_path / "bad.pt")), "bad.pt")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "cut"])
+@pytest.mark.parametrize("flag", ["--eval_codes", "--checkpoint"])
+def test_files_that_cannot_be_read_are_refused(
+    rq: Command, ring_run: Run, tmp_path: Path, flag: str, kind: str
+) -> None:
+    path, good = tmp_path / "bad.pt", ring_run.codes if flag == "--eval_codes" else ring_run.checkpoint
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(good.read_bytes()[: 300 if kind == "cut" else 0])
+    words = ring_run.scored()
+    words[words.index(flag) + 1] = str(path)
+    assert_refused(rq(*words), "bad.pt")
+
+
+class Attack:
+    """Unpickled, it creates the file ``marker``."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.marker), "w"))
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+@pytest.mark.parametrize("flag", ["--eval_codes", "--checkpoint", "--restore"])
+def test_a_file_that_would_run_code_is_refused_unrun(
+    rq: Command, ring_run: Run, tmp_path: Path, flag: str, how: str
+) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "checkpoints" / f"{RING}.pt"
+    path.parent.mkdir()
+    attack = {"config": {}, "last": {}, "best": Attack(marker), "comparable": {}}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(attack, protocol=2))
+    else:
+        torch.save(attack, path)
+    if flag == "--restore":
+        outcome = rq(*small_flags(ring_run.dataset, tmp_path), "--restore")
+    else:
+        words = ring_run.scored()
+        words[words.index(flag) + 1] = str(path)
+        outcome = rq(*words)
+    assert_refused(outcome, path.name)
+    assert not marker.exists()
+    with path.open("rb") as file:  # the attack itself works where a pickle is trusted
+        if how == "pickle":
+            pickle.load(file)["best"].close()
+        else:
+            torch.load(file, weights_only=False)["best"].close()
+    assert marker.exists()
+
+
+def test_help_names_every_flag_of_the_original_trainer(rq: Command) -> None:
+    outcome = rq("--help")
+    assert outcome.code == 0
+    original = (
+        "name data opn act gpu l2 lbl_smooth num_workers seed restore init_dim gcn_dim att_head gcn_drop vq_weight"
+    )
+    for flag in original.split():
+        assert f"--{flag}" in outcome.out
+    assert set(SHAPE) <= set(vars(run_rq.parse_args([])))

@@ -1,0 +1,400 @@
+"""The trainer: what moves when, the straight-through gradient against one autograd graph, exact resumption, stops."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, L, M, Q, books_of, small_flags  # type: ignore[import-not-found]
+from torch import Tensor
+
+from model.losses import LOSSES, gather_targets
+from model.precision import matmul_precision
+from model.RQGCN import scorer_of
+from model.trainer import Phase, Trainer
+from run_record import InputError, load_torch
+
+CODES, FROZEN, WARM_UP = (Phase(0.5, name) for name in ("codes", "frozen", "warm-up"))
+TrainerMaker = Callable[..., Trainer]
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(a: Any, b: Any, path: str = "") -> None:
+    """Bit-equality through containers; seconds are left out."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"seconds"}:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def in_codes(trainer: Trainer) -> Trainer:
+    """The trainer at the start of an epoch with codes: codebooks initialised, assignments found."""
+    trainer.model.train()
+    trainer._start_epoch(CODES)
+    return trainer
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("weights", [{"vq_weight": 0.0}, {"vq_weight": 0.3}, {"vq_weight": 0.3, "text_weight": 2.0}])
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("decoder", ["distmult", "conve"])
+def test_gradients_are_those_of_the_joint_loss_in_one_graph(
+    trainer_of: TrainerMaker, decoder: str, loss: str, weights: dict[str, float]
+) -> None:
+    """Eq. 9 written out: z_q = decode(codes) + z - sg[z], L = L_st + w L_se + v L_q, one backward, every parameter."""
+    text = torch.randn(M, 7) if "text_weight" in weights else None
+    shape = {"decoder": decoder, "gcn_drop": 0.0, "decoder_drop": 0.0, "gcn_layers": 2}
+    if text is not None:
+        shape["text_dim"] = 7
+    trainer = in_codes(trainer_of(shape, text, loss=loss, **weights))
+    model, settings = trainer.model, trainer.settings
+    batch = torch.arange(0, len(trainer.heads), 3)
+
+    model.zero_grad()
+    *_, gradient = trainer._scorer_step(batch, CODES)
+    quantization = trainer._encoder_step(gradient, CODES)
+    found = {name: p.grad for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    assert trainer.codes is not None
+    z = model.encode(trainer.graph).z
+    books = books_of(model)
+    decoded = torch.stack([book[trainer.codes[..., q]] for q, book in enumerate(books)]).sum(0)
+    q_all = model.scorer.entity_vectors(decoded + z - z.detach())
+    heads = trainer.heads[batch]
+    scores = model.scorer.scores(q_all[heads], model.encode(trainer.graph).relations[trainer.rels[batch]], q_all)
+    targets = gather_targets(trainer.indptr, trainer.targets, batch)
+    joint = LOSSES[loss](scores, targets, settings.lbl_smooth)
+    if text is not None:
+        assert model.W_s is not None
+        joint = joint + settings.text_weight * (model.W_s(q_all[heads]) - text[heads]).square().sum(1).mean()
+    residual, level_sum = z, torch.zeros(())
+    for q, book in enumerate(books):  # Eq. 5 per level, beta = 0.25 on the commitment term
+        chosen = book[trainer.codes[..., q]]
+        codebook_term = (residual.detach() - chosen).square().mean()
+        level_sum = level_sum + codebook_term + 0.25 * (residual - chosen.detach()).square().mean()
+        residual = residual - chosen.detach()
+    (joint + settings.vq_weight * level_sum).backward()
+
+    assert quantization == pytest.approx(float(level_sum.detach()), rel=1e-5)
+    assert found["entity_embedding"] is not None and float(found["entity_embedding"].abs().max()) > 1e-6
+    for name, parameter in model.named_parameters():
+        ours = found[name]
+        if parameter.grad is None:
+            assert ours is None or not ours.any(), name
+            continue
+        assert ours is not None, name
+        scale = float(parameter.grad.norm()) + 1e-6  # a gradient that is zero by symmetry is rounding noise
+        assert float((ours - parameter.grad).norm()) < 1e-4 * scale + 1e-7, name
+
+
+def test_dead_end_the_codes_alone_carry_gradient(trainer_of: TrainerMaker) -> None:
+    """With the codes' gradient set to zero and no quantization loss, nothing but the relations' way is left."""
+    trainer = in_codes(trainer_of(vq_weight=0.0))
+    trainer.model.zero_grad()
+    trainer._encoder_step(torch.zeros(M, L, trainer.model.code_dim), CODES)
+    gradient = trainer.model.entity_embedding.grad
+    assert gradient is None or not gradient.any()
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_an_epoch_moves_encoder_codebooks_scorer_and_relations(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=3, warmup_epochs=1)
+    trainer._train_epoch()
+    trainer.epoch = 1
+    trainer._start_epoch(CODES)
+    before = state_of(trainer)
+    trainer._train_epoch()
+    learned = {name for name, _ in trainer.model.named_parameters()}
+    assert learned <= moved(before, state_of(trainer))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_the_encoder_moves_once_per_encoder_every_steps(trainer_of: TrainerMaker, every: int) -> None:
+    trainer = trainer_of(encoder_every=every, warmup_epochs=0, batch=16)
+    snapshots: list[dict[str, Tensor]] = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda *a: (snapshots.append(state_of(trainer)), step(*a))[1]  # type: ignore
+    trainer._train_epoch()
+    snapshots.append(state_of(trainer))
+    steps = len(snapshots) - 1
+    assert steps >= 7
+    for i in range(steps):
+        changed = moved(snapshots[i], snapshots[i + 1])
+        is_last = (i + 1) % every == 0 or i + 1 == steps
+        assert ("entity_embedding" in changed) == is_last, i
+        assert ("encoder.layers.0.w_in" in changed) == is_last, i
+        assert {"scorer.W_q.weight", "scorer.rq_codebook.codebooks.0.weight", "relation_embedding"} <= changed
+
+
+def test_averaged_encoder_gradient_is_the_mean_over_the_steps(trainer_of: TrainerMaker) -> None:
+    """With a learning rate of nothing, encoder_every 3 hands the encoder the mean of the three steps' gradients."""
+    trainer = in_codes(trainer_of({"decoder_drop": 0.0, "gcn_drop": 0.0}, encoder_every=3, batch=40, lr=1e-30))
+    handed: list[Tensor] = []
+    inner = trainer._encoder_step
+    trainer._encoder_step = lambda gradient, phase: (handed.append(gradient.clone()), inner(gradient, phase))[1]  # type: ignore
+    trainer.epoch = 1  # past the warm-up
+    own: list[Tensor] = []
+    step = trainer._scorer_step
+    trainer._scorer_step = lambda batch, phase: (lambda out: (own.append(out[2].clone()), out)[1])(step(batch, phase))  # type: ignore
+    trainer._train_epoch()
+    assert len(own) > 3
+    for i, gradient in enumerate(handed):
+        torch.testing.assert_close(gradient, torch.stack(own[3 * i : 3 * i + 3]).mean(0))
+
+
+# ---------------------------------------------------------------- phases
+
+
+def test_frozen_codes_stay_while_their_vectors_move(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=8, freeze_at=0.5, warmup_epochs=1)
+    rows: list[tuple[str, Tensor, dict[str, Tensor]]] = []
+    train_epoch = trainer._train_epoch
+
+    def watched() -> dict[str, Any]:
+        row = train_epoch()
+        rows.append((row["phase"], torch.zeros(0) if trainer.codes is None else trainer.codes, state_of(trainer)))
+        return row
+
+    trainer._train_epoch = watched  # type: ignore[method-assign]
+    trainer.fit()
+    assert [name for name, *_ in rows] == ["warm-up"] + ["codes"] * 3 + ["frozen"] * 4
+    at_freeze = rows[3]
+    assert not torch.equal(rows[1][1], at_freeze[1])  # before, codes did change
+    for _, codes, state in rows[4:]:
+        assert torch.equal(codes, at_freeze[1])
+        changed = moved(at_freeze[2], state)
+        assert {f"scorer.rq_codebook.codebooks.{q}.weight" for q in range(Q)} <= changed
+        assert "relation_embedding" in changed and "entity_embedding" not in changed
+        assert not any(name.startswith(("ffn", "transformer", "position")) for name in changed)
+
+
+def test_codes_kept_are_those_of_the_model_kept(trainer_of: TrainerMaker) -> None:
+    """At every epoch with codes, the assignments in use are what the encoder's own path gives."""
+    trainer = trainer_of(epoch=3, freeze_at=1.0)
+    trainer.fit()
+    assert trainer.codes is not None
+    assert torch.equal(trainer.codes, trainer.model.cal_allent_codes(trainer.graph))
+
+
+@pytest.mark.parametrize("settings", [{"warmup_epochs": 3}, {"warmup_epochs": 0}, {"eval_every": 3}])
+def test_best_has_the_highest_valid_mrr_of_the_epochs_with_codes(
+    trainer_of: TrainerMaker, settings: dict[str, Any]
+) -> None:
+    trainer = trainer_of(epoch=8, lr=0.03, **settings)
+    trainer.fit()
+    scored = [row for row in trainer.history if "valid" in row]
+    with_codes = [row for row in scored if row["phase"] != "warm-up"]
+    assert trainer.best is not None
+    top = max(row["valid"]["mrr"] for row in with_codes)
+    first = next(row for row in with_codes if row["valid"]["mrr"] == top)
+    assert trainer.best["epoch"] == first["epoch"] and trainer.best["valid"]["mrr"] == top
+    assert scored[-1]["epoch"] == 8
+    # what is kept scores what was recorded, from the codes
+    from model.evaluation import evaluate_codes
+
+    scorer, relations = scorer_of(trainer.config, trainer.best, "cpu")
+    again = evaluate_codes(scorer, relations, trainer.best["codes"], trainer.kg, "valid")
+    assert again["mrr"] == pytest.approx(top, abs=1e-9)
+
+
+def test_best_is_never_from_the_warm_up(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=5, warmup_epochs=4, lr=0.03)
+    validate = trainer._validate
+
+    def rigged(phase: str) -> dict[str, Any]:
+        metrics = validate(phase)
+        return metrics | {"mrr": 1.0} if phase == "warm-up" else metrics
+
+    trainer._validate = rigged  # type: ignore[method-assign]
+    trainer.fit()
+    assert trainer.best is not None and trainer.best["epoch"] == 5
+
+
+def test_patience_counts_epochs_since_the_best(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=40, patience=3, lr=1e-12, warmup_epochs=1, freeze_at=1.0)
+    trainer.fit()
+    assert trainer.best is not None
+    assert trainer.epoch == trainer.best["epoch"] + 3 < 40
+
+
+def test_max_minutes_fits_the_schedule_to_the_clock(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=10**6, max_minutes=1.5 / 60)
+    start = time.monotonic()
+    trainer.fit()
+    assert time.monotonic() - start < 20
+    phases = [row["phase"] for row in trainer.history]
+    assert phases[0] == "warm-up" and phases[-1] == "frozen" and "codes" in phases
+    assert trainer.history[-1]["lr"] < 0.2 * trainer.history[0]["lr"]
+    assert "valid" in trainer.history[-1]
+
+
+# ---------------------------------------------------------------- repeatability
+
+
+def test_one_seed_one_result(trainer_of: TrainerMaker) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        trainer = trainer_of(epoch=3, seed=seed)
+        trainer.fit()
+        results.append(trainer)
+    assert results[0].codes is not None and results[2].codes is not None
+    assert_same(results[0].best, results[1].best)
+    assert_same(results[0].history, results[1].history)
+    assert not torch.equal(results[0].codes, results[2].codes)
+
+
+RESUMABLE: list[dict[str, Any]] = [
+    {"epoch": 6, "freeze_at": 0.6, "warmup_epochs": 2},
+    {"epoch": 5, "encoder_every": 3, "lr_schedule": "constant", "eval_every": 2},
+    {"epoch": 4, "model": {"decoder": "conve", "tf_layers": 2}},
+]
+
+
+@pytest.mark.parametrize("settings", RESUMABLE, ids=str)
+def test_resumed_after_every_epoch_is_bit_identical(trainer_of: TrainerMaker, settings: dict[str, Any]) -> None:
+    text = torch.randn(M, 7, generator=torch.Generator().manual_seed(1))
+    settings = dict(settings)
+    model = settings.pop("model", {}) | {"text_dim": 7}
+    straight = trainer_of(model, text, **settings)
+    straight.fit()
+    uninterrupted = load_torch(straight.checkpoint, "checkpoint")
+    straight.checkpoint.unlink()
+
+    for epoch in range(settings["epoch"]):
+        trainer = trainer_of(model, text, **settings)  # built anew each time, as a new process would
+        if epoch:
+            torch.rand(7)  # whatever else the new process drew must not matter
+            trainer.restore(load_torch(trainer.checkpoint, "checkpoint"))
+        assert trainer.epoch == epoch
+        trainer._out_of_patience = lambda trainer=trainer, epoch=epoch: trainer.epoch > epoch  # type: ignore
+        trainer.fit()  # one epoch, then as if killed
+    resumed = load_torch(straight.checkpoint, "checkpoint")
+    assert len(resumed["last"]["history"]) == settings["epoch"]
+    assert_same(uninterrupted, resumed)
+
+
+def test_killed_at_any_moment_the_command_ends_where_it_would_have(ring: Path, tmp_path: Path) -> None:
+    def command(name: str, *more: str) -> list[str]:
+        flags = small_flags(ring, tmp_path / name, epoch=60, graph_backend="torch", freeze_at=0.8)
+        return [sys.executable, str(ROOT / "run_rq.py"), *flags, *more]
+
+    subprocess.run(command("straight"), check=True, capture_output=True, timeout=120)
+    checkpoint = tmp_path / "killed" / "checkpoints" / "ring_3_8_2_rq.pt"
+    with subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(random.random() / 2)  # somewhere inside a step, a save or a ranking
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    done = load_torch(checkpoint, "checkpoint")["last"]["epoch"]
+    assert 1 <= done < 60
+    ended = subprocess.run(command("killed", "--restore"), check=True, capture_output=True, text=True, timeout=120)
+    assert f"after epoch {done}" in ended.stdout
+    a, b = (
+        load_torch(tmp_path / name / "checkpoints" / "ring_3_8_2_rq.pt", "checkpoint")
+        for name in ("straight", "killed")
+    )
+    assert_same(a["best"], b["best"])
+    assert_same(a["last"], b["last"])
+    codes = [load_torch(tmp_path / name / "codes" / "ring_3_8_2_rq.pt", "codes") for name in ("straight", "killed")]
+    assert torch.equal(*codes)
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_loss_that_is_not_a_number_names_epoch_and_step(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=5)
+    step, steps, calls = trainer._scorer_step, -(-len(trainer.heads) // trainer.settings.batch), []
+
+    def poisoned(batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(phase)
+        if len(calls) == 2 * steps + 3:
+            with torch.no_grad():
+                trainer.model.relation_embedding.fill_(float("nan"))
+        return step(batch, phase)
+
+    trainer._scorer_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"nan in epoch 3, step 3;.*--lr") as error:
+        trainer.fit()
+    assert "\n" not in str(error.value)
+    stored = load_torch(trainer.checkpoint, "checkpoint")  # the last good epoch stays
+    assert stored["last"]["epoch"] == 2
+    assert all(bool(value.isfinite().all()) for value in stored["last"]["model"].values() if value.is_floating_point())
+
+
+def test_a_parameter_spoilt_by_the_last_step_is_an_input_error_too(trainer_of: TrainerMaker) -> None:
+    """The loss of an epoch's last step is taken before its update: what the update spoils shows in the ranking."""
+    trainer = trainer_of(epoch=3)
+    step, count = trainer.optimizer.step, []
+    steps = -(-len(trainer.heads) // trainer.settings.batch)
+
+    def spoil(*words: Any) -> None:
+        step(*words)
+        count.append(1)
+        if len(count) == steps:
+            with torch.no_grad():
+                trainer.model.scorer.W_q.weight.fill_(float("nan"))
+
+    trainer.optimizer.step = spoil  # type: ignore
+    with pytest.raises(InputError, match="epoch 1"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("decoder", ["conve", "mlp", "tucker"])
+def test_a_last_batch_of_one_query_trains(trainer_of: TrainerMaker, decoder: str) -> None:
+    """Batch norm needs two rows: a number of queries that leaves one over must not end the run."""
+    trainer = trainer_of({"decoder": decoder}, epoch=2)
+    queries = len(trainer.heads)
+    batch = next(size for size in range(2, queries) if queries % size == 1)
+    trainer = trainer_of({"decoder": decoder}, epoch=2, batch=batch)
+    trainer.fit()
+    assert trainer.epoch == 2
+
+
+def test_training_precision_is_left_behind(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=2, matmul_precision="medium")
+    seen = []
+    validate = trainer._validate
+    trainer._validate = lambda phase: (seen.append(torch.get_float32_matmul_precision()), validate(phase))[1]  # type: ignore
+    trainer.fit()
+    assert seen == ["highest", "highest"] and torch.get_float32_matmul_precision() == "highest"
+    with matmul_precision("highest"):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_assignments_are_decided_in_full_precision(trainer_of: TrainerMaker) -> None:
+    """model/precision.py: full where integers are decided."""
+    trainer = trainer_of(epoch=2, matmul_precision="medium")
+    seen = []
+    codebook = trainer.model.rq_codebook
+    search = codebook._search
+    codebook._search = lambda rows: (seen.append(torch.get_float32_matmul_precision()), search(rows))[1]  # type: ignore
+    trainer.fit()
+    assert seen and set(seen) == {"highest"}
