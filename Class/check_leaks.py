@@ -7,7 +7,8 @@ Checked for the folder's own three files and for each task folder in it:
   mentioned more often than the answers listed with it; True named more often than False, or the reverse
 - triples: a fact that rows of two splits rest on, whatever the direction or the task. Negatives state no fact: those
   that training and test share are counted, since sampling must not look at the test split to avoid them
-- the position of the truth among the candidates: uniform where the statistics call the order shuffled
+- the position of the truth among the candidates: uniform where the statistics call the order shuffled; not first far
+  more often in training than in test, as in lists of a model that was trained on the very queries
 - labels: both occur, and neither is rare in validation and test
 - ids that occur twice
 Between task folders, test facts must be new to all training and validation rows; a validation fact may be a training
@@ -42,6 +43,7 @@ from run_record import CommandParser, InputError, read_json, run_command
 # names may hold the words "True" or "Mexico" by chance: a leak is systematic, so these shares of a task's rows pass
 MENTION_SHARE = 0.02
 RARE_LABEL = 0.10
+FIRST_SHARE = 0.2  # training and test lists of one model may differ by this in how often they begin with the truth
 CHI_SQUARE_Z = 5.0  # a uniform order passes this normal score in all but one of three million sets
 
 _TRUE, _FALSE = re.compile(rf"\b{TRUE}\b"), re.compile(rf"\b{FALSE}\b")
@@ -154,6 +156,22 @@ def task_faults(split_name: str, name: str, task: Task, order: str | None) -> li
     return faults
 
 
+def memorised_lists(splits: dict[str, Split]) -> list[str]:
+    """Tasks whose training lists begin with the truth far more often than their test lists do."""
+    faults = []
+    for name in splits["train"].tasks.keys() & splits["test"].tasks.keys():
+        shares, least = [], 100
+        for split in ("train", "test"):
+            positions = splits[split].tasks[name].positions.values()
+            total = sum(counts.total() for counts in positions)
+            shares.append(sum(counts[0] for counts in positions) / max(1, total))
+            least = min(least, total)
+        if least >= 100 and shares[0] > shares[1] + FIRST_SHARE:
+            faults.append(f"train, {name}: the truth stands first in {shares[0]:.0%} of the lists, in test in "
+                          f"{shares[1]:.0%}: the candidate model has seen the training queries")  # fmt: skip
+    return faults
+
+
 def candidate_order(stats: dict[str, Any], split: str) -> str | None:
     """``shuffled`` or ``ranked``, as the statistics of a task, or of a mix whose tasks agree, state it."""
     orders = {order.get(split) for order in stats.get("candidate_orders", {}).values() if order}
@@ -180,6 +198,8 @@ def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
             faults += task_faults(name, task_name, task, candidate_order(stats, name))
         if split.repeated_ids:
             faults.append(f"{name}: {split.repeated_ids:,} ids occur twice")
+    if {"train", "test"} <= splits.keys():
+        faults += memorised_lists(splits)
     for a, b in combinations(splits, 2):
         shared = len(splits[a].facts & splits[b].facts)
         negatives = len(splits[a].negatives & splits[b].negatives)

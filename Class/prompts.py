@@ -51,3 +51,114 @@ def link_prediction(
 def numbered(answers: Sequence[str]) -> str:
     """Numbered lines, the output of link prediction: ``1. <CODE>...</CODE>``."""
     return "\n".join(f"{number}. {answer}" for number, answer in enumerate(answers, 1))
+
+
+# ---------------------------------------------------------------- entity representation
+
+
+def name_to_codes(name: str) -> str:
+    """Name -> codes."""
+    return f"Give the quantized representation of entity '{name}'."
+
+
+def codes_to_name(code_text: str) -> str:
+    """Codes -> name."""
+    return f"Name the entity with this quantized representation:\n{code_text}"
+
+
+def codes_to_description(code_text: str) -> str:
+    """Codes -> description, the name left out."""
+    return f"Describe the entity with this quantized representation:\n{code_text}"
+
+
+def explain_codes(name: str, entity_text: str) -> str:
+    """SPEC's example: name and codes -> description."""
+    return f"Explain the quantized representation of entity '{name}':\n{entity_text}"
+
+
+# ---------------------------------------------------------------- knowledge reasoning
+
+
+def predict_tail(head: str, relation: str, head_text: str, with_codes: bool) -> str:
+    """(h, r, ?) -> the tail."""
+    head_line = f"Head: {head_text}\n" if with_codes else ""
+    return (
+        f"Knowledge reasoning: predict the missing tail.\nTriple: ({head} | {relation} | ?)\n{head_line}"
+        f"Give the tail{' with its quantized codes' if with_codes else ''}."
+    )
+
+
+def complete_head(relation: str, tail: str, tail_text: str, with_codes: bool) -> str:
+    """(?, r, t) -> the head."""
+    tail_line = f"Tail: {tail_text}\n" if with_codes else ""
+    return (
+        f"Knowledge reasoning: complete the triple.\nTriple: (? | {relation} | {tail})\n{tail_line}"
+        f"Give the head{' with its quantized codes' if with_codes else ''}."
+    )
+
+
+def complete_relation(head: str, tail: str, head_text: str, tail_text: str, with_codes: bool) -> str:
+    """(h, ?, t) -> the relation."""
+    lines = f"Head: {head_text}\nTail: {tail_text}\n" if with_codes else ""
+    return (
+        f"Knowledge reasoning: complete the triple.\nTriple: ({head} | ? | {tail})\n{lines}"
+        "Give the relation from the head to the tail."
+    )
+
+
+def validate_triple(head: str, relation: str, tail: str, head_text: str, tail_text: str, with_codes: bool) -> str:
+    """(h, r, t) -> True or False."""
+    lines = f"Head: {head_text}\nTail: {tail_text}\n" if with_codes else ""
+    return (
+        f"Knowledge reasoning: validate the triple.\nTriple: ({head} | {relation} | {tail})\n{lines}"
+        "Is it correct? Answer with True or False."
+    )
+
+
+# ---------------------------------------------------------------- code understanding
+
+
+def nearer_entity(anchor_text: str, option_texts: Sequence[str]) -> str:
+    """Which of the options shares more codes with the anchor."""
+    return (
+        "Code understanding: two entities are nearer, the more codes (same position, same level) they share.\n"
+        f"Entity: {anchor_text}\nCandidates:\n" + "\n".join(option_texts) + "\nName the candidate that is nearer to it."
+    )
+
+
+def shared_prefix(first_text: str, second_text: str, position: int) -> str:
+    """How many levels two entities share at a position, from level 0 on."""
+    return (
+        "Code understanding: count the levels that two entities share at one position, from level 0 on up to the first "
+        f"level where they differ.\nEntity: {first_text}\nEntity: {second_text}\nPosition, counted from 0: {position}\n"
+        "Answer with the count out of the number of levels."
+    )
+
+
+def hidden_level(masked_text: str) -> str:
+    """The code behind the question mark."""
+    return (
+        "Code understanding: one code of the entity is hidden behind a question mark.\n"
+        f"Entity: {masked_text}\nGive the hidden code."
+    )
+
+
+# ---------------------------------------------------------------- question answering
+
+ONE_HOP = (
+    'What is {entity} linked to by "{relation}"?',
+    'Starting at {entity} and following "{relation}", where do we arrive?',
+    'Whom or what does "{relation}" give for {entity}?',
+)
+TWO_HOP = (
+    'What is {entity} linked to by "{relation}" followed by "{then}"?',
+    'Starting at {entity}, we follow "{relation}" and from there "{then}": where do we arrive?',
+    'Take whatever "{relation}" gives for {entity}: whom or what does "{then}" give for it?',
+)
+
+
+def question(entity_text: str, relations: Sequence[str], wording: int) -> str:
+    """A question over one or two relations (``relation_text``), in one of three wordings."""
+    templates = ONE_HOP if len(relations) == 1 else TWO_HOP
+    words = templates[wording].format(entity=entity_text, relation=relations[0], then=relations[-1])
+    return f"Question: {words}\nName all answers, one per line."

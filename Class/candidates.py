@@ -1,0 +1,460 @@
+"""Candidate lists for link prediction: their file, its checks, and how stage 1 makes them.
+
+    python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates FILE.npz --split valid
+
+One row per query, from stage 1 or from any other model, in either of two forms of file. Entities and relations go by
+raw name (text) or by id (integers, the rows of the data set's dicts); both may be mixed in JSON.
+
+FILE.json    {"info": {...}, "rows": [{"query": ["ada_ashley", "father"], "direction": "tail", "truth": "max_ashley",
+             "candidates": ["max_ashley", 17, ...], "scores": [9.1, 8.7, ...], "rank": 1.5}, ...]}
+FILE.npz     query [n, 2], direction [n] ("tail" or "head"), candidates [n, C], and where known truth [n],
+             scores [n, C], rank [n], info (JSON text); shorter lists end in -1 (names: in ""), an unknown rank is NaN
+
+query        the entity that is given, and the relation in the data set's own direction
+direction    the end that is asked for: "tail" is (query[0], query[1], ?), "head" is (?, query[1], query[0])
+candidates   ranked, best first, without repeats
+truth        (optional) the answer that this list is for: only other known answers were filtered out of it. A row
+             without it serves every triple of its query; whatever is known of them is filtered by the reader
+scores       (optional) higher is better, not rising along the list
+rank         (optional) of the truth among all entities, filtered by the answers of all splits, ties at their mean
+info         (optional) what is known of the origin: dataset, split, model, filter, ... Two keys count: with
+             "folds": 2 or more, or with "split": "valid" or "test", the model has not seen the triples of its queries.
+             "entities_sha256" (written here) ties ids to one data set's order of entities
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
+from run_record import InputError, atomic_path, read_json, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.RQGCN import CodeScorer
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+ENDINGS = (".npz", ".json")
+DIRECTIONS = ("tail", "head")
+HELD_OUT_SPLITS = ("valid", "test")
+
+
+class Candidates(NamedTuple):
+    """n ranked lists of at most C entities."""
+
+    queries: Ints  # [n, 2]: entity, relation; R..2R-1 are the inverses, which ask for the head
+    truth: Ints  # [n], -1 where the list serves every triple of its query
+    ids: Ints  # [n, C], best first, ending in -1
+    scores: Floats | None  # [n, C], NaN where ids are -1
+    rank: Floats  # [n], NaN where unknown
+    held_out: Bools  # [n], the model has not seen the query's triple
+    info: dict[str, Any]
+
+
+def check_ending(path: str | Path) -> Path:
+    """InputError unless the file's name says which form it has."""
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise InputError(f"candidates file {path} must end in {' or '.join(ENDINGS)}")
+    return path
+
+
+def entities_hash(kg: KnowledgeGraph) -> str:
+    """Hex digest of the entity and relation names in the order of their ids."""
+    return hashlib.sha256("\n".join([*kg.entities, "", *kg.relations]).encode()).hexdigest()
+
+
+def is_held_out(info: dict[str, Any]) -> bool:
+    """Whether ``info`` says that the model has not seen the triples of its queries."""
+    folds = info.get("folds")
+    return info.get("split") in HELD_OUT_SPLITS or (isinstance(folds, int) and folds >= 2)
+
+
+# ---------------------------------------------------------------- write
+
+
+def write_candidates(path: str | Path, candidates: Candidates, kg: KnowledgeGraph, **info: Any) -> None:
+    """Write either form by the file's ending, ids in ``.npz`` and names in ``.json``; ``info`` adds to the lists' own.
+
+    Raises InputError for another ending or a folder that cannot be written.
+    """
+    path = check_ending(path)
+    info = candidates.info | info | {"entities_sha256": entities_hash(kg)}
+    entity, relation = candidates.queries.T
+    is_head = relation >= kg.num_relations
+    relation = relation % kg.num_relations
+    if path.suffix == ".npz":
+        arrays: dict[str, Any] = {
+            "query": np.stack([entity, relation], axis=1).astype(np.int32),
+            "direction": np.array(DIRECTIONS)[is_head.astype(np.int64)],
+            "truth": candidates.truth.astype(np.int32),
+            "candidates": candidates.ids.astype(np.int32),
+            "rank": candidates.rank,
+            "info": np.array(json.dumps(info)),
+        }
+        if candidates.scores is not None:
+            arrays["scores"] = candidates.scores.astype(np.float32)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        return
+    lines = []
+    for i in range(len(entity)):
+        ids = candidates.ids[i][candidates.ids[i] >= 0].tolist()
+        row: dict[str, Any] = {
+            "query": [kg.entities[entity[i]], kg.relations[relation[i]]],
+            "direction": DIRECTIONS[int(is_head[i])],
+            "candidates": [kg.entities[e] for e in ids],
+        }
+        if candidates.truth[i] >= 0:
+            row["truth"] = kg.entities[candidates.truth[i]]
+        if candidates.scores is not None:
+            row["scores"] = candidates.scores[i, : len(ids)].tolist()
+        if not np.isnan(candidates.rank[i]):
+            row["rank"] = float(candidates.rank[i])
+        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
+    head = json.dumps(info, ensure_ascii=False, allow_nan=False)
+    write_text(f'{{"info": {head},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n", path)
+
+
+# ---------------------------------------------------------------- read
+
+
+def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidates:
+    """The lists of one or several files (of different splits or folds), checked against ``kg``.
+
+    ``info`` is that of the first file, with ``files``: the names of all. Raises InputError with file and row: unknown
+    name or id, ids of another data set, repeated candidate, rising scores, rank below 1, a query that comes twice.
+    """
+    parts = [_read(check_ending(path), kg) for path in paths]
+    C = max(part.ids.shape[1] for part in parts)
+    scored = all(part.scores is not None for part in parts)
+
+    def wide(array: NDArray[Any], fill: float) -> NDArray[Any]:
+        return np.pad(array, [(0, 0), (0, C - array.shape[1])], constant_values=fill)
+
+    merged = Candidates(
+        np.concatenate([part.queries for part in parts]),
+        np.concatenate([part.truth for part in parts]),
+        np.concatenate([wide(part.ids, -1) for part in parts]),
+        np.concatenate([wide(part.scores, np.nan) for part in parts if part.scores is not None]) if scored else None,
+        np.concatenate([part.rank for part in parts]),
+        np.concatenate([part.held_out for part in parts]),
+        parts[0].info | {"files": [Path(path).name for path in paths]},
+    )
+    keys = np.sort(_keys(merged.queries, merged.truth, kg))
+    twice = int((keys[1:] == keys[:-1]).sum())
+    if twice:
+        raise InputError(
+            f"--candidates {' '.join(map(str, paths))}: {twice} queries have two lists; give each one once"
+        )
+    return merged
+
+
+def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
+    found = _read_npz(path, kg) if path.suffix == ".npz" else _read_json(path, kg)
+    if not len(found.ids):
+        raise InputError(f"candidates file {path} has no rows")
+    there = found.ids >= 0
+    _refuse(path, (there[:, 1:] & ~there[:, :-1]).any(axis=1), "has a gap in its list: -1 may only stand at the end")
+    order = np.sort(found.ids, axis=1)
+    _refuse(path, ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any(axis=1), "lists a candidate twice")
+    if found.scores is not None:
+        _refuse(path, (~np.isfinite(found.scores) & there).any(axis=1), "has a score that is not finite")
+        falls = np.where(there[:, 1:], found.scores[:, 1:] <= found.scores[:, :-1], True).all(axis=1)
+        _refuse(path, ~falls, "has scores that rise along the list; rank it best first")
+    _refuse(path, found.rank < 1, "has a rank below 1")
+    _refuse(path, np.isinf(found.rank), "has a rank that is not finite")
+    return found
+
+
+def _refuse(path: Path, rows: ArrayLike, problem: str) -> None:
+    bad = np.asarray(rows, dtype=bool)
+    if bad.any():
+        raise InputError(f"candidates file {path}: row {int(bad.argmax())} {problem} ({int(bad.sum())} such rows)")
+
+
+def _check_info(path: Path, info: Any, kg: KnowledgeGraph, by_id: bool) -> dict[str, Any]:
+    if not isinstance(info, dict):
+        raise InputError(f"candidates file {path}: info is a {type(info).__name__}, expected an object")
+    written = info.get("entities_sha256")
+    if by_id and written is not None and written != entities_hash(kg):
+        raise InputError(
+            f"candidates file {path} has ids of {info.get('dataset')}, whose entities and relations are not those of "
+            f"{kg.name} ({kg.num_entities} and {kg.num_relations}) in the same order; export them from {kg.name}"
+        )
+    return info
+
+
+def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"candidates file {path} cannot be read as an .npz archive: {reason}") from error
+    missing = [name for name in ("query", "direction", "candidates") if name not in arrays]
+    if missing:
+        raise InputError(
+            f"candidates file {path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}"
+        )
+    n = len(arrays["query"]) if arrays["query"].ndim else 0
+    lists = arrays["candidates"].shape
+    C = lists[1] if len(lists) == 2 else 0
+    ids_or_names = "ids or names"
+    kinds = {ids_or_names: "iuU", "text": "U", "numbers": "fiu"}
+    for name, shape, kind in (
+        ("query", (n, 2), ids_or_names), ("direction", (n,), "text"), ("candidates", (n, C), ids_or_names),
+        ("truth", (n,), ids_or_names), ("scores", (n, C), "numbers"), ("rank", (n,), "numbers"), ("info", (), "text"),
+    ):  # fmt: skip
+        if name in arrays and (arrays[name].shape != shape or arrays[name].dtype.kind not in kinds[kind]):
+            raise InputError(
+                f"candidates file {path}: {name} is {arrays[name].dtype} {list(arrays[name].shape)}, expected {kind} "
+                f"{list(shape)}"
+            )
+    by_id = arrays["query"].dtype.kind != "U" or arrays["candidates"].dtype.kind != "U"
+    try:
+        info = json.loads(str(arrays["info"])) if "info" in arrays else {}
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"candidates file {path}: info is no JSON: {str(error).splitlines()[0]}") from error
+    info = _check_info(path, info, kg, by_id)
+    wrong = ~np.isin(arrays["direction"], DIRECTIONS)
+    _refuse(path, wrong, f"asks for another direction than {' or '.join(DIRECTIONS)}")
+
+    def ids(array: NDArray[Any], names: list[str], what: str, gaps: bool) -> Ints:
+        if array.dtype.kind == "U":
+            distinct, inverse = np.unique(array, return_inverse=True)
+            row = {name: i for i, name in enumerate(names)} | ({"": -1} if gaps else {})
+            found = np.array([row.get(name, -2) for name in distinct.tolist()], dtype=np.int64)
+            result: Ints = found[inverse].reshape(array.shape)
+        else:
+            result = array.astype(np.int64)
+        bad = (result < (-1 if gaps else 0)) | (result >= len(names))
+        if bad.any():
+            at = np.argwhere(bad)[0]
+            raise InputError(
+                f"candidates file {path}: row {at[0]}: {what} {array[tuple(at)].item()!r} is none of {kg.name}, "
+                f"expected a raw name or an id in 0..{len(names) - 1}"
+            )
+        return result
+
+    entity = ids(arrays["query"][:, 0], kg.entities, "query entity", False)
+    relation = ids(arrays["query"][:, 1], kg.relations, "query relation", False)
+    relation = relation + kg.num_relations * (arrays["direction"] == "head")
+    return Candidates(
+        np.stack([entity, relation], axis=1),
+        ids(arrays["truth"], kg.entities, "truth", True) if "truth" in arrays else np.full(n, -1),
+        ids(arrays["candidates"], kg.entities, "candidate", True),
+        arrays["scores"].astype(np.float64) if "scores" in arrays else None,
+        arrays["rank"].astype(np.float64) if "rank" in arrays else np.full(n, np.nan),
+        np.full(n, is_held_out(info)),
+        info,
+    )
+
+
+def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
+    content = read_json(path, "candidates")
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f'candidates file {path} holds no {{"rows": [...]}}')
+    by_id = False
+    entity_row = {name: i for i, name in enumerate(kg.entities)}
+    relation_row = {name: i for i, name in enumerate(kg.relations)}
+
+    def fault(number: int, problem: str) -> InputError:
+        return InputError(f"candidates file {path}: row {number}: {problem}")
+
+    def one(number: int, value: Any, row_of: dict[str, int], what: str) -> int:
+        nonlocal by_id
+        found = row_of.get(value, -1) if isinstance(value, str) else value if type(value) is int else -1
+        by_id |= not isinstance(value, str)
+        if not 0 <= found < len(row_of):
+            raise fault(
+                number, f"{what} {value!r} is none of {kg.name}, expected a raw name or an id in 0..{len(row_of) - 1}"
+            )
+        return found
+
+    queries, truths, lists, ranks = [], [], [], []
+    scores: list[Any] = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise fault(number, f"is a {type(row).__name__}, expected an object")
+        query, direction, listed = row.get("query"), row.get("direction"), row.get("candidates")
+        if (
+            not isinstance(query, list)
+            or len(query) != 2
+            or direction not in DIRECTIONS
+            or not isinstance(listed, list)
+        ):
+            raise fault(number, 'needs "query": [entity, relation], "direction": "tail" or "head", "candidates": [...]')
+        relation = one(number, query[1], relation_row, "query relation")
+        relation += kg.num_relations * (direction == "head")
+        queries.append([one(number, query[0], entity_row, "query entity"), relation])
+        truths.append(-1 if row.get("truth") is None else one(number, row["truth"], entity_row, "truth"))
+        lists.append([one(number, value, entity_row, "candidate") for value in listed])
+        for name, values, size in (("scores", row.get("scores"), len(listed)), ("rank", [row.get("rank")], 1)):
+            given = values != [None] and values is not None
+            if given and not (isinstance(values, list) and len(values) == size
+                              and all(type(value) in (int, float) for value in values)):  # fmt: skip
+                raise fault(
+                    number, f"{name} must be {'numbers, one per candidate' if name == 'scores' else 'a number'}"
+                )
+        scores.append(row.get("scores"))
+        ranks.append(np.nan if row.get("rank") is None else float(row["rank"]))
+    info = _check_info(path, content.get("info", {}), kg, by_id)
+    C = max(map(len, lists), default=0)
+    return Candidates(
+        np.array(queries, dtype=np.int64).reshape(-1, 2),
+        np.array(truths, dtype=np.int64),
+        np.array([ids + [-1] * (C - len(ids)) for ids in lists], dtype=np.int64).reshape(len(rows), C),
+        _table(scores, C) if None not in scores else None,
+        np.array(ranks, dtype=np.float64),
+        np.full(len(rows), is_held_out(info)),
+        info,
+    )
+
+
+def _table(rows: list[list[float]], width: int) -> Floats:
+    return np.array([row + [np.nan] * (width - len(row)) for row in rows], dtype=np.float64).reshape(len(rows), width)
+
+
+# ---------------------------------------------------------------- use
+
+
+def _keys(queries: Ints, truth: Ints, kg: KnowledgeGraph) -> Ints:
+    """One integer per (entity, relation, truth or -1)."""
+    return (queries[:, 0] * (2 * kg.num_relations) + queries[:, 1]) * (kg.num_entities + 1) + truth + 1
+
+
+def find_rows(candidates: Candidates, queries: Ints, kg: KnowledgeGraph) -> Ints:
+    """The row of the list for each query (h, r, t) [n, 3], r in 0..2R-1: its own, else its (h, r)'s; -1 for none."""
+    keys = _keys(candidates.queries, candidates.truth, kg)
+    order = np.argsort(keys)
+    found = np.full(len(queries), -1)
+    for truth in (np.full(len(queries), -1), queries[:, 2]):
+        wanted = _keys(queries, truth, kg)
+        place = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
+        found = np.where(keys[place] == wanted, place, found)
+    return found
+
+
+def known_pairs(answers: Answers, h: Ints, r: Ints) -> tuple[Ints, Ints]:
+    """CSR (indptr [n + 1], entities) of the known tails of each query (h [n], r [n])."""
+    row = answers.rows(h, r)
+    begin = np.where(row >= 0, answers.indptr[row], 0)
+    size = np.where(row >= 0, answers.indptr[row + 1] - begin, 0)
+    indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
+    return indptr, answers.targets[np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], size)]
+
+
+def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph) -> Bools:
+    """Which of the listed ids [n, C] are known answers of their query (h, r, t) other than t itself."""
+    indptr, known = known_pairs(answers, queries[:, 0], queries[:, 1])
+    M = kg.num_entities
+    keys = np.repeat(np.arange(len(queries)), np.diff(indptr)) * M + known
+    found: Bools = np.isin(np.arange(len(queries))[:, None] * M + ids, keys) & (ids >= 0)
+    return found & (ids != queries[:, 2:])
+
+
+def top_candidates(
+    scorer: CodeScorer,
+    relations: torch.Tensor,
+    codes: torch.Tensor,
+    kg: KnowledgeGraph,
+    split: str,
+    count: int = 20,
+    filter_splits: Sequence[str] = ("train", "valid"),
+    batch: int = 512,
+) -> Candidates:
+    """The ``count`` best entities of every query of ``split``, tails and heads, from the integers [M, L, Q] alone.
+
+    Rows follow ``with_inverse(kg.split(split))``: [2n], tail queries first. A query's other answers known from
+    ``filter_splits`` are left out of its list, its own truth never; equal scores go by the lower id. ``rank``: the
+    truth's place among all entities, filtered by all splits, ties at their mean. Raises ValueError for NaN scores.
+    """
+    import torch
+
+    with torch.no_grad():
+        training = scorer.training
+        scorer.eval()
+        q_all = scorer.entity_vectors_from_codes(codes)
+        found = _top(
+            lambda h, r: scorer.scores(q_all[h], relations[r], q_all),
+            kg,
+            split,
+            count,
+            filter_splits,
+            batch,
+            q_all.device,
+        )
+        scorer.train(training)
+    return found
+
+
+def _top(
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    kg: KnowledgeGraph,
+    split: str,
+    count: int,
+    filter_splits: Sequence[str],
+    batch: int,
+    device: str | torch.device,
+) -> Candidates:
+    """``top_candidates`` of any ``score(heads [B], relations [B]) -> [B, M]``."""
+    import torch
+
+    from model.ranking import rank_scores
+
+    R, M = kg.num_relations, kg.num_entities
+    triples = with_inverse(kg.split(split), R)
+    some, everything = kg.answers(*filter_splits), kg.answers()
+    queries, query_of = np.unique(triples[:, 0] * (2 * R) + triples[:, 1], return_inverse=True)
+    order = np.argsort(query_of, kind="stable")
+    first = np.searchsorted(query_of[order], np.arange(len(queries) + 1))
+    C = min(count, M)
+    ids, scores = np.full((len(triples), C), -1), np.full((len(triples), C), np.nan)
+    ranks = np.empty(len(triples))
+    least = torch.iinfo(torch.int64).min
+    for start in range(0, len(queries), batch):
+        h, r = np.divmod(queries[start : start + batch], 2 * R)
+        values = score(torch.from_numpy(h).to(device), torch.from_numpy(r).to(device)).float() + 0.0  # no -0.0
+        members = order[first[start] : first[start + len(h)]]
+        rows, truth = (torch.from_numpy(x).to(device) for x in (query_of[members] - start, triples[members, 2]))
+        known = [torch.from_numpy(x).to(device) for x in known_pairs(everything, h, r)]
+        ranks[members] = rank_scores(values, truth, (known[0], known[1]), rows).cpu().numpy()
+        # integers that order by score, then by lower id: the bits of a float32 order like its value, once those of
+        # negative numbers are turned round
+        bits = values.view(torch.int32)
+        bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        keys = (bits << 32) + (M - 1 - torch.arange(M, device=device))
+        own = keys[rows, truth]
+        indptr, drop = (torch.from_numpy(x).to(device) for x in known_pairs(some, h, r))
+        keys[torch.repeat_interleave(indptr.diff()), drop] = least
+        best = keys.topk(C, dim=1).values[rows]  # (N, C): per triple, whose truth may have been dropped with the others
+        own = torch.where((best == own[:, None]).any(1), least, own)
+        best = torch.cat([best, own[:, None]], dim=1).topk(C, dim=1).values
+        listed = torch.where(best == least, -1, M - 1 - (best & 0xFFFFFFFF))
+        ids[members] = listed.cpu().numpy()
+        found = values[rows[:, None], listed.clamp(min=0)].double()
+        scores[members] = found.masked_fill(listed < 0, torch.nan).cpu().numpy()
+    info = {"dataset": kg.name, "split": split, "filter": list(filter_splits), "count": C}
+    return Candidates(
+        triples[:, :2].copy(), triples[:, 2].copy(), ids, scores, ranks, np.full(len(triples), is_held_out(info)), info
+    )

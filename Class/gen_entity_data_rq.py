@@ -1,0 +1,417 @@
+"""Entities, facts, codes and questions: the tasks around link prediction, each into a folder of its own.
+
+    python Class/gen_entity_data_rq.py                                        all four, with what stage 1 left
+    python Class/gen_entity_data_rq.py --tasks knowledge_reasoning question_answering --no_codes
+
+entity_representation  name -> codes, codes -> name, codes -> description, both -> description (SPEC's example)
+knowledge_reasoning    predict a tail, complete a triple (head or relation), validate a triple: as many True as False
+code_understanding     which of two is nearer, levels shared at a position, a hidden code: computed from the codes
+question_answering     questions over one and two relations in words, answered by all that is known
+
+Entities are held out in the first and third (a tenth each for validation and test; a mix shows their names and codes
+in the prompts of other tasks), facts in the others: a row of
+training rests on training triples alone, one of validation or test on triples of its split alone. A question of
+validation or test is asked only where every known answer, and every fact on the way, is of its split. Codes of a name
+that was never seen can hardly be told: the statistics say what guessing reaches.
+
+A row whose prompt happens to hold its answer (a namesake, a loop) is left out and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class import prompts
+from Class.codes import escape_name
+from Class.gen_fb_data_rq import make_splits, triple_keys
+from Class.gen_lp_data_rq import Parts, disjoint_parts
+from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, write_task
+from data.knowledge_graph import Answers, KnowledgeGraph
+from run_record import CommandParser, run_command
+
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 0.1  # of the entities, for validation and for test each
+
+Draft = Row | None  # None: there is no such row for this item
+Maker = Callable[[int, np.random.Generator], Draft]
+
+
+class Kind(NamedTuple):
+    """One kind of row: its items (numbers that ``make`` understands) in one split."""
+
+    task_type: str
+    items: Ints
+    make: Maker
+
+
+def holds_answer(prompt: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in the prompt between word boundaries."""
+    return any(
+        answer in prompt and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt) is not None for answer in answers
+    )
+
+
+def rows_of(task: str, split: str, kinds: Sequence[Kind], seed: int, count: Counter[str]) -> Iterator[Row]:
+    """The rows of all kinds, the kinds taking turns (train: shuffled); ``count`` tells what was left out.
+
+    ``make`` returns the fields of a row; ``answers``, where given, are the texts that the prompt must not hold.
+    """
+    order = np.concatenate([
+        np.stack([np.full(len(kind.items), number), np.arange(len(kind.items))], axis=1)
+        for number, kind in enumerate(kinds)
+    ])  # fmt: skip
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    order = rng.permutation(order) if split == "train" else order[np.lexsort((order[:, 0], order[:, 1]))]
+    number = 0
+    for which, i in order.tolist():
+        kind = kinds[which]
+        fields = kind.make(int(kind.items[i]), rng)
+        if fields is None:
+            count[f"{kind.task_type}: not possible"] += 1
+            continue
+        answers = fields.pop("answers", [fields["output"]])
+        if holds_answer(fields["instruction"], answers):
+            count[f"{kind.task_type}: the prompt would hold the answer"] += 1
+            continue
+        yield make_row(id=f"{task}-{split}-{number}", task_type=kind.task_type, split=split, **fields)
+        number += 1
+
+
+# ---------------------------------------------------------------- entities
+
+
+def entity_parts(num_entities: int, seed: int) -> dict[str, Ints]:
+    """The ids of the entities of each split, at random; one at least in each where there are three."""
+    order = np.random.default_rng([seed, 8]).permutation(num_entities)
+    n = max(1, round(HELD_OUT * num_entities))
+    return {"train": np.sort(order[2 * n :]), "validation": np.sort(order[:n]), "test": np.sort(order[n : 2 * n])}
+
+
+def entity_kinds(source: Source, part: Ints) -> list[Kind]:
+    """Name, codes and description of the entities of ``part``; what shares its code with another is not asked for."""
+    kg, names = source.kg, source.shown
+    descriptions = [escape_name(text.strip()) for text in kg.descriptions]
+    assert source.codes is not None
+    _, inverse, sharing = np.unique(
+        source.codes.reshape(len(source.codes), -1), axis=0, return_inverse=True, return_counts=True
+    )
+    alone = sharing[inverse.ravel()] == 1
+    described = np.array([bool(text) for text in descriptions], dtype=bool)
+
+    def row(e: int, prompt: str, output: str) -> Row:
+        return {"instruction": prompt, "output": output, "truth": [kg.entities[e]]}
+
+    return [
+        Kind("name_to_codes", part, lambda e, _: row(e, prompts.name_to_codes(names[e]), source.code_texts[e])),
+        Kind("codes_to_name", part[alone[part]],
+             lambda e, _: row(e, prompts.codes_to_name(source.code_texts[e]), names[e])),
+        Kind("codes_to_description", part[(alone & described)[part]],
+             lambda e, _: row(e, prompts.codes_to_description(source.code_texts[e]), descriptions[e])),
+        Kind("explain_codes", part[described[part]],
+             lambda e, _: row(e, prompts.explain_codes(names[e], source.entity_texts[e]), descriptions[e])),
+    ]  # fmt: skip
+
+
+def guessing_control(codes: Ints, parts: dict[str, Ints], num_code: int) -> dict[str, Any]:
+    """Share of the codes [M, L, Q] of held-out entities that a name-blind guess gets right.
+
+    The guess is the commonest code of each position and level among the training entities: what a model can reach
+    for a name that it never saw, unless the name itself tells.
+    """
+    train = codes[parts["train"]].reshape(len(parts["train"]), -1)
+    guess = np.array([np.bincount(column).argmax() for column in train.T])
+    found = {
+        split: round(float((codes[parts[split]].reshape(-1, len(guess)) == guess).mean()), 4) for split in SPLITS[1:]
+    }
+    return {"uniform_guess": round(1 / num_code, 6), "commonest_code": found}
+
+
+# ---------------------------------------------------------------- facts
+
+
+def fact_kinds(source: Source, kg: KnowledgeGraph, split: str, triples: Ints, judged: Ints, labels: Ints) -> list[Kind]:
+    """Predict, complete and validate over ``triples`` [n, 3]; ``judged`` [m, 3] hold where ``labels`` [m] is 1."""
+    shown, texts, relations, coded = source.shown, source.entity_texts, source.relations, source.with_codes
+
+    def fact(number: int, prompt: str, output: str, answers: list[str], truth: str, direction: str | None) -> Row:
+        return {"instruction": prompt, "output": output, "answers": answers, "truth": [truth],
+                "direction": direction, "triple": source.raw_triple(*triples[number].tolist())}  # fmt: skip
+
+    def tail(number: int, _: np.random.Generator) -> Draft:
+        h, r, t = triples[number].tolist()
+        prompt = prompts.predict_tail(shown[h], relations[r], texts[h], coded)
+        return fact(number, prompt, texts[t], [shown[t]], kg.entities[t], "tail")
+
+    def complete(number: int, rng: np.random.Generator) -> Draft:
+        h, r, t = triples[number].tolist()
+        if rng.random() < 0.5:
+            prompt = prompts.complete_head(relations[r], shown[t], texts[t], coded)
+            return fact(number, prompt, texts[h], [shown[h]], kg.entities[h], "head")
+        prompt = prompts.complete_relation(shown[h], shown[t], texts[h], texts[t], coded)
+        return fact(number, prompt, relations[r], [relations[r]], kg.relations[r], None)
+
+    def judge(number: int, _: np.random.Generator) -> Draft:
+        h, r, t = judged[number].tolist()
+        answer = prompts.TRUE if labels[number] else prompts.FALSE
+        prompt = prompts.validate_triple(shown[h], relations[r], shown[t], texts[h], texts[t], coded)
+        return {"instruction": prompt, "output": answer, "answers": [], "truth": [answer],
+                "triple": source.raw_triple(h, r, t)}  # fmt: skip
+
+    return [
+        Kind("predict_tail", np.arange(len(triples)), tail),
+        Kind("complete_triple", np.arange(len(triples)), complete),
+        Kind("validate_triple", np.arange(len(judged)), judge),
+    ]
+
+
+def judged_triples(kg: KnowledgeGraph, parts: Parts, seed: int) -> dict[str, tuple[Ints, Ints]]:
+    """Triples and labels per split, one negative per positive; those of valid that are not for validation are left out.
+
+    True and False take turns. Where valid and test come with negatives, these are used.
+    """
+    found = {}
+    kept = {"train": parts.train, "validation": parts.validation, "test": parts.test}
+    for split, rows in make_splits(kg, 1, "range", seed).items():
+        triples, labels = rows.rows
+        true, false = np.flatnonzero(labels), np.flatnonzero(~labels)
+        own = np.isin(triple_keys(triples[true], kg), triple_keys(kept[split], kg))
+        # validation and test have their negatives in the positives' order: those that go with what is kept
+        true, false = true[own], false[own] if len(true) == len(false) else false[: int(own.sum())]
+        chosen = np.stack([true[: len(false)], false], axis=1).ravel()
+        found[split] = (triples[chosen], labels[chosen].astype(np.int64))
+    return found
+
+
+# ---------------------------------------------------------------- codes
+
+
+def code_kinds(source: Source, part: Ints) -> list[Kind]:
+    """Questions about the codes of the entities of ``part``, the others in them being of ``part`` too."""
+    assert source.codes is not None
+    codes, kg = source.codes, source.kg
+    L, Q = codes.shape[1:]
+    own = codes[part]
+
+    def nearer(e: int, rng: np.random.Generator) -> Draft:
+        others = np.unique(part[rng.integers(0, len(part), 32)])
+        others = others[others != e]
+        shared = (codes[others] == codes[e]).sum(axis=(1, 2))
+        farther = others[shared < shared.max(initial=0)]
+        if not len(farther):
+            return None
+        near = int(others[shared.argmax()])
+        pair = rng.permutation([near, rng.choice(farther)]).tolist()
+        return {
+            "instruction": prompts.nearer_entity(
+                source.entity_texts[e], [source.entity_texts[other] for other in pair]
+            ),
+            "output": source.shown[near],
+            "answers": [],  # it is among the candidates
+            "candidates": [kg.entities[other] for other in pair],
+            "truth": [kg.entities[near]],
+        }
+
+    def prefix(e: int, rng: np.random.Generator) -> Draft:
+        position = int(rng.integers(L))
+        shared = (own[:, position] == codes[e, position]).cumprod(axis=1).sum(axis=1)
+        shared[part == e] = -1
+        counts = np.unique(shared[shared >= 0])
+        if not len(counts):
+            return None
+        wanted = rng.choice(counts)  # counts are drawn evenly, not as often as they occur: most pairs share nothing
+        other = part[rng.choice(np.flatnonzero(shared == wanted))]
+        prompt = prompts.shared_prefix(source.entity_texts[e], source.entity_texts[other], position)
+        answer = f"{wanted} of {Q}"
+        return {"instruction": prompt, "output": answer, "truth": [answer]}
+
+    def hidden(e: int, rng: np.random.Generator) -> Draft:
+        position, level = divmod(int(rng.integers(L * Q)), Q)
+        token = f"Q{level}_{codes[e, position, level]}"
+        masked, found = re.subn(rf"{token}(?![0-9])", "?", source.entity_texts[e])
+        if found > 1:  # the same code at another position would show it
+            return None
+        return {"instruction": prompts.hidden_level(masked), "output": token, "truth": [token]}
+
+    return [
+        Kind("nearer_entity", part, nearer),
+        Kind("shared_prefix", part, prefix),
+        Kind("hidden_level", part, hidden),
+    ]
+
+
+# ---------------------------------------------------------------- questions
+
+
+class Hop(NamedTuple):
+    """All answers of one query, as ids, and the facts that give them, in the data set's own direction."""
+
+    answers: list[int]
+    facts: list[tuple[int, int, int]]
+
+
+def take_hop(answers: Answers, h: int, row: int, r: int) -> Hop:
+    """The answers of ``answers``' row ``row``, which is the query (h, r); none for row -1."""
+    R = answers.num_relations
+    tails = answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist() if row >= 0 else []
+    return Hop(tails, [(h, r, t) if r < R else (t, r - R, h) for t in tails])
+
+
+def question_kinds(source: Source, own: Answers, known: Answers, max_answers: int) -> list[Kind]:
+    """Questions over one and two relations whose answers and facts are all ``own``.
+
+    ``known``: where more answers may stand; what has any is not asked. Items are rows of ``own``.
+    """
+    kg, R = source.kg, source.kg.num_relations
+    heads = own.keys // (2 * R)
+    relation = own.keys % (2 * R)
+    sizes = np.diff(own.indptr)
+    complete = sizes == _sizes(known, heads, relation)
+    asked = np.flatnonzero(complete & (sizes <= max_answers))
+    first_of = np.searchsorted(heads, np.arange(kg.num_entities + 1))  # an entity's queries are rows of own
+
+    def ask(h: int, path: list[int], facts: set[tuple[int, int, int]], answers: list[int], wording: int) -> Row:
+        words = [prompts.relation_text(source.relations[r % R], "tail" if r < R else "head") for r in path]
+        names = [source.shown[answer] for answer in answers]
+        return {
+            "instruction": prompts.question(source.entity_texts[h], words, wording),
+            "output": "\n".join(names),
+            "answers": names,
+            "triple": [name for fact in sorted(facts) for name in source.raw_triple(*fact)],
+            "truth": [kg.entities[answer] for answer in answers],
+        }
+
+    def one_hop(row: int, rng: np.random.Generator) -> Draft:
+        h, r = int(heads[row]), int(relation[row])
+        hop = take_hop(own, h, row, r)
+        return ask(h, [r], set(hop.facts), hop.answers, int(rng.integers(len(prompts.ONE_HOP))))
+
+    def two_hop(row: int, rng: np.random.Generator) -> Draft:
+        h, r = int(heads[row]), int(relation[row])
+        hop = take_hop(own, h, row, r)
+        middle = hop.answers[int(rng.integers(len(hop.answers)))]
+        # back along the relation that led here is no question: it names h
+        choices = [p for p in relation[first_of[middle] : first_of[middle + 1]].tolist() if p != (r + R) % (2 * R)]
+        if not choices:
+            return None
+        then = choices[int(rng.integers(len(choices)))]
+        ends, facts = set(), set(hop.facts)
+        rows = own.rows(hop.answers, [then] * len(hop.answers))
+        if (np.where(rows >= 0, sizes[rows], 0) != _sizes(known, hop.answers, [then] * len(hop.answers))).any():
+            return None
+        for entity, place in zip(hop.answers, rows.tolist(), strict=True):
+            second = take_hop(own, entity, place, then)
+            ends.update(second.answers)
+            facts.update(second.facts)
+        if not 0 < len(ends) <= max_answers:
+            return None
+        return ask(h, [r, then], facts, sorted(ends), int(rng.integers(len(prompts.TWO_HOP))))
+
+    return [Kind("one_hop_question", asked, one_hop), Kind("two_hop_question", asked, two_hop)]
+
+
+def _sizes(answers: Answers, h: Any, r: Any) -> Ints:
+    """How many known tails each query (h, r) has."""
+    rows = answers.rows(h, r)
+    return np.where(rows >= 0, np.diff(answers.indptr)[rows], 0)
+
+
+def answers_of(kg: KnowledgeGraph, triples: Ints) -> Answers:
+    """``kg.answers`` of these triples alone."""
+    return KnowledgeGraph(
+        name=kg.name, entities=kg.entities, relations=kg.relations, train=triples, valid=triples[:0], test=triples[:0],
+        labels=kg.labels, has_label=kg.has_label, descriptions=kg.descriptions, relation_labels=kg.relation_labels,
+    ).answers("train")  # fmt: skip
+
+
+# ---------------------------------------------------------------- command
+
+
+def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callable[[], dict[str, list[Kind]]]]:
+    """The kinds of every task and split, made when called for."""
+    kg = source.kg
+    entities, facts = entity_parts(kg.num_entities, seed), disjoint_parts(kg, seed)
+    triples = {"train": facts.train, "validation": facts.validation, "test": facts.test}
+
+    def reasoning() -> dict[str, list[Kind]]:
+        judged = judged_triples(kg, facts, seed)
+        return {split: fact_kinds(source, kg, split, triples[split], *judged[split]) for split in SPLITS}
+
+    def questions() -> dict[str, list[Kind]]:
+        own = {split: answers_of(kg, triples[split]) for split in SPLITS}
+        # training looks at nothing but its own; the others must not ask where another split knows an answer
+        known = {"train": own["train"], "validation": kg.answers(), "test": kg.answers()}
+        return {split: question_kinds(source, own[split], known[split], max_answers) for split in SPLITS}
+
+    return {
+        "entity_representation": lambda: {split: entity_kinds(source, entities[split]) for split in SPLITS},
+        "knowledge_reasoning": reasoning,
+        "code_understanding": lambda: {split: code_kinds(source, entities[split]) for split in SPLITS},
+        "question_answering": questions,
+    }
+
+
+TASKS = ("entity_representation", "knowledge_reasoning", "code_understanding", "question_answering")
+NEED_CODES = ("entity_representation", "code_understanding")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="Class/gen_entity_data_rq.py", description=__doc__.split("\n")[0])
+    add_flags(parser)
+    group = parser.add_argument_group("tasks")
+    group.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to write")
+    group.add_argument("--max_answers", type=int, default=20, help="questions with more answers are not asked")
+    args = parser.parse_args(argv)
+    check_flags(args, parser)
+    if args.max_answers < 1:
+        parser.error(f"--max_answers must be 1 or more, got {args.max_answers}")
+    if args.no_codes and set(args.tasks) <= set(NEED_CODES):
+        parser.error(f"--no_codes leaves nothing of {', '.join(args.tasks)}: these tasks are about codes")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    source = open_source(args)
+    tasks = make_tasks(source, args.max_answers, args.seed)
+    for task in args.tasks:
+        if args.no_codes and task in NEED_CODES:
+            print(f"{task}: left out, it is about codes (--no_codes)")
+            continue
+        print(task)
+        kinds = tasks[task]()
+        counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+        notes: dict[str, Any] = {}
+        if task == "entity_representation":
+            assert source.codes is not None
+            control = guessing_control(source.codes, entity_parts(source.kg.num_entities, args.seed), source.num_code)
+            notes["name_to_codes_control"] = control
+            print(
+                "  control, codes of unseen names: the commonest code of each position and level is right for "
+                f"{control['commonest_code']['test']:.1%} of test codes, a uniform guess for "
+                f"{control['uniform_guess']:.2%}"
+            )
+        if task == "code_understanding":
+            notes["candidate_order"] = dict.fromkeys(SPLITS, "shuffled")
+        write_task(
+            args.out_dir / task, task, args, source,
+            {split: rows_of(task, split, kinds[split], args.seed, counts[split]) for split in SPLITS},
+            lambda counts=counts, notes=notes: {"left_out": {s: dict(c) for s, c in counts.items()}, **notes},  # type: ignore[misc]
+        )  # fmt: skip
+        for split, count in counts.items():
+            for what, number in sorted(count.items()):
+                print(f"  {split:10} {number:,} rows left out of {what}")
+    print(f"next: python Class/build_mix.py --out_dir {args.out_dir}, then python Class/check_leaks.py {args.out_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,309 @@
+"""Link prediction over 20 candidates: rows of the paper's Table 1, answered by the codes of the three best.
+
+    python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates valid.npz --split valid
+    python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates test.npz --split test
+    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz
+    python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
+
+The paper's protocol tunes twice: first on the training split's queries (--from train, into a folder of its own), then
+on nine tenths of the valid split (--from valid). The last tenth is the validation set and the test split the test set
+of both. Facts about one pair of entities stay in one part. Queries for the head ask for the tail of the inverse
+relation. Lists may come from any other model: see Class/candidates.py.
+
+A row's output is the truth, then the candidate model's two best others. ``candidate_rank`` is the truth's filtered rank
+by the candidate model: a query whose truth is not listed keeps it. Training may drop such queries; validation and test
+never do. ``truth`` starts with the truth; other right answers follow it that are listed because only the test split
+knows them: ranking leaves them out.
+
+A model that was trained on its queries puts their truth first: such lists are always shuffled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
+from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, write_task
+from Class.prompts import link_prediction, numbered, relation_text
+from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
+from run_record import CommandParser, InputError, run_command
+
+TASK = "link_prediction"
+ORDERS = ("ranked", "shuffled")
+VALIDATION_PART = 0.1  # of the valid split, as in the paper
+CHUNK = 1024
+
+
+# ---------------------------------------------------------------- splits
+
+
+class Parts(NamedTuple):
+    """Triples [n, 3] that no other part holds."""
+
+    train: Ints  # the training split
+    tuning: Ints  # nine tenths of valid
+    validation: Ints  # the last tenth
+    test: Ints  # the test split, repeated triples and all
+
+
+def disjoint_parts(kg: KnowledgeGraph, seed: int) -> Parts:
+    """Cut valid 9:1 by pairs of entities; what test holds leaves the others, and what valid holds leaves train."""
+
+    def keys(triples: Ints) -> Ints:
+        return (triples[:, 0] * kg.num_relations + triples[:, 1]) * kg.num_entities + triples[:, 2]
+
+    valid = kg.valid[~np.isin(keys(kg.valid), keys(kg.test))]
+    train = kg.train[~np.isin(keys(kg.train), np.concatenate([keys(valid), keys(kg.test)]))]
+    ends = np.sort(valid[:, [0, 2]], axis=1)
+    _, pair, size = np.unique(ends[:, 0] * kg.num_entities + ends[:, 1], return_inverse=True, return_counts=True)
+    order = np.random.default_rng([seed, 9]).permutation(len(size))
+    chosen = order[np.cumsum(size[order]) <= max(1, round(VALIDATION_PART * len(valid)))]
+    kept = np.isin(pair, chosen)
+    return Parts(train, valid[~kept], valid[kept], kg.test)
+
+
+def both_directions(triples: Ints, num_relations: int) -> Ints:
+    """[n, 3] -> [2n, 3]: the tail query of each triple, then its head query (t, r + R, h)."""
+    return with_inverse(triples, num_relations).reshape(2, -1, 3).swapaxes(0, 1).reshape(-1, 3)
+
+
+# ---------------------------------------------------------------- lists
+
+
+class Lists(NamedTuple):
+    """The lists of a block of queries, as a prompt may show them."""
+
+    ids: Ints  # [n, count], best first, ending in -1
+    others: Bools  # [n, count] right answers that only test knows
+    rank: Floats  # [n] the truth's filtered rank by the candidate model, NaN where unknown
+
+
+def make_lists(
+    candidates: Candidates, rows: Ints, queries: Ints, kg: KnowledgeGraph, tuning: Answers, known: Answers, count: int
+) -> Lists:
+    """The ``count`` best of the lists ``rows`` [n] for queries [n, 3], other ``tuning`` answers left out.
+
+    A rank that the file does not give is read off its list where the truth is in it, filtered by all ``known``.
+    """
+    ids = candidates.ids[rows]
+    filtered = other_answers(ids, queries, known, kg)
+    given = np.where(candidates.truth[rows] == queries[:, 2], candidates.rank[rows], np.nan)
+    rank = np.where(np.isnan(given), _rank_in_list(candidates, rows, queries[:, 2], filtered), given)
+    out = other_answers(ids, queries, tuning, kg) | (ids < 0)
+    order = np.argsort(out, axis=1, kind="stable")[:, :count]
+    ids = np.take_along_axis(np.where(out, -1, ids), order, axis=1)
+    return Lists(ids, np.take_along_axis(filtered & ~out, order, axis=1), rank)
+
+
+def _rank_in_list(candidates: Candidates, rows: Ints, truth: Ints, filtered: Bools) -> Floats:
+    """Rank [n] of the truth in its list, the filtered left out, equal scores at their mean; NaN where not listed."""
+    ids = candidates.ids[rows]
+    at = (ids == truth[:, None]) & (ids >= 0)
+    place = at.argmax(axis=1)[:, None]
+    counted = ~filtered & ~at & (ids >= 0)
+    if candidates.scores is None:
+        rank = 1.0 + (counted & (np.arange(ids.shape[1]) < place)).sum(axis=1)
+    else:
+        scores = candidates.scores[rows]
+        own = np.take_along_axis(scores, place, axis=1)
+        rank = 1 + (counted & (scores > own)).sum(axis=1) + (counted & (scores == own)).sum(axis=1) / 2
+    return np.where(at.any(axis=1), rank, np.nan)
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass
+class Count:
+    """What was seen of one split's queries while its rows were written."""
+
+    queries: int = 0
+    listed: int = 0  # the truth is among the candidates
+    dropped: int = 0  # left out, the truth not being listed
+    first: int = 0  # the truth is the candidate model's first
+    ambiguous: int = 0  # another candidate has the truth's very codes
+    rank_unknown: int = 0
+    reciprocal: float = 0.0
+    hits: tuple[int, int, int] = (0, 0, 0)
+
+    def add(self, rank: float) -> None:
+        if np.isnan(rank):
+            self.rank_unknown += 1
+            return
+        self.reciprocal += 1 / rank
+        self.hits = tuple(hit + (rank <= k) for hit, k in zip(self.hits, (1, 3, 10), strict=True))  # type: ignore[assignment]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the candidate model's metrics; a rank that is unknown counts as never found."""
+        n = max(1, self.queries)
+        return {
+            "queries": self.queries,
+            "truth_listed": self.listed,
+            "dropped": self.dropped,
+            "truth_first": self.first,
+            "truth_shares_its_codes_with_a_candidate": self.ambiguous,
+            "candidate_rank_unknown": self.rank_unknown,
+            "candidate_model": {
+                "mrr": round(self.reciprocal / n, 4),
+                **{f"hits@{k}": round(hit / n, 4) for hit, k in zip(self.hits, (1, 3, 10), strict=True)},
+            },
+        }
+
+
+class Plan(NamedTuple):
+    """One split: its queries with the rows of their lists, and how to show them."""
+
+    split: str
+    queries: Ints  # [n, 3]
+    rows: Ints  # [n]
+    shuffle: bool
+    drop_unlisted: bool
+
+
+def rows_of(
+    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, Answers], num_candidates: int, seed: int,
+    count: Count,
+) -> Iterator[Row]:  # fmt: skip
+    """The split's rows, one by one; ``count`` is kept on the way."""
+    kg, R = source.kg, source.kg.num_relations
+    rng = np.random.default_rng([seed, 1 + ["train", "validation", "test"].index(plan.split)])
+    for start in range(0, len(plan.queries), CHUNK):
+        queries, rows = plan.queries[start : start + CHUNK], plan.rows[start : start + CHUNK]
+        lists = make_lists(candidates, rows, queries, kg, answers["tuning"], answers["known"], num_candidates)
+        for (h, r, t), ids, others, rank in zip(queries.tolist(), *lists, strict=True):
+            ranked = ids[ids >= 0].tolist()
+            also_right = [ranked[i] for i in np.flatnonzero(others)] if plan.split == "test" else []
+            count.queries += 1
+            count.listed += t in ranked
+            count.first += ranked[:1] == [t]
+            count.ambiguous += any(source.code_texts[e] == source.code_texts[t] for e in ranked if e != t)
+            count.add(rank)
+            if plan.drop_unlisted and t not in ranked:
+                count.dropped += 1
+                continue
+            shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
+            best = [t, *(entity for entity in ranked if entity != t)][:3]
+            direction = "tail" if r < R else "head"
+            triple = (h, r, t) if r < R else (t, r - R, h)
+            row = make_row(
+                link_prediction(
+                    source.shown[h], relation_text(source.relations[r % R], direction), source.entity_texts[h],
+                    [source.entity_texts[entity] for entity in shown], source.with_codes,
+                ),
+                numbered([source.code_texts[entity] for entity in best]),
+                id=f"{TASK}-{plan.split}-{count.queries - 1}",
+                task_type=TASK,
+                split=plan.split,
+                triple=source.raw_triple(*triple),
+                direction=direction,
+                candidates=[kg.entities[entity] for entity in shown],
+                truth=[kg.entities[entity] for entity in [t, *also_right]],
+            )  # fmt: skip
+            row["candidate_rank"] = None if np.isnan(rank) else float(rank)
+            yield row
+
+
+# ---------------------------------------------------------------- command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="Class/gen_lp_data_rq.py", description=__doc__.split("\n")[0])
+    add_flags(parser, code_format="compact")
+    group = parser.add_argument_group("candidates")
+    group.add_argument(
+        "--candidates", nargs="+", required=True, metavar="FILE", help="lists (.npz or .json), all splits"
+    )
+    group.add_argument("--num_candidates", type=int, default=20, help="candidates that a prompt lists")
+    group.add_argument("--from", dest="tune_from", choices=["train", "valid"], default="valid",
+                       help="training rows: queries of the training split, or of nine tenths of valid")  # fmt: skip
+    group.add_argument("--candidate_order", choices=ORDERS, help="how prompts list them (default: as ranked, but lists "
+                       "of a model that was trained on their queries are shuffled)")  # fmt: skip
+    group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
+                       help="leave out training queries whose truth is not listed")  # fmt: skip
+    args = parser.parse_args(argv)
+    check_flags(args, parser)
+    if args.num_candidates < 2:
+        parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
+    return args
+
+
+def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candidates) -> list[Plan]:
+    """The splits' queries with their lists. InputError where a query has none, or ranked lists would leak."""
+    parts = disjoint_parts(kg, args.seed)
+    train = parts.train if args.tune_from == "train" else parts.tuning
+    plans, missing = [], []
+    for split, triples, name in (
+        ("train", train, args.tune_from), ("validation", parts.validation, "valid"), ("test", parts.test, "test"),
+    ):  # fmt: skip
+        queries = both_directions(triples, kg.num_relations)
+        if split == "train":
+            queries = np.random.default_rng([args.seed, 0]).permutation(queries)
+        rows = find_rows(candidates, queries, kg)
+        if (rows < 0).any():
+            missing.append(f"{int((rows < 0).sum()):,} of {len(queries):,} {name} queries ({split})")
+            continue
+        memorised = args.tune_from == "train" and split == "train" and not candidates.held_out[rows].all()
+        if memorised and args.candidate_order == "ranked":
+            raise InputError(
+                "--candidate_order ranked: the lists of training queries come from a model that was trained on them "
+                'and puts the truth first; leave the flag out, or give lists from K folds ("folds": K in their info)'
+            )
+        shuffle = args.candidate_order == "shuffled" or memorised
+        plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and split == "train"))
+    if missing:
+        raise InputError(
+            f"--candidates {' '.join(map(str, args.candidates))} has no list for {' and '.join(missing)}; make them: "
+            "python run_rq.py --dataset DIR --eval_codes CODES.pt --checkpoint CK.pt --export_candidates FILE.npz "
+            "--split train|valid|test"
+        )
+    return plans
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    source = open_source(args)
+    kg = source.kg
+    candidates = read_candidates(args.candidates, kg)
+    plans = make_plans(args, kg, candidates)
+    answers = {"tuning": kg.answers("train", "valid"), "known": kg.answers()}
+    counts = {plan.split: Count() for plan in plans}
+    orders = {plan.split: ORDERS[plan.shuffle] for plan in plans}
+    folder = args.out_dir / TASK
+    write_task(
+        folder, TASK, args, source,
+        {
+            plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, args.seed, counts[plan.split])
+            for plan in plans
+        },
+        lambda: {
+            "candidate_order": orders,
+            "candidates": candidates.info,
+            "queries": {split: count.summary() for split, count in counts.items()},
+        },
+    )  # fmt: skip
+    for split, count in counts.items():
+        summary = count.summary()
+        model = "  ".join(f"{key} {value:.4f}" for key, value in summary["candidate_model"].items())
+        print(
+            f"  {split:10} truth listed for {count.listed:,} of {count.queries:,} queries, {orders[split]}; "
+            f"{count.dropped:,} dropped; candidate model: {model}"
+        )
+        if count.rank_unknown:
+            print(
+                f"  {split:10} {count.rank_unknown:,} truths are neither listed nor given a rank: they count as never "
+                "found, which understates the candidate model; give ranks or longer lists"
+            )
+    print(f"next: python Class/build_mix.py --out_dir {args.out_dir}, then python Class/check_leaks.py {args.out_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)

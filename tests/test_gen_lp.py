@@ -1,0 +1,300 @@
+"""Link prediction data: the paper's protocol, lists without other answers, and leaks that are found when planted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from Class import check_leaks, gen_lp_data_rq
+from Class.candidates import Candidates, _top, find_rows, read_candidates, write_candidates
+from Class.codes import load_codes, parse_codes, parse_entity
+from Class.gen_lp_data_rq import disjoint_parts, make_lists
+from Class.instructions import FILE_STEMS, read_rows, write_rows
+from data.knowledge_graph import KnowledgeGraph, with_inverse
+from run_record import ROOT, InputError, read_json
+from tests.test_instructions import FAMILY, write_codes
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def family() -> KnowledgeGraph:
+    return KnowledgeGraph.load(FAMILY)
+
+
+def export(kg: KnowledgeGraph, folder: Path, count: int = 20) -> dict[str, Path]:
+    """Lists of a scorer that knows the training split by heart and guesses the rest, the truth near the top."""
+    M, R = kg.num_entities, kg.num_relations
+    train, rest = torch.zeros(M * 2 * R, M), torch.randn(M * 2 * R, M, generator=torch.Generator().manual_seed(0))
+    for h, r, t in with_inverse(kg.train, R).tolist():
+        train[h * 2 * R + r, t] = 20
+    for h, r, t in with_inverse(np.concatenate([kg.valid, kg.test]), R).tolist():
+        rest[h * 2 * R + r, t] += 0.1 * ((h + t) % 33)
+    scores = train + rest
+    paths = {}
+    for split in ("train", "valid", "test"):
+        paths[split] = folder / f"{split}.npz"
+        found = _top(lambda h, r: scores[h * 2 * R + r], kg, split, count, ("train", "valid"), 512, "cpu")
+        write_candidates(paths[split], found, kg)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory, family: KnowledgeGraph) -> dict[str, Path]:
+    return export(family, tmp_path_factory.mktemp("lists"))
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_codes(FAMILY, tmp_path_factory.mktemp("codes"), (4, 64, 3))
+
+
+def generate(out: Path, *words: str | Path) -> Rows:
+    gen_lp_data_rq.main([*map(str, words), "--out_dir", str(out)])
+    return {split: list(read_rows(out / "link_prediction" / f"{stem}.json")) for split, stem in FILE_STEMS.items()}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, lists: dict[str, Path], codes: Path) -> tuple[Path, Rows]:
+    out = tmp_path_factory.mktemp("valid")
+    return out, generate(out, "--codes", codes, "--candidates", lists["valid"], lists["test"])
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, lists: dict[str, Path], codes: Path) -> tuple[Path, Rows]:
+    out = tmp_path_factory.mktemp("train")
+    return out, generate(out, "--codes", codes, "--candidates", *lists.values(), "--from", "train")
+
+
+def facts(rows: list[dict[str, Any]]) -> set[tuple[str, ...]]:
+    return {tuple(row["triple"]) for row in rows}
+
+
+def raw(kg: KnowledgeGraph, triples: np.ndarray) -> set[tuple[str, ...]]:
+    return {(kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in triples.tolist()}
+
+
+def test_the_papers_splits(family: KnowledgeGraph, tuned: tuple[Path, Rows], first: tuple[Path, Rows]) -> None:
+    rows = tuned[1]
+    assert len(rows["test"]) == 2 * len(family.test) and facts(rows["test"]) == raw(family, family.test)
+    assert Counter(row["direction"] for row in rows["test"]) == dict.fromkeys(("head", "tail"), len(family.test))
+    parts = disjoint_parts(family, 0)
+    assert len(parts.validation) + len(parts.tuning) == len(family.valid)
+    assert abs(len(parts.validation) - 0.1 * len(family.valid)) <= 1
+    assert facts(rows["validation"]) == raw(family, parts.validation) and len(rows["validation"]) == 2 * len(
+        parts.validation
+    )
+    assert facts(rows["train"]) <= raw(family, parts.tuning) and facts(first[1]["train"]) <= raw(family, family.train)
+    assert first[1]["validation"] == rows["validation"] and first[1]["test"] == rows["test"]
+    ends = [{frozenset(fact[::2]) for fact in facts(rows[split])} for split in ("train", "validation")]
+    assert not ends[0] & ends[1], "a pair of entities is in one part, whatever the direction and the relation"
+    assert not np.array_equal(disjoint_parts(family, 1).validation, parts.validation)
+
+
+def test_what_a_row_says(family: KnowledgeGraph, tuned: tuple[Path, Rows], codes: Path) -> None:
+    numbers = load_codes(codes).numpy()
+    row_of = {name: i for i, name in enumerate(family.entities)}
+    for row in tuned[1]["train"][:200] + tuned[1]["test"][:200]:
+        head, relation, tail = row["triple"]
+        given, truth = (head, tail) if row["direction"] == "tail" else (tail, head)
+        word = family.relation_labels[family.relations.index(relation)]
+        word = word if row["direction"] == "tail" else f"inverse of {word}"
+        lines = row["instruction"].split("\n")
+        assert lines[1] == f"Query: ({family.labels[row_of[given]]} | {word} | ?)"
+        shown = [parse_entity(line, 4, 3, 64) for line in lines[4:-1]]
+        assert [entity.name for entity in shown] == [family.labels[row_of[name]] for name in row["candidates"]]
+        for entity, name in zip(shown, row["candidates"], strict=True):
+            assert np.array_equal(entity.codes, numbers[row_of[name]])
+        assert lines[4].count(":") == 0, "compact by default: 21 entities must fit"
+        answers = [parse_codes(line.split(" ", 1)[1], 4, 3, 64) for line in row["output"].split("\n")]
+        best = [truth, *(name for name in row["candidates"] if name != truth)][:3]  # valid lists are shown as ranked
+        assert row["truth"][0] == truth and len(row["candidates"]) == 20
+        assert [answer.tolist() for answer in answers] == [numbers[row_of[name]].tolist() for name in best]
+
+
+def test_other_answers_are_not_listed(
+    family: KnowledgeGraph, tuned: tuple[Path, Rows], first: tuple[Path, Rows]
+) -> None:
+    tuning, test = raw(family, np.concatenate([family.train, family.valid])), raw(family, family.test)
+    met = 0
+    for split, rows in [*tuned[1].items(), ("train", first[1]["train"])]:
+        for row in rows:
+            for name in row["candidates"]:
+                triple = (row["triple"][0], row["triple"][1], name)
+                triple = triple if row["direction"] == "tail" else (name, *row["triple"][1:])
+                if name != row["truth"][0]:
+                    assert triple not in tuning
+                    # what only test knows stays listed, so that a prompt does not tell; ranking leaves it out
+                    assert (name in row["truth"]) == (split == "test" and triple in test)
+                    met += triple in test
+    assert met > 0
+
+
+def test_unlisted_truths(
+    tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path], codes: Path, tuned: tuple[Path, Rows]
+) -> None:
+    out, rows = tuned
+    assert all(row["truth"][0] in row["candidates"] for row in rows["train"])
+    unlisted = [row for row in rows["test"] if row["truth"][0] not in row["candidates"]]
+    assert unlisted and all(row["candidate_rank"] > 1 for row in unlisted)
+    kept = generate(tmp_path, "--codes", codes, "--candidates", lists["valid"], lists["test"], "--no-drop_unlisted")
+    assert len(kept["train"]) == 2 * len(disjoint_parts(family, 0).tuning) > len(rows["train"])
+    stats = read_json(out / "link_prediction" / "dataset_stats.json", "stats")["queries"]
+    assert stats["train"]["dropped"] == len(kept["train"]) - len(rows["train"]) and stats["test"]["dropped"] == 0
+    exported = read_candidates([lists["test"]], family)
+    assert np.isclose(stats["test"]["candidate_model"]["mrr"], (1 / exported.rank).mean(), atol=1e-4)
+    assert np.isclose((1 / exported.rank).mean(), np.mean([1 / row["candidate_rank"] for row in rows["test"]]))
+    assert stats["test"]["truth_listed"] == len(rows["test"]) - len(unlisted)
+
+
+def test_lists_of_a_model_that_knows_the_queries_are_shuffled(
+    tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path], codes: Path, first: tuple[Path, Rows]
+) -> None:
+    ranked = read_candidates([lists["train"]], family)
+    assert (ranked.ids[:, 0] == ranked.truth).mean() > 0.99, "the premise: the truth leads the ranked lists"
+    rows = first[1]["train"]
+    at = Counter(row["candidates"].index(row["truth"][0]) for row in rows)
+    assert check_leaks.chi_square_z([at[i] for i in range(20)]) < 4
+    stats = read_json(first[0] / "link_prediction" / "dataset_stats.json", "stats")
+    assert stats["candidate_order"] == {"train": "shuffled", "validation": "ranked", "test": "ranked"}
+    words = ["--codes", codes, "--candidates", *lists.values(), "--from", "train", "--candidate_order", "ranked"]
+    with pytest.raises(InputError, match=r"K folds|from K folds"):
+        generate(tmp_path / "a", *words)
+    write_candidates(lists["train"].with_name("folds.npz"), ranked, family, split="train", folds=5)
+    words[3] = lists["train"].with_name("folds.npz")
+    found = generate(tmp_path / "b", *words)["train"]
+    assert sum(row["candidates"][0] == row["truth"][0] for row in found) > 0.99 * len(found)
+
+
+def test_ranks_are_read_off_lists_that_state_none(family: KnowledgeGraph) -> None:
+    """Against the exported ranks, from lists over all entities, with scores (many ties) and without (none)."""
+    for levels in (4, 10**6):
+        table = torch.randint(0, levels, (97, family.num_entities), generator=torch.Generator().manual_seed(1)).float()
+        full = _top(
+            lambda h, r, table=table: table[(h * 31 + r) % 97], family, "valid", family.num_entities, (), 512, "cpu"
+        )  # fmt: skip
+        queries = with_inverse(family.valid, family.num_relations)
+        bare = full._replace(rank=np.full(len(queries), np.nan), scores=full.scores if levels == 4 else None)
+        rows = find_rows(bare, queries, family)
+        if levels == 4:
+            found = make_lists(bare, rows, queries, family, family.answers("train"), family.answers(), 20)
+            assert np.array_equal(found.rank, full.rank)
+        else:
+            clear = np.array([len(set(table[i].tolist())) for i in range(97)]) == family.num_entities
+            chosen = clear[(queries[:, 0] * 31 + queries[:, 1]) % 97]
+            found = make_lists(bare, rows, queries, family, family.answers("train"), family.answers(), 20)
+            assert chosen.sum() > 100 and np.array_equal(found.rank[chosen], full.rank[chosen])
+
+
+def test_missing_lists_are_named(tmp_path: Path, lists: dict[str, Path], codes: Path) -> None:
+    with pytest.raises(InputError, match=r"no list for 952 of 952 test queries \(test\); make them: python run_rq\.py"):
+        generate(tmp_path, "--codes", codes, "--candidates", lists["valid"])
+    assert not (tmp_path / "link_prediction").exists()
+
+
+def test_same_seed_same_bytes(tmp_path: Path, lists: dict[str, Path], codes: Path) -> None:
+    def data(name: str, *words: str) -> bytes:
+        generate(
+            tmp_path / name, "--codes", codes, "--candidates", lists["valid"], lists["test"], "--limit", "60", *words
+        )
+        return (tmp_path / name / "link_prediction" / "train.json").read_bytes()
+
+    assert data("a") == data("b") != data("c", "--seed", "1")
+    assert data("d", "--candidate_order", "shuffled") != data("a")
+
+
+def test_without_codes(tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path]) -> None:
+    rows = generate(tmp_path, "--no_codes", "--dataset", FAMILY, "--candidates", lists["valid"], lists["test"])
+    row = rows["test"][0]
+    assert "<" not in row["instruction"] + row["output"]
+    assert row["output"].split("\n")[0] == f"1. {family.labels[family.entities.index(row['truth'][0])]}"
+    assert check_leaks.check(tmp_path) == []
+
+
+def test_lists_of_another_model(tmp_path: Path, family: KnowledgeGraph, codes: Path) -> None:
+    """A JSON file by names, one list per query for all its triples, without ranks or scores."""
+    rows = []
+    for h, r, _ in np.unique(with_inverse(np.concatenate([family.valid, family.test]), 16), axis=0).tolist():
+        row = {"query": [family.entities[h], family.relations[r % 16]], "direction": "tail" if r < 16 else "head"}
+        row["candidates"] = family.entities[h % 900 : h % 900 + 60]
+        if row not in rows[-1:]:
+            rows.append(row)
+    (tmp_path / "other.json").write_text(json.dumps({"info": {"model": "x"}, "rows": rows}))
+    found = generate(tmp_path / "out", "--codes", codes, "--candidates", tmp_path / "other.json", "--no-drop_unlisted")
+    assert len(found["test"]) == 952 and all(len(row["candidates"]) == 20 for row in found["test"])
+    stats = read_json(tmp_path / "out" / "link_prediction" / "dataset_stats.json", "stats")["queries"]["test"]
+    unknown = sum(row["candidate_rank"] is None for row in found["test"])
+    assert unknown == stats["candidate_rank_unknown"] > 800 and stats["candidate_model"]["mrr"] < 0.05
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def replant(out: Path, tmp_path: Path, change: Any) -> list[str]:
+    """The leaks found after ``change(rows)`` of a copy of the data."""
+    folder = tmp_path / "link_prediction"
+    folder.mkdir()
+    rows: Rows = {}
+    for split, stem in FILE_STEMS.items():
+        rows[split] = list(read_rows(out / "link_prediction" / f"{stem}.json"))
+    change(rows)
+    for split, stem in FILE_STEMS.items():
+        write_rows(folder / f"{stem}.json", rows[split])
+    (folder / "dataset_stats.json").write_bytes((out / "link_prediction" / "dataset_stats.json").read_bytes())
+    return check_leaks.check(tmp_path)
+
+
+def test_no_leaks(tuned: tuple[Path, Rows], first: tuple[Path, Rows]) -> None:
+    assert check_leaks.check(tuned[0]) == [] and check_leaks.check(first[0]) == []
+
+
+def test_a_test_fact_in_training_is_found(tmp_path: Path, tuned: tuple[Path, Rows]) -> None:
+    def turned(rows: Rows) -> None:
+        """A head query of a test triple whose tail query alone stays in test."""
+        rows["train"].append(rows["test"].pop(1) | {"id": "planted"})
+
+    assert replant(tuned[0], tmp_path, turned) == ["link_prediction: 1 facts in both train and test"]
+
+
+def test_a_truth_at_the_top_is_found(tmp_path: Path, first: tuple[Path, Rows]) -> None:
+    def sort(rows: Rows) -> None:
+        for row in rows["train"]:
+            row["candidates"].sort(key=lambda name: name != row["truth"][0])
+
+    faults = replant(first[0], tmp_path, sort)
+    assert len(faults) == 2 and "called shuffled" in faults[1] + faults[0]
+    assert any("the candidate model has seen the training queries" in fault for fault in faults)
+
+
+def test_a_marked_truth_is_found(tmp_path: Path, tuned: tuple[Path, Rows]) -> None:
+    def hint(rows: Rows) -> None:
+        for row in rows["test"]:
+            row["instruction"] += "\nHint: " + row["output"].split("\n")[0][3:]
+
+    faults = replant(tuned[0], tmp_path, hint)
+    assert len(faults) == 1 and "name one answer more often" in faults[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "data" / "FB15k-237").is_dir(), reason="FB15k-237 is not in data/")
+def test_every_query_of_fb15k_237(tmp_path: Path) -> None:
+    kg = KnowledgeGraph.load(ROOT / "data" / "FB15k-237")
+    paths = []
+    for split in ("valid", "test"):
+        paths.append(tmp_path / f"{split}.npz")
+        queries = with_inverse(kg.split(split), kg.num_relations)
+        ids = (np.arange(len(queries))[:, None] + np.arange(40)) % kg.num_entities
+        lists = Candidates(
+            queries[:, :2], queries[:, 2], ids, None, np.full(len(queries), 99.0), np.ones(len(queries), bool),
+            {"split": split},
+        )  # fmt: skip
+        write_candidates(paths[-1], lists, kg)
+    rows = generate(tmp_path, "--no_codes", "--dataset", ROOT / "data" / "FB15k-237", "--candidates", *paths,
+                    "--no-drop_unlisted")  # fmt: skip
+    assert len(rows["test"]) == 40_932 and len(rows["train"]) + len(rows["validation"]) == 2 * 17_535
