@@ -92,10 +92,16 @@ def little(tmp_path: Path) -> KnowledgeGraph:
 
 
 def same(a: Candidates, b: Candidates) -> bool:
-    pairs = [(a.queries, b.queries), (a.truth, b.truth), (a.ids, b.ids), (a.rank, b.rank), (a.held_out, b.held_out)]
-    return all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs) and np.allclose(
-        a.scores, b.scores, equal_nan=True
-    )
+    pairs: list[tuple[Any, Any]] = [
+        (a.queries, b.queries),
+        (a.truth, b.truth),
+        (a.ids, b.ids),
+        (a.rank, b.rank),
+        (a.held_out, b.held_out),
+    ]
+    assert a.scores is not None and b.scores is not None
+    pairs.append((a.scores, b.scores))
+    return all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs)
 
 
 @pytest.mark.parametrize("ending", ["npz", "json"])
@@ -172,7 +178,11 @@ def test_bad_files_are_refused(tmp_path: Path, little: KnowledgeGraph, family: K
         path.write_bytes(content[:end])
         with pytest.raises(InputError, match="cannot be read"):
             read_candidates([path], little)
-    arrays = {"query": np.zeros((1, 2), int), "direction": np.array(["tail"]), "candidates": np.array([[1, 2]])}
+    arrays: dict[str, Any] = {
+        "query": np.zeros((1, 2), int),
+        "direction": np.array(["tail"]),
+        "candidates": np.array([[1, 2]]),
+    }
     for name, value, words in [
         ("query", np.zeros((1, 3), int), r"query is int64 \[1, 3\], expected ids or names \[1, 2\]"),
         ("candidates", np.array([[1, 9]]), r"row 0: candidate 9 is none"),

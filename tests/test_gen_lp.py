@@ -18,7 +18,7 @@ from Class.gen_lp_data_rq import disjoint_parts, make_lists
 from Class.instructions import FILE_STEMS, read_rows, write_rows
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from run_record import ROOT, InputError, read_json
-from tests.test_instructions import FAMILY, write_codes
+from tests.test_instructions import FAMILY, write_codes, write_graph
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -97,6 +97,19 @@ def test_the_papers_splits(family: KnowledgeGraph, tuned: tuple[Path, Rows], fir
     assert not np.array_equal(disjoint_parts(family, 1).validation, parts.validation)
 
 
+def test_splits_that_share_triples_are_cut_apart(tmp_path: Path) -> None:
+    graph = write_graph(
+        tmp_path / "g", train=["a r b", "b r c", "c r d"], valid=["b r c", "a r d", "d r a", "c r a"],
+        test=["a r b", "c r a"],
+    )  # fmt: skip
+    kg = KnowledgeGraph.load(graph)
+    parts = disjoint_parts(kg, 0)
+    assert raw(kg, parts.train) == {("c", "r", "d")} and raw(kg, parts.test) == {("a", "r", "b"), ("c", "r", "a")}
+    valid = [raw(kg, parts.tuning), raw(kg, parts.validation)]
+    assert set.union(*valid) == {("b", "r", "c"), ("a", "r", "d"), ("d", "r", "a")}
+    assert any({("a", "r", "d"), ("d", "r", "a")} <= part for part in valid)
+
+
 def test_what_a_row_says(family: KnowledgeGraph, tuned: tuple[Path, Rows], codes: Path) -> None:
     numbers = load_codes(codes).numpy()
     row_of = {name: i for i, name in enumerate(family.entities)}
@@ -163,12 +176,12 @@ def test_lists_of_a_model_that_knows_the_queries_are_shuffled(
     assert check_leaks.chi_square_z([at[i] for i in range(20)]) < 4
     stats = read_json(first[0] / "link_prediction" / "dataset_stats.json", "stats")
     assert stats["candidate_order"] == {"train": "shuffled", "validation": "ranked", "test": "ranked"}
-    words = ["--codes", codes, "--candidates", *lists.values(), "--from", "train", "--candidate_order", "ranked"]
-    with pytest.raises(InputError, match=r"K folds|from K folds"):
-        generate(tmp_path / "a", *words)
+    words: list[str | Path] = ["--codes", codes, "--from", "train", "--candidate_order", "ranked", "--candidates"]
+    with pytest.raises(InputError, match="give lists from K folds"):
+        generate(tmp_path / "a", *words, *lists.values())
     write_candidates(lists["train"].with_name("folds.npz"), ranked, family, split="train", folds=5)
-    words[3] = lists["train"].with_name("folds.npz")
-    found = generate(tmp_path / "b", *words)["train"]
+    folds = lists["train"].with_name("folds.npz")
+    found = generate(tmp_path / "b", *words, folds, lists["valid"], lists["test"])["train"]
     assert sum(row["candidates"][0] == row["truth"][0] for row in found) > 0.99 * len(found)
 
 
@@ -176,9 +189,11 @@ def test_ranks_are_read_off_lists_that_state_none(family: KnowledgeGraph) -> Non
     """Against the exported ranks, from lists over all entities, with scores (many ties) and without (none)."""
     for levels in (4, 10**6):
         table = torch.randint(0, levels, (97, family.num_entities), generator=torch.Generator().manual_seed(1)).float()
-        full = _top(
-            lambda h, r, table=table: table[(h * 31 + r) % 97], family, "valid", family.num_entities, (), 512, "cpu"
-        )  # fmt: skip
+
+        def score(h: torch.Tensor, r: torch.Tensor, table: torch.Tensor = table) -> torch.Tensor:
+            return table[(h * 31 + r) % 97]
+
+        full = _top(score, family, "valid", family.num_entities, (), 512, "cpu")
         queries = with_inverse(family.valid, family.num_relations)
         bare = full._replace(rank=np.full(len(queries), np.nan), scores=full.scores if levels == 4 else None)
         rows = find_rows(bare, queries, family)
@@ -219,10 +234,13 @@ def test_without_codes(tmp_path: Path, family: KnowledgeGraph, lists: dict[str, 
 
 def test_lists_of_another_model(tmp_path: Path, family: KnowledgeGraph, codes: Path) -> None:
     """A JSON file by names, one list per query for all its triples, without ranks or scores."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for h, r, _ in np.unique(with_inverse(np.concatenate([family.valid, family.test]), 16), axis=0).tolist():
-        row = {"query": [family.entities[h], family.relations[r % 16]], "direction": "tail" if r < 16 else "head"}
-        row["candidates"] = family.entities[h % 900 : h % 900 + 60]
+        row = {
+            "query": [family.entities[h], family.relations[r % 16]],
+            "direction": "tail" if r < 16 else "head",
+            "candidates": family.entities[h % 900 : h % 900 + 60],
+        }
         if row not in rows[-1:]:
             rows.append(row)
     (tmp_path / "other.json").write_text(json.dumps({"info": {"model": "x"}, "rows": rows}))
