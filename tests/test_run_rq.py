@@ -129,6 +129,7 @@ def test_a_run_writes_four_files_of_the_promised_names_and_forms(
     levels = codes.view(M, L, -1).unbind(-1)
     by_hand = sum(book[level] for book, level in zip(books, levels, strict=True))
     torch.testing.assert_close(embeddings, by_hand)
+    assert torch.equal(codes.view(M, L, -1), best["codes"])
     assert (folder / f"{stem}.entities.txt").read_text() == "".join(f"e{i}\n" for i in range(M))
 
     metrics = tmp_path / "metrics.json"
@@ -350,6 +351,8 @@ def test_wrong_codes_rank_like_chance(rq: Command, family_run: Run, tmp_path: Pa
     ):
         assert mrr < 0.1 * true and mrr < 3 * chance
     assert mrr_of(rq, family_run, tmp_path, codes) == true
+    again = mrr_of(rq, family_run, tmp_path, None, "--shuffle_codes")
+    assert again == family_run.record["test_shuffled_codes"]["mrr"]
 
 
 def test_constant_codes_tie_every_entity(rq: Command, ring_run: Run, tmp_path: Path, ring_kg: KnowledgeGraph) -> None:
@@ -419,12 +422,34 @@ def test_a_name_from_other_arguments_is_refused(rq: Command, ring: Path, tmp_pat
     assert (sha256(codes), sha256(checkpoint)) == before
     again = rq(*flags)  # the same arguments: nothing is left to train, the same files
     assert again.code == 0 and "continuing" in again.out
-    assert sha256(codes) == before[0]
     longer = rq(*flags, "--epoch", "3", "--restore")
     assert longer.code == 0 and "epoch    3" in longer.out and "epoch    2" not in longer.out
     anew = rq(*flags, "--seed", "1", "--overwrite")
     assert anew.code == 0 and "epoch    1" in anew.out
     assert json.loads(codes.with_suffix(".json").read_text())["seed"] == 1 and sha256(codes) != before[0]
+
+
+def test_one_run_twice_writes_the_same_bytes(rq: Command, ring: Path, tmp_path: Path) -> None:
+    """Hashes stand in the records: equal codes must have equal ones."""
+    files = []
+    for place in ("a", "b"):
+        assert rq(*small_flags(ring, tmp_path / place, epoch=2)).code == 0
+        files.append(sorted(path for path in (tmp_path / place / "codes").iterdir() if path.suffix != ".json"))
+    tensors = [[load_torch(path, "file") for path in paths if path.suffix == ".pt"] for paths in files]
+    assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+    assert [sha256(path) for path in files[0]] == [sha256(path) for path in files[1]]
+
+
+def test_codes_of_another_name_are_not_written_over(rq: Command, ring: Path, tmp_path: Path) -> None:
+    """Run b, begun in a folder of its own, is continued into the folder that holds run a's codes."""
+    a, b = (small_flags(ring, tmp_path / place, epoch=2) for place in ("a", "b"))
+    assert rq(*a).code == 0
+    codes = tmp_path / "a" / "codes" / f"{RING}.pt"
+    before = sha256(codes)
+    assert rq(*b, "--name", "b", "--seed", "1").code == 0
+    b[b.index("--out_dir") + 1] = str(codes.parent)
+    assert_refused(rq(*b, "--name", "b", "--seed", "1", "--restore"), "--overwrite")
+    assert sha256(codes) == before
 
 
 def test_the_default_name_may_be_spelled_out(rq: Command, ring: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, L, M, Q, books_of, small_flags  # type: ignore[import-not-found]
 from torch import Tensor
 
+from model import trainer as trainer_module
 from model.losses import LOSSES, gather_targets
 from model.precision import matmul_precision
 from model.RQGCN import scorer_of
@@ -167,6 +168,36 @@ def test_averaged_encoder_gradient_is_the_mean_over_the_steps(trainer_of: Traine
         torch.testing.assert_close(gradient, torch.stack(own[3 * i : 3 * i + 3]).mean(0))
 
 
+def test_every_epoch_takes_every_query_once_in_an_order_of_its_own(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of()
+    seen: list[Tensor] = []
+    step = trainer._scorer_step
+    trainer._scorer_step = lambda batch, phase: (seen.append(batch), step(batch, phase))[1]  # type: ignore
+    orders = []
+    for epoch in range(2):
+        trainer.epoch = epoch
+        trainer._train_epoch()
+        orders.append(torch.cat(seen))
+        seen.clear()
+    everything = torch.arange(len(trainer.heads))
+    for order in orders:
+        assert torch.equal(order.sort().values, everything) and not torch.equal(order, everything)
+    assert not torch.equal(*orders)
+
+
+def test_the_queries_are_the_distinct_training_pairs_of_both_directions(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of()
+    known: dict[tuple[int, int], set[int]] = {}
+    for h, r, t in trainer.kg.train.tolist():
+        known.setdefault((h, r), set()).add(t)
+        known.setdefault((t, r + trainer.kg.num_relations), set()).add(h)
+    found = gather_targets(trainer.indptr, trainer.targets, torch.arange(len(trainer.heads)))
+    pairs = list(zip(trainer.heads.tolist(), trainer.rels.tolist(), strict=True))
+    assert set(pairs) == known.keys() and len(pairs) == len(known)
+    triples = {(*pairs[row], tail) for row, tail in zip(found.rows.tolist(), found.columns.tolist(), strict=True)}
+    assert triples == {(*pair, tail) for pair, tails in known.items() for tail in tails}
+
+
 # ---------------------------------------------------------------- phases
 
 
@@ -222,16 +253,12 @@ def test_best_has_the_highest_valid_mrr_of_the_epochs_with_codes(
     assert again["mrr"] == pytest.approx(top, abs=1e-9)
 
 
-def test_best_is_never_from_the_warm_up(trainer_of: TrainerMaker) -> None:
-    trainer = trainer_of(epoch=5, warmup_epochs=4, lr=0.03)
-    validate = trainer._validate
-
-    def rigged(phase: str) -> dict[str, Any]:
-        metrics = validate(phase)
-        return metrics | {"mrr": 1.0} if phase == "warm-up" else metrics
-
-    trainer._validate = rigged  # type: ignore[method-assign]
+def test_best_is_never_from_the_warm_up(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = trainer_module.evaluate_vectors  # what scores the warm-up: make it look perfect
+    monkeypatch.setattr(trainer_module, "evaluate_vectors", lambda *words: evaluate(*words) | {"mrr": 1.0})
+    trainer = trainer_of(epoch=5, warmup_epochs=4)
     trainer.fit()
+    assert [row["valid"]["mrr"] for row in trainer.history[:4]] == [1.0] * 4
     assert trainer.best is not None and trainer.best["epoch"] == 5
 
 
