@@ -1,0 +1,271 @@
+"""Codes as tokens of a language model: load a tokenizer and a base model, add the tokens, know their rows.
+
+Every token of ``Class.codes.code_tokens`` becomes ONE id behind the base vocabulary, in that order. The checks here run
+before any weights are loaded, since a 7B model takes minutes.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from Class.codes import MARKS, code_tokens
+from Class.instructions import STATS
+from run_record import InputError, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+GATED_OWNERS = ("meta-llama",)  # known to refuse without a token: said at once rather than after the hub's retries
+
+
+# ---------------------------------------------------------------- which codes
+
+
+class CodeShape(NamedTuple):
+    """What the added tokens depend on."""
+
+    num_code: int  # K
+    num_quantizers: int  # Q
+
+    @property
+    def tokens(self) -> list[str]:
+        return code_tokens(*self)
+
+
+def read_codes_info(data: str | Path) -> dict[str, Any]:
+    """``codes`` of the dataset_stats.json beside an instruction-data file: file, sha256, num_code, num_quantizers ...
+
+    ``{"file": None}`` where the data were made without codes. InputError where the file is missing or lacks it.
+    """
+    path = Path(data).resolve().parent / STATS
+    if not path.is_file():
+        raise InputError(
+            f"{data} has no {STATS} beside it, which says whose codes it holds; write both: "
+            "python Class/gen_fb_data_rq.py"
+        )
+    stats = read_json(path, "statistics")
+    info = stats.get("codes") if isinstance(stats, dict) else None
+    if not isinstance(info, dict) or not (
+        info.get("file") is None or {"sha256", "num_code", "num_quantizers"} <= info.keys()
+    ):
+        raise InputError(f"{path} does not say which codes its rows hold; write it anew: python Class/build_mix.py")
+    return info
+
+
+def code_shape(info: Mapping[str, Any]) -> CodeShape | None:
+    """K and Q of ``read_codes_info``; None without codes."""
+    return None if info.get("file") is None else CodeShape(int(info["num_code"]), int(info["num_quantizers"]))
+
+
+def refuse_other_codes(ours: Mapping[str, Any], theirs: Mapping[str, Any], our_name: str, their_name: str) -> None:
+    """InputError unless two ``codes`` entries are of one run of stage 1, shuffled or not alike.
+
+    ``ours`` is, for example, an adapter's record and ``theirs`` the statistics of the rows to answer.
+    """
+
+    def key(info: Mapping[str, Any]) -> tuple[Any, bool]:
+        return info.get("sha256"), bool(info.get("shuffled"))
+
+    def shown(info: Mapping[str, Any]) -> str:
+        if info.get("file") is None:
+            return "no codes"
+        return f"{info['file']} (sha256 {str(info.get('sha256'))[:12]}{', shuffled' if info.get('shuffled') else ''})"
+
+    if key(ours) != key(theirs):
+        raise InputError(
+            f"{our_name} was made with {shown(ours)}, {their_name} with {shown(theirs)}: the same token means another "
+            "code; use data and adapter of one run"
+        )
+
+
+# ---------------------------------------------------------------- base models
+
+
+def check_model_name(name: str) -> None:
+    """InputError for a path that is not there; a hub id passes. Spares half a minute of the hub's retries."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {name} has no config.json: it is not a saved Hugging Face model")
+        return
+    if path.is_file():
+        raise InputError(f"model {name} is a file, expected a folder in Hugging Face form or a hub id")
+    # out/merged has the form of a hub id, but where the folder out/ exists it is more likely a mistyped path
+    local = not HUB_ID.fullmatch(name) or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
+    if local:
+        raise InputError(
+            f"model folder {name} does not exist; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or make a "
+            "small base: python lora_training/make_tiny_base.py"
+        )
+
+
+def _explain(name: str, error: Exception) -> InputError:
+    """One line for whatever the hub or the files answered."""
+    kinds = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        kinds.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    if "GatedRepoError" in kinds or "gated repo" in text:
+        return InputError(
+            f"model {name} is gated: accept its licence on its hub page, then log in with a token "
+            "(hf auth login, or the variable HF_TOKEN), or give a local folder"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return InputError(f"model {name} is neither a folder nor a model of the hub; check the name")
+    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "HfHubHTTPError"}:
+        return InputError(f"model {name} is neither a folder nor cached, and the hub cannot be reached; give a folder")
+    line = (text.strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(f"model {name} cannot be read: {line}")
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration alone: whether a model can be had, before its weights are. InputError where it cannot."""
+    check_model_name(name)
+    from huggingface_hub import get_token, try_to_load_from_cache
+    from transformers import AutoConfig
+
+    gated = not Path(name).is_dir() and name.split("/")[0] in GATED_OWNERS
+    if gated and not get_token() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise _explain(name, OSError("gated repo"))
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise _explain(name, error) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder, padding on the right, with a pad token that is never learned from.
+
+    ``legacy=False`` where it is a LLaMA tokenizer: the old behaviour puts a space behind every added token.
+    """
+    check_model_name(name)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, legacy=False, padding_side="right")
+    except Exception as error:
+        raise _explain(name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no end token: no answer could ever end")
+    if tokenizer.pad_token_id is None:  # padding is masked by position, so any id serves; a new one would cost a row
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str, dtype: torch.dtype, quantization: Any = None, device_map: Any = None, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """AutoModelForCausalLM of a hub id or folder in ``dtype``; never runs code that comes with the weights."""
+    load_config(name)
+    from transformers import AutoModelForCausalLM
+
+    more = {} if quantization is None else {"quantization_config": quantization, "device_map": device_map}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, low_cpu_mem_usage=True, **more
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(name, error) from error
+    return model
+
+
+# ---------------------------------------------------------------- added tokens
+
+
+def add_code_tokens(tokenizer: PreTrainedTokenizerBase, shape: CodeShape | None) -> list[int]:
+    """Add what is missing of the tokens of ``shape`` and return the ids of all of them, checked; [] without codes.
+
+    A base that was tuned before has them already: its rows are trained on. InputError where it knows other codes.
+    """
+    if shape is None:
+        return []
+    from transformers import AddedToken
+
+    known = tokenizer.get_added_vocab()
+    others = {token for token in known if re.fullmatch(r"Q\d+_\d+", token)} - set(shape.tokens)
+    if others:
+        raise InputError(
+            f"the tokenizer already has {len(others)} tokens of other codes, such as {min(others)}; the data want "
+            f"Q0_0..Q{shape.num_quantizers - 1}_{shape.num_code - 1}: start from the base model"
+        )
+    # normalized=False: matched in the raw text; special=False: not deleted by skip_special_tokens
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in shape.tokens])
+    return token_ids(tokenizer, shape)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, shape: CodeShape) -> list[int]:
+    """The ids of ``shape.tokens``, in order. InputError unless each is one id and text comes back as it went in."""
+    tokens = shape.tokens
+    vocabulary = tokenizer.get_vocab()
+    absent = [token for token in tokens if token not in vocabulary]
+    if absent:
+        raise InputError(
+            f"the tokenizer lacks {len(absent)} of {len(tokens)} code tokens, such as {absent[0]}: it belongs to "
+            "another vocabulary; use the tokenizer that was saved with the adapter"
+        )
+    ids = [vocabulary[token] for token in tokens]
+    text = "".join(tokens)
+    if tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] != ids:
+        raise InputError("the tokenizer splits code tokens or puts pieces between them; use one with legacy=False")
+    sample = f"<ENT>a b</ENT> <CODE>{tokens[-1]}:{tokens[len(MARKS)]}|{tokens[-1]}</CODE>\n2. x"
+    coded = tokenizer(sample, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if tokenizer.decode(coded, skip_special_tokens=True, clean_up_tokenization_spaces=False) != sample:
+        raise InputError("the tokenizer does not give code text back as it went in; use a tokenizer with legacy=False")
+    return ids
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, shape: CodeShape | None) -> None:
+    """Save, reload and compare: RuntimeError if the saved tokenizer gives any code token another id."""
+    tokenizer.save_pretrained(str(folder))
+    if shape is None:
+        return
+    if token_ids(load_saved_tokenizer(folder), shape) != token_ids(tokenizer, shape):
+        raise RuntimeError(f"the tokenizer saved in {folder} gives the code tokens other ids")
+
+
+def load_saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer saved beside an adapter, where there is no config.json of a model."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise InputError(f"{folder} holds no tokenizer.json; train_lora.py saves it with the adapter")
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), legacy=False, padding_side="right")
+    return tokenizer
+
+
+def reload_check(tokenizer: PreTrainedTokenizerBase, shape: CodeShape) -> None:
+    """The check of ``save_tokenizer`` in a folder that goes away: run before the weights are loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, folder, shape)
+
+
+def resize_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Grow embedding and head to the tokenizer; the new rows are drawn under ``seed``, the old ones keep their bits.
+
+    No row is added for alignment: it would take part in the softmax and be drawn anew on every load.
+    """
+    import torch
+
+    if len(tokenizer) > len(next(model.get_input_embeddings().parameters())):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def trainable_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]]:
+    """LoraConfig's ``trainable_token_indices``: rows of the embedding and, where untied, of the head."""
+    found = {}
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for part in (model.get_input_embeddings(), None if tied else model.get_output_embeddings()):
+        if part is not None:
+            name = next(name for name, module in model.named_modules() if module is part)
+            found[name.rsplit(".", 1)[-1]] = list(ids)
+    return found
