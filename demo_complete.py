@@ -24,8 +24,8 @@ def steps(out: Path, epochs: int) -> list[tuple[str, list[str]]]:
     from_codes = ["run_rq.py", "--dataset", "data/family", "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
     return [
         ("train RQGCN on the family graph, dump its codes and score the dump",
-         ["run_rq.py", "--dataset", "data/family", *SHAPE, "--decoder", "distmult", "--epoch", str(epochs), "--lr", "0.005",
-          "--batch", "256", "--encoder_every", "2", "--eval_every", "5", "--out_dir", str(out),
+         ["run_rq.py", "--dataset", "data/family", *SHAPE, "--decoder", "distmult", "--epoch", str(epochs),
+          "--lr", "0.005", "--batch", "256", "--encoder_every", "2", "--eval_every", "5", "--out_dir", str(out),
           "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]),
         ("rank the test split from the dumped integers alone: no graph, no encoder",
          [*from_codes, "--metrics_out", str(out / "from_codes.json")]),
@@ -33,14 +33,17 @@ def steps(out: Path, epochs: int) -> list[tuple[str, list[str]]]:
          [*from_codes, "--shuffle_codes", "--metrics_out", str(out / "shuffled.json")]),
         ("ask a question of the codes", [*from_codes, "--predict", "ada_ashley", "mother", "--top", "3"]),
         ("turn the codes into instruction data (triple classification)",
-         ["Class/gen_fb_data_rq.py", "--codes", str(codes), "--dataset", "data/family", "--out_dir", str(out / "lora_data")]),
+         ["Class/gen_fb_data_rq.py", "--codes", str(codes), "--dataset", "data/family",
+          "--out_dir", str(out / "lora_data")]),
         ("look for leaks in it", ["Class/check_leaks.py", str(out / "lora_data")]),
     ]  # fmt: skip
 
 
 def main() -> int:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out_dir", type=Path, default=Path("demo_output"), help="folder for everything the demo writes")
+    parser.add_argument(
+        "--out_dir", type=Path, default=Path("demo_output"), help="folder for everything the demo writes"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer epochs: half a minute in place of two")
     args = parser.parse_args()
     out = args.out_dir.resolve()

@@ -101,7 +101,8 @@ def save_torch(value: Any, path: str | Path) -> None:
 
     with atomic_path(path) as temporary:
         try:
-            torch.save(value, temporary)
+            with open(temporary, "wb") as file:  # a name would go into the archive, and equal values differ in bytes
+                torch.save(value, file)
         except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
             raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from Class.codes import CodeFiles, code_files, code_stem, load_codes, load_entities, save_codes
 from run_record import (
@@ -27,6 +29,7 @@ from run_record import (
     InputError,
     load_torch,
     make_record,
+    read_json,
     run_command,
     seed_everything,
     sha256_file,
@@ -129,7 +132,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
     group.add_argument("--predict", nargs=2, metavar=("HEAD", "RELATION"),
                        help="print the top tails; ~RELATION asks for heads instead")  # fmt: skip
-    group.add_argument("--top", type=int, default=10, help="answers that --predict prints")
+    group.add_argument(
+        "--export_candidates", type=Path, metavar="FILE", help="ranked candidates of --split: .json or .npz"
+    )
+    group.add_argument(
+        "--top", type=int, help="answers of --predict (default: 10) or --export_candidates (default: 20)"
+    )
 
     args = parser.parse_args(argv)
     _check_flags(args, parser)
@@ -137,8 +145,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
-    at_least_one = ["seq_len", "num_code", "code_dim", "init_dim", "gcn_dim", "att_head", "epoch", "batch", "encoder_every",
-                    "eval_every", "top"]  # fmt: skip
+    if args.batch < 2:
+        parser.error(f"--batch {args.batch} is too small, expected 2 or more (batch norm)")
+    at_least_one = ["seq_len", "num_code", "code_dim", "init_dim", "gcn_dim", "att_head", "epoch", "encoder_every",
+                    "eval_every"]  # fmt: skip
     for flag in at_least_one:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
@@ -149,8 +159,10 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
-    if not args.lr > 0:
+    if not 0 < args.lr < float("inf"):
         parser.error(f"--lr {args.lr} is out of range, expected more than 0")
+    if args.seed >= 2**63:
+        parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     if not 0 < args.freeze_at <= 1:
         parser.error(f"--freeze_at {args.freeze_at} is out of range, expected 0 < freeze_at <= 1")
     if args.quantizer == "vq" and args.num_quantizers not in (None, 1):
@@ -169,8 +181,14 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error("--dump_only dumps an existing run: give --restore with it")
     if args.eval_codes and not args.checkpoint:
         parser.error("--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes")
-    if (args.predict or args.shuffle_codes or args.metrics_out) and not args.eval_codes:
-        parser.error("--predict, --shuffle_codes and --metrics_out go with --eval_codes CODES.pt --checkpoint CK.pt")
+    if args.top is not None and args.top < 1:
+        parser.error(f"--top {args.top} is too small, expected 1 or more")
+    for flag in ["checkpoint", "predict", "shuffle_codes", "metrics_out", "export_candidates"]:
+        if getattr(args, flag) and not args.eval_codes:
+            parser.error(f"--{flag} goes with --eval_codes CODES.pt --checkpoint CK.pt")
+    wanted = [flag for flag in ("predict", "metrics_out", "export_candidates") if getattr(args, flag)]
+    if len(wanted) > 1:
+        parser.error(f"--{wanted[0]} and --{wanted[1]} are two different questions: give one of them")
 
 
 # ---------------------------------------------------------------- what both ways need
@@ -189,6 +207,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         device = torch.device(word)
     except RuntimeError as error:
         raise InputError(f"{flag} {word} is no device, expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"{flag} {word} is not supported, expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"{flag}: {word} is not there, torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
     if args.num_workers:
@@ -205,6 +225,10 @@ def load_graph(args: argparse.Namespace) -> KnowledgeGraph:
         f"{kg.name}: {kg.num_entities} entities ({int(kg.unseen.sum())} unseen in training), {kg.num_relations} "
         f"relations, {len(kg.train)} / {len(kg.valid)} / {len(kg.test)} triples in train / valid / test"
     )
+    for key in ("repeated_triples", "shared_triples"):
+        found = {where: count for where, count in kg.report[key].items() if count}
+        if found:
+            print(f"warning: {kg.name} has {key.replace('_', ' ')}: {found}", file=sys.stderr)
     return kg
 
 
@@ -217,8 +241,9 @@ def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
         return None
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--text_emb {path} cannot be read as a .npy array: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"--text_emb {path} cannot be read as a .npy array: {reason}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != num_entities or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
@@ -246,20 +271,25 @@ def only_run(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115 (held open for as long as the run lives)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another --checkpoint_dir") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another run is writing {path.stem}; wait for it or choose another --name") from error
-        yield
-        path.unlink(missing_ok=True)
+            ours = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except OSError:
+            ours = False
+        if not ours:
+            raise InputError(f"another run is writing {path.with_suffix('')}; wait for it or choose another --name")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict[str, Any]:
     """The flags that shape RQGCN."""
-    names = ["init_dim", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers", "code_dim",
-             "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend"]  # fmt: skip
+    names = ["init_dim", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
+             "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend"]  # fmt: skip
     return {name: getattr(args, name) for name in names} | {
         "composition": args.opn,
         "text_dim": None if text is None else text.shape[1],
@@ -269,7 +299,16 @@ def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict
 
 def comparable(args: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
     """What must agree for a run to be continued: every flag that shapes training, and the files' hashes."""
-    unused = {"eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "top"}
+    unused = {
+        "eval_codes",
+        "checkpoint",
+        "split",
+        "metrics_out",
+        "shuffle_codes",
+        "predict",
+        "export_candidates",
+        "top",
+    }
     return {key: value for key, value in args.items() if key not in FREE_ON_RESTORE | unused} | {
         f"file {name}": value for name, value in inputs.items()
     }
@@ -278,14 +317,20 @@ def comparable(args: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
 def check_existing(
     args: argparse.Namespace, checkpoint: Path, files: CodeFiles, now: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The stored run to continue, or None to start anew. Refuses to write over a run from other arguments."""
+    """The stored run to continue, or None to start anew. Refuses to write over a run of another name or arguments."""
     if args.overwrite:
         return None
+    if files.record.exists():
+        written_by = read_json(files.record, "record").get("name")
+        if written_by != args.name:
+            raise InputError(
+                f"{files.codes} comes from run {written_by}, this is {args.name}; give --out_dir or --overwrite"
+            )
     if not checkpoint.exists():
         if args.restore:
             raise InputError(f"--restore: there is no {checkpoint}; leave --restore out to start the run")
         if files.record.exists() or files.codes.exists():
-            raise InputError(f"{files.codes} exists from another run; give --out_dir DIR or --overwrite")
+            raise InputError(f"{files.codes} exists, but no {checkpoint}; give --out_dir DIR or --overwrite")
         return None
     stored = load_checkpoint(checkpoint)
     then = stored["comparable"]
@@ -300,7 +345,8 @@ def check_existing(
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this command; InputError when the file is something else."""
     stored = load_torch(path, "checkpoint")
-    if not isinstance(stored, dict) or not {"config", "best", "last", "comparable"} <= stored.keys():
+    parts = [stored.get(key) for key in ("config", "last", "comparable")] if isinstance(stored, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(stored.get("best", 0), dict | None):
         raise InputError(f"checkpoint file {path} is none of run_rq.py's; expected the entries config, last and best")
     return stored
 
@@ -315,17 +361,23 @@ def train(args: argparse.Namespace) -> None:
     kg = load_graph(args)
     text = load_text(args.text_emb, kg.num_entities)
     stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)
-    name = args.name or stem
-    if Path(name).name != name:
-        raise InputError(f"--name {name} must be a plain file name; folders go to --checkpoint_dir and --out_dir")
+    args.name = args.name or stem
+    if Path(args.name).name != args.name:
+        raise InputError(f"--name {args.name} must be a plain file name; folders go to --checkpoint_dir and --out_dir")
     files = code_files(args.out_dir or ROOT / "codes_new", stem)
-    checkpoint = (args.checkpoint_dir or ROOT / "checkpoints") / f"{name}.pt"
+    checkpoint = (args.checkpoint_dir or ROOT / "checkpoints") / f"{args.name}.pt"
+    if checkpoint.resolve() == files.codes.resolve():
+        raise InputError(
+            f"codes and checkpoint would both be {checkpoint}; give --out_dir and --checkpoint_dir two folders"
+        )
     inputs = dict(kg.input_hashes)
     if args.text_emb is not None:
-        inputs[args.text_emb.name] = sha256_file(args.text_emb)
+        inputs["text_emb"] = sha256_file(args.text_emb)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
-    with only_run(checkpoint.with_suffix(".lock")):
+    with only_run(checkpoint.with_suffix(".lock")), only_run(files.codes.with_suffix(".lock")):
+        for killed in [*checkpoint.parent.glob(f".{checkpoint.name}.*.tmp"), *files.codes.parent.glob(f".{stem}*.tmp")]:
+            killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
         now = comparable(plain, inputs)
         stored = check_existing(args, checkpoint, files, now)
         seed_everything(args.seed)
@@ -334,7 +386,8 @@ def train(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise InputError(f"these flags do not fit together: {error}") from error
         print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, backend {resolve_backend(args.graph_backend, device)}"
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}, "
+            f"neighbours summed by {resolve_backend(args.graph_backend, device)}"
         )
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
         trainer = Trainer(kg, model, settings, checkpoint, model_arguments(args, text), now, text, device)
@@ -353,7 +406,8 @@ def train(args: argparse.Namespace) -> None:
             raise InputError(f"{checkpoint.name} has no epoch with codes yet; train on with --restore")
         dump(args, kg, trainer, files, plain, inputs)
     print(
-        f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {files.codes} --checkpoint {checkpoint}\n"
+        f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {files.codes} "
+        f"--checkpoint {checkpoint}\n"
         f"      python Class/gen_fb_data_rq.py --codes {files.codes}"
     )
 
@@ -369,7 +423,7 @@ def fit_until_stopped(trainer: Trainer, checkpoint: Path) -> None:
         trainer.fit()
     except (KeyboardInterrupt, SystemExit) as stop:
         if checkpoint.exists() and trainer.epoch:
-            where = f"epoch {trainer.epoch} is saved in {checkpoint}; go on with --restore, or dump with --restore --dump_only"
+            where = f"epoch {trainer.epoch} is in {checkpoint}; go on with --restore, dump it with --restore --dump_only"
         else:
             where = "no epoch was finished, nothing is saved"
         print(f"stopped: {where}", file=sys.stderr)
@@ -416,7 +470,8 @@ def dump(
         metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")
     record = make_record(
         plain, inputs, trainer.seconds + time.monotonic() - start, device,
-        dataset=kg.name, shape=list(codes.shape), best_epoch=best["epoch"], epochs=trainer.epoch, outputs=written,
+        name=args.name, dataset=kg.name, shape=list(codes.shape), best_epoch=best["epoch"], epochs=trainer.epoch,
+        outputs=written,
         **metrics,
         codes={
             "usage": code_usage(codes, args.num_code).tolist(),
@@ -428,7 +483,8 @@ def dump(
     )  # fmt: skip
     write_json(record, files.record)
     print(
-        f"wrote {files.codes} (best epoch {best['epoch']} of {trainer.epoch}), {', '.join(sorted(written))}, {files.record.name}"
+        f"wrote {', '.join([*sorted(written), files.record.name])} to {files.codes.parent} "
+        f"(best epoch {best['epoch']} of {trainer.epoch})"
     )
     print(f"valid from the dumped codes: {format_metrics(metrics['valid'])}")
     print("valid MRR by levels decoded: " + " ".join(f"{value:.4f}" for value in metrics["valid_mrr_by_levels"]))
@@ -436,8 +492,9 @@ def dump(
         print(f"test from the dumped codes:  {format_metrics(metrics['test'])}")
         print(f"control, shuffled codes:     {format_metrics(metrics['test_shuffled_codes'])}")
     print(
-        f"codes: usage {' '.join(f'{x:.3f}' for x in record['codes']['usage'])}, {record['codes']['collisions']} entities "
-        f"share their code with another, entropy {record['codes']['entropy_bits']:.2f} bits"
+        f"codes: usage {' '.join(f'{x:.3f}' for x in record['codes']['usage'])}, "
+        f"{record['codes']['collisions']} entities share their code with another, "
+        f"entropy {record['codes']['entropy_bits']:.2f} bits"
     )
 
 
@@ -464,11 +521,13 @@ def load_scored_codes(
     wanted = [stored["config"]["seq_len"], codebook.num_quantizers]
     if list(codes.shape[1:]) != wanted:
         raise InputError(
-            f"--eval_codes {args.eval_codes} has [L, Q] = {list(codes.shape[1:])}, the checkpoint was trained with {wanted}"
+            f"--eval_codes {args.eval_codes} has [L, Q] = {list(codes.shape[1:])}, the checkpoint expects {wanted}"
         )
+    if relations.shape[1:] != (scorer.W_q.out_features,) or not bool(relations.isfinite().all()):
+        raise InputError(f"--checkpoint {args.checkpoint} holds damaged relation vectors {list(relations.shape)}")
     if len(relations) != 2 * kg.num_relations:
         raise InputError(
-            f"--checkpoint {args.checkpoint} knows {len(relations) // 2} relations, --dataset {kg.name} has {kg.num_relations}"
+            f"--checkpoint {args.checkpoint} knows {len(relations) // 2} relations, {kg.name} has {kg.num_relations}"
         )
     names = args.eval_codes.with_suffix(".entities.txt")
     if names.exists() and load_entities(names) != kg.entities:
@@ -490,17 +549,45 @@ def eval_codes(args: argparse.Namespace) -> None:
     if args.predict:
         predict(args, kg, scorer, relations, codes)
         return
+    if args.export_candidates:
+        export_candidates(args, kg, scorer, relations, codes)
+        return
     metrics = evaluate_codes(scorer, relations, codes, kg, args.split)
     print(
-        f"{args.split} from {'shuffled codes of ' if args.shuffle_codes else ''}{args.eval_codes}: {format_metrics(metrics)}"
+        f"{args.split} from {'shuffled codes of ' if args.shuffle_codes else ''}{args.eval_codes}: "
+        f"{format_metrics(metrics)}"
     )
     if "unseen" in metrics:
         print(
-            f"  triples with an entity unseen in training ({metrics['unseen']['count']} queries): {format_metrics(metrics['unseen'])}"
+            f"  with an entity unseen in training ({metrics['unseen']['count']} queries): "
+            f"{format_metrics(metrics['unseen'])}"
         )
     if args.metrics_out:
         write_json(metrics, args.metrics_out)
         print(f"wrote {args.metrics_out}")
+
+
+def export_candidates(
+    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer, relations: torch.Tensor, codes: torch.Tensor
+) -> None:
+    """Write the --top candidates of every query of --split, both directions, for Class/gen_lp_data_rq.py.
+
+    Other answers known from train and valid are left out of the lists; the truth's own rank filters all splits.
+    """
+    from Class.candidates import check_ending, top_candidates, write_candidates
+
+    check_ending(args.export_candidates)
+    found = top_candidates(
+        scorer, relations, codes, kg, args.split, count=args.top or 20, filter_splits=("train", "valid")
+    )
+    write_candidates(
+        args.export_candidates, found, kg, model=args.checkpoint.name, codes=args.eval_codes.name, split=args.split
+    )
+    print(
+        f"wrote {args.export_candidates}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries "
+        f"of {args.split}"
+    )
+    print(f"next: python Class/gen_lp_data_rq.py --candidates {args.export_candidates} --codes {args.eval_codes}")
 
 
 def find_name(word: str, raw: list[str], labels: list[str], what: str) -> int:
@@ -537,7 +624,7 @@ def predict(
         row = int(answers.rows([head], [relation])[0])
         if row >= 0:
             known |= dict.fromkeys(answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist(), split)
-    top = scores.topk(min(args.top, len(scores)))
+    top = scores.topk(min(args.top or 10, len(scores)))
     print(f"{kg.labels[head]} -- {relation_word} -->")
     for place, (score, tail) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
         mark = f"  known ({known[tail]})" if tail in known else ""

@@ -194,7 +194,7 @@ def rows_of(
             best = [t, *(entity for entity in ranked if entity != t)][:3]
             direction = "tail" if r < R else "head"
             triple = (h, r, t) if r < R else (t, r - R, h)
-            row = make_row(
+            yield make_row(
                 link_prediction(
                     source.shown[h], relation_text(source.relations[r % R], direction), source.entity_texts[h],
                     [source.entity_texts[entity] for entity in shown], source.with_codes,
@@ -207,9 +207,8 @@ def rows_of(
                 direction=direction,
                 candidates=[kg.entities[entity] for entity in shown],
                 truth=[kg.entities[entity] for entity in [t, *also_right]],
+                candidate_rank=None if np.isnan(rank) else float(rank),
             )  # fmt: skip
-            row["candidate_rank"] = None if np.isnan(rank) else float(rank)
-            yield row
 
 
 # ---------------------------------------------------------------- command

@@ -54,6 +54,7 @@ def make_row(
     direction: str | None = None,
     candidates: Sequence[str] | None = None,
     truth: Sequence[str] | None = None,
+    candidate_rank: float | None = None,
     input: str = "",
 ) -> Row:
     """One row: the Alpaca fields and what scoring needs. Every row has every key, None where it does not apply.
@@ -61,7 +62,8 @@ def make_row(
     ``split``: train, validation or test. ``triple``: raw names head, relation, tail, always in the data set's own
     direction; a row that rests on several triples has them one after another (6 names, 9, ...). ``direction``: the end
     that is asked for, ``head`` or ``tail``. ``candidates``: raw entity names as listed. ``truth``: the right answers as
-    data, a list: raw entity names, or ["True"] / ["False"] where the row judges its triple.
+    data, a list: raw entity names, or ["True"] / ["False"] where the row judges its triple. ``candidate_rank``: the
+    truth's filtered rank in the model that chose the candidates.
     """
     return {
         "instruction": instruction,
@@ -74,6 +76,7 @@ def make_row(
         "direction": direction,
         "candidates": None if candidates is None else list(candidates),
         "truth": None if truth is None else list(truth),
+        "candidate_rank": candidate_rank,
     }
 
 

@@ -194,10 +194,18 @@ class Trainer:
         surrogate.backward()
         return quantization
 
+    def _batches(self) -> list[Tensor]:
+        """The queries in a new order, in batches; a last one of a single query joins the one before (batch norm)."""
+        order = torch.randperm(len(self.heads), generator=self.generator).to(self.device)
+        batches = list(order.split(self.settings.batch))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
     def _train_epoch(self) -> dict[str, Any]:
         settings = self.settings
         self.model.train()
-        batches = torch.randperm(len(self.heads), generator=self.generator).to(self.device).split(settings.batch)
+        batches = self._batches()
         phase = self._phase(self.epoch)
         self._start_epoch(phase)
         totals = {"structure": 0.0, "semantic": 0.0, "quantization": 0.0}
@@ -210,14 +218,16 @@ class Trainer:
         for step, batch in enumerate(tqdm(batches, desc=title, leave=False, unit="step", disable=None)):
             self._set_lr(self._phase(self.epoch + step / len(batches)).progress)
             self.optimizer.zero_grad(set_to_none=True)
-            structure, semantic, own = self._scorer_step(batch, phase)
+            with matmul_precision(settings.matmul_precision):
+                structure, semantic, own = self._scorer_step(batch, phase)
             quantization = 0.0
             if phase.name != "frozen":
                 gradient = own if gradient is None else gradient.add_(own)
                 waiting += 1
             if waiting and (waiting == settings.encoder_every or step + 1 == len(batches)):
                 assert gradient is not None
-                quantization = self._encoder_step(gradient / waiting, phase)
+                with matmul_precision(settings.matmul_precision):
+                    quantization = self._encoder_step(gradient / waiting, phase)
                 gradient, waiting, encoder_steps = None, 0, encoder_steps + 1
             self.optimizer.step()
             if phase.name != "frozen" and not waiting:
@@ -232,35 +242,52 @@ class Trainer:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise InputError(
-                f"the loss became {loss} in epoch {self.epoch + 1}, step {step + 1}; the last good epoch is in "
-                f"{self.checkpoint}: try a lower --lr, a lower --vq_weight or --loss ce"
-            )
+            raise InputError(f"the loss became {loss} in epoch {self.epoch + 1}, step {step + 1}; {self._after_nan()}")
+
+    def _after_nan(self) -> str:
+        kept = f"epoch {self.epoch} is saved in {self.checkpoint}: " if self.history else ""
+        return f"{kept}try a lower --lr, a lower --vq_weight or --loss ce"
 
     # ---------------------------------------------------------------- all epochs
 
     def fit(self) -> None:
-        """Train to the last epoch, the time limit or the end of patience; resumes where ``restore`` left it."""
-        settings = self.settings
+        """Train to the last epoch, the time limit or the end of patience; resumes where ``restore`` left it.
+
+        A limit that ends the run before any epoch with codes still gives it codes, scored as they are.
+        """
         self._clock = time.monotonic()
-        while self.epoch < settings.epoch and self._phase(self.epoch).progress < 1.0 and not self._out_of_patience():
-            with matmul_precision(settings.matmul_precision):
-                row = {"epoch": self.epoch + 1, **self._train_epoch()}
+        done = self._finished() or self._out_of_patience()
+        while not done:
+            row = {"epoch": self.epoch + 1, **self._train_epoch()}
             self.epoch += 1
-            last = self.epoch == settings.epoch or self._phase(self.epoch).progress >= 1.0
-            if self.epoch % settings.eval_every == 0 or last:
+            done = self._finished()
+            if self.epoch % self.settings.eval_every == 0 or done:
                 row["valid"] = self._validate(row["phase"])
+            done = done or self._out_of_patience()
             self._advance_clock()
             row["seconds"] = self.seconds
             self.history.append(row)
             self.report(format_epoch(row))
             self.save()
+        if self.best is None:
+            self._start_epoch(Phase(1.0, "codes"))
+            self._validate("codes")
+            self.save()
+
+    def _finished(self) -> bool:
+        return self.epoch >= self.settings.epoch or self._phase(self.epoch).progress >= 1.0
 
     def _advance_clock(self) -> None:
         self.seconds, self._clock = self._elapsed(), time.monotonic()
 
     def _validate(self, phase: str) -> dict[str, Any]:
         """Metrics on valid by the path of the phase; the best epoch is chosen among those scored from codes."""
+        try:
+            return self._validate_finite(phase)
+        except ValueError as error:  # ranking refuses NaN scores
+            raise InputError(f"epoch {self.epoch} cannot be ranked: {error}; {self._after_nan()}") from error
+
+    def _validate_finite(self, phase: str) -> dict[str, Any]:
         model = self.model
         model.eval()
         with torch.no_grad():
