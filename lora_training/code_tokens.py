@@ -18,8 +18,10 @@ from run_record import InputError, read_json
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+RECORD = "run_record.json"  # beside an adapter and a merged model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 GATED_OWNERS = ("meta-llama",)  # known to refuse without a token: said at once rather than after the hub's retries
 
@@ -269,3 +271,62 @@ def trainable_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list
             name = next(name for name, module in model.named_modules() if module is part)
             found[name.rsplit(".", 1)[-1]] = list(ids)
     return found
+
+
+# ---------------------------------------------------------------- adapters and what they were made with
+
+
+class Saved(NamedTuple):
+    """What train_lora.py and merge_adapter.py leave in a folder, read without loading any weights."""
+
+    folder: Path
+    record: dict[str, Any]  # its ``codes`` is what ``refuse_other_codes`` compares
+    shape: CodeShape | None
+    tokenizer: PreTrainedTokenizerBase  # its own, checked
+
+
+def read_saved(folder: str | Path, weights: str = "adapter_config.json") -> Saved:
+    """Read an adapter's folder (``weights="config.json"``: a merged model's) and check its tokenizer.
+
+    InputError where the folder, a file of it or a code token is missing.
+    """
+    folder = Path(folder)
+    for name in (weights, RECORD):
+        if not (folder / name).is_file():
+            what = "does not exist" if not folder.is_dir() else f"has no {name}"
+            script = "merge_adapter.py" if weights == "config.json" else "train_lora.py"
+            raise InputError(f"{folder} {what}; write it: cd lora_training && python {script}")
+    record = read_json(folder / RECORD, "record")
+    if not isinstance(record, dict) or not {"codes", "base_model", "vocabulary"} <= record.keys():
+        raise InputError(f"{folder / RECORD} does not say which base model and codes belong to it; train again")
+    tokenizer, shape = load_saved_tokenizer(folder), code_shape(record["codes"])
+    if len(tokenizer) != record["vocabulary"]:
+        raise InputError(
+            f"the tokenizer in {folder} knows {len(tokenizer)} tokens, its record says {record['vocabulary']}: it was "
+            "replaced by another vocabulary's"
+        )
+    if shape is not None:
+        token_ids(tokenizer, shape)
+    return Saved(folder, record, shape, tokenizer)
+
+
+def check_base(saved: Saved, base_model: str) -> None:
+    """InputError unless ``base_model`` can be had and has the vocabulary that the adapter was trained on."""
+    size, expected = load_config(base_model).get_text_config().vocab_size, saved.record.get("base_vocabulary")
+    if expected is not None and size != expected:
+        raise InputError(
+            f"base model {base_model} has {size} token rows, {saved.folder} was trained on {expected} "
+            f"({saved.record['base_model']}): give that one"
+        )
+
+
+def load_adapted(
+    saved: Saved, base_model: str, dtype: torch.dtype, quantization: Any = None, device_map: Any = None
+) -> PeftModel:
+    """The base model, grown to the adapter's tokenizer, with the adapter on it (see merge_adapter.py for speed)."""
+    check_base(saved, base_model)
+    from peft import PeftModel
+
+    model = load_base(base_model, dtype, quantization, device_map)
+    resize_model(model, saved.tokenizer, seed=0)  # whatever is drawn, the adapter brings all new rows
+    return PeftModel.from_pretrained(model, str(saved.folder)).eval()
