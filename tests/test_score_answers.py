@@ -1,0 +1,208 @@
+"""Metrics from answers alone: closed forms, the ranking of stage 1, scikit-learn, and answers that do not parse."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+from lora_training.score_answers import (
+    best_threshold,
+    classification_metrics,
+    is_match,
+    main,
+    rank_of,
+    ranking_metrics,
+    read_answers,
+    report,
+)
+from model.ranking import rank_scores
+from run_record import ROOT, InputError, read_json
+
+
+def answer(**fields: Any) -> dict[str, Any]:
+    """A line of answers.jsonl about link prediction, unless told otherwise."""
+    base = {
+        "id": "x-0", "task_type": "link_prediction", "split": "test", "direction": "tail", "decode": "score",
+        "candidates": ["a", "b", "c"], "scores": [-1.0, -2.0, -3.0], "tokens": None, "truth": ["b"],
+        "candidate_rank": 2.0, "text": "", "expected": "", "parsed": True,
+    }  # fmt: skip
+    return base | fields
+
+
+def judged(number: int, split: str, true: bool, margin: float | None) -> dict[str, Any]:
+    return answer(
+        id=f"t-{number}", task_type="triple_classification", split=split, direction=None, candidate_rank=None,
+        truth=["True" if true else "False"], candidates=["True", "False"], parsed=margin is not None,
+        scores=None if margin is None else [margin, 0.0],
+    )  # fmt: skip
+
+
+def write(path: Path, answers: list[dict[str, Any]], torn: str = "") -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in answers) + torn)
+    return path
+
+
+# ---------------------------------------------------------------- link prediction
+
+
+def test_ranks_are_those_of_stage_1() -> None:
+    """Scores drawn from few values, other right answers left out: the same ranks as model/ranking.py."""
+    rng = np.random.default_rng(0)
+    names = [f"e{i}" for i in range(20)]
+    for _ in range(200):
+        scores = rng.integers(-6, 0, 20).astype(float)
+        truth = rng.permutation(20)[: rng.integers(1, 5)].tolist()
+        known = (torch.tensor([0, len(truth)]), torch.tensor(truth))
+        expected = rank_scores(torch.tensor(scores)[None], torch.tensor(truth[:1]), known)
+        found = rank_of(answer(candidates=names, scores=scores.tolist(), truth=[names[t] for t in truth]))
+        assert found == float(expected[0])
+
+
+def test_rules_of_the_rank() -> None:
+    assert rank_of(answer()) == 2
+    assert rank_of(answer(truth=["z"], candidate_rank=57.5)) == 57.5, "not among the candidates: the rank stays"
+    assert rank_of(answer(truth=["z"], candidate_rank=None)) == math.inf
+    assert rank_of(answer(parsed=False, candidate_rank=1.0)) == math.inf, "no answer gains nothing from the rank"
+    assert rank_of(answer(scores=[None, None, -3.0])) == 3, "without a score: listed order, below the scored"
+    assert rank_of(answer(scores=[None, None, -3.0], truth=["b", "a"])) == 2
+    assert rank_of(answer(scores=[-5.0, None, None], truth=["a"])) == 1
+    assert rank_of(answer(scores=[-1.0, -1.0, -1.0])) == 2
+    assert rank_of(answer(scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3]), per_token=True) == 1
+    assert rank_of(answer(scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3])) == 2
+
+
+def test_merged_metrics_by_hand() -> None:
+    answers = [
+        answer(id="0"),  # rank 2 of a list whose model said 2
+        answer(id="1", scores=[-9.0, -1.0, -2.0], candidate_rank=3.0, direction="head"),  # 3 -> 1
+        answer(id="2", truth=["z"], candidate_rank=25.0),  # stays 25
+        answer(id="3", truth=["z"], candidate_rank=None),  # never found
+        answer(id="4", parsed=False, scores=None, truth=["a"], candidate_rank=1.0),  # never found by this answer
+    ]
+    found = report(answers)["link_prediction"]["test"]
+    assert found["mrr"] == pytest.approx((1 / 2 + 1 + 1 / 25) / 5)
+    assert [found[f"hits@{k}"] for k in (1, 3, 10)] == pytest.approx([1 / 5, 2 / 5, 2 / 5])
+    assert found["candidate_model"]["mrr"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 25 + 1) / 5)
+    assert found["as_listed"]["hits@1"] == pytest.approx(1 / 5) and found["head"]["mrr"] == 1
+    counts = {"count": 5, "parse_failures": 1, "truth_listed": 3, "kept_candidate_rank": 1, "never_found": 2}
+    assert counts == {key: found[key] for key in counts}
+    assert ranking_metrics([])["mrr"] is None and ranking_metrics([math.inf])["mrr"] == 0
+
+
+def test_the_normalisation_of_lengths_is_chosen_on_validation() -> None:
+    """Sum ranks the truth second, the mean first on validation, and the other way round in the second file."""
+    mean_wins: dict[str, Any] = {"scores": [-4.0, -6.0, -9.0], "tokens": [2, 6, 3]}
+    sum_wins: dict[str, Any] = {"scores": [-4.0, -3.0, -9.0], "tokens": [4, 1, 3]}
+    for validation, way, mrr in ((mean_wins, "mean", 1.0), (sum_wins, "sum", 0.5)):
+        found = report([answer(id="v", split="validation", **validation), answer(id="t", **mean_wins)])
+        test = found["link_prediction"]["test"]
+        assert test["lengths"] == f"{way} of log-likelihoods" and test["mrr"] == mrr
+        assert test["by_mean"]["mrr"] == 1 and test["by_sum"]["mrr"] == 0.5
+    alone = report([answer(**mean_wins)])["link_prediction"]["test"]
+    assert alone["mrr"] == 0.5 and "no validation" in alone["lengths"]
+    assert "lengths" not in report([answer()])["link_prediction"]["test"]
+
+
+# ---------------------------------------------------------------- judgements
+
+
+def test_classification_metrics_are_scikit_learns() -> None:
+    rng = np.random.default_rng(1)
+    margins, labels = rng.normal(size=500), rng.random(500) < 0.4
+    for threshold in (-1.0, 0.0, 0.7):
+        found = classification_metrics(margins.tolist(), labels.tolist(), threshold)
+        p, r, f, _ = precision_recall_fscore_support(labels, margins > threshold, average="binary")
+        expected = [accuracy_score(labels, margins > threshold), p, r, f]
+        assert [found[name] for name in ("accuracy", "precision", "recall", "f1")] == pytest.approx(expected)
+    # what does not parse is a miss where the truth is True and a false alarm where it is False
+    found = classification_metrics([math.nan, math.nan, 1.0, -1.0], [True, False, True, False], 0.0)
+    assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    assert classification_metrics([-1.0], [False], 0.0) == {
+        "accuracy": 1.0,
+        "precision": None,
+        "recall": None,
+        "f1": None,
+    }
+
+
+def test_the_threshold_is_the_best_of_all_there_are() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        margins = rng.integers(-4, 5, 12) / 2 + 1
+        labels = rng.random(12) < 0.5
+        found = best_threshold(margins.tolist(), labels.tolist())
+        accuracy = {t: float(((margins > t) == labels).mean()) for t in np.arange(-3, 5, 0.05).round(3).tolist()}
+        best = max(accuracy.values())
+        assert ((margins > found) == labels).mean() == best
+        # up to half a step between margins, and a whole one beyond their ends
+        assert all(abs(found) <= abs(t) + 1.001 for t, value in accuracy.items() if value == best)
+    assert best_threshold([1.0, 2.0, 3.0], [True, True, True]) == 0
+    assert best_threshold([1.0, 2.0, math.nan], [False, True, False]) == 1.5
+    assert best_threshold([], []) == 0
+
+
+def test_the_threshold_comes_from_validation_never_from_test() -> None:
+    validation = [judged(i, "validation", i >= 5, float(i)) for i in range(10)]  # best cut: 4.5
+    test = [judged(i, "test", i >= 3, float(i)) for i in range(10)]
+    found = report([*validation, *test])["triple_classification"]
+    assert found["validation"]["accuracy"] == 1 and found["test"]["threshold"] == 4.5
+    assert found["test"]["accuracy"] == 0.8 and found["test"]["at_zero"]["accuracy"] == 0.8
+    assert found["test"]["precision"] == 1 and found["test"]["recall"] == pytest.approx(5 / 7)
+    alone = report(test)["triple_classification"]["test"]
+    assert alone["threshold"] == 0 and alone["threshold_from"] == "none"
+    failed = report([*validation, judged(0, "test", True, None), judged(1, "test", True, 9.0)])
+    counts = failed["triple_classification"]["test"]
+    assert counts["parse_failures"] == 1 and counts["accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------- the rest, and the file
+
+
+def test_exact_matches_and_failures() -> None:
+    one = answer(task_type="one_hop_question", text=" b\na", expected="a\nb")
+    assert is_match(one) and not is_match(one | {"text": "a"}) and not is_match(one | {"parsed": False})
+    answers = [one | {"id": str(i)} for i in range(3)] + [one | {"id": "3", "parsed": False}]
+    assert report(answers)["one_hop_question"]["test"] == {
+        "exact_match": 0.75, "count": 4, "parse_failures": 1, "parse_failure_rate": 0.25,
+    }  # fmt: skip
+
+
+def test_a_torn_last_line_is_left_out_and_other_faults_are_named(tmp_path: Path) -> None:
+    whole = [answer(id=str(i)) for i in range(3)]
+    path = write(tmp_path / "answers.jsonl", whole, torn='{"id": "3", "task_ty')
+    found = read_answers(path)
+    assert found.answers == whole and path.read_bytes()[: found.end].endswith(b"}\n")
+    assert found.end == sum(len(json.dumps(one)) + 1 for one in whole)
+    for lines, message in (
+        ([*whole, whole[1]], "4: 1 of test is answered twice"),
+        ([whole[0], {"id": "1"}], "2: an answer lacks task_type"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_answers(write(path, lines))
+    path.write_text("{]\n")
+    with pytest.raises(InputError, match="1: not one JSON answer"):
+        read_answers(path)
+    with pytest.raises(InputError, match="does not exist"):
+        read_answers(tmp_path / "none.jsonl")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "answers.jsonl", [answer(), judged(0, "test", True, 1.0)])
+    main(["--answers", str(path), "--output", str(tmp_path / "metrics.json")])
+    written = read_json(tmp_path / "metrics.json", "metrics")["metrics"]
+    assert written["link_prediction"]["test"]["mrr"] == 0.5
+    out = capsys.readouterr().out
+    assert "link_prediction test (1): mrr 0.5000" in out and "copy the listed order" in out
+    path.write_text("")
+    script = ROOT / "lora_training" / "score_answers.py"
+    ended = subprocess.run([sys.executable, script, "--answers", path], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "no complete answer" in ended.stderr
