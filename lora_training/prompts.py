@@ -15,7 +15,8 @@ Nothing here truncates. A cut prompt loses the question, a cut answer teaches a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from run_record import InputError
@@ -71,14 +72,30 @@ def decode_answer(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str
 
 def encode_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int = 0) -> Example:
     """Ids and labels of a row, the prompt masked. InputError beyond ``max_length`` tokens (0: any length)."""
-    prompt, answer = encode_prompt(row, tokenizer), encode_answer(row["output"], tokenizer)
+    return next(encode_examples([row], tokenizer, max_length))
+
+
+def encode_examples(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 0
+) -> Iterator[Example]:
+    """``encode_example`` of each row, tokenized a thousand at a time."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    stream = iter(rows)
+    while block := list(itertools.islice(stream, 1000)):
+        texts = [text for row in block for text in (prompt_text(row), row["output"])]
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for row, prompt, answer in zip(block, ids[::2], ids[1::2], strict=True):
+            yield _example(row, start + prompt, [*answer, tokenizer.eos_token_id], max_length)
+
+
+def _example(row: Mapping[str, Any], prompt: list[int], answer: list[int], max_length: int) -> Example:
     if len(answer) == 1:
         raise InputError(f"row {row.get('id', '?')} has an empty output: there is nothing to learn from it")
     if max_length and len(prompt) + len(answer) > max_length:
         what = f"its answer alone has {len(answer)}" if len(answer) > max_length else f"{len(answer)} in the answer"
         raise InputError(
             f"row {row.get('id', '?')} has {len(prompt) + len(answer)} tokens ({what}), --max_length is {max_length}: "
-            f"nothing is truncated; give --max_length {len(prompt) + len(answer)} or more, or --skip_long"
+            f"nothing is truncated; give --max_length {len(prompt) + len(answer)} or more"
         )
     return Example(prompt + answer, [IGNORED] * len(prompt) + answer)
 

@@ -1,0 +1,226 @@
+"""A small LLaMA of one's own: tokenizer and model from scratch on what a graph's training split says in words.
+
+    python lora_training/make_tiny_base.py --dataset data/family --out lora_training/tiny_base
+    python lora_training/make_tiny_base.py --dataset data/FB15k-237 --out big --width 640 --layers 12 --vocab_size 16000
+
+The offline base of demo, tests and ablations, in Hugging Face form: the other scripts load it like any LLaMA.
+
+One document per entity: its name, its description and its training triples in both directions, in random order. No
+triple of valid or test is read. The tokenizer is of LLaMA's kind: BPE with byte fallback, no merge across words, digits
+one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class import prompts
+from Class.codes import escape_name, unique_names
+from Class.instructions import Source
+from data.knowledge_graph import KnowledgeGraph
+from lora_training.code_tokens import RECORD
+from lora_training.prompts import encode_text, prompt_text
+from run_record import CommandParser, InputError, make_record, run_command, seed_everything, write_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import LlamaForCausalLM, LlamaTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------- corpus
+
+
+def documents(kg: KnowledgeGraph, seed: int) -> Iterator[str]:
+    """One text per entity that has something to say, from names, descriptions and training triples alone."""
+    source, rng = Source(kg, unique_names(kg)), np.random.default_rng([seed, 11])
+    shown, relations = source.shown, source.relations
+    lines: list[list[str]] = [[] for _ in range(kg.num_entities)]
+    for h, r, t in kg.train.tolist():
+        lines[h].append(f"({shown[h]} | {relations[r]} | {shown[t]})")
+        lines[t].append(f"({shown[t]} | {prompts.relation_text(relations[r], 'head')} | {shown[h]})")
+    for e in rng.permutation(kg.num_entities).tolist():
+        own = [lines[e][i] for i in rng.permutation(len(lines[e]))]
+        description = escape_name(kg.descriptions[e].strip())
+        yield "\n".join([f"{shown[e]}: {description}" if description else shown[e], *own])
+
+
+def template_texts() -> list[str]:
+    """The prompts' fixed words, for the tokenizer alone."""
+    made = [
+        prompts.classification("", "", "", "", "", True),
+        prompts.link_prediction("", "", "", [""], True),
+        prompts.predict_tail("", "", "", True),
+        prompts.validate_triple("", "", "", "", "", True),
+        prompts.codes_to_description(""),
+    ]
+    return [prompt_text({"instruction": text}) + f"{prompts.TRUE}\n{prompts.FALSE}" for text in made]
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(texts: Iterator[str] | list[str], vocab_size: int) -> LlamaTokenizer:
+    """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then what the texts teach."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Metaspace(prepend_scheme="never", split=True),
+        pre_tokenizers.Punctuation(),
+    ])  # fmt: skip
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=first, limit_alphabet=1000, min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], legacy=False)
+
+
+def token_stream(texts: Iterator[str], tokenizer: LlamaTokenizer) -> NDArray[np.int32]:
+    """All documents in one row, each between start and end token."""
+    parts = [
+        np.array([tokenizer.bos_token_id, *encode_text(text, tokenizer), tokenizer.eos_token_id], dtype=np.int32)
+        for text in texts
+    ]
+    return np.concatenate(parts)
+
+
+# ---------------------------------------------------------------- model
+
+
+def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
+    """A LLaMA of the flags' sizes with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    inner = args.inner or 64 * math.ceil(args.width * 8 / 3 / 64)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=args.width, intermediate_size=inner, num_hidden_layers=args.layers,
+            num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.context,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=True,
+        )
+    )  # fmt: skip
+
+
+def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Namespace, device: str) -> list[float]:
+    """Next-token training on blocks of the stream, at a new offset every epoch; returns the losses reported."""
+    import torch
+
+    T, B = min(args.block, len(stream) - 1), args.batch
+    blocks = max(1, (len(stream) - 1) // T)
+    steps = args.steps or math.ceil(args.epochs * blocks / B)
+    torch.nn.Module.to(model, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+    )
+    rng, order, tokens = np.random.default_rng([args.seed, 12]), np.zeros(0, dtype=np.int64), torch.from_numpy(stream)
+    started, report, losses = time.monotonic(), max(1, steps // 20), []
+    for step in range(1, steps + 1):
+        while len(order) < B:
+            order = np.concatenate(
+                [order, rng.permutation(blocks) * T + rng.integers(max(1, len(stream) - blocks * T))]
+            )
+        starts, order = order[:B], order[B:]
+        batch = torch.stack([tokens[start : start + T] for start in starts.tolist()]).to(device, torch.int64)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % report == 0 or step == steps:
+            losses.append(round(float(loss.detach()), 4))
+            seconds = time.monotonic() - started
+            left = (steps - step) * seconds / step / 60
+            speed = f"{step * B * T / seconds:,.0f} tokens/s"
+            print(f"step {step}/{steps}: loss {losses[-1]:.3f}, {speed}, {left:.1f} min left", flush=True)
+    return losses
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.monotonic()
+    args = parse_args(argv)
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
+        raise InputError(f"--out {args.out} holds files that this script did not write; choose another folder")
+    kg = KnowledgeGraph.load(args.dataset)
+    import torch
+    from transformers.utils import logging
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    seed_everything(args.seed)
+    tokenizer = train_tokenizer([*documents(kg, args.seed), *template_texts()], args.vocab_size)
+    stream = token_stream(documents(kg, args.seed), tokenizer)
+    model = build_model(args, len(tokenizer))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{kg.name}: {kg.num_entities:,} documents, {len(stream):,} tokens of {len(tokenizer):,}; {size:,} parameters"
+    )
+    losses = train(model, stream, args, device)
+    torch.nn.Module.to(model, "cpu").eval()
+    logging.disable_progress_bar()
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    record = make_record(
+        vars(args), kg.input_hashes, time.monotonic() - started, device,
+        dataset=kg.name, parameters=size, tokens=len(stream), vocabulary=len(tokenizer), losses=losses,
+    )  # fmt: skip
+    write_json(record, args.out / RECORD)
+    print(f"wrote {args.out}")
+    print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
+    parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
+    parser.add_argument("--width", type=int, default=256, help="D, hidden size")
+    parser.add_argument("--layers", type=int, default=4, help="transformer layers")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads")
+    parser.add_argument("--inner", type=int, default=0, help="feed-forward width (0: 8/3 of --width)")
+    parser.add_argument("--context", type=int, default=4096, help="longest sequence that the model is declared for")
+    parser.add_argument("--block", type=int, default=512, help="tokens per training row")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--epochs", type=float, default=4.0, help="passes over the corpus")
+    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    args = parser.parse_args(argv)
+    for name in ("width", "layers", "heads", "context", "block", "batch", "lr", "epochs"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    if args.vocab_size < 300:
+        parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
+    if args.width % (2 * args.heads):
+        parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
+    if min(args.steps, args.inner, args.seed) < 0:
+        parser.error("--steps, --inner and --seed must be 0 or more")
+    return args
+
+
+if __name__ == "__main__":
+    run_command(main)

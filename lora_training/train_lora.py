@@ -1,0 +1,656 @@
+"""LoRA on a LLaMA with the codes as tokens of their own.
+
+    cd lora_training && python train_lora.py --model_name meta-llama/Llama-2-7b-hf --train_data lora_data/train.json \
+        --val_data lora_data/validation.json --output_dir lora_outputs --epochs 3 --batch_size 4 \
+        --learning_rate 2e-4 --lora_r 16 --lora_alpha 32
+    torchrun --nproc_per_node 2 train_lora.py ...                               two GPUs
+    accelerate launch --config_file configs/fsdp2.yaml train_lora.py ...        or another of configs/
+
+Trained: a LoRA pair on every linear layer, and the rows of the code tokens in embedding and head; all else keeps its
+bits. The loss is the mean over all answer tokens of an optimisation step, over all processes and passes alike, so that
+how a step is cut into pieces does not change it. Logits are computed at answer positions alone.
+
+An optimisation step has batch_size * gradient_accumulation * processes rows. Every --eval_steps the validation loss is
+taken and a checkpoint written; the best one becomes OUTPUT_DIR/lora_adapters, together with the tokenizer and the run
+record. The saved adapter is read back and must give bit-equal logits, or the script fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.instructions import read_rows
+from lora_training.code_tokens import (
+    RECORD,
+    CodeShape,
+    add_code_tokens,
+    code_shape,
+    load_base,
+    load_config,
+    load_tokenizer,
+    read_codes_info,
+    refuse_other_codes,
+    reload_check,
+    resize_model,
+    save_tokenizer,
+    trainable_rows,
+)
+from lora_training.memory import GIB, Shape, expected_memory, lora_parameters, model_shape, row_parameters
+from lora_training.prompts import Example, encode_examples, pad_batch
+from run_record import CommandParser, InputError, make_record, read_json, run_command, seed_everything, sha256_file
+from run_record import write_json as write_record
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+ADAPTERS, CHECKPOINTS, PLAN = "lora_adapters", "checkpoints", "plan.json"
+FAR = 50  # steps' worth of rows that are sorted by length together
+# what two runs must share for one to go on from the other's checkpoint
+PLANNED = (
+    "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
+    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "seed",
+    "load_in_4bit", "bf16", "fp16", "eval_steps",
+)  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print on the first process alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------- data
+
+
+class TokenRows:
+    """Encoded rows in flat arrays: four bytes a token, nothing per row but two numbers. A torch data set."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ends, self.prompts = array("i"), array("q", [0]), array("i")
+
+    def append(self, example: Example) -> None:
+        self.tokens.extend(example.input_ids)
+        self.ends.append(len(self.tokens))
+        self.prompts.append(example.prompt_length)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> Example:
+        ids = self.tokens[self.ends[row] : self.ends[row + 1]].tolist()
+        return Example(ids, [-100] * self.prompts[row] + ids[self.prompts[row] :])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        return ends[1:] - ends[:-1]
+
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """Supervised tokens per row."""
+        return self.lengths - np.frombuffer(self.prompts, dtype=np.int32)
+
+
+def encode_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool) -> TokenRows:
+    """All rows of an instruction-data file as tokens. InputError where it is missing, empty or holds too long a row."""
+    rows, skipped = TokenRows(), 0
+    for example in encode_examples(read_rows(path), tokenizer, 0 if skip_long else max_length):
+        if skip_long and len(example.input_ids) > max_length:
+            skipped += 1
+            continue
+        rows.append(example)
+    if not len(rows):
+        why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
+        raise InputError(f"{path} trains nothing: {why}; write it: python Class/gen_fb_data_rq.py")
+    lengths, answers = rows.lengths, rows.answers
+    say(
+        f"{path}: {len(rows):,} rows; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
+        f"answers: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")
+    )
+    return rows
+
+
+class ByLength:
+    """Row order of each epoch: rows of like length share a step, the steps come in random order.
+
+    It depends on seed and epoch alone, not on the state of any generator: every process and every resumed run sees the
+    same order.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], step_rows: int, seed: int) -> None:
+        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, far = rng.permutation(len(self.lengths)), FAR * self.step_rows
+        order = np.concatenate([
+            part[np.argsort(-self.lengths[part], kind="stable")]
+            for part in (order[start : start + far] for start in range(0, len(order), far))
+        ])  # fmt: skip
+        whole = len(order) // self.step_rows * self.step_rows
+        steps = order[:whole].reshape(-1, self.step_rows)
+        yield from rng.permutation(steps).ravel().tolist()
+        yield from order[whole:].tolist()
+
+
+class Collate:
+    """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: where an answer token
+    comes next."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        import torch
+
+        ids, mask, labels = (torch.tensor(part) for part in pad_batch(examples, self.pad_id))
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        keep[:, :-1] = labels[:, 1:] != -100
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
+
+
+# ---------------------------------------------------------------- the trainer
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy [N] of the answer tokens; logits [N, V] as ``logits_to_keep`` selects them, labels [B, T]."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")
+
+
+def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes)."""
+    losses = token_losses(outputs["logits"] if isinstance(outputs, dict) else outputs[0], labels)
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+
+def make_trainer(
+    model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate, seed: int
+) -> Trainer:
+    """transformers' Trainer with our row order, loss and validation, and one printed line per report."""
+    import torch
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+    class Lora(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return ByLength(train.lengths, rows, seed)
+
+        def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+            """Mean loss per answer token and share of rows whose every token is the likeliest, over all processes."""
+            started, found = time.monotonic(), []
+            self.model_wrapped.eval()
+            for batch in self.get_eval_dataloader():
+                batch = self._prepare_inputs(batch)
+                labels = batch.pop("labels")
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    logits = self.model_wrapped(**batch).logits
+                supervised = labels != -100
+                losses, right = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
+                losses[supervised] = token_losses(logits, labels)
+                right[supervised] = logits.argmax(-1) == labels[supervised]
+                rows = torch.stack([losses.sum(1), supervised.sum(1).float(), right.all(1).float()], 1)  # [B, 3]
+                found.append(self.accelerator.gather_for_metrics(rows).double().cpu())
+            self.model_wrapped.train()
+            loss, tokens, right_rows = torch.cat(found).sum(0).tolist()
+            metrics = {
+                f"{metric_key_prefix}_loss": loss / tokens,
+                f"{metric_key_prefix}_exact": right_rows / sum(len(part) for part in found),
+                f"{metric_key_prefix}_seconds": round(time.monotonic() - started, 1),
+            }
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    class Report(TrainerCallback):
+        """One line per report, with tokens per second and the time that is left."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.started, self.first = time.monotonic(), state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            logs = logs or {}
+            done, seconds = state.global_step - self.first, time.monotonic() - self.started
+            if "eval_loss" in logs:
+                say(
+                    f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, exact {logs['eval_exact']:.3f}"
+                )
+            elif "loss" in logs and done:
+                tokens = (
+                    train.lengths.mean() * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                )
+                left = (state.max_steps - state.global_step) * seconds / done / 60
+                say(
+                    f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
+                    f"gradient {float(logs.get('grad_norm', math.nan)):.2f}, rate {logs['learning_rate']:.1e}, "
+                    f"{tokens * done / seconds:,.0f} tokens/s, {left:.0f} min left"
+                )
+
+    trainer = Lora(
+        model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate,
+        compute_loss_func=mean_loss,
+    )  # fmt: skip
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Report())
+    return trainer
+
+
+# ---------------------------------------------------------------- the model
+
+
+def quantization(args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """nf4 for --load_in_4bit, else None."""
+    if not args.load_in_4bit:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def grown_base(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, local_rank: int
+) -> PreTrainedModel:
+    """The base model with rows for the code tokens: the same on every process and in every run of one seed."""
+    model = load_base(args.model_name, dtype, quantization(args, dtype), {"": local_rank})
+    resize_model(model, tokenizer, args.seed)
+    model.config.use_cache = False
+    return model
+
+
+def targets(args: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the adapted modules; empty means every linear layer but the head."""
+    return () if args.lora_target == "all-linear" else tuple(args.lora_target.split(","))
+
+
+def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list[int]) -> PeftModel:
+    """LoRA on the linear layers, and the code tokens' rows of embedding and head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if args.load_in_4bit:
+        model = prepare_model_for_kbit_training(
+            model, args.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    seed_everything(args.seed)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
+            target_modules=list(targets(args)) or "all-linear",
+            trainable_token_indices=trainable_rows(model, code_ids) if code_ids else None,
+        ),
+    )  # fmt: skip
+    save = adapted.save_pretrained
+
+    def save_small(*words: Any, **more: Any) -> None:
+        """The trained rows alone: the default also stores both full matrices."""
+        save(*words, **{**more, "save_embedding_layers": False})
+
+    adapted.save_pretrained = save_small
+    return adapted
+
+
+def probe_logits(model: Any, examples: list[Example], collate: Collate) -> torch.Tensor:
+    """Logits [N, V] at the answer tokens of a few rows, on the CPU, without dropout."""
+    import torch
+
+    batch = {key: value.to(model.device) for key, value in collate(examples).items() if key != "labels"}
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(**batch).logits
+    return logits.cpu()
+
+
+def saved_logits(
+    args: argparse.Namespace, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype,
+    device: torch.device, examples: list[Example], collate: Collate,
+) -> torch.Tensor:  # fmt: skip
+    """The same from the base model, loaded again, and the adapter as it lies on the disk."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(grown_base(args, tokenizer, dtype, device.index or 0), str(folder))
+    if not args.load_in_4bit:
+        model = model.to(device)
+    return probe_logits(model, examples, collate)
+
+
+# ---------------------------------------------------------------- before anything large is loaded
+
+
+class Plan(NamedTuple):
+    """What a run rests on, checked."""
+
+    codes: dict[str, Any]
+    shape: CodeShape | None
+    model: Shape
+    tokenizer: PreTrainedTokenizerBase
+    code_ids: list[int]
+    train: TokenRows
+    validation: TokenRows
+    micro_batch: int
+    checkpoint: Path | None
+
+
+def check_device(args: argparse.Namespace) -> torch.device:
+    """The device of this process; settles --bf16 and --gradient_checkpointing where they were not given."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if args.fp16 and not cuda:
+        raise InputError("--fp16 needs a GPU, and none is visible; leave it out, or use --bf16")
+    if args.load_in_4bit:
+        import importlib.util
+
+        if not cuda:
+            raise InputError("--load_in_4bit needs a GPU, and none is visible; leave it out")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_4bit needs bitsandbytes: python -m pip install bitsandbytes")
+    if args.bf16 and cuda and not torch.cuda.is_bf16_supported():
+        raise InputError(f"--bf16 is not known to {torch.cuda.get_device_name()}; use --fp16")
+    if args.bf16 is None:
+        args.bf16 = cuda and not args.fp16 and torch.cuda.is_bf16_supported()
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = cuda
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from; InputError where there is none, or an unfinished run would be overwritten."""
+    folder = args.output_dir / CHECKPOINTS
+    there = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
+    if args.resume_from_checkpoint is None:
+        if there and not args.overwrite:
+            raise InputError(
+                f"{folder} holds an unfinished run; go on with --resume_from_checkpoint last, or give --overwrite"
+            )
+        return None
+    if args.resume_from_checkpoint == "last":
+        if not there:
+            raise InputError(f"--resume_from_checkpoint last: {folder} holds no checkpoint; start without the flag")
+        return there[-1].parent
+    given = Path(args.resume_from_checkpoint)
+    if not (given / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {given} is no checkpoint: it has no trainer_state.json")
+    return given
+
+
+def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on from."""
+    plan: dict[str, Any] = {key: getattr(args, key) for key in PLANNED}
+    plan |= {"train_sha256": sha256_file(args.train_data), "validation_sha256": sha256_file(args.val_data)}
+    return plan | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def check_plan(args: argparse.Namespace) -> None:
+    """InputError where a resumed run differs from the one that wrote the checkpoints."""
+    file = args.output_dir / CHECKPOINTS / PLAN
+    before, now = read_json(file, "plan"), run_plan(args)
+    differing = [f"{key} {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
+    if differing:
+        raise InputError(f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}")
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
+    """Every check that needs no weights, and the tokens of all rows."""
+    for flag, path in (("--train_data", args.train_data), ("--val_data", args.val_data)):
+        if not path.is_file():
+            raise InputError(f"{flag} {path} does not exist; write it: python Class/gen_fb_data_rq.py")
+    codes, of_validation = read_codes_info(args.train_data), read_codes_info(args.val_data)
+    refuse_other_codes(codes, of_validation, f"--train_data {args.train_data}", f"--val_data {args.val_data}")
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        check_plan(args)
+    shape = code_shape(codes)
+    model = model_shape(load_config(args.model_name))
+    tokenizer = load_tokenizer(args.model_name)
+    code_ids = add_code_tokens(tokenizer, shape)
+    if shape is not None:
+        reload_check(tokenizer, shape)
+    wanted = targets(args)
+    known = {name.rsplit(".", 1)[-1] for name, _, _ in model.layer_sizes}
+    if not known.issuperset(wanted):
+        raise InputError(f"--lora_target {args.lora_target}: {args.model_name} has {', '.join(sorted(known))}")
+    train = encode_file(args.train_data, tokenizer, args.max_length, args.skip_long)
+    validation = encode_file(args.val_data, tokenizer, args.max_length, args.skip_long)
+
+    lora, rows = lora_parameters(model, args.lora_r, wanted), row_parameters(model, len(code_ids))
+    say(
+        f"{args.model_name}: {model.parameters:,} parameters; trained: {lora:,} of LoRA (r {args.lora_r}), {rows:,} in "
+        f"{model.matrices} x {len(code_ids):,} rows of code tokens ({(lora + rows) / model.parameters:.2%})"
+    )
+    longest, answer = int(train.lengths.max()), int(train.answers.max())
+    added = max(0, len(tokenizer) - model.vocabulary)
+
+    def need(batch: int) -> float:
+        return expected_memory(
+            model, lora + rows, added, batch, longest, answer, 2 if args.bf16 or args.fp16 else 4, args.load_in_4bit,
+            args.gradient_checkpointing, int(os.environ.get("WORLD_SIZE", "1")), sharding(),
+        ).total  # fmt: skip
+
+    micro = args.micro_batch_size or args.batch_size
+    if device.type == "cuda":
+        import torch
+
+        room = torch.cuda.get_device_properties(device).total_memory
+        if not args.micro_batch_size:
+            fits = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0 and need(n) <= 0.92 * room]
+            micro = max(fits, default=1)
+        say(f"expected memory per GPU: {need(micro) / GIB:.1f} of {room / GIB:.1f} GiB at {micro} x {longest} tokens")
+        if need(micro) > room:
+            say("that is more than it has: configs/fsdp2.yaml, --load_in_4bit or a lower --max_length with --skip_long")
+    else:
+        say(f"expected memory: {need(micro) / GIB:.1f} GiB at {micro} x {longest} tokens, on the CPU")
+    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint)
+
+
+def sharding() -> str:
+    """What `accelerate launch` asked for: ddp, fsdp, zero2 or zero3."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
+    return "ddp"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    passes = args.batch_size // plan.micro_batch * args.gradient_accumulation
+    every: dict[str, Any] = (
+        {
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "eval_steps": args.eval_steps,
+            "save_steps": args.eval_steps,
+        }
+        if args.eval_steps
+        else {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    )
+    return TrainingArguments(
+        output_dir=str(args.output_dir / CHECKPOINTS), num_train_epochs=args.epochs, max_steps=args.max_steps or -1,
+        per_device_train_batch_size=plan.micro_batch, gradient_accumulation_steps=passes,
+        per_device_eval_batch_size=args.eval_batch_size or plan.micro_batch, learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=args.warmup_ratio, weight_decay=args.weight_decay, max_grad_norm=1.0,
+        optim="adamw_torch", bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
+        activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
+        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        seed=args.seed, remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True,
+        report_to=args.report_to, average_tokens_across_devices=True, **every,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.monotonic()
+    args = parse_args(argv)
+    device = check_device(args)
+    plan = prepare(args, device)
+    import torch
+    from transformers.trainer_utils import set_seed
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft uses
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    set_seed(args.seed)
+    arguments = training_arguments(args, plan, device)  # opens the process group
+    main_process = arguments.process_index == 0
+    checkpoints = args.output_dir / CHECKPOINTS
+    if plan.checkpoint is None and main_process:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_record(run_plan(args), checkpoints / PLAN)
+    model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0), args, plan.code_ids)
+    collate = Collate(plan.tokenizer.pad_token_id)
+    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed)
+    say(
+        f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
+        f"step; {device}, {str(dtype).removeprefix('torch.')}"
+    )
+    result = trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
+    history, state = trainer.state.log_history, trainer.state
+    best = trainer.evaluate(metric_key_prefix="best")
+
+    folder = args.output_dir / ADAPTERS
+    if main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(folder))
+    sharded = sharding() != "ddp"
+    if not main_process:
+        return
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in the record
+    save_tokenizer(plan.tokenizer, folder, plan.shape)
+    examples = [plan.validation[row] for row in range(min(4, len(plan.validation)))]
+    difference = None
+    if not sharded:
+        trained = probe_logits(trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False), examples, collate)
+        del trainer, model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        loaded = saved_logits(args, folder, plan.tokenizer, dtype, device, examples, collate)
+        difference = float((trained - loaded).abs().max())
+        if not torch.equal(trained, loaded):
+            raise InputError(
+                f"the adapter in {folder} does not reload: its logits differ by {difference:.2e}; keep it not"
+            )
+    record = make_record(
+        vars(args), {path.name: sha256_file(path) for path in (args.train_data, args.val_data)},
+        time.monotonic() - started, device, base_model=args.model_name, base_vocabulary=plan.model.vocabulary,
+        vocabulary=len(plan.tokenizer), codes=plan.codes, processes=arguments.world_size, sharding=sharding(),
+        trained_parameters={
+            "lora": lora_parameters(plan.model, args.lora_r, targets(args)),
+            "rows": row_parameters(plan.model, len(plan.code_ids)),
+        },
+        rows={"train": len(plan.train), "validation": len(plan.validation)},
+        tokens_per_row=round(float(plan.train.lengths.mean()), 1), steps=state.global_step,
+        train_loss=round(float(result.training_loss), 6), validation={key: round(v, 6) for key, v in best.items()},
+        best_step=best_step(history), reload_difference=difference, resumed_from=args.resume_from_checkpoint,
+        history=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
+    )  # fmt: skip
+    write_record(record, folder / RECORD)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    say(f"validation loss {best['best_loss']:.4f}, exact {best['best_exact']:.3f} (step {record['best_step']})")
+    say(f"wrote {folder}" + ("" if sharded else ": reloaded, logits equal to the bit"))
+    say(f"next: python merge_adapter.py --lora_adapter {folder}, then python inference.py --lora_adapter {folder}")
+
+
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """The step with the lowest validation loss."""
+    found = [(entry["eval_loss"], entry["step"]) for entry in history if "eval_loss" in entry]
+    return min(found)[1] if found else None
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="lora_training/train_lora.py", description=__doc__.split("\n")[0])
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model_name", default="meta-llama/Llama-2-7b-hf", help="hub id or local folder")
+    group.add_argument("--train_data", type=Path, default=DATA / "train.json", help="Alpaca rows")
+    group.add_argument("--val_data", type=Path, default=DATA / "validation.json", help="Alpaca rows")
+    group.add_argument("--output_dir", type=Path, default=HERE / "lora_outputs", help="gets lora_adapters/")
+    group.add_argument("--overwrite", action="store_true", help="start anew over an unfinished run")
+    group.add_argument("--resume_from_checkpoint", metavar="DIR|last", help="go on from a checkpoint")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=3.0, help="passes over the training rows")
+    group.add_argument("--max_steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
+    group.add_argument("--batch_size", type=int, default=4, help="rows per process and step")
+    group.add_argument("--gradient_accumulation", type=int, default=1, help="multiplies batch_size, at no memory")
+    group.add_argument(
+        "--micro_batch_size", type=int, default=0, help="rows at once (0: as many as are expected to fit)"
+    )
+    group.add_argument("--eval_batch_size", type=int, default=0, help="rows at once in validation (0: as in training)")
+    group.add_argument("--learning_rate", type=float, default=2e-4, help="peak; cosine decay to 0")
+    group.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="of everything trained")
+    group.add_argument("--max_length", type=int, default=2048, help="tokens per row; longer ones are refused, not cut")
+    group.add_argument("--skip_long", action="store_true", help="leave longer rows out instead")
+    group.add_argument("--eval_steps", type=int, default=0, help="validate and save every so often (0: every epoch)")
+    group.add_argument("--logging_steps", type=int, default=10, help="steps per printed line")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument("--report_to", default="none", help="none, or a logger that transformers knows: tensorboard ...")
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_r", type=int, default=16, help="rank")
+    group.add_argument("--lora_alpha", type=int, default=32, help="scale times rank")
+    group.add_argument("--lora_dropout", type=float, default=0.05, help="on the adapters' inputs")
+    group.add_argument("--lora_target", default="all-linear", help="all-linear, or names: q_proj,v_proj")
+    group = parser.add_argument_group("precision and memory")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (default: where the GPU knows it)"
+    )
+    kind.add_argument("--fp16", action="store_true", help="float16, for GPUs without bfloat16")
+    group.add_argument("--load_in_4bit", action="store_true", help="QLoRA: frozen weights in nf4")
+    group.add_argument(
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="recompute layers (default: on a GPU)"
+    )
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "gradient_accumulation", "lora_r", "lora_alpha", "max_length", "logging_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    for name in ("max_steps", "micro_batch_size", "eval_batch_size", "eval_steps", "seed", "weight_decay"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be 0 or more, got {getattr(args, name)}")
+    for name in ("warmup_ratio", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
+    if not args.epochs > 0 or not args.learning_rate > 0:
+        parser.error(f"--epochs and --learning_rate must be above 0, got {args.epochs} and {args.learning_rate}")
+    if args.micro_batch_size and args.batch_size % args.micro_batch_size:
+        parser.error(f"--micro_batch_size {args.micro_batch_size} does not divide --batch_size {args.batch_size}")
+    return args
+
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "lora_data"
+
+if __name__ == "__main__":
+    run_command(main)
