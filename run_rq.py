@@ -82,7 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--act", choices=["tanh", "relu", "gelu", "identity"], default="tanh", help="activation")
     group.add_argument("--tf_layers", type=int, default=1, help="transformer blocks over the L positions")
     group.add_argument("--att_head", type=int, default=4, help="attention heads of those blocks")
-    group.add_argument("--decoder", default="conve", help="conve, distmult, ... (model/decoders.py)")
+    group.add_argument("--decoder", choices=["conve", "distmult", "complex", "tucker", "mlp"], default="conve",
+                       help="how codes of head, relation and tail make a score (Eq. 6)")  # fmt: skip
     group.add_argument("--decoder_drop", type=float, help="dropout of the decoder (default: the decoder's own)")
     group.add_argument("--graph_backend", choices=["auto", "fused", "dgl", "torch"], default="auto",
                        help="who sums over neighbours; all give the same result")  # fmt: skip
@@ -372,23 +373,23 @@ def train(args: argparse.Namespace) -> None:
         )
     inputs = dict(kg.input_hashes)
     if args.text_emb is not None:
-        inputs["text_emb"] = sha256_file(args.text_emb)
+        inputs[args.text_emb.name] = sha256_file(args.text_emb)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    seed_everything(args.seed)
+    try:
+        model = RQGCN(kg.num_entities, kg.num_relations, **model_arguments(args, text))
+    except ValueError as error:
+        raise InputError(f"these flags do not fit together: {error}") from error
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}, "
+        f"neighbours summed by {resolve_backend(args.graph_backend, device)}"
+    )
 
     with only_run(checkpoint.with_suffix(".lock")), only_run(files.codes.with_suffix(".lock")):
         for killed in [*checkpoint.parent.glob(f".{checkpoint.name}.*.tmp"), *files.codes.parent.glob(f".{stem}*.tmp")]:
             killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
         now = comparable(plain, inputs)
         stored = check_existing(args, checkpoint, files, now)
-        seed_everything(args.seed)
-        try:
-            model = RQGCN(kg.num_entities, kg.num_relations, **model_arguments(args, text))
-        except ValueError as error:
-            raise InputError(f"these flags do not fit together: {error}") from error
-        print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}, "
-            f"neighbours summed by {resolve_backend(args.graph_backend, device)}"
-        )
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
         trainer = Trainer(kg, model, settings, checkpoint, model_arguments(args, text), now, text, device)
         if stored is not None:
@@ -423,7 +424,7 @@ def fit_until_stopped(trainer: Trainer, checkpoint: Path) -> None:
         trainer.fit()
     except (KeyboardInterrupt, SystemExit) as stop:
         if checkpoint.exists() and trainer.epoch:
-            where = f"epoch {trainer.epoch} is in {checkpoint}; go on with --restore, dump it with --restore --dump_only"
+            where = f"epoch {trainer.epoch} is saved in {checkpoint}; --restore goes on, --restore --dump_only dumps"
         else:
             where = "no epoch was finished, nothing is saved"
         print(f"stopped: {where}", file=sys.stderr)

@@ -269,7 +269,7 @@ class Trainer:
             self.history.append(row)
             self.report(format_epoch(row))
             self.save()
-        if self.best is None:
+        if self.best is None and self._finished():
             self._start_epoch(Phase(1.0, "codes"))
             self._validate("codes")
             self.save()
