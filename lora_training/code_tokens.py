@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,6 +88,15 @@ def refuse_other_codes(ours: Mapping[str, Any], theirs: Mapping[str, Any], our_n
 
 
 # ---------------------------------------------------------------- base models
+
+
+def quiet_libraries() -> None:
+    """No progress bars of transformers', and no warnings about names that only peft can change."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def check_model_name(name: str) -> None:

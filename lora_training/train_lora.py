@@ -23,7 +23,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +41,7 @@ from lora_training.code_tokens import (
     load_base,
     load_config,
     load_tokenizer,
+    quiet_libraries,
     read_codes_info,
     refuse_other_codes,
     reload_check,
@@ -516,11 +516,8 @@ def main(argv: list[str] | None = None) -> None:
     plan = prepare(args, device)
     import torch
     from transformers.trainer_utils import set_seed
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft uses
+    quiet_libraries()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     set_seed(args.seed)
     arguments = training_arguments(args, plan, device)  # opens the process group
