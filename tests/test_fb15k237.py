@@ -1,4 +1,4 @@
-"""On the real FB15k-237 (slow; skipped where data/FB15k-237 is missing): the integers carry the graph, shuffled they do not."""
+"""On the real FB15k-237 (slow; skipped without data/FB15k-237): the integers carry the graph, shuffled they do not."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ pytestmark = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three short epochs without the graph encoder, two of them with codes."""
     out = tmp_path_factory.mktemp("fb15k237")
-    flags = ["--dataset", str(FOLDER), "--seq_len", "4", "--decoder", "distmult", "--gcn_layers", "0", "--tf_layers", "0",
-             "--lr", "0.005", "--epoch", "3", "--device", "cpu",
+    flags = ["--dataset", str(FOLDER), "--seq_len", "4", "--decoder", "distmult", "--gcn_layers", "0", "--tf_layers",
+             "0", "--lr", "0.005", "--epoch", "3", "--device", "cpu",
              "--out_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]  # fmt: skip
     run_rq.train(run_rq.parse_args(flags))
     return out
