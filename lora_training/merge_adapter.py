@@ -21,8 +21,15 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lora_training.code_tokens import (
-    RECORD, Saved, check_base, load_adapted, quiet_libraries, read_saved, save_tokenizer, token_ids,
-)  # fmt: skip
+    RECORD,
+    Saved,
+    check_base,
+    load_adapted,
+    quiet_libraries,
+    read_saved,
+    save_tokenizer,
+    token_ids,
+)
 from run_record import CommandParser, InputError, make_record, run_command, sha256_file, write_json
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ record. The saved adapter is read back and must give bit-equal logits, or the sc
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import shutil
@@ -316,6 +317,23 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
     return adapted
 
 
+def check_ranks(model: PeftModel) -> None:
+    """RuntimeError unless all processes hold the same trained parameters, bit for bit (none of them sharded)."""
+    import torch
+
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, digest.hexdigest())
+    if len(set(found)) > 1:
+        raise RuntimeError("the processes hold different weights after training: a step did not reach all of them")
+    say(f"{len(found)} processes hold the same weights")
+
+
 def probe_logits(model: Any, examples: list[Example], collate: Collate) -> torch.Tensor:
     """Logits [N, V] at the answer tokens of a few rows, on the CPU, without dropout."""
     import torch
@@ -535,6 +553,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     result = trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     history, state = trainer.state.log_history, trainer.state
+    sharded = sharding() in ("fsdp", "zero3")
+    if not sharded:
+        check_ranks(model)
     best = trainer.evaluate(metric_key_prefix="best")
 
     folder = args.output_dir / ADAPTERS
@@ -542,7 +563,6 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(folder))
-    sharded = sharding() != "ddp"
     if not main_process:
         return
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in the record
