@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.knowledge_graph import KnowledgeGraph
-from model.message_passing import RelationalGraph
+from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
 from model.RQGCN import RQGCN
 from run_record import ROOT, load_torch, read_json

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from data.knowledge_graph import KnowledgeGraph
 from model.CompGCN import CompGCNLayer, Encoded
-from model.message_passing import RelationalGraph, compose_sum, import_dgl, resolve_backend
+from model.message_passing import compose_sum, resolve_backend
+from model.relational_graph import RelationalGraph, import_dgl
 from run_record import ROOT, CommandParser, InputError, make_record, run_command, write_json
 
 REFERENCE = "matrix product per edge (DGL function)"

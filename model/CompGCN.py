@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.message_passing import COMPOSITIONS, RelationalGraph, compose_sum
+from model.message_passing import COMPOSITIONS, compose_sum
+from model.relational_graph import RelationalGraph
 from run_record import InputError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

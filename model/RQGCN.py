@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.CompGCN import CompGCN
 from model.decoders import make_decoder
-from model.message_passing import RelationalGraph
+from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
 
 

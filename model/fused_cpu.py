@@ -25,7 +25,7 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.message_passing import EdgeSet
+from model.relational_graph import EdgeSet
 
 MAX_SEGMENTS = 16
 MIN_SEGMENT_EDGES = 8192  # fewer are not worth a hand-over to another thread

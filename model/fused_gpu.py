@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.message_passing import EdgeSet, Rows
+from model.relational_graph import EdgeSet, Rows
 
 SEGMENT = 128  # edges summed by one program
 TILE = 8  # edges fetched together

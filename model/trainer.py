@@ -21,8 +21,8 @@ from tqdm import tqdm
 from data.knowledge_graph import KnowledgeGraph
 from model.evaluation import evaluate_codes, evaluate_vectors
 from model.losses import LOSSES, gather_targets
-from model.message_passing import RelationalGraph
 from model.precision import matmul_precision
+from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
 from run_record import InputError, save_torch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.CompGCN import CompGCN, CompGCNLayer
-from model.message_passing import RelationalGraph
+from model.relational_graph import RelationalGraph
 from run_record import InputError
 from tests.test_message_passing import BACKENDS, INSTALLED, random_edges, relative
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.message_passing import EdgeSet, RelationalGraph, compose_sum, resolve_backend
+from model.message_passing import compose_sum, resolve_backend
+from model.relational_graph import EdgeSet, RelationalGraph
 from run_record import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +217,8 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
 ON_TRITON = """
 import torch
 from model.fused_gpu import FusedSum
-from model.message_passing import EdgeSet, compose_sum
+from model.message_passing import compose_sum
+from model.relational_graph import EdgeSet
 from tests.test_message_passing import random_edges, relative
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -258,7 +260,8 @@ for name in {blocked!r}:
     sys.modules[name] = None  # an import of it now raises ImportError
 import torch
 from model.CompGCN import CompGCN
-from model.message_passing import RelationalGraph, resolve_backend
+from model.message_passing import resolve_backend
+from model.relational_graph import RelationalGraph
 from run_record import InputError
 
 triples = torch.tensor([[0, 0, 1], [2, 1, 0]])

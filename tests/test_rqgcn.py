@@ -11,7 +11,7 @@ from conftest import CODE_DIM, SHAPE, D, K, L, M, Q, R, books_of, make_model  # 
 
 from data.knowledge_graph import KnowledgeGraph
 from model.evaluation import evaluate_codes, evaluate_vectors, shuffled
-from model.message_passing import RelationalGraph
+from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, CodeScorer, scorer_of
 
 DECODERS = ["conve", "distmult", "complex", "tucker", "mlp"]

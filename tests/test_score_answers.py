@@ -159,6 +159,10 @@ def test_the_threshold_comes_from_validation_never_from_test() -> None:
     assert found["test"]["precision"] == 1 and found["test"]["recall"] == pytest.approx(5 / 7)
     alone = report(test)["triple_classification"]["test"]
     assert alone["threshold"] == 0 and alone["threshold_from"] == "none"
+    free = [
+        one | {"decode": "free", "scores": [-1.0, 0.0]} for one in validation
+    ]  # always False, and wrong half the time
+    assert report([*free, *test])["triple_classification"]["test"]["threshold"] == 0
     failed = report([*validation, judged(0, "test", True, None), judged(1, "test", True, 9.0)])
     counts = failed["triple_classification"]["test"]
     assert counts["parse_failures"] == 1 and counts["accuracy"] == 0.5

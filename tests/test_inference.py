@@ -1,0 +1,433 @@
+"""Answers of a tiny LLaMA with an adapter: likelihoods by hand, resumed bytes, searches, free text, refused inputs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
+from Class.codes import load_codes
+from Class.instructions import read_rows
+from data.knowledge_graph import KnowledgeGraph
+from lora_training import inference
+from lora_training.code_tokens import (
+    RECORD,
+    CodeShape,
+    add_code_tokens,
+    load_adapted,
+    load_base,
+    load_tokenizer,
+    read_codes_info,
+    read_saved,
+    resize_model,
+    save_tokenizer,
+    trainable_rows,
+)
+from lora_training.inference import Listed, candidate_lines, listed_candidates, read_numbered, reads_as
+from lora_training.make_tiny_base import train_tokenizer
+from lora_training.prompts import encode_answer, encode_prompt, prompt_text
+from run_record import ROOT, InputError, read_json, write_json
+from tests.test_gen_lp import export
+from tests.test_instructions import write_codes
+
+SHAPE = (3, 8, 2)  # L, K, Q
+Rows = list[dict[str, Any]]
+
+
+class World(NamedTuple):
+    """Data, base model and adapters of one tiny graph."""
+
+    folder: Path
+    kg: KnowledgeGraph
+    codes: Path
+    mix: Path  # lora_data of all tasks, with codes
+    named: Path  # the same of link prediction and classification, without codes
+    base: Path
+    adapter: Path
+    named_adapter: Path
+
+
+def save_adapter(base: Path, data: Path, folder: Path) -> Path:
+    """An untrained adapter whose B and new rows are drawn, so that it changes every logit."""
+    from peft import LoraConfig, get_peft_model
+
+    info = read_codes_info(data / "train.json")
+    tokenizer = load_tokenizer(str(base))
+    size = len(tokenizer)
+    shape = None if info["file"] is None else CodeShape(info["num_code"], info["num_quantizers"])
+    ids = add_code_tokens(tokenizer, shape)
+    model = load_base(str(base), torch.float32)
+    resize_model(model, tokenizer, 0)
+    rows = trainable_rows(model, ids) if ids else None
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", trainable_token_indices=rows, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(5)
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad:
+            weight.data = torch.randn_like(weight) * (0.5 if "lora" in name else 1.0)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    save_tokenizer(tokenizer, folder, shape)
+    record = {"codes": info, "base_model": str(base), "base_vocabulary": size, "vocabulary": len(tokenizer)}
+    write_json(record, folder / RECORD)
+    return folder
+
+
+def save_base(folder: Path, texts: list[str], size: int) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(texts, size)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, ring: Path, ring_kg: KnowledgeGraph) -> World:
+    folder = tmp_path_factory.mktemp("lora")
+    codes = write_codes(ring, folder / "codes", SHAPE)
+    lists = export(ring_kg, folder, count=6)
+    mix, named = folder / "lora_data", folder / "named_data"
+    for out, words in ((mix, ["--codes", str(codes)]), (named, ["--no_codes"])):
+        words = [*words, "--dataset", str(ring), "--out_dir", str(out)]
+        gen_lp_data_rq.main([*words, "--candidates", str(lists["valid"]), str(lists["test"])])
+        gen_fb_data_rq.main([*words, "--neg_ratio", "1", "--task_only"])
+        gen_entity_data_rq.main(words)
+        build_mix.main(["--out_dir", str(out)])
+    texts = [prompt_text(row) + row["output"] for row in read_rows(named / "train.json")]
+    base = save_base(folder / "base", texts, 400)
+    adapters = [save_adapter(base, data, folder / name) for data, name in ((mix, "adapter"), (named, "named_adapter"))]
+    return World(folder, ring_kg, codes, mix, named, base, adapters[0], adapters[1])
+
+
+def run(world: World, out: Path, *words: str | Path, data: Path | None = None, adapter: Path | None = None) -> Rows:
+    """inference.py over the test tasks of ``data``; the lines of answers.jsonl."""
+    data, adapter = data or world.mix, adapter or world.adapter
+    flags = [
+        "--lora_adapter",
+        adapter,
+        "--test_data",
+        data / "test_tasks.json",
+        "--output",
+        out / "inference_results.json",
+    ]
+    inference.main([str(word) for word in (*flags, "--device", "cpu", "--max_new_tokens", "6", *words)])
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scored(world: World) -> tuple[Path, Rows]:
+    out = world.folder / "scored"
+    return out, run(world, out, "--base_model", world.base)
+
+
+def of(answers: Rows, task: str, split: str = "test") -> Rows:
+    return [answer for answer in answers if answer["task_type"] == task and answer["split"] == split]
+
+
+def rows_by_id(data: Path, stem: str = "test_tasks") -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in read_rows(data / f"{stem}.json")}
+
+
+def likelihoods(model: Any, tokenizer: Any, row: dict[str, Any], answers: list[str]) -> np.ndarray:
+    """log P of each answer's text, without its end token, by one forward each."""
+    prompt, found = encode_prompt(row, tokenizer), []
+    for answer in answers:
+        ids = encode_answer(answer, tokenizer, end=False)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+        found.append(float(logits.log_softmax(-1)[torch.arange(len(ids)), ids].sum()))
+    return np.array(found)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def test_scores_are_the_likelihoods_of_the_unmerged_adapter(world: World, scored: tuple[Path, Rows]) -> None:
+    saved = read_saved(world.adapter)
+    model, rows = load_adapted(saved, str(world.base), torch.float32), rows_by_id(world.mix)
+    codes = load_codes(world.codes).numpy()
+    ranked = of(scored[1], "link_prediction")
+    assert len(ranked) == 2 * len(world.kg.test) and all(answer["tokens"] is None for answer in ranked)
+    for answer in ranked[:4]:
+        row = rows[answer["id"]]
+        texts = []
+        for name in row["candidates"]:
+            pairs = codes[world.kg.entities.index(name)].tolist()
+            texts.append("1. <CODE>" + "".join(f"Q0_{a}Q1_{b}" for a, b in pairs) + "</CODE>")
+        expected = likelihoods(model, saved.tokenizer, row, texts)
+        found = np.array(answer["scores"])
+        assert np.allclose(found - found[0], expected - expected[0], atol=1e-3), "up to what all candidates share"
+        best = [texts[i] for i in np.argsort(-expected)[:3]]
+        assert answer["text"].split("\n") == [f"{n}. {text[3:]}" for n, text in enumerate(best, 1)]
+        assert answer["candidates"] == row["candidates"] and answer["candidate_rank"] == row["candidate_rank"]
+    for answer in of(scored[1], "triple_classification")[:6]:
+        expected = likelihoods(model, saved.tokenizer, rows[answer["id"]], ["True", "False"])
+        assert np.allclose(answer["scores"], expected, atol=1e-3) and answer["candidates"] == ["True", "False"]
+
+
+def test_every_row_is_answered_once_and_validation_where_it_decides(world: World, scored: tuple[Path, Rows]) -> None:
+    out, answers = scored
+    assert sorted(a["id"] for a in answers if a["split"] == "test") == sorted(rows_by_id(world.mix))
+    of_validation = {a["task_type"] for a in answers if a["split"] == "validation"}
+    assert of_validation == {"triple_classification", "validate_triple"}
+    results = read_json(out / "inference_results.json", "results")
+    assert [a["id"] for a in results["answers"] if a["split"] == "test"] == list(rows_by_id(world.mix)), (
+        "the file's order"
+    )
+    metrics = results["metrics"]
+    assert metrics["triple_classification"]["test"]["threshold_from"] == "validation"
+    assert metrics["link_prediction"]["test"]["count"] == len(of(answers, "link_prediction"))
+    assert "validation" not in metrics["link_prediction"] and results["codes"]["file"] == world.codes.name
+    assert {"exact_match", "parse_failure_rate"} <= metrics["hidden_level"]["test"].keys()
+
+
+def test_names_are_scored_through_their_end_and_chosen_on_validation(world: World) -> None:
+    answers = run(world, world.folder / "named", data=world.named, adapter=world.named_adapter)
+    saved = read_saved(world.named_adapter)
+    model, rows = load_adapted(saved, str(world.base), torch.float32), rows_by_id(world.named)
+    ranked = of(answers, "link_prediction")
+    uneven = [answer for answer in ranked if answer["tokens"] is not None]
+    assert uneven and of(answers, "link_prediction", "validation")
+    for answer in uneven[:3]:
+        row = rows[answer["id"]]
+        lines = row["instruction"].split("Candidates:\n")[1].split("\n")[:-1]
+        expected = likelihoods(model, saved.tokenizer, row, [f"1. {line}\n" for line in lines])
+        found = np.array(answer["scores"])
+        assert np.allclose(found - found[0], expected - expected[0], atol=1e-3)
+        lengths = [len(encode_answer(f"1. {line}\n", saved.tokenizer, end=False)) for line in lines]
+        assert np.ptp(np.array(lengths) - np.array(answer["tokens"])) == 0, "all but what they share"
+    metrics = read_json(world.folder / "named" / "inference_results.json", "results")["metrics"]["link_prediction"]
+    best = max(("sum", "mean"), key=lambda way: metrics["validation"][f"by_{way}"]["mrr"])
+    assert metrics["test"]["mrr"] == metrics["test"][f"by_{best}"]["mrr"]
+
+
+def test_a_merged_model_answers_alike(world: World, scored: tuple[Path, Rows]) -> None:
+    saved, merged = read_saved(world.adapter), world.folder / "merged"
+    load_adapted(saved, str(world.base), torch.float32).merge_and_unload().save_pretrained(merged)
+    save_tokenizer(saved.tokenizer, merged, saved.shape)
+    write_json(saved.record, merged / RECORD)
+    out = world.folder / "from_merged"
+    flags = [
+        "--base_model",
+        merged,
+        "--test_data",
+        world.mix / "test_tasks.json",
+        "--output",
+        out / "r.json",
+        "--limit",
+        20,
+    ]
+    inference.main([str(word) for word in (*flags, "--max_new_tokens", 6, "--device", "cpu")])
+    found = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    expected = {(answer["split"], answer["id"]): answer for answer in scored[1]}
+    assert any(answer["scores"] for answer in found)
+    for answer in found:
+        if answer["scores"]:
+            assert np.allclose(answer["scores"], expected[answer["split"], answer["id"]]["scores"], atol=1e-3)
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    world: World, scored: tuple[Path, Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (scored[0] / "answers.jsonl").read_bytes()
+    plan = (scored[0] / "answers.jsonl.plan.json").read_bytes()
+    lines = len(whole.splitlines())
+    computed: list[int] = []
+    answer = inference.Answerer.answer
+
+    def counted(self: inference.Answerer, rows: Rows) -> Rows:
+        computed.append(len(rows))
+        return answer(self, rows)
+
+    monkeypatch.setattr(inference.Answerer, "answer", counted)
+    for share in (0.37, 0.9):  # somewhere within a line, and within a batch
+        (tmp_path / "answers.jsonl").write_bytes(whole[: int(share * len(whole))])
+        (tmp_path / "answers.jsonl.plan.json").write_bytes(plan)
+        computed.clear()
+        run(world, tmp_path, "--base_model", world.base)
+        assert (tmp_path / "answers.jsonl").read_bytes() == whole
+        assert 0 < sum(computed) < lines, "what was answered is not answered again"
+    monkeypatch.setattr(inference, "load_model", lambda *_: pytest.fail("everything was answered"))
+    run(world, tmp_path, "--base_model", world.base)
+    again, first = (read_json(folder / "inference_results.json", "results") for folder in (tmp_path, scored[0]))
+    assert again["answers"] == first["answers"] and again["metrics"] == first["metrics"]
+    with pytest.raises(InputError, match=r"answers of another run \(beams 20 before, 3 now\)"):
+        run(world, tmp_path, "--base_model", world.base, "--beams", "3")
+
+
+# ---------------------------------------------------------------- searches
+
+
+def test_a_wide_search_over_the_candidates_is_scoring(world: World, scored: tuple[Path, Rows], tmp_path: Path) -> None:
+    expected = {answer["id"]: answer["scores"] for answer in of(scored[1], "link_prediction")}
+    data = world.mix / "link_prediction"
+    for answer in run(world, tmp_path, "--decode", "constrained", data=data):
+        assert np.allclose(answer["scores"], expected[answer["id"]], atol=1e-3)
+    narrow = run(world, tmp_path, "--decode", "constrained", "--beams", "2", "--overwrite", data=data)
+    assert all(sum(score is not None for score in answer["scores"]) == 2 for answer in narrow)
+
+
+def test_all_entities_are_searched_and_known_answers_left_out(
+    world: World, ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, kg = world.mix / "link_prediction", world.kg
+    words = ["--decode", "constrained_all", "--dataset", ring, "--codes", world.codes, "--limit", "6"]
+    answers = run(world, tmp_path, *words, "--beams", str(kg.num_entities), data=data)
+    saved = read_saved(world.adapter)
+    model, rows = load_adapted(saved, str(world.base), torch.float32), rows_by_id(data)
+    codes = load_codes(world.codes).numpy()
+    texts = ["1. <CODE>" + "".join(f"Q0_{a}Q1_{b}" for a, b in row) + "</CODE>" for row in codes.tolist()]
+    facts = {tuple(kg_row) for split in ("train", "valid") for kg_row in kg.split(split).tolist()}
+    for answer in answers[:2]:
+        row = rows[answer["id"]]
+        head, relation, tail = row["triple"]
+        r, given = kg.relations.index(relation), kg.entities.index(head if row["direction"] == "tail" else tail)
+        truth = tail if row["direction"] == "tail" else head
+        old = {
+            name for e, name in enumerate(kg.entities)
+            if ((given, r, e) if row["direction"] == "tail" else (e, r, given)) in facts
+        } - {truth}  # fmt: skip
+        scores = dict(zip(kg.entities, likelihoods(model, saved.tokenizer, row, texts), strict=True))
+        assert set(answer["candidates"]) == set(kg.entities) - old
+        found = dict(zip(answer["candidates"], answer["scores"], strict=True))
+        assert all(abs(found[name] - scores[name]) < 1e-3 for name in found)
+        assert answer["truth"][0] == truth and answer["candidate_rank"] is None
+        assert answer["scores"] == sorted(answer["scores"], reverse=True)
+    other = write_codes(ring, tmp_path / "other", (3, 8, 2))
+    codes_of = torch.load(other, weights_only=True)
+    assert torch.equal(codes_of, load_codes(world.codes)), "the same file again: the hash decides, not the path"
+    different = write_codes(ring, tmp_path / "different", (2, 8, 2))
+    monkeypatch.setattr(inference, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match="use data and adapter of one run"):
+        run(world, tmp_path / "x", "--decode", "constrained_all", "--dataset", ring, "--codes", different, data=data)
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_free_text_is_read_or_counted(world: World, tmp_path: Path) -> None:
+    run(world, tmp_path, "--decode", "free")
+    metrics = read_json(tmp_path / "inference_results.json", "results")["metrics"]
+    for task in ("link_prediction", "triple_classification"):
+        counts = metrics[task]["test"]
+        assert counts["parse_failures"] == counts["count"] > 0, "six tokens of a random model are no answer"
+    assert metrics["link_prediction"]["test"]["mrr"] == 0 and metrics["triple_classification"]["test"]["accuracy"] == 0
+
+
+def test_what_counts_as_an_answer() -> None:
+    listed = [Listed("a", "<CODE>Q0_1</CODE>"), Listed("b", "<CODE>Q0_2</CODE>"), Listed("c", "<CODE>Q0_1</CODE>")]
+    first, second = "<CODE>Q0_1</CODE>", "<CODE>Q0_2</CODE>"
+    assert read_numbered(f"1. {second}\n2. {first}\n3. {second}", listed) == [-1, 0, -1]
+    assert read_numbered(f"1. {first}\nnonsense", listed) == [0, None, 0]
+    assert read_numbered(f"1. <CODE>Q0_3</CODE>\n2. {first}", listed) is None and read_numbered("", listed) is None
+
+    def row(output: str, **more: Any) -> dict[str, Any]:
+        return {"id": "x", "output": output, **more}
+
+    entity = "<ENT>a b</ENT> <CODE>Q0_1Q1_2</CODE>"
+    for output, right, wrong in (
+        (first, "<CODE>Q0_7</CODE>", "<CODE>Q0_7|Q0_1</CODE>"), (entity, entity.replace("a b", "c"), "a b"),
+        ("Q1_3", "Q0_12", "Q0_1 "  "Q1_2"), ("2 of 4", " 0 of 4\n", "two"), ("some name", "another", "  "),
+    ):  # fmt: skip
+        assert reads_as(row(output), right) and not reads_as(row(output), wrong)
+    prompt = "x\nCandidates:\n<ENT>a b</ENT> <CODE>Q0_1</CODE>\n<ENT>c</ENT> <CODE>Q0_2</CODE>\nName it."
+    nearer = row("c", candidates=["1", "2"], instruction=prompt)
+    assert listed_candidates(nearer) == [Listed("a b", first), Listed("c", second)]
+    assert reads_as(nearer, "a b") and not reads_as(nearer, "d")
+    with pytest.raises(InputError, match="row x has 3 candidates, its prompt lists 2"):
+        listed_candidates(nearer | {"candidates": ["1", "2", "3"]})
+    bare = row("c", candidates=["1", "2"], instruction="Candidates:\na b\nc\nGive.")
+    assert listed_candidates(bare) == [Listed("a b", "a b"), Listed("c", "c")]
+
+
+def test_the_line_of_a_name_ends_and_that_of_codes_has_ended(world: World) -> None:
+    tokenizer = read_saved(world.adapter).tokenizer
+    names = candidate_lines([Listed("a", "a"), Listed("a b", "a b")], tokenizer)
+    newline = encode_answer("\n", tokenizer, end=False)[-1]
+    assert all(line[-1] == newline for line in names) and len(names[0]) < len(names[1])
+    assert candidate_lines([Listed("a", "a")], tokenizer)[0][-1] == tokenizer.eos_token_id
+    coded = candidate_lines([Listed("a", "<CODE>Q0_1Q1_1</CODE>")], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(coded[0][-4:]) == ["<CODE>", "Q0_1", "Q1_1", "</CODE>"]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_one_line_before_the_weights(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_model", "load_base", "load_adapted"):
+        monkeypatch.setattr(inference, name, lambda *_: pytest.fail("weights were loaded"))
+    test = ["--test_data", world.mix / "test_tasks.json", "--output", tmp_path / "r.json"]
+    adapter = ["--lora_adapter", world.adapter]
+    other_base = save_base(tmp_path / "other_base", ["few words " * 9], 300)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for file in world.adapter.iterdir():
+        (foreign / file.name).write_bytes(file.read_bytes())
+    load_tokenizer(str(other_base)).save_pretrained(foreign)
+    other_codes = tmp_path / "other_codes"
+    other_codes.mkdir()
+    for file in world.adapter.iterdir():
+        (other_codes / file.name).write_bytes(file.read_bytes())
+    record = read_json(world.adapter / RECORD, "record")
+    record["codes"]["sha256"] = "0" * 64
+    write_json(record, other_codes / RECORD)
+    long = tmp_path / "long"
+    long.mkdir()
+    row = next(row for row in read_rows(world.mix / "test_tasks.json"))
+    write_json([row | {"instruction": "word " * 3000, "task_type": "other", "truth": ["x"]}], long / "test_tasks.json")
+    (long / "test_tasks.json").write_text("[\n" + json.dumps(row | {
+        "instruction": "word " * 3000, "task_type": "other", "truth": ["x"]}) + "\n]\n")  # fmt: skip
+    (long / "dataset_stats.json").write_bytes((world.mix / "dataset_stats.json").read_bytes())
+    cases: list[tuple[list[Any], str]] = [
+        ([*test], "no model given"),
+        (["--lora_adapter", tmp_path / "none", *test], "none does not exist"),
+        (["--base_model", tmp_path / "none", *test], "none does not exist"),
+        (["--lora_adapter", foreign, *test], "replaced by another vocabulary"),
+        ([*adapter, "--base_model", other_base, *test], "token rows"),
+        (["--lora_adapter", other_codes, *test], "use data and adapter of one run"),
+        ([*adapter, "--test_data", tmp_path / "none.json"], "none.json does not exist"),
+        ([*adapter, *test, "--val_data", tmp_path / "none.json"], "none.json does not exist"),
+        ([*adapter, "--test_data", world.named / "test_tasks.json"], "no codes"),
+        (["--base_model", world.base, *test], "knows no codes"),
+        ([*adapter, "--test_data", long / "test_tasks.json"], "nothing is truncated"),
+        ([*adapter, *test, "--device", "cuda:77"], "cuda:77 is not there"),
+    ]
+    for words, message in cases:
+        with pytest.raises(InputError, match=re.escape(message)) as error:
+            inference.main([str(word) for word in words])
+        assert "\n" not in str(error.value)
+    for words, message in (([*adapter, *test, "--beams", 0], "--beams must be 1"), ([*test, "--codes", "x"], "alone")):
+        with pytest.raises(SystemExit) as end:
+            inference.main([str(word) for word in words])
+        assert end.value.code == 2, message
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import runpy, sys\nsys.argv = ['inference.py', '--help']\n"
+        "try: runpy.run_path('inference.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print('heavy:', sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()), end.code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "lora_training", capture_output=True, text=True)
+    assert ended.stdout.strip().endswith("heavy: [] 0") and "--lora_adapter" in ended.stdout
