@@ -51,7 +51,7 @@ FREE_ON_RESTORE = {
 }  # fmt: skip
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> CommandParser:
     """The flags of stage 1; those of the original trainer keep their meaning."""
     parser = CommandParser(description=__doc__.split("\n")[0])
 
@@ -140,6 +140,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--top", type=int, help="answers of --predict (default: 10) or --export_candidates (default: 20)"
     )
 
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags; a wrong one ends with one line and exit code 2."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     _check_flags(args, parser)
     return args

@@ -1,0 +1,34 @@
+"""The README's commands exist: each script is there and its flags are the parser's own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+import run_rq
+from model.decoders import DECODERS
+from run_record import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+COMMANDS = [line.split("  #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
+PYTHON = [command for command in COMMANDS if command.startswith("python ") and not command.startswith("python -m")]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(PYTHON) > 12 and "make demo      # set up" in TEXT
+
+
+@pytest.mark.parametrize("command", PYTHON)
+def test_command_exists(command: str) -> None:
+    words = shlex.split(command.replace("$C", ""))
+    assert (ROOT / words[1]).is_file(), f"README.md names {words[1]}, which is not there"
+    if words[1] == "run_rq.py":
+        given = shlex.split(re.search(r'C="([^"]+)"', TEXT)[1]) if "$C" in command else []  # type: ignore[index]
+        run_rq.parse_args([*words[2:], *given])
+
+
+def test_the_parser_offers_every_decoder() -> None:
+    help_text = next(action for action in run_rq.build_parser()._actions if "--decoder" in action.option_strings)
+    assert list(help_text.choices or []) == list(DECODERS)
