@@ -217,7 +217,8 @@ def score_judgements(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
     """Metrics of True/False tasks by split, at the validation threshold and at 0."""
     margins = {split: [margin(answer) for answer in answers] for split, answers in splits.items()}
     labels = {split: [answer["truth"] == [TRUE] for answer in answers] for split, answers in splits.items()}
-    tuned = bool(splits.get("validation"))
+    # a text says True or False and nothing in between: there is no threshold to choose
+    tuned = any(answer["decode"] != "free" for answer in splits.get("validation", []))
     threshold = best_threshold(margins["validation"], labels["validation"]) if tuned else 0.0
     return {
         split: {

@@ -289,7 +289,7 @@ def test_all_entities_are_searched_and_known_answers_left_out(
     world: World, ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, kg = world.mix / "link_prediction", world.kg
-    words = ["--decode", "constrained_all", "--dataset", ring, "--codes", world.codes, "--limit", "6"]
+    words: list[str | Path] = ["--decode", "constrained_all", "--dataset", ring, "--codes", world.codes, "--limit", "6"]
     answers = run(world, tmp_path, *words, "--beams", str(kg.num_entities), data=data)
     saved = read_saved(world.adapter)
     model, rows = load_adapted(saved, str(world.base), torch.float32), rows_by_id(data)
