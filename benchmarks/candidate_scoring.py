@@ -1,0 +1,127 @@
+"""Re-ranking 20 candidates by likelihood: one prefill and branches against a full pass per candidate.
+
+    python benchmarks/candidate_scoring.py [--quick] [--json F]
+    python benchmarks/candidate_scoring.py --model meta-llama/Llama-2-7b-hf --device cuda --dtype bfloat16
+
+A LLaMA with random weights unless --model names one; random prompts and candidates of the lengths of the paper's link
+prediction (L = 16 positions of Q = 4 levels: 66 tokens). The reference reads prompt and candidate anew each time. The
+ways take turns and each keeps its best time; the error is the largest difference of a candidate's log-likelihood.
+Below: the constrained search over as many sequences as FB15k-237 has entities.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_training.candidate_scoring import WAYS, TokenTrie, constrained_beams, score_candidates
+from run_record import CommandParser, make_record, run_command, write_json
+
+REFERENCE = "full"
+
+
+def random_llama(width: int, layers: int, vocabulary: int) -> Any:
+    """A LLaMA of the given size with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
+        num_attention_heads=width // 32, max_position_embeddings=8192,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def timed(way: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds of one call, and what it returns."""
+    start = time.perf_counter()
+    result = way()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def main() -> int:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="prompts of 1,024 tokens alone, one turn, a smaller model")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024, 2048], help="prompt lengths in tokens")
+    parser.add_argument("--candidates", type=int, default=20, help="candidates per prompt")
+    parser.add_argument("--tokens", type=int, default=66, help="tokens per candidate")
+    parser.add_argument("--entities", type=int, default=14_541, help="sequences in the trie of the constrained search")
+    parser.add_argument("--beams", type=int, default=20, help="width of the constrained search")
+    parser.add_argument("--model", metavar="NAME", help="hub id or folder (default: random weights)")
+    parser.add_argument("--width", type=int, default=512, help="D of the random model")
+    parser.add_argument("--layers", type=int, default=6, help="of the random model")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of the random model")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--turns", type=int, default=3, help="of each way, after one that warms up")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and candidates")
+    args = parser.parse_args()
+    if args.quick:
+        args.prompts, args.turns, args.width, args.layers = [1024], 1, 384, 4
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    begun, rng = time.perf_counter(), np.random.default_rng(args.seed)
+    if args.model:
+        from lora_training.code_tokens import load_base
+
+        model: Any = load_base(args.model, getattr(torch, args.dtype))
+    else:
+        model = random_llama(args.width, args.layers, args.vocabulary).to(getattr(torch, args.dtype))
+    model = model.to(args.device).eval()
+    V = model.config.vocab_size
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{args.model or 'random LLaMA'}: {size:,} parameters, {args.dtype}, {args.device}, {args.threads} threads; "
+        f"{args.candidates} candidates of {args.tokens} tokens"
+    )
+    print(f"{'prompt':>7} {'way':12} {'ms':>9} {'ratio':>7} {'error':>9}")
+    rows = []
+    for P in args.prompts:
+        prompt = rng.integers(3, V, P).tolist()
+        candidates = rng.integers(3, V, (args.candidates, args.tokens)).tolist()
+        ways = {way: partial(score_candidates, model, prompt, candidates, way) for way in WAYS}
+        best: dict[str, float] = {}
+        scores = {}
+        for turn in range(args.turns + 1):
+            for way, call in ways.items():
+                if args.quick and turn == 0 and way == REFERENCE:
+                    continue  # the others have warmed up what it uses
+                seconds, scores[way] = timed(call, args.device)
+                if turn:
+                    best[way] = min(best.get(way, float("inf")), seconds)
+        for way, seconds in best.items():
+            error = float((scores[way] - scores[REFERENCE]).abs().max())
+            row = {"prompt": P, "way": way, "ms": seconds * 1e3, "ratio": best[REFERENCE] / seconds, "error": error}
+            print(f"{P:7d} {way:12} {row['ms']:9.1f} {row['ratio']:6.2f}x {error:9.1e}")
+            rows.append(row)
+        codes = rng.integers(3, V, (args.entities, args.tokens)).astype(np.int32)
+        built, trie = timed(partial(TokenTrie, codes), "cpu")
+        seconds, found = timed(partial(constrained_beams, model, prompt, trie, args.beams), args.device)
+        print(
+            f"{P:7d} {'constrained':12} {seconds * 1e3:9.1f}   {args.beams} beams, {args.entities:,} sequences; trie "
+            f"{trie.rows.nbytes / 2**20:.1f} MiB, built in {built * 1e3:.0f} ms"
+        )
+        rows.append({"prompt": P, "way": "constrained", "ms": seconds * 1e3, "trie_mib": trie.rows.nbytes / 2**20,
+                     "trie_ms": built * 1e3, "found": len(found.owners)})  # fmt: skip
+    if args.json:
+        record = make_record(vars(args), {}, time.perf_counter() - begun, args.device, parameters=size, rows=rows)
+        write_json(record, args.json)
+        print(f"wrote {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
