@@ -143,11 +143,11 @@ def rows_by_id(data: Path, stem: str = "test_tasks") -> dict[str, dict[str, Any]
     return {row["id"]: row for row in read_rows(data / f"{stem}.json")}
 
 
-def likelihoods(model: Any, tokenizer: Any, row: dict[str, Any], answers: list[str]) -> np.ndarray:
-    """log P of each answer's text, without its end token, by one forward each."""
+def likelihoods(model: Any, tokenizer: Any, row: dict[str, Any], answers: list[str], end: bool = False) -> np.ndarray:
+    """log P of each answer's text, with or without its end token, by one forward each."""
     prompt, found = encode_prompt(row, tokenizer), []
     for answer in answers:
-        ids = encode_answer(answer, tokenizer, end=False)
+        ids = encode_answer(answer, tokenizer, end)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
         found.append(float(logits.log_softmax(-1)[torch.arange(len(ids)), ids].sum()))
