@@ -72,7 +72,7 @@ def template_texts() -> list[str]:
 # ---------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(texts: Iterator[str] | list[str], vocab_size: int) -> LlamaTokenizer:
+def train_tokenizer(texts: list[str], vocab_size: int) -> LlamaTokenizer:
     """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then what the texts teach."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
@@ -93,7 +93,7 @@ def train_tokenizer(texts: Iterator[str] | list[str], vocab_size: int) -> LlamaT
     return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], legacy=False)
 
 
-def token_stream(texts: Iterator[str], tokenizer: LlamaTokenizer) -> NDArray[np.int32]:
+def token_stream(texts: list[str], tokenizer: LlamaTokenizer) -> NDArray[np.int32]:
     """All documents in one row, each between start and end token."""
     parts = [
         np.array([tokenizer.bos_token_id, *encode_text(text, tokenizer), tokenizer.eos_token_id], dtype=np.int32)
@@ -171,8 +171,10 @@ def main(argv: list[str] | None = None) -> None:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     seed_everything(args.seed)
-    tokenizer = train_tokenizer([*documents(kg, args.seed), *template_texts()], args.vocab_size)
-    stream = token_stream(documents(kg, args.seed), tokenizer)
+    texts = list(documents(kg, args.seed))
+    # often enough that the prompts' words become whole tokens beside the graph's names
+    tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size)
+    stream = token_stream(texts, tokenizer)
     model = build_model(args, len(tokenizer))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(

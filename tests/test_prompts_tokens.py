@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,12 @@ from lora_training.prompts import (
     pad_batch,
     prompt_text,
 )
-from run_record import InputError, write_json
+from run_record import ROOT, InputError, write_json
 
-SHAPE = CodeShape(16, 2)  # ids behind the base's 329 tokens: marks 329..332, Q0_0 333, Q1_0 349
-WORDS = (
-    "Instruction Response Triple classification judge whether following triple knowledge graph holds itself quantized "
-    "codes head tail Head Tail Answer True False has mother Ada Ann Give plausible candidates numbered line"
-).split()
+SHAPE = CodeShape(16, 2)
+TEXT = """Instruction Response Triple classification judge whether following triple knowledge graph holds itself
+quantized codes head tail Head Tail Answer True False has mother Ada Ann Give plausible candidates numbered line"""
+WORDS = TEXT.split()
 CODES = {"Ada": [[5, 9], [0, 15]], "Ann": [[1, 1], [0, 2]]}
 ADA, ANN = (entity_text(name, codes) for name, codes in CODES.items())
 
@@ -78,4 +81,304 @@ def rows() -> dict[str, dict[str, Any]]:
     return {task: {"instruction": i, "input": "", "output": o, "id": task} for task, (i, o) in made.items()}
 
 
-GOLDEN = json.loads((Path(__file__).parent / "GOLDEN").read_text()) if False else {}
+# the literal ids: prompt (every label IGNORED), then answer (every label its own id)
+EXPECTED = {
+    "triple_classification": (
+        "1 259 260 260 260 259 301 61 13 313 259 326 61 259 330 259 336 259 287 383 259 344 259 349 259 282 273 "
+        "259 268 259 357 259 361 259 365 47 259 273 285 282 280 259 287 383 259 349 259 370 259 268 281 271 259 "
+        "273 285 282 280 259 287 383 259 378 259 382 259 282 273 259 367 259 385 259 268 281 271 259 367 259 388 "
+        "49 13 313 61 259 43 414 259 127 259 407 259 409 383 285 259 127 259 415 44 13 391 61 259 446 414 447 259 "
+        "448 455 61 475 127 450 61 481 449 13 394 61 259 446 415 447 259 448 451 61 467 127 450 61 468 449 13 399 "
+        "259 290 366 275 259 401 259 282 285 259 405 49 13 13 260 260 260 259 308 61 13",
+        "259 401 2",
+    ),
+    "link_prediction": (
+        "1 259 260 260 260 259 301 61 13 78 281 282 290 279 272 271 274 272 259 361 259 379 280 419 272 287 276 "
+        "282 281 61 259 283 285 272 271 276 270 287 259 287 383 259 388 259 282 273 259 268 281 259 276 281 379 "
+        "280 419 272 287 272 259 349 259 269 124 259 270 362 282 286 276 281 274 259 268 408 281 274 259 287 383 "
+        "259 435 259 269 272 279 282 290 47 259 272 268 270 275 259 274 276 289 272 281 259 290 366 275 259 367 "
+        "259 378 259 382 49 13 84 288 272 285 124 61 259 43 414 259 127 259 407 259 409 383 285 259 127 259 66 44 "
+        "13 391 61 259 446 414 447 259 448 455 61 475 127 450 61 481 449 13 70 268 281 271 276 271 268 287 272 "
+        "286 61 13 446 415 447 259 448 451 61 467 127 450 61 468 449 13 446 414 447 259 448 455 61 475 127 450 61 "
+        "481 449 13 418 259 287 383 259 382 259 282 273 259 287 383 259 54 259 408 286 287 259 426 259 435 47 259 "
+        "269 272 286 287 259 273 276 285 286 287 47 259 282 281 272 259 442 259 445 259 272 268 270 275 49 13 13 "
+        "260 260 260 259 308 61 13",
+        "259 52 49 259 448 451 61 467 127 450 61 468 449 13 53 49 259 448 455 61 475 127 450 61 481 449 2",
+    ),
+    "name_to_codes": (
+        "1 259 260 260 260 259 301 61 13 418 259 287 383 259 378 259 285 272 283 285 272 286 272 281 386 287 276 "
+        "282 281 259 282 273 259 272 281 287 366 124 259 42 414 42 49 13 13 260 260 260 259 308 61 13",
+        "448 455 475 450 481 449 2",
+    ),
+    "predict_tail": (
+        "1 259 260 260 260 259 301 61 13 78 281 282 290 279 272 271 274 272 259 285 272 268 286 282 281 276 281 "
+        "274 61 259 283 285 272 271 276 270 287 259 287 383 259 280 276 286 286 276 281 274 259 388 49 13 313 61 "
+        "259 43 414 259 127 259 407 259 409 383 285 259 127 259 66 44 13 391 61 259 446 414 447 259 448 455 61 "
+        "475 127 450 61 481 449 13 418 259 287 383 259 388 259 290 366 275 259 367 259 378 259 382 49 13 13 260 "
+        "260 260 259 308 61 13",
+        "446 415 447 259 448 451 61 467 127 450 61 468 449 2",
+    ),
+    "hidden_level": (
+        "1 259 260 260 260 259 301 61 13 70 282 271 272 259 288 281 271 272 285 286 386 281 271 276 281 274 61 "
+        "259 282 281 272 259 381 259 282 273 259 287 383 259 272 281 287 366 124 259 276 286 259 275 276 271 271 "
+        "272 281 259 269 272 275 276 281 271 259 268 259 371 272 286 287 276 282 281 259 280 268 285 278 49 13 72 "
+        "281 287 366 124 61 259 446 414 447 259 448 455 61 66 127 450 61 481 449 13 418 259 287 383 259 275 276 "
+        "271 271 272 281 259 381 49 13 13 260 260 260 259 308 61 13",
+        "475 2",
+    ),
+    "question_answering": (
+        "1 259 260 260 260 259 301 61 13 84 288 272 286 287 276 282 281 61 259 90 406 287 259 276 286 259 446 414 "
+        "447 259 448 455 61 475 127 450 61 481 449 259 444 278 272 271 259 287 282 259 269 124 259 37 407 259 409 "
+        "383 285 37 66 13 81 268 280 272 259 268 279 279 259 268 281 286 290 272 285 286 47 259 282 281 272 259 "
+        "283 272 285 259 445 49 13 13 260 260 260 259 308 61 13",
+        "259 415 2",
+    ),
+}
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_the_tokenizer_of_these_tests(tokenizer: Any) -> None:
+    """What the literal ids below mean: bytes from 3, pieces from 259, codes behind the 446 tokens of the base."""
+    assert len(tokenizer) == 446 + 4 + 2 * 16
+    assert tokenizer.convert_ids_to_tokens([1, 2, 13, 446, 449, 450, 465, 466, 481]) == [
+        "<s>", "</s>", "<0x0A>", "<ENT>", "</CODE>", "Q0_0", "Q0_15", "Q1_0", "Q1_15",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", EXPECTED)
+def test_ids_and_labels_of_each_task(tokenizer: Any, task: str) -> None:
+    row = rows()[task]
+    prompt, answer = ([int(number) for number in part.split()] for part in EXPECTED[task])
+    example = encode_example(row, tokenizer)
+    assert example.input_ids == prompt + answer
+    assert example.labels == [IGNORED] * len(prompt) + answer
+    assert example.prompt_length == len(prompt)
+    assert encode_prompt(row, tokenizer) == prompt and encode_answer(row["output"], tokenizer) == answer
+    assert answer[-1] == tokenizer.eos_token_id and prompt[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(prompt[1:]) == prompt_text(row)
+    assert decode_answer([*answer, 13, 13], tokenizer) == row["output"]
+
+
+def test_the_template() -> None:
+    row = {"instruction": "Do it.", "input": "", "output": "x"}
+    assert prompt_text(row) == "### Instruction:\nDo it.\n\n### Response:\n"
+    assert prompt_text(row | {"input": "this"}) == "### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n"
+
+
+def test_the_prompt_does_not_depend_on_the_answer_and_answers_can_be_begun(tokenizer: Any) -> None:
+    row = rows()["link_prediction"]
+    for output in ("True", " x", "<CODE>", "\n"):
+        example = encode_example(row | {"output": output}, tokenizer)
+        assert example.input_ids[: example.prompt_length] == encode_prompt(row, tokenizer)
+    first = row["output"].split("\n")[0]
+    begun = encode_answer(first, tokenizer, end=False)
+    assert encode_answer(row["output"], tokenizer)[: len(begun)] == begun
+
+
+def test_text_is_never_a_control_token(tokenizer: Any) -> None:
+    row = {"instruction": "Who is <s>Bob</s>?", "output": "a </s> b <unk>"}
+    example = encode_example(row, tokenizer)
+    assert example.input_ids.count(tokenizer.eos_token_id) == 1 == example.input_ids.count(tokenizer.bos_token_id)
+    assert tokenizer.unk_token_id not in example.input_ids
+    assert decode_answer(encode_answer(row["output"], tokenizer), tokenizer) == row["output"]
+    # control: without the protection the name's </s> would be the end token
+    assert tokenizer.eos_token_id in tokenizer(row["instruction"], add_special_tokens=False)["input_ids"]
+
+
+def test_many_at_once_are_the_same_as_one_by_one(tokenizer: Any) -> None:
+    many = list(rows().values()) * 200
+    assert list(encode_examples(many, tokenizer)) == [encode_example(row, tokenizer) for row in many]
+
+
+def test_nothing_is_truncated(tokenizer: Any) -> None:
+    row = rows()["predict_tail"]
+    assert len(encode_example(row, tokenizer, 128).input_ids) == 128
+    with pytest.raises(
+        InputError, match=r"row predict_tail has 128 tokens \(14 in the answer\).*--max_length 128"
+    ) as e:
+        encode_example(row, tokenizer, 127)
+    assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="its answer alone has 14"):
+        encode_example(row, tokenizer, 13)
+    with pytest.raises(InputError, match="row q has an empty output"):
+        encode_example({"instruction": "a", "output": "", "id": "q"}, tokenizer)
+
+
+def test_padding() -> None:
+    from lora_training.prompts import Example
+
+    ids, mask, labels = pad_batch([Example([1, 5, 6], [-100, -100, 6]), Example([1, 7], [-100, 7])], 0)
+    assert ids == [[1, 5, 6], [1, 7, 0]]
+    assert mask == [[1, 1, 1], [1, 1, 0]]
+    assert labels == [[-100, -100, 6], [-100, 7, -100]]
+
+
+# ---------------------------------------------------------------- code tokens
+
+
+@pytest.mark.parametrize("shape", [CodeShape(16, 2), CodeShape(1024, 4), CodeShape(8, 1)])
+def test_every_code_is_one_id_before_and_after_reloading(tmp_path: Path, shape: CodeShape) -> None:
+    tokenizer = load_tokenizer(str(save_hand_made(tmp_path / "base")))
+    base = len(tokenizer)
+    ids = add_code_tokens(tokenizer, shape)
+    assert ids == list(range(base, base + 4 + shape.num_code * shape.num_quantizers))
+    code_tokens.save_tokenizer(tokenizer, tmp_path / "saved", shape)
+    text = print_codes([[shape.num_code - 1] * shape.num_quantizers, [1] * shape.num_quantizers])
+    for one in (tokenizer, load_tokenizer_of(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert token_ids(one, shape) == ids
+        for token, number in zip(shape.tokens, ids, strict=True):
+            assert one.convert_tokens_to_ids(token) == number
+        assert [one(t, add_special_tokens=False)["input_ids"] for t in shape.tokens[::37]] == [[i] for i in ids[::37]]
+        back = decode_answer(encode_answer(text, one), one)
+        assert back == text and (parse_codes(back) == parse_codes(text)).all()
+    assert add_code_tokens(tokenizer, shape) == ids, "adding again changes nothing"
+    assert add_code_tokens(tokenizer, None) == [], "no codes, no tokens"
+
+
+def load_tokenizer_of(folder: Path) -> Any:
+    return code_tokens.load_saved_tokenizer(folder)
+
+
+def test_a_saved_tokenizer_with_other_ids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(str(save_hand_made(tmp_path / "base")))
+    add_code_tokens(tokenizer, SHAPE)
+    other = hand_made_tokenizer()
+    other.add_tokens(["zebra"])
+    add_code_tokens(other, SHAPE)
+    monkeypatch.setattr(code_tokens, "load_saved_tokenizer", lambda folder: other)
+    with pytest.raises(RuntimeError, match="other ids"):
+        code_tokens.save_tokenizer(tokenizer, tmp_path / "saved", SHAPE)
+
+
+def test_tokenizers_that_cannot_hold_the_codes(tmp_path: Path) -> None:
+    plain = load_tokenizer(str(save_hand_made(tmp_path / "base")))
+    with pytest.raises(InputError, match=r"lacks 36 of 36 code tokens, such as <ENT>.*another vocabulary"):
+        token_ids(plain, SHAPE)
+    add_code_tokens(plain, CodeShape(32, 2))
+    with pytest.raises(InputError, match=r"32 tokens of other codes, such as Q0_16"):
+        add_code_tokens(plain, SHAPE)
+    spaced = hand_made_tokenizer(legacy=True)  # the old behaviour: a space behind every added token
+    with pytest.raises(InputError, match="legacy=False"):
+        add_code_tokens(spaced, SHAPE)
+    special = hand_made_tokenizer()
+    special.add_special_tokens({"additional_special_tokens": SHAPE.tokens})  # deleted by skip_special_tokens
+    with pytest.raises(InputError):
+        token_ids(special, SHAPE)
+
+
+def test_codes_of_another_run_are_refused() -> None:
+    ours = {"file": "a.pt", "sha256": "1" * 64, "num_code": 16, "num_quantizers": 2, "shuffled": False}
+    code_tokens.refuse_other_codes(ours, dict(ours), "adapter", "data")
+    for theirs in ({**ours, "sha256": "2" * 64}, {**ours, "shuffled": True}, {"file": None}):
+        with pytest.raises(InputError, match=r"adapter was made with a\.pt \(sha256 1{12}\), data with"):
+            code_tokens.refuse_other_codes(ours, theirs, "adapter", "data")
+
+
+# ---------------------------------------------------------------- models
+
+
+def small_model(vocabulary: int = 446, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def two_matrices(model: Any) -> list[torch.Tensor]:
+    """Embedding [V, D] and head [V, D]."""
+    return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+
+
+def test_growing_keeps_the_old_rows_and_the_callers_generator(tokenizer: Any) -> None:
+    grown = []
+    for seed in (3, 3, 4):
+        model = small_model()
+        before = [part.clone() for part in two_matrices(model)]
+        torch.manual_seed(7)
+        code_tokens.resize_model(model, tokenizer, seed)
+        drawn = torch.rand(1)
+        torch.manual_seed(7)
+        assert torch.equal(drawn, torch.rand(1)), "the caller's generator moved"
+        after = two_matrices(model)
+        for old, new in zip(before, after, strict=True):
+            assert new.shape == (482, 32) and torch.equal(new[:446], old)
+        grown.append(torch.cat([weight[446:] for weight in after]))
+    assert torch.equal(grown[0], grown[1]) and not torch.equal(grown[0], grown[2])
+    code_tokens.resize_model(model, tokenizer, 5)
+    assert torch.equal(grown[2], torch.cat([weight[446:] for weight in after])), "nothing to grow, nothing changes"
+
+
+def test_which_rows_are_trained() -> None:
+    assert code_tokens.trainable_rows(small_model(), [5, 6]) == {"embed_tokens": [5, 6], "lm_head": [5, 6]}
+    assert code_tokens.trainable_rows(small_model(tied=True), [5, 6]) == {"embed_tokens": [5, 6]}
+
+
+def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for name, problem in {
+        "./nowhere": "does not exist", "out/merged": "does not exist", "/a/b/c": "does not exist",
+        "a b": "does not exist",
+        str(tmp_path / "out"): "has no config.json", str(tmp_path / "file"): "is a file",
+        "meta-llama/Llama-2-7b-hf": "is gated: accept its licence.*HF_TOKEN",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=problem) as error:
+            code_tokens.load_config(name)
+        assert "\n" not in str(error.value)
+
+
+GATED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from lora_training.code_tokens import load_config
+from run_record import run_command
+run_command(lambda: load_config({name!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "said"),
+    [
+        ("GatedRepo", 401, "is gated: accept its licence"),
+        ("RepoNotFound", 404, "neither a folder nor a model of the hub"),
+    ],
+)
+def test_what_the_hub_answers(tmp_path: Path, header: str, status: int, said: str) -> None:
+    """A hub on the loopback that refuses: one line, exit code 2."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", header)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = {
+            **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", GATED.format(root=str(ROOT), name="someone/secret")], env=environment,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and said in done.stderr

@@ -1,0 +1,164 @@
+"""Merging: W_after = W + scale * B A, done once, loadable without this toolkit; adapters and bases that do not fit."""
+
+# ruff: noqa: F811  (fixtures of another file)
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run_record
+from lora_training import code_tokens, merge_adapter
+from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, read_saved, token_ids
+from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, small_model
+from tests.test_train_lora import base, data, libraries, trained  # noqa: F401
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def merged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("merging") / "merged"
+    merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(out)])
+    return out
+
+
+def test_weights_after_merging(base: Path, trained: Path, merged: Path) -> None:
+    """Every matrix from the two files themselves: W + (8 / 4) B A, the codes' rows as trained, the rest bit by bit."""
+    before = load_base(str(base), torch.float32).state_dict()
+    lora = load_file(str(trained / "lora_adapters" / WEIGHTS))
+    after = load_file(str(merged / "model.safetensors"))
+    assert before.keys() == after.keys()
+    adapted = 0
+    for name, value in after.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in lora:
+            product = 8 / 4 * lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
+            assert float(product.abs().max()) > 1e-3
+            torch.testing.assert_close(value, before[name] + product, rtol=0, atol=1e-6)
+            adapted += 1
+        elif f"{key}.token_adapter.trainable_tokens_delta" in lora:
+            assert torch.equal(value[:446], before[name])
+            assert torch.equal(value[446:], lora[f"{key}.token_adapter.trainable_tokens_delta"])
+        else:
+            assert torch.equal(value, before[name]), name
+    assert adapted == 2 * 7
+
+
+def test_merging_twice_is_merging_once(trained: Path, merged: Path, tmp_path: Path) -> None:
+    again = tmp_path / "merged"
+    for _ in range(2):
+        merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(again)])
+        for file in ("model.safetensors", "tokenizer.json", "config.json"):
+            assert run_record.sha256_file(again / file) == run_record.sha256_file(merged / file), file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"], "no part is left"
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_logits_equal_the_adapters(trained: Path, tmp_path: Path, dtype: str, bound: float) -> None:
+    out = tmp_path / "merged"
+    merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(out), "--dtype", dtype])
+    found = json.loads((out / "run_record.json").read_text())
+    assert 0 < found["logit_difference"] < bound
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == getattr(torch, dtype), "the folder says its own type"
+
+
+def test_the_folder_needs_nothing_of_ours(base: Path, trained: Path, merged: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    assert model.config.vocab_size == len(tokenizer) == 482 and model.config.use_cache
+    saved = read_saved(merged, "config.json")
+    assert token_ids(tokenizer, SHAPE) == token_ids(saved.tokenizer, SHAPE) == list(range(446, 482))
+    assert saved.record["codes"]["sha256"] == "a" * 64 and saved.shape == SHAPE
+    adapted = code_tokens.load_adapted(read_saved(trained / "lora_adapters"), str(base), torch.float32)
+    ids = torch.tensor([[1, 446, 300, 447, 448, 455, 470, 449]])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, adapted(input_ids=ids).logits, atol=1e-5)
+        assert not torch.allclose(small_model(482)(ids).logits, adapted(input_ids=ids).logits, atol=1e-2), "control"
+
+
+def test_a_merge_that_changes_the_logits_fails(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tampering(tokenizer: Any, folder: Path, shape: Any) -> None:
+        tensors = load_file(str(folder / "model.safetensors"))
+        tensors["lm_head.weight"][5] += 0.01
+        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        code_tokens.save_tokenizer(tokenizer, folder, shape)
+
+    monkeypatch.setattr(merge_adapter, "save_tokenizer", tampering)
+    with pytest.raises(RuntimeError, match="logits differ by"):
+        merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(tmp_path / "merged")])
+    assert not list(tmp_path.iterdir()), "nothing is left of it"
+
+
+# ---------------------------------------------------------------- what is refused, before weights are loaded
+
+
+@pytest.fixture
+def refused(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """refused("--flag", ...) -> the one line on stderr; a copy of the adapter lies in tmp_path/adapter."""
+    shutil.copytree(trained / "lora_adapters", tmp_path / "adapter")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded before the input was checked")
+
+    monkeypatch.setattr(code_tokens, "load_base", never)
+
+    def call(*flags: str | Path) -> str:
+        words = ["--lora_adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "out"), *map(str, flags)]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_record.run_command(lambda: merge_adapter.main(words))
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return call
+
+
+def test_adapters_that_do_not_fit(
+    refused: Callable[..., str],
+    base: Path,
+    data: Path,
+    merged: Path,
+    tmp_path: Path,
+) -> None:
+    adapter = tmp_path / "adapter"
+    assert "does not exist; write it: cd lora_training && python train_lora.py" in refused("--lora_adapter", "/nowhere")
+    assert "has no adapter_config.json" in refused("--lora_adapter", merged)
+    assert "holds files that this script did not write" in refused("--output_dir", data)
+    assert "is the adapter or the base model itself" in refused("--output_dir", adapter)
+    small_model(500).save_pretrained(str(tmp_path / "other"))
+    assert "has 500 token rows" in refused("--base_model", tmp_path / "other")
+    assert "does not exist" in refused("--base_model", tmp_path / "nothing" / "here")
+
+    other = hand_made_tokenizer()
+    other.add_tokens(["zebra"])
+    add_code_tokens(other, SHAPE)
+    other.save_pretrained(str(adapter))
+    assert "knows 483 tokens, its record says 482" in refused()
+    few = hand_made_tokenizer()
+    add_code_tokens(few, CodeShape(16, 1))
+    few.add_tokens([f"zebra{i}" for i in range(16)])
+    few.save_pretrained(str(adapter))
+    assert "lacks 16 of 36 code tokens, such as Q1_0" in refused()
+    (adapter / "tokenizer.json").unlink()
+    assert "holds no tokenizer.json" in refused()
+    (adapter / "run_record.json").write_text("{}")
+    assert "does not say which base model and codes" in refused()
+    (adapter / "run_record.json").unlink()
+    assert "has no run_record.json" in refused()

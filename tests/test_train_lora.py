@@ -1,0 +1,451 @@
+"""Training on a LLaMA of 30,000 parameters: what moves, what resumes, what adds up, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, TrainerCallback
+from transformers.utils import logging
+
+import run_record
+from lora_training import code_tokens, memory, train_lora
+from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
+from lora_training.prompts import Example, encode_examples
+from run_record import ROOT, InputError, write_json
+from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
+
+CODES = {"file": "ring_2_16_2_rq.pt", "sha256": "a" * 64, "num_code": 16, "num_quantizers": 2, "shuffled": False}
+WEIGHTS = "adapter_model.safetensors"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def write_data(folder: Path, count: int = 24, codes: dict[str, Any] | None = None) -> Path:
+    """Rows of every task in turn, their answers of unequal length, and the statistics beside them."""
+    made = list(rows().values())
+    for split, offset in (("train", 0), ("validation", 3)):
+        lines = [made[(i + offset) % len(made)] | {"id": f"{split}-{i}", "task_type": "t"} for i in range(count)]
+        path = folder / f"{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+    write_json({"codes": CODES if codes is None else codes}, folder / "dataset_stats.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA with random weights and the hand-made tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    small_model().save_pretrained(str(folder))
+    hand_made_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("lora_data"))
+
+
+@pytest.fixture(autouse=True)
+def libraries() -> Iterator[None]:
+    """train_lora.py silences transformers for its own process."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+
+
+def words(base: Path | str, data: Path, out: Path, **more: Any) -> list[str]:
+    flags: dict[str, Any] = {
+        "model_name": base, "train_data": data / "train.json", "val_data": data / "validation.json", "output_dir": out,
+        "batch_size": 4, "learning_rate": 0.01, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "max_steps": 6,
+        "eval_steps": 2, "logging_steps": 1,
+    } | more  # fmt: skip
+    return [
+        word for key, value in flags.items() if value is not None
+        for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])
+    ]  # fmt: skip
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(out / "lora_adapters" / WEIGHTS))
+
+
+def record(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "lora_adapters" / "run_record.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="session")
+def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one uninterrupted run."""
+    out = tmp_path_factory.mktemp("trained")
+    train_lora.main(words(base, data, out))
+    return out
+
+
+# ---------------------------------------------------------------- what training leaves
+
+
+def test_code_rows_move_in_both_matrices_and_nothing_else_of_the_base(base: Path, trained: Path) -> None:
+    saved = read_saved(trained / "lora_adapters")
+    before = load_base(str(base), torch.float32)
+    old = [part.clone() for part in two_matrices(before)]
+    code_tokens.resize_model(before, saved.tokenizer, seed=0)  # the seed of the run
+    frozen = {name: value.clone() for name, value in before.state_dict().items()}
+    after = code_tokens.load_adapted(saved, str(base), torch.float32)
+    merged = dict(after.merge_and_unload().state_dict())
+    codes_used = sorted({number for row in encoded(base) for number in row.input_ids if number >= 446})
+    for name, old_rows in (("model.embed_tokens.weight", old[0]), ("lm_head.weight", old[1])):
+        assert torch.equal(merged[name][:446], old_rows), f"old rows of {name} changed"
+        moved = (merged[name] - frozen[name]).abs().amax(1)
+        assert (moved[codes_used] > 1e-3).all(), f"rows of {name} that the data hold did not move"
+    for name, value in frozen.items():  # the adapted layers move by B A alone, the norms not at all
+        if "norm" in name:
+            assert torch.equal(merged[name], value)
+        elif "proj" in name:
+            assert not torch.equal(merged[name], value)
+    assert sum(v.numel() for v in adapter(trained).values()) < 0.2 * sum(v.numel() for v in frozen.values())
+
+
+def encoded(base: Path) -> list[Example]:
+    tokenizer = load_tokenizer(str(base))
+    add_code_tokens(tokenizer, SHAPE)
+    return list(encode_examples(rows().values(), tokenizer))
+
+
+def test_the_folder_of_the_adapter(base: Path, trained: Path, data: Path) -> None:
+    assert sorted(path.name for path in trained.iterdir()) == ["lora_adapters"], "checkpoints are gone"
+    assert not list(trained.rglob("*.bin")) and not list(trained.rglob("*.pt")), "no pickles"
+    found = record(trained)
+    assert found["codes"] == CODES and found["base_model"] == str(base) and found["steps"] == 6
+    assert (found["base_vocabulary"], found["vocabulary"]) == (446, 482)
+    assert found["inputs"]["train.json"] == run_record.sha256_file(data / "train.json")
+    losses = {entry["step"]: entry["eval_loss"] for entry in found["history"] if "eval_loss" in entry}
+    assert list(losses) == [2, 4, 6] and found["best_step"] == min(losses, key=losses.__getitem__)
+    assert found["validation"]["best_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+    assert losses[6] < losses[2], "training on rows that validation repeats lowers its loss"
+    assert found["reload_difference"] == 0.0
+    sizes = {name: value.numel() for name, value in adapter(trained).items()}
+    rows_of = {name: n for name, n in sizes.items() if "trainable_tokens_delta" in name}
+    assert found["trained_parameters"] == {"lora": sum(sizes.values()) - sum(rows_of.values()), "rows": 2 * 36 * 32}
+    assert list(rows_of.values()) == [36 * 32, 36 * 32]
+    for name, value in adapter(trained).items():
+        assert value.dtype == torch.float32, name
+
+
+def test_the_best_epoch_is_kept_not_the_last(base: Path, data: Path, tmp_path: Path) -> None:
+    """A learning rate that ruins the model after its first steps: what is saved is the better, earlier state."""
+    train_lora.main(words(base, data, tmp_path, learning_rate=2.0, warmup_ratio=0.7, eval_steps=1))
+    losses = {entry["step"]: entry["eval_loss"] for entry in record(tmp_path)["history"] if "eval_loss" in entry}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 6 and losses[6] > losses[best] + 0.1, losses
+    assert record(tmp_path)["validation"]["best_loss"] == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_an_adapter_that_does_not_reload_fails(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampering(tokenizer: Any, folder: Path, shape: Any) -> None:
+        tensors = load_file(str(folder / WEIGHTS))
+        name = next(name for name in tensors if "lora_B" in name)
+        save_file({**tensors, name: tensors[name] + 1e-4}, str(folder / WEIGHTS), metadata={"format": "pt"})
+        code_tokens.save_tokenizer(tokenizer, folder, shape)
+
+    monkeypatch.setattr(train_lora, "save_tokenizer", tampering)
+    with pytest.raises(InputError, match="does not reload: its logits differ"):
+        train_lora.main(words(base, data, tmp_path, max_steps=1))
+
+
+def test_without_codes_no_rows_are_added(base: Path, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data", codes={"file": None})
+    train_lora.main(words(base, folder, tmp_path / "out", max_steps=1))
+    assert record(tmp_path / "out")["vocabulary"] == 446
+    assert not [name for name in adapter(tmp_path / "out") if "trainable_tokens" in name]
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the end of a step."""
+    make = train_lora.make_trainer
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    def made(*arguments: Any) -> Any:
+        trainer = make(*arguments)
+        trainer.add_callback(Stop())
+        return trainer
+
+    monkeypatch.setattr(train_lora, "make_trainer", made)
+
+
+def test_interrupted_and_resumed_is_bit_identical(
+    base: Path, data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_lora.main(words(base, data, tmp_path))
+    assert not (tmp_path / "lora_adapters").exists()
+    with pytest.raises(InputError, match="unfinished run; go on with --resume_from_checkpoint last"):
+        train_lora.main(words(base, data, tmp_path))
+    with pytest.raises(InputError, match=r"cannot go on from .*: learning_rate 0.01 before, 0.02 now"):
+        train_lora.main(words(base, data, tmp_path, resume_from_checkpoint="last", learning_rate=0.02))
+    train_lora.main(words(base, data, tmp_path, resume_from_checkpoint="last"))
+    expected, found = adapter(trained), adapter(tmp_path)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    assert [e["eval_loss"] for e in record(tmp_path)["history"] if "eval_loss" in e] == [
+        e["eval_loss"] for e in record(trained)["history"] if "eval_loss" in e
+    ]
+
+
+def test_another_seed_is_another_adapter(base: Path, data: Path, trained: Path, tmp_path: Path) -> None:
+    """The control of the test above: equality of bits is no accident."""
+    train_lora.main(words(base, data, tmp_path, seed=1))
+    assert not any(torch.equal(value, adapter(trained)[name]) for name, value in adapter(tmp_path).items())
+
+
+# ---------------------------------------------------------------- loss and order
+
+
+def test_loss_at_answer_positions_is_the_models_own_loss(base: Path) -> None:
+    """mean_loss of the selected logits equals transformers' loss of all logits, with and without a global count."""
+    examples = encoded(base)
+    model = small_model(482).eval()
+    batch = train_lora.Collate(0)(examples)
+    with torch.no_grad():
+        everything = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+        selected = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=batch["logits_to_keep"]
+        )
+    count = int((batch["labels"] != -100).sum())
+    assert selected.logits.shape == (count, 482) and count < batch["labels"].numel() / 4
+    assert train_lora.mean_loss(selected, batch["labels"]) == pytest.approx(float(everything.loss), abs=1e-6)
+    assert train_lora.mean_loss(selected, batch["labels"], 2 * count) == pytest.approx(
+        float(everything.loss) / 2, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 2, "gradient_checkpointing": True}])
+def test_how_a_step_is_cut_does_not_change_it(base: Path, data: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Answers have 2 to 27 tokens: a mean of means would differ by far more than rounding."""
+    for name, more in {"whole": {}, "cut": change}.items():
+        train_lora.main(words(base, data, tmp_path / name, lora_dropout=0, max_steps=3, eval_steps=3, **more))
+    whole, cut = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
+    assert max(float((whole[name] - cut[name]).abs().max()) for name in whole) < 2e-5
+    logged = [[e["loss"] for e in record(tmp_path / n)["history"] if "loss" in e] for n in ("whole", "cut")]
+    assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+
+
+def test_row_order() -> None:
+    lengths = np.random.default_rng(0).integers(20, 2000, 1003)
+    order = train_lora.ByLength(lengths, 8, seed=0)
+    first = list(order)
+    assert sorted(first) == list(range(1003)) and list(order) == first and len(order) == 1003
+    order.set_epoch(1)
+    assert list(order) != first and list(train_lora.ByLength(lengths, 8, seed=1)) != first
+
+    def padded(rows_in_order: list[int]) -> int:
+        return sum(lengths[rows_in_order[i : i + 8]].max() * 8 for i in range(0, 1003, 8))
+
+    random = np.random.default_rng(1).permutation(1003).tolist()
+    assert padded(first) < 1.1 * lengths.sum() < 1.6 * lengths.sum() < padded(random)
+    longest_steps = [int(lengths[first[i : i + 8]].max()) for i in range(0, 1000, 8)]
+    assert longest_steps != sorted(longest_steps, reverse=True), "steps come in random order, not by length"
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def test_two_processes_equal_one(base: Path, data: Path, tmp_path: Path) -> None:
+    """Two real processes over gloo, 2 rows each, against one with 4: same losses, same adapter but for rounding."""
+    flags = {"lora_dropout": 0, "max_steps": 4, "eval_steps": 2}
+    train_lora.main(words(base, data, tmp_path / "one", **flags))
+    script = str(ROOT / "lora_training" / "train_lora.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", script,
+         *words(base, data, tmp_path / "two", **flags, batch_size=2)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes hold the same weights" in done.stdout
+    assert record(tmp_path / "two")["processes"] == 2 and record(tmp_path / "one")["processes"] == 1
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+    for key in ("loss", "eval_loss"):
+        found = [[e[key] for e in record(tmp_path / n)["history"] if key in e] for n in ("one", "two")]
+        assert len(found[0]) >= 2 and found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_processes_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gathered(into: list[Any], mine: str) -> None:
+        into[:] = [mine, "another"]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    with pytest.raises(RuntimeError, match="different weights"):
+        train_lora.check_ranks(small_model())
+
+
+def test_configurations_are_known_to_accelerate() -> None:
+    files = sorted((ROOT / "lora_training" / "configs").glob("*.yaml"))
+    kinds = {file.stem: load_config_from_file(str(file)).distributed_type.value for file in files}
+    assert kinds == {
+        "ddp": "MULTI_GPU", "fsdp2": "FSDP", "multi_node": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_parameters_and_memory_of_llama2_7b() -> None:
+    """Counts in closed form; the total is what a 24 GB card must hold, and what splitting saves."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    shape = memory.model_shape(config)
+    assert shape.parameters == 6_738_415_616
+    lora, added = memory.lora_parameters(shape, 16), memory.row_parameters(shape, 4100)
+    assert lora == 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) == 39_976_960
+    assert memory.lora_parameters(shape, 16, ("q_proj", "v_proj")) == 8_388_608
+    assert added == 2 * 4100 * 4096 == 33_587_200
+
+    def need(**more: Any) -> float:
+        return memory.expected_memory(shape, lora + added, 4100, 1, 2048, 256, **more).total / memory.GIB
+
+    assert 16 < need(world_size=2) < 21
+    assert need(world_size=2, sharding="fsdp") < 13 and need(four_bit=True) < 10
+    assert need(world_size=2) > need(world_size=2, sharding="zero2") > need(world_size=2, sharding="zero3")
+    assert need(checkpointing=False) > 35, "without checkpointing it does not fit"
+
+
+def test_counts_are_those_of_the_adapter(base: Path, trained: Path) -> None:
+    shape = memory.model_shape(code_tokens.load_config(str(base)))
+    sizes = [value.numel() for name, value in adapter(trained).items() if "lora_" in name]
+    assert memory.lora_parameters(shape, 4) == sum(sizes)
+
+
+# ---------------------------------------------------------------- bad input, before any weights are loaded
+
+
+@pytest.fixture
+def refused(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """refused(flag=...) -> the one line on stderr; fails where weights are touched or the exit code is not 2."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded before the input was checked")
+
+    monkeypatch.setattr(train_lora, "load_base", never)
+
+    def call(folder: Path = data, **more: Any) -> str:
+        line = words(base, folder, tmp_path / "out", **more)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_record.run_command(lambda: train_lora.main(line))
+        error = capsys.readouterr().err
+        assert end.value.code == 2, error
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+        return error
+
+    return call
+
+
+def test_bad_flags(refused: Callable[..., str]) -> None:
+    assert "--batch_size must be 1 or more, got 0" in refused(batch_size=0)
+    assert "does not divide --batch_size 4" in refused(micro_batch_size=3)
+    assert "--warmup_ratio must be in [0, 1), got 1.0" in refused(warmup_ratio=1.0)
+    assert "not allowed with argument" in refused(bf16=True, fp16=True)
+    assert "has down_proj, gate_proj, k_proj" in refused(lora_target="q_proj,query")
+    assert "nowhere/model does not exist" in refused(model_name="/nowhere/model")
+    assert "holds no checkpoint; start without the flag" in refused(resume_from_checkpoint="last")
+    assert "is no checkpoint" in refused(resume_from_checkpoint="/nowhere")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(refused: Callable[..., str]) -> None:
+    assert "--fp16 needs a GPU, and none is visible" in refused(fp16=True)
+    assert "--load_in_4bit needs a GPU" in refused(load_in_4bit=True)
+
+
+def test_bad_data(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    assert "--train_data /nowhere.json does not exist" in refused(train_data="/nowhere.json")
+    assert "has 276 tokens (27 in the answer), --max_length is 275" in refused(max_length=275)
+    empty = tmp_path / "empty"
+    shutil.copytree(data, empty)
+    (empty / "train.json").write_text("[]\n")
+    assert "trains nothing: it has no rows" in refused(empty)
+    (empty / "train.json").write_text("{}\n")
+    assert "train.json:1: a row needs instruction, output" in refused(empty)
+    shutil.copy(data / "train.json", empty / "train.json")
+    assert "24 rows are all longer than --max_length 10" in refused(empty, max_length=10, skip_long=True)
+    (empty / "dataset_stats.json").unlink()
+    assert "has no dataset_stats.json beside it" in refused(empty)
+    other = write_data(tmp_path / "other", codes={**CODES, "sha256": "b" * 64})
+    assert "the same token means another code" in refused(val_data=other / "validation.json")
+
+
+def test_an_answer_longer_than_max_length(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "long"
+    shutil.copytree(data, folder)
+    row = {"instruction": "a", "output": "Ada " * 300, "id": "x-7", "task_type": "t"}
+    (folder / "train.json").write_text(json.dumps(row) + "\n")
+    assert "row x-7 has" in (line := refused(folder, max_length=200)) and "its answer alone has 602" in line
+
+
+def test_a_gated_model_without_a_token(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert "meta-llama/Llama-2-7b-hf is gated: accept its licence" in refused(model_name="meta-llama/Llama-2-7b-hf")
+
+
+def test_a_base_that_knows_other_codes(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
+    tokenizer = hand_made_tokenizer()
+    add_code_tokens(tokenizer, CodeShape(99, 3))
+    shutil.copytree(base, tmp_path / "other_base")
+    tokenizer.save_pretrained(str(tmp_path / "other_base"))
+    assert "tokens of other codes, such as" in refused(model_name=tmp_path / "other_base")
+
+
+def test_skip_long_leaves_rows_out(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(str(base))
+    add_code_tokens(tokenizer, SHAPE)
+    kept = train_lora.encode_file(data / "train.json", tokenizer, 275, skip_long=True)
+    assert len(kept) == 20 and kept.lengths.max() <= 275 and "4 too long" in capsys.readouterr().out
+    assert kept[0] == encoded(base)[0]
+
+
+def test_help_is_fast() -> None:
+    started = time.monotonic()
+    for script in ("train_lora.py", "merge_adapter.py", "make_tiny_base.py"):
+        done = subprocess.run(
+            [sys.executable, script, "--help"],
+            cwd=ROOT / "lora_training",
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and "default: " in done.stdout
+    assert time.monotonic() - started < 9
