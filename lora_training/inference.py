@@ -528,8 +528,11 @@ def answer_all(
                         for answer in answerer.answer(rows)
                         if answer["id"] in missing
                     ]
-                    file.write("".join(lines).encode())
-                    file.flush()
+                    try:
+                        file.write("".join(lines).encode())
+                        file.flush()
+                    except OSError as error:
+                        raise InputError(f"cannot write {path}: {error.strerror}; make room, then go on") from error
                 progress.update(len(rows))
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from lora_training.candidate_scoring import (
     score_candidates,
     score_choices,
 )
+from run_record import ROOT, read_json
 
 V = 97
 
@@ -67,6 +71,25 @@ def test_every_way_is_the_chain_rule(way: str, attention: str) -> None:
     found = score_candidates(model, prompt, candidates, way)
     assert torch.allclose(found, expected, atol=1e-4, rtol=0)
     assert expected.diff().abs().min() > 1e-3, "the candidates must differ for this test to say anything"
+
+
+def test_twenty_candidates_behind_a_long_prompt() -> None:
+    """The paper's sizes: 1,024 tokens of prompt, 20 candidates of 16 x 4 codes; two of them equal."""
+    model, rng = tiny_llama(), np.random.default_rng(11)
+    prompt, candidates = rng.integers(3, V, 1024).tolist(), draw(rng, [66] * 19)
+    candidates.append(candidates[4])
+    expected = score_candidates(model, prompt, candidates, "full")
+    for way in ("packed", "one_by_one"):
+        found = score_candidates(model, prompt, candidates, way)
+        assert float((found - expected).abs().max()) < 1e-4 and found.argsort(stable=True).equal(expected.argsort(stable=True))
+
+
+@pytest.mark.slow
+def test_scoring_is_four_times_as_fast_as_full_passes(tmp_path: Path) -> None:
+    words = ["benchmarks/candidate_scoring.py", "--quick", "--json", str(tmp_path / "found.json")]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+    rows = {row["way"]: row for row in read_json(tmp_path / "found.json", "benchmark")["rows"]}
+    assert all(rows[way]["ratio"] > 4 and rows[way]["error"] < 1e-4 for way in ("packed", "one_by_one"))
 
 
 def test_a_shared_beginning_counts_and_rows_may_be_cut_anywhere() -> None:

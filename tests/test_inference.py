@@ -241,6 +241,15 @@ def test_a_merged_model_answers_alike(world: World, scored: tuple[Path, Rows]) -
             assert np.allclose(answer["scores"], expected[answer["split"], answer["id"]]["scores"], atol=1e-3)
 
 
+def test_a_base_model_alone_answers_what_has_no_codes(world: World) -> None:
+    """Zero-shot rows of the tables: another model than the tuned one, asked alike."""
+    out = world.folder / "zero"
+    flags = ["--base_model", world.base, "--test_data", world.named / "test_tasks.json", "--output", out / "r.json"]
+    inference.main([str(word) for word in (*flags, "--limit", 12, "--max_new_tokens", 4, "--device", "cpu")])
+    metrics = read_json(out / "r.json", "results")["metrics"]
+    assert sum(splits["test"]["count"] for splits in metrics.values() if "test" in splits) == 12
+
+
 # ---------------------------------------------------------------- resume
 
 
