@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-ADAPTERS, CHECKPOINTS, PLAN = "lora_adapters", "checkpoints", "plan.json"
+ADAPTERS, CHECKPOINTS, PLAN, SECONDS = "lora_adapters", "checkpoints", "plan.json", "seconds.json"
 FAR = 50  # steps' worth of rows that are sorted by length together
 # what two runs must share for one to go on from the other's checkpoint
 PLANNED = (
@@ -190,9 +190,13 @@ def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tens
 
 
 def make_trainer(
-    model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate, seed: int
-) -> Trainer:
-    """transformers' Trainer with our row order, loss and validation, and one printed line per report."""
+    model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate,
+    seed: int, began: float,
+) -> Trainer:  # fmt: skip
+    """transformers' Trainer with our row order, loss and validation, and one printed line per report.
+
+    ``began``: the monotonic time at which the run began, the time before an interruption counted.
+    """
     import torch
     from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -233,9 +237,16 @@ def make_trainer(
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.started, self.first = time.monotonic(), state.global_step
 
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_record({"seconds": time.monotonic() - began}, folder / SECONDS)
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             logs = logs or {}
             done, seconds = state.global_step - self.first, time.monotonic() - self.started
+            if not all(math.isfinite(logs[key]) for key in ("loss", "eval_loss") if key in logs):
+                raise InputError(f"the loss is not finite at step {state.global_step}; lower --learning_rate")
             if "eval_loss" in logs:
                 say(
                     f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, exact {logs['eval_exact']:.3f}"
@@ -445,7 +456,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     if checkpoint is not None:
         check_plan(args)
     shape = code_shape(codes)
-    model = model_shape(load_config(args.model_name))
+    config = load_config(args.model_name)
+    model = model_shape(config)
     tokenizer = load_tokenizer(args.model_name)
     code_ids = add_code_tokens(tokenizer, shape)
     if shape is not None:
@@ -463,6 +475,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
         f"{model.matrices} x {len(code_ids):,} rows of code tokens ({(lora + rows) / model.parameters:.2%})"
     )
     longest, answer = int(train.lengths.max()), int(train.answers.max())
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if longest > context:
+        raise InputError(
+            f"{args.train_data} has a row of {longest} tokens, {args.model_name} reads {context}; leave such rows out: "
+            f"--max_length {context} --skip_long"
+        )
     added = max(0, len(tokenizer) - model.vocabulary)
 
     def need(batch: int) -> float:
@@ -546,14 +564,20 @@ def main(argv: list[str] | None = None) -> None:
         write_record(run_plan(args), checkpoints / PLAN)
     model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0), args, plan.code_ids)
     collate = Collate(plan.tokenizer.pad_token_id)
-    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed)
+    if plan.checkpoint is not None:
+        started -= float(read_json(plan.checkpoint / SECONDS, "time")["seconds"])
+    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed, started)
     say(
         f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
         f"step; {device}, {str(dtype).removeprefix('torch.')}"
     )
-    result = trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
+    except KeyboardInterrupt:
+        say("go on from the last checkpoint with --resume_from_checkpoint last")
+        raise
     history, state = trainer.state.log_history, trainer.state
-    sharded = sharding() in ("fsdp", "zero3")
+    sharded = trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and sharding() == "zero3")
     if not sharded:
         check_ranks(model)
     best = trainer.evaluate(metric_key_prefix="best")
@@ -590,7 +614,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         rows={"train": len(plan.train), "validation": len(plan.validation)},
         tokens_per_row=round(float(plan.train.lengths.mean()), 1), steps=state.global_step,
-        train_loss=round(float(result.training_loss), 6), validation={key: round(v, 6) for key, v in best.items()},
+        validation={key: round(v, 6) for key, v in best.items()},
         best_step=best_step(history), reload_difference=difference, resumed_from=args.resume_from_checkpoint,
         history=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -217,6 +218,26 @@ def test_interrupted_and_resumed_is_bit_identical(
     ]
 
 
+def test_the_time_before_an_interruption_counts(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_lora.main(words(base, data, tmp_path))
+    (tmp_path / "checkpoints" / "checkpoint-2" / "seconds.json").write_text('{"seconds": 5000.0}')
+    train_lora.main(words(base, data, tmp_path, resume_from_checkpoint="last"))
+    assert 5000 < record(tmp_path)["wall_seconds"] < 5100
+
+
+def test_a_loss_that_is_not_finite_stops(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_lora, "token_losses", lambda logits, labels: logits.sum(-1) * math.nan)
+    with pytest.raises(InputError, match="the loss is not finite at step 1; lower --learning_rate"):
+        train_lora.main(words(base, data, tmp_path))
+
+
 def test_another_seed_is_another_adapter(base: Path, data: Path, trained: Path, tmp_path: Path) -> None:
     """The control of the test above: equality of bits is no accident."""
     train_lora.main(words(base, data, tmp_path, seed=1))
@@ -419,6 +440,13 @@ def test_a_gated_model_without_a_token(refused: Callable[..., str], monkeypatch:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     assert "meta-llama/Llama-2-7b-hf is gated: accept its licence" in refused(model_name="meta-llama/Llama-2-7b-hf")
+
+
+def test_rows_longer_than_the_models_context(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    write_json({**config, "max_position_embeddings": 128}, tmp_path / "short" / "config.json")
+    assert "has a row of 276 tokens" in refused(model_name=tmp_path / "short")
 
 
 def test_a_base_that_knows_other_codes(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
