@@ -94,8 +94,12 @@ def test_a_query_ranks_all_entities_by_their_likelihood(asker: Asker) -> None:
     relation = next(r for h, r, t in source.kg.train.tolist() if h == 7 and t == tail)
     known = {answer.entity: answer.known for answer in asker.query(Query(7, relation))[1]}
     assert known[tail] == "train" and sum(map(bool, known.values())) < 6
-    backwards = {answer.entity: answer.known for answer in asker.query(Query(tail, relation + R))[1]}
-    assert backwards[7] == "train"
+    backwards = asker.query(Query(tail, relation + R))[1]
+    assert {answer.entity: answer.known for answer in backwards}[7] == "train"
+    prompt = prompts.complete_head(source.relations[relation], source.shown[tail], source.entity_texts[tail], True)
+    best = source.entity_texts[backwards[0].entity]
+    expected = likelihoods(asker.model, asker.tokenizer, {"instruction": prompt}, [best], end=True)
+    assert abs(backwards[0].score - expected[0]) < 1e-3
 
 
 def test_a_question_adds_both_ends_of_a_name(asker: Asker) -> None:
