@@ -92,7 +92,8 @@ def row_parameters(shape: Shape, new_tokens: int) -> int:
 
 def expected_memory(
     shape: Shape,
-    trained: int,
+    lora: int,
+    rows: int,
     added_rows: int,
     batch: int,
     length: int,
@@ -105,10 +106,10 @@ def expected_memory(
 ) -> Need:
     """Bytes per GPU at ``batch`` rows of ``length`` tokens, ``answer`` of them supervised, on each.
 
-    ``trained``: ``lora_parameters`` + ``row_parameters``. ``added_rows``: rows that the embedding grows by.
+    ``lora``, ``rows``: trained parameters, as counted above. ``added_rows``: rows that the embedding grows by.
     ``sharding``: fsdp and zero3 split weights and state, zero2 gradients and moments.
     """
-    V = shape.vocabulary + added_rows
+    V, trained = shape.vocabulary + added_rows, lora + rows
     D, F, tokens = shape.width, shape.inner, batch * length
     grown = shape.matrices * added_rows * D
     rest = shape.parameters - shape.layer_matrices + grown
@@ -129,7 +130,7 @@ def expected_memory(
     return Need(
         weights=weights,
         trained=state + copies,
-        row_copies=2.0 * shape.matrices * V * D * bytes_per_weight if added_rows else 0.0,
+        row_copies=2.0 * shape.matrices * V * D * bytes_per_weight if rows else 0.0,
         activations=activations,
         logits=supervised * V * (bytes_per_weight + 8),
     )

@@ -452,6 +452,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
             raise InputError(f"{flag} {path} does not exist; write it: python Class/gen_fb_data_rq.py")
     codes, of_validation = read_codes_info(args.train_data), read_codes_info(args.val_data)
     refuse_other_codes(codes, of_validation, f"--train_data {args.train_data}", f"--val_data {args.val_data}")
+    before = Path(args.model_name) / RECORD
+    if before.is_file() and "codes" in (known := read_json(before, "record")):  # a merged model, tuned once more
+        refuse_other_codes(known["codes"], codes, f"--model_name {args.model_name}", f"--train_data {args.train_data}")
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_plan(args)
@@ -463,9 +466,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     if shape is not None:
         reload_check(tokenizer, shape)
     wanted = targets(args)
-    known = {name.rsplit(".", 1)[-1] for name, _, _ in model.layer_sizes}
-    if not known.issuperset(wanted):
-        raise InputError(f"--lora_target {args.lora_target}: {args.model_name} has {', '.join(sorted(known))}")
+    there = {name.rsplit(".", 1)[-1] for name, _, _ in model.layer_sizes}
+    if not there.issuperset(wanted):
+        raise InputError(f"--lora_target {args.lora_target}: {args.model_name} has {', '.join(sorted(there))}")
     train = encode_file(args.train_data, tokenizer, args.max_length, args.skip_long)
     validation = encode_file(args.val_data, tokenizer, args.max_length, args.skip_long)
 
@@ -485,7 +488,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
 
     def need(batch: int) -> float:
         return expected_memory(
-            model, lora + rows, added, batch, longest, answer, 2 if args.bf16 or args.fp16 else 4, args.load_in_4bit,
+            model, lora, rows, added, batch, longest, answer, 2 if args.bf16 or args.fp16 else 4, args.load_in_4bit,
             args.gradient_checkpointing, int(os.environ.get("WORLD_SIZE", "1")), sharding(),
         ).total  # fmt: skip
 

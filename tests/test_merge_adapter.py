@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_record
-from lora_training import code_tokens, merge_adapter
+from lora_training import code_tokens, merge_adapter, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, read_saved, token_ids
+from run_record import InputError
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, small_model
-from tests.test_train_lora import base, data, libraries, trained  # noqa: F401
+from tests.test_train_lora import CODES, base, data, libraries, trained, words, write_data  # noqa: F401
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -98,6 +99,22 @@ def test_a_merge_that_changes_the_logits_fails(
     with pytest.raises(RuntimeError, match="logits differ by"):
         merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(tmp_path / "merged")])
     assert not list(tmp_path.iterdir()), "nothing is left of it"
+
+
+def test_a_merged_model_can_be_tuned_once_more(merged: Path, data: Path, tmp_path: Path) -> None:
+    """The paper tunes twice: the codes' rows are there already, are trained on, and must be the same run's codes."""
+    train_lora.main(words(merged, data, tmp_path / "out", max_steps=2))
+    second = json.loads((tmp_path / "out" / "lora_adapters" / "run_record.json").read_text())
+    first = json.loads((merged / "run_record.json").read_text())
+    assert second["base_vocabulary"] == second["vocabulary"] == first["vocabulary"] == 482
+    rows = load_file(str(tmp_path / "out" / "lora_adapters" / WEIGHTS))
+    for key, name in (("model.embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
+        now = rows[f"base_model.model.{key}.token_adapter.trainable_tokens_delta"]
+        before = load_file(str(merged / "model.safetensors"))[name][446:]
+        assert now.shape == before.shape and 1e-4 < float((now - before).abs().max()) < 0.1
+    other = write_data(tmp_path / "other", codes={**CODES, "sha256": "b" * 64})
+    with pytest.raises(InputError, match="the same token means another code"):
+        train_lora.main(words(merged, other, tmp_path / "out2"))
 
 
 # ---------------------------------------------------------------- what is refused, before weights are loaded

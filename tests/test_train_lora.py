@@ -352,7 +352,7 @@ def test_parameters_and_memory_of_llama2_7b() -> None:
     assert added == 2 * 4100 * 4096 == 33_587_200
 
     def need(**more: Any) -> float:
-        return memory.expected_memory(shape, lora + added, 4100, 1, 2048, 256, **more).total / memory.GIB
+        return memory.expected_memory(shape, lora, added, 4100, 1, 2048, 256, **more).total / memory.GIB
 
     assert 16 < need(world_size=2) < 21
     assert need(world_size=2, sharding="fsdp") < 13 and need(four_bit=True) < 10
