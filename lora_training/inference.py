@@ -401,7 +401,7 @@ class Answerer:
         texts = all_of.source.code_texts
         return make_answer(
             row, "constrained_all", candidates=[kg.entities[e] for e, _ in kept], scores=[score for _, score in kept],
-            truth=[truth, *(kg.entities[e] for e, _ in kept if e in test)], candidate_rank=None,
+            truth=[truth, *(kg.entities[e] for e, _ in kept if e in test)],
             text=numbered([texts[e] for e, _ in kept[:BEST]]),
         )  # fmt: skip
 

@@ -4,9 +4,10 @@
     cd lora_training && python score_answers.py --answers other/answers.jsonl --output metrics.json
 
 Link prediction. The rank of the truth among its candidates, ties at their mean, other right answers left out; a query
-whose truth is not among the candidates keeps ``candidate_rank``, its rank by the model that chose them. Candidates
-without a score (free text, a narrow search) keep their listed order below the others. Where answers differ in length,
-sum and per-token mean of the log-likelihood are two rankings: the one with the higher validation MRR is used.
+whose truth is not among the candidates keeps ``candidate_rank``, its rank by the model that chose them (a search over
+all entities has no such model behind it: what it does not find counts as never found). Candidates without a score (free
+text, a narrow search) keep their listed order below the others. Where answers differ in length, sum and per-token mean
+of the log-likelihood are two rankings: the one with the higher validation MRR is used.
 Judgements. True where log P(True) - log P(False) exceeds a threshold: the one with the best validation accuracy, of
 equally good ones the nearest to 0. Metrics at 0 stand beside it.
 The rest. Exact matches; lines of an answer may come in any order.
@@ -36,6 +37,7 @@ Metrics = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
+SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
 # every line of answers.jsonl has them all
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
           "candidate_rank", "text", "expected", "parsed")  # fmt: skip
@@ -91,7 +93,7 @@ def rank_of(answer: Answer, per_token: bool = False) -> float:
     if not answer["parsed"]:
         return math.inf
     if truth not in candidates:
-        return known_rank(answer)
+        return math.inf if answer["decode"] == SEARCHED else known_rank(answer)
     at, others = candidates.index(truth), set(answer["truth"][1:])
     scores = answer["scores"]
     if per_token and answer["tokens"] is not None:
@@ -143,8 +145,7 @@ def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
             "parse_failures": sum(not answer["parsed"] for answer in answers),
             "truth_listed": sum(listed),
             "kept_candidate_rank": sum(
-                not there and answer["parsed"] and answer["candidate_rank"] is not None
-                for there, answer in zip(listed, answers, strict=True)
+                not there and rank < math.inf for there, rank in zip(listed, ranks, strict=True)
             ),
             "never_found": sum(map(math.isinf, ranks)),
             **{
@@ -154,8 +155,9 @@ def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
                 for direction in ("head", "tail")
             },
             "candidate_model": ranking_metrics([known_rank(answer) for answer in answers]),
-            "as_listed": ranking_metrics([listed_rank(answer) for answer in answers]),
         }
+        if answers[0]["decode"] != SEARCHED:
+            found[split]["as_listed"] = ranking_metrics([listed_rank(answer) for answer in answers])
         if unequal:
             found[split] |= {"lengths": f"{chosen} of log-likelihoods" if by_mrr["sum"] is not None
                              else "sum of log-likelihoods (no validation answers to choose on)"}  # fmt: skip

@@ -71,6 +71,7 @@ def test_rules_of_the_rank() -> None:
     assert rank_of(answer()) == 2
     assert rank_of(answer(truth=["z"], candidate_rank=57.5)) == 57.5, "not among the candidates: the rank stays"
     assert rank_of(answer(truth=["z"], candidate_rank=None)) == math.inf
+    assert rank_of(answer(truth=["z"], candidate_rank=57.5, decode="constrained_all")) == math.inf, "nothing to merge"
     assert rank_of(answer(parsed=False, candidate_rank=1.0)) == math.inf, "no answer gains nothing from the rank"
     assert rank_of(answer(scores=[None, None, -3.0])) == 3, "without a score: listed order, below the scored"
     assert rank_of(answer(scores=[None, None, -3.0], truth=["b", "a"])) == 2
