@@ -116,18 +116,23 @@ def test_search_ignores_autocast() -> None:
 
 
 def test_search_is_exact_under_reduced_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products of a processor that rounds their inputs to bfloat16, as "medium" allows it to."""
+    """A processor that rounds inputs of products to bfloat16 where "medium" allows it: the search does not allow it."""
     book, z = codebook(), vectors(200)
     expected, addmm = book.cal_codes(z), torch.addmm
+    rounding = "always"
 
     def coarse(norms: torch.Tensor, rows: torch.Tensor, codes: torch.Tensor, **options: object) -> torch.Tensor:
-        return addmm(norms, rows.bfloat16().float(), codes.bfloat16().float(), **options)  # type: ignore[call-overload]
+        if rounding == "always" or torch.get_float32_matmul_precision() != "highest":
+            rows, codes = rows.bfloat16().float(), codes.bfloat16().float()
+        return addmm(norms, rows, codes, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "addmm", coarse)
-    assert not torch.equal(book.cal_codes(z), expected)  # the control: unannounced, such rounding flips codes
+    assert not torch.equal(book.cal_codes(z), expected)  # the control: such rounding flips codes
+    rounding = "where allowed"
     try:
         torch.set_float32_matmul_precision("medium")
         assert torch.equal(book.cal_codes(z), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
 
