@@ -361,12 +361,13 @@ def _nearest(rows: Tensor, weights: list[Tensor], chunk: int) -> Tensor:
     tables = [_Table.of(weight) for weight in weights]
     found = rows.new_empty(len(weights), len(rows), dtype=torch.int64)
     scratch = rows.new_empty(min(chunk, len(rows)), len(tables[0].codes), dtype=wide)
-    for start in range(0, len(rows), chunk):  # all levels of a chunk while it is in cache
-        residual = rows[start : start + chunk].to(wide, copy=True)
-        for level, table in enumerate(tables):
-            codes = _nearest_in_chunk(residual, table, scratch[: len(residual)])
-            found[level, start : start + chunk] = codes.clamp_max_(len(weights[level]) - 1)  # NaN rows only
-            residual -= table.codes.index_select(0, codes)
+    with matmul_precision(FULL):  # the rounding bound below is float32's
+        for start in range(0, len(rows), chunk):  # all levels of a chunk while it is in cache
+            residual = rows[start : start + chunk].to(wide, copy=True)
+            for level, table in enumerate(tables):
+                codes = _nearest_in_chunk(residual, table, scratch[: len(residual)])
+                found[level, start : start + chunk] = codes.clamp_max_(len(weights[level]) - 1)  # NaN rows only
+                residual -= table.codes.index_select(0, codes)
     return found.t().contiguous()
 
 
