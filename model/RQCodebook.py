@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.precision import FULL, matmul_precision
+
 LANES = 32  # scores are reduced as [rows, K / LANES, LANES]: torch's amin over the middle axis is vectorized
 
 
