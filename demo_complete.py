@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer epochs: half a minute in place of two")
     args = parser.parse_args()
     out = args.out_dir.resolve()
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # the steps run in the repository
     plan = steps(out, 12 if args.quick else 40)
     start = time.monotonic()
     for number, (title, command) in enumerate(plan, start=1):
@@ -55,6 +56,7 @@ def main() -> int:
         if code:
             raise InputError(f"step {number} ended with exit code {code}; run its command alone to see why")
 
+    out = ROOT / out
     record = read_json(out / f"{STEM}.json", "record")
     rows = {
         "recorded when the codes were dumped": record["test"],

@@ -71,7 +71,7 @@ def build_parser() -> CommandParser:
     group.add_argument("--num_code", type=int, default=1024, help="K, codes per codebook")
     group.add_argument("--num_quantizers", type=int, help="Q, residual levels (default: 4; vq has 1)")
     group.add_argument("--code_dim", type=int, default=32, help="width of a code vector")
-    group.add_argument("--vq_weight", type=float, default=0.1, help="weight of the quantization loss in Eq. 9")
+    group.add_argument("--vq_weight", type=float, default=1.0, help="weight of the quantization loss in Eq. 9")
 
     group = parser.add_argument_group("encoder and decoder")
     group.add_argument("--init_dim", type=int, default=200, help="width of the learned entity and relation inputs")

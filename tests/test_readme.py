@@ -9,7 +9,7 @@ import pytest
 
 import run_rq
 from model.decoders import DECODERS
-from run_record import ROOT
+from run_record import ROOT, read_json
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
@@ -29,6 +29,18 @@ def test_command_exists(command: str) -> None:
     if words[1] == "run_rq.py":
         given = shlex.split(re.search(r'C="([^"]+)"', TEXT)[1]) if "$C" in command else []  # type: ignore[index]
         run_rq.parse_args([*words[2:], *given])
+
+
+def test_figures_are_the_records() -> None:
+    rows = [line.strip("| ").split(" | ") for line in TEXT.splitlines() if "`tables/records/" in line and "|" in line]
+    assert len(rows) >= 2
+    for _, codes, mrr, hits1, hits10, shuffled, effort, path in rows:
+        record = read_json(ROOT / path.strip("` "), "record")
+        test = record["test"]
+        figures = [test["mrr"], test["hits@1"], test["hits@10"], record["test_shuffled_codes"]["mrr"]]
+        assert [f"{float(cell):.3f}" for cell in (mrr, hits1, hits10, shuffled)] == [f"{x:.3f}" for x in figures]
+        assert codes == f"{record['shape'][1]} x {record['shape'][2]} of {record['args']['num_code']:,}"
+        assert effort == f"{record['epochs']} in {record['wall_seconds'] / 60:.0f}"
 
 
 def test_the_parser_offers_every_decoder() -> None:
