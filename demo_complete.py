@@ -1,4 +1,4 @@
-"""Every stage in a row on the bundled family graph, through the stages' own commands: `python demo_complete.py`.
+"""From graph to instruction data on the bundled graph, through the stages' own commands: `python demo_complete.py`.
 
 Trains, dumps the codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), and turns
 the codes into instruction data. Each step prints its command, which does the same alone.

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from model.trainer import Trainer
 
 EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
-# flags that may differ when a run is continued: they say when to stop and where to write, not what is trained
-FREE_ON_RESTORE = {
-    "epoch", "max_minutes", "patience", "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
+# flags that may differ when a run is continued: they say where to write and compute, not what is trained
+LIMITS = {"epoch", "max_minutes", "patience"}  # when to stop: may differ with --restore
+NOT_COMPARED = {
+    "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
     "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend",
 }  # fmt: skip
 
@@ -316,7 +317,7 @@ def comparable(args: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
         "export_candidates",
         "top",
     }
-    return {key: value for key, value in args.items() if key not in FREE_ON_RESTORE | unused} | {
+    return {key: value for key, value in args.items() if key not in NOT_COMPARED | unused} | {
         f"file {name}": value for name, value in inputs.items()
     }
 
@@ -341,7 +342,8 @@ def check_existing(
         return None
     stored = load_checkpoint(checkpoint)
     then = stored["comparable"]
-    differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    free = LIMITS if args.restore else set()
+    differing = sorted(key for key in (now.keys() | then.keys()) - free if now.get(key) != then.get(key))
     if differing:
         shown = ", ".join(f"{key} (there {then.get(key)}, here {now.get(key)})" for key in differing[:3])
         hint = "give the same flags" if args.restore else "give another --name and --out_dir, or --overwrite"
@@ -514,6 +516,7 @@ def load_scored_codes(
     """(scorer, relations [2R, D], codes [M, L, Q]) from --checkpoint and --eval_codes, checked against each other."""
     from model.evaluation import shuffled
     from model.RQGCN import scorer_of
+    from model.trainer import codes_hash
 
     stored = load_checkpoint(args.checkpoint)
     if stored["best"] is None:
@@ -541,6 +544,8 @@ def load_scored_codes(
         raise InputError(
             f"{names} lists other entities than --dataset {kg.name}; take the data set of the codes' record"
         )
+    if codes_hash(codes) != stored["best"].get("codes_sha256"):
+        print(f"warning: {args.eval_codes} are not the codes of {args.checkpoint}'s best epoch", file=sys.stderr)
     if args.shuffle_codes:
         codes = shuffled(codes, args.seed)
     return scorer, relations, codes.to(device)
@@ -594,7 +599,10 @@ def export_candidates(
         f"wrote {args.export_candidates}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries "
         f"of {args.split}"
     )
-    print(f"next: python Class/gen_lp_data_rq.py --candidates {args.export_candidates} --codes {args.eval_codes}")
+    print(
+        "next, with one such file for valid and one for test: "
+        f"python Class/gen_lp_data_rq.py --candidates VALID TEST --codes {args.eval_codes}"
+    )
 
 
 def find_name(word: str, raw: list[str], labels: list[str], what: str) -> int:

@@ -7,6 +7,7 @@ graph may be taken once per ``encoder_every`` scorer steps (gradients are averag
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -263,10 +264,10 @@ class Trainer:
             done = self._finished()
             if self.epoch % self.settings.eval_every == 0 or done:
                 row["valid"] = self._validate(row["phase"])
-            done = done or self._out_of_patience()
             self._advance_clock()
             row["seconds"] = self.seconds
             self.history.append(row)
+            done = done or self._out_of_patience()
             self.report(format_epoch(row))
             self.save()
         if self.best is None and self._finished():
@@ -306,14 +307,18 @@ class Trainer:
                 "epoch": self.epoch,
                 "valid": metrics,
                 "codes": None if self.codes is None else self.codes.clone(),
+                "codes_sha256": None if self.codes is None else codes_hash(self.codes),
                 "relations": relations.clone(),
                 "model": {name: value.clone() for name, value in model.state_dict().items()},
             }
         return metrics
 
     def _out_of_patience(self) -> bool:
+        """Asked after an epoch; only one that was evaluated can end the run."""
         patience = self.settings.patience
-        return bool(patience and self.best is not None and self.epoch - self.best["epoch"] >= patience)
+        if not patience or self.best is None or "valid" not in self.history[-1]:
+            return False
+        return bool(self.epoch - self.best["epoch"] >= patience)
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -350,6 +355,11 @@ class Trainer:
         torch.set_rng_state(rng["torch"].cpu())
         if self.device.type == "cuda" and rng["cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
+
+
+def codes_hash(codes: Tensor) -> str:
+    """Hex digest of the integers [M, L, Q]: ties a checkpoint to the codes that it was scored with."""
+    return hashlib.sha256(codes.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def format_epoch(row: dict[str, Any]) -> str:
