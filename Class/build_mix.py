@@ -49,24 +49,33 @@ def triple_keys(row: Row) -> list[int]:
     return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in texts]
 
 
-def scan(path: Path, forbidden: set[int], facts: set[int]) -> tuple[Ints, int]:
+def scan(path: Path, forbidden: set[int], facts: set[int], rng: np.random.Generator) -> tuple[Ints, int]:
     """Byte offsets of the rows of a file that rest on no ``forbidden`` fact, and how many others there are.
 
-    The kept rows' facts are added to ``facts``.
+    Rows that judge a triple False rest on no fact; the same share of them goes, at random, as of the True ones, so that
+    the labels keep their balance. The kept rows' facts are added to ``facts``.
     """
-    offsets, dropped, at = [], 0, 0
+    offsets, false, dropped, true_rows, true_dropped, at = [], [], 0, 0, 0, 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             row = parse_line(line.decode(), path, number)
             if row is not None:
                 keys = triple_keys(row) if states_facts(row) else []
+                is_true = row.get("truth") == ["True"]
+                true_rows += is_true
                 if forbidden and not forbidden.isdisjoint(keys):
                     dropped += 1
+                    true_dropped += is_true
                 else:
                     offsets.append(at)
+                    false.append(row.get("truth") == ["False"])
                     facts.update(keys)
             at += len(line)
-    return np.array(offsets, dtype=np.int64), dropped
+    keep = np.ones(len(offsets), dtype=bool)
+    if true_dropped:
+        negatives = np.flatnonzero(false)
+        keep[rng.permutation(negatives)[: round(len(negatives) * true_dropped / true_rows)]] = False
+    return np.array(offsets, dtype=np.int64)[keep], dropped + int((~keep).sum())
 
 
 def draw(count: int, weight: float, rng: np.random.Generator) -> Ints:
@@ -131,6 +140,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, default="json", help="a JSON array, or JSON lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the order")
     args = parser.parse_args(argv)
+    repeated = [name for name, count in Counter(name for name, _ in args.tasks).items() if count > 1]
+    if repeated:
+        parser.error(f"task {repeated[0]} is given twice; give one weight")
     if args.limit < 0 or args.seed < 0:
         parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
     return args
@@ -142,12 +154,11 @@ def main(argv: list[str] | None = None) -> None:
     given = dict(args.tasks)
     tasks = read_tasks(args.out_dir, given)
     weights = {name: given.get(name, 1.0) for name in tasks}
-    (args.out_dir / STATS).unlink(missing_ok=True)
-
     facts: dict[str, set[int]] = {"test": set(), "train": set(), "validation": set()}
     splits: dict[str, dict[str, Any]] = {}
     dropped: dict[str, dict[str, int]] = {}
     drawn: dict[str, dict[str, int]] = {}
+    plans: dict[str, tuple[list[Path], Ints, Ints]] = {}
     for split, others in (("test", ()), ("train", ("test",)), ("validation", ("test", "train"))):
         forbidden: set[int] = set().union(*(facts[other] for other in others))
         rng = np.random.default_rng([args.seed, list(FILE_STEMS).index(split)])
@@ -159,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             path = existing_split(args.out_dir / name, split)
             if path is None:
                 continue
-            found, dropped[split][name] = scan(path, forbidden, facts[split])
+            found, dropped[split][name] = scan(path, forbidden, facts[split], rng)
             chosen = draw(len(found), weights[name], rng) if split == "train" else np.arange(len(found))
             drawn[split][name] = len(chosen)
             which.append(np.full(len(chosen), len(paths)))
@@ -173,13 +184,19 @@ def main(argv: list[str] | None = None) -> None:
             order.sort()  # scored files keep the tasks' order
         if not len(order):
             raise InputError(f"no {split} row is left of {', '.join(tasks)}; dropped as overlapping: {dropped[split]}")
+        plans[split] = (paths, file_number[order], at[order])
+
+    (args.out_dir / STATS).unlink(missing_ok=True)  # every file has rows: from here on they are replaced
+    for split, (paths, file_number, at) in plans.items():
         target = split_path(args.out_dir, split, args.format)
-        splits[split] = write_rows(target, read_at(paths, file_number[order], at[order]))
+        splits[split] = write_rows(target, read_at(paths, file_number, at))
         counts = ", ".join(f"{name} {drawn[split][name]:,}" for name in drawn[split])
         print(f"  {split:10} {splits[split]['rows']:>9,} rows  {target}  ({counts})")
         for name, count in dropped[split].items():
             if count:
-                print(f"             {count:,} rows of {name} left out: another split rests on their triple")
+                print(
+                    f"             {count:,} rows of {name} left out: another split has their triple (or their balance)"
+                )
 
     stats = make_record(
         {**vars(args), "tasks": weights}, {}, time.monotonic() - started,

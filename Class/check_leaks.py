@@ -138,7 +138,8 @@ def task_faults(split_name: str, name: str, task: Task, order: str | None) -> li
     for count, what in ((task.mentioned, "mention their answer"), (task.marked, "name one answer more often")):
         if count:
             notes.append(f"{count:,} prompts {what}")
-        if count > MENTION_SHARE * task.rows:
+        chance = MENTION_SHARE * task.rows
+        if count > chance + 3 * (chance * (1 - MENTION_SHARE)) ** 0.5:  # three standard deviations: few rows scatter
             faults.append(f"{where}: {count:,} of {task.rows:,} prompts {what} (by chance: up to {MENTION_SHARE:.0%})")
     if task.labels:
         share = task.labels[TRUE] / task.labels.total()

@@ -32,6 +32,7 @@ Ints = NDArray[np.int64]
 Row = dict[str, Any]
 
 CODES_FOLDER = ROOT / "codes_new"
+DEMO_FOLDER = ROOT / "demo_output"
 BUNDLED = ROOT / "data" / "family"
 OUT_FOLDER = ROOT / "lora_training" / "lora_data"
 FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # SPEC's file names
@@ -181,7 +182,11 @@ def write_task(
     ``notes`` is called after the rows were written and adds to the stats: counts made on the way, and
     ``candidate_order`` ({split: "shuffled" or "ranked"}) where rows have candidates.
     """
-    (folder / STATS).unlink(missing_ok=True)  # a folder with stats is complete
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATS).unlink(missing_ok=True)  # a folder with stats is complete
+    except OSError as error:
+        raise InputError(f"--out_dir: cannot write {folder}: {error.strerror}; choose another folder") from error
     written = {}
     for split, rows in splits.items():
         written[split] = write_rows(split_path(folder, split, args.format), rows, args.limit)
@@ -312,8 +317,8 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     choices = list(_choices(args, preferred))
     if not choices:
         raise InputError(
-            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/family'} "
-            "(or give --codes FILE.pt, or --no_codes)"
+            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} "
+            "--max_minutes 60, or make demo for the bundled graph's (or give --codes FILE.pt, or --no_codes)"
         )
     graphs: dict[Path, KnowledgeGraph] = {}
     reasons = []
@@ -390,9 +395,13 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choic
 
 
 def _dumped_codes() -> list[Path]:
-    """Codes files with a record in codes_new/, newest first; what stage 1 did not write is passed over."""
+    """Codes files with a record in codes_new/, newest first, else the demo's; others are passed over."""
+    return _codes_in(CODES_FOLDER) or _codes_in(DEMO_FOLDER)
+
+
+def _codes_in(folder: Path) -> list[Path]:
     found = []
-    for record in CODES_FOLDER.glob("*.json"):
+    for record in folder.glob("*.json"):
         codes = record.with_suffix(".pt")
         if codes.is_file():
             try:

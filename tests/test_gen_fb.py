@@ -216,7 +216,8 @@ def test_started_alone_without_codes_it_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(instructions, "CODES_FOLDER", tmp_path)
-    with pytest.raises(InputError, match=r"python run_rq\.py --dataset data/family"):
+    monkeypatch.setattr(instructions, "DEMO_FOLDER", tmp_path)
+    with pytest.raises(InputError, match=r"python run_rq\.py --dataset data/FB15k-237"):
         gen_fb_data_rq.main(["--out_dir", str(tmp_path / "out")])
     for words in (["--no_codes", "--codes", "x.pt"], ["--neg_ratio", "0"], ["--limit", "-1"]):
         with pytest.raises(SystemExit) as stopped:

@@ -88,6 +88,7 @@ def codes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "codes_new"
     folder.mkdir()
     monkeypatch.setattr(instructions, "CODES_FOLDER", folder)
+    monkeypatch.setattr(instructions, "DEMO_FOLDER", folder)
     return folder
 
 
@@ -310,7 +311,7 @@ def test_files_that_are_not_those_recorded_are_refused(tmp_path: Path, graph: Pa
 
 
 def test_nothing_there_names_the_command(codes_folder: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no codes; make some: python run_rq.py --dataset data/family"):
+    with pytest.raises(InputError, match=r"holds no codes; make some: python run_rq.py --dataset data/FB15k-237"):
         open_source(flags())
 
 
@@ -331,7 +332,10 @@ def test_the_newest_fitting_codes_are_taken_and_named(
     assert open_source(flags("--dataset", graph)).codes_info["file"] == old.name
 
 
-def test_the_preferred_data_set_takes_its_own_codes_before_mapped_ones(tmp_path: Path, codes_folder: Path) -> None:
+def test_the_preferred_data_set_takes_its_own_codes_before_mapped_ones(
+    tmp_path: Path, codes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instructions, "ROOT", tmp_path)  # its data/, not the repository's
     small = write_graph(tmp_path / "data" / "FB15k-237N", train=["a r b"], valid=["b r c"], test=["c r a"])
     large = write_graph(tmp_path / "data" / "FB15k-237", train=["a r b", "c r b"], valid=["b r a"], test=["c r d"])
     mapped = write_codes(large, codes_folder)
@@ -385,8 +389,10 @@ def test_a_mix_keeps_the_splits_apart(tmp_path: Path) -> None:
     two_tasks(tmp_path)
     rows = mixed(tmp_path)
     counts = {split: Counter(row["task_type"] for row in found) for split, found in rows.items()}
-    # b's training loses "t r 2" to a's test; a's validation loses "v r 1" to b's training
-    assert counts == {"train": {"a": 100, "b": 43}, "validation": {"a": 3, "b": 2}, "test": {"a": 4, "b": 2}}
+    # b's training loses "t r 2" to a's test; a's validation loses "v r 1" to b's training; a negative goes with each
+    assert counts == {"train": {"a": 100, "b": 42}, "validation": {"a": 2, "b": 2}, "test": {"a": 4, "b": 2}}
+    labels = Counter(row["truth"][0] for row in rows["validation"] if row["task_type"] == "a")
+    assert labels == {"True": 1, "False": 1}
     facts = {s: {t for r in found if r["truth"] == ["True"] for t in row_triples(r)} for s, found in rows.items()}
     assert not facts["train"] & facts["test"] and not facts["validation"] & (facts["train"] | facts["test"])
     assert [row["task_type"] for row in rows["train"]] != sorted(row["task_type"] for row in rows["train"])
@@ -396,11 +402,11 @@ def test_a_mix_keeps_the_splits_apart(tmp_path: Path) -> None:
 def test_weights_count_rows(tmp_path: Path) -> None:
     two_tasks(tmp_path)
     rows = mixed(tmp_path, "a=2.5", "b=0.5", "--seed", "3")
-    assert Counter(row["task_type"] for row in rows["train"]) == {"a": 250, "b": 22}
+    assert Counter(row["task_type"] for row in rows["train"]) == {"a": 250, "b": 21}
     assert Counter(Counter(row["id"].split("#")[0] for row in rows["train"] if row["task_type"] == "a").values()) == {
         2: 50, 3: 50,
     }  # fmt: skip
-    assert len({row["id"] for row in rows["train"]}) == 272
+    assert len({row["id"] for row in rows["train"]}) == 271
     assert mixed(tmp_path, "a=2.5", "b=0.5", "--seed", "3") == rows
     assert mixed(tmp_path, "a=2.5", "b=0.5", "--seed", "4")["train"] != rows["train"]
     assert len(mixed(tmp_path, "a", "--limit", "9")["train"]) == 9
