@@ -11,13 +11,14 @@ indexed by entities, a bias per entity included: what is known of an entity stan
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Base: ``query`` is what a decoder defines.
 
     dim: D, the width of q_h, q_t and the query. relation_dim: the width that v_r must have.
@@ -31,9 +32,9 @@ class Decoder(nn.Module):
         self.dim = dim
         self.relation_dim = dim if relation_dim is None else relation_dim
 
+    @abstractmethod
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         """q_h [B, D], v_r [B, relation_dim] -> [B, D]."""
-        raise NotImplementedError
 
     def forward(self, q_h: Tensor, v_r: Tensor, q_t: Tensor) -> Tensor:
         """Scores of every tail in q_t [N, D] -> [B, N]."""
