@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from typing import Any
 
 import pytest
 
 import run_rq
+from lora_training.memory import GIB, expected_memory, lora_parameters, model_shape, row_parameters
 from model.decoders import DECODERS
 from run_record import ROOT, read_json
 
@@ -41,6 +43,23 @@ def test_figures_are_the_records() -> None:
         assert [f"{float(cell):.3f}" for cell in (mrr, hits1, hits10, shuffled)] == [f"{x:.3f}" for x in figures]
         assert codes == f"{record['shape'][1]} x {record['shape'][2]} of {record['args']['num_code']:,}"
         assert effort == f"{record['epochs']} in {record['wall_seconds'] / 60:.0f}"
+
+
+def test_the_memory_table_is_computed() -> None:
+    from transformers import LlamaConfig
+
+    shape = model_shape(LlamaConfig())  # LLaMA2-7B's
+    lora, rows = lora_parameters(shape, 16), row_parameters(shape, 4100)
+    ways: dict[str, dict[str, Any]] = {
+        "one GPU": {},
+        "DDP, 2 GPUs": {"world_size": 2},
+        "FSDP2, ZeRO-3": {"world_size": 2, "sharding": "fsdp"},
+        "ZeRO-2": {"world_size": 2, "sharding": "zero2"},
+        "QLoRA (`--load_in_4bit`)": {"four_bit": True},
+    }
+    for name, how in ways.items():
+        need = [expected_memory(shape, lora, rows, 4100, batch, 2048, 256, **how) for batch in (1, 4)]
+        assert f"| {name} | {need[0].total / GIB:.1f} | {need[1].total / GIB:.1f} |" in TEXT
 
 
 def test_the_parser_offers_every_decoder() -> None:
