@@ -605,29 +605,19 @@ def export_candidates(
     )
 
 
-def find_name(word: str, raw: list[str], labels: list[str], what: str) -> int:
-    """Row of an entity or relation by raw name, else by label; InputError lists the matches of an ambiguous label."""
-    if word in raw:
-        return raw.index(word)
-    found = [row for row, label in enumerate(labels) if label.casefold() == word.casefold()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(f"--predict: {len(found)} {what}s are called {word!r}: {', '.join(raw[i] for i in found[:8])}")
-    near = [labels[i] for i, label in enumerate(labels) if word.casefold() in label.casefold()][:5]
-    raise InputError(f"--predict: no {what} is called {word!r}" + (f"; near: {', '.join(near)}" if near else ""))
-
-
 def predict(
     args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer, relations: torch.Tensor, codes: torch.Tensor
 ) -> None:
     """Print the --top tails of (HEAD, RELATION), known answers marked with their split."""
     import torch
 
+    from data.knowledge_graph import find_name
+
     head_word, relation_word = args.predict
-    head = find_name(head_word, kg.entities, kg.labels, "entity")
+    head = find_name(head_word, kg.entities, [kg.labels], "entity", "--predict")
     inverse = relation_word.startswith("~")
-    relation = find_name(relation_word.removeprefix("~"), kg.relations, kg.relation_labels, "relation")
+    relation_name = relation_word.removeprefix("~")
+    relation = find_name(relation_name, kg.relations, [kg.relation_labels], "relation", "--predict")
     relation += kg.num_relations * inverse
     scorer.eval()
     with torch.no_grad():

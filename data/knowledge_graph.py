@@ -17,7 +17,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -169,6 +169,39 @@ class KnowledgeGraph:
             if use_cache:
                 _write_cache(cache, name, parts)
         return cls(name=name, input_hashes=hashes, **parts)
+
+
+# ---------------------------------------------------------------- names
+
+SHOWN_MATCHES = 12
+
+
+def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
+    """The row that ``word`` names: by raw name, else by one of the lists ``names``, exactly, else whatever the case.
+
+    ``what`` is "entity" or "relation", ``flag`` the flag that the word came by. InputError lists the matches of an
+    ambiguous name (by the first list of ``names``), or what holds the word where nothing is called so.
+    """
+    if word in raw:
+        return raw.index(word)
+    said = f"{flag}: " if flag else ""
+    for same in (lambda name: name == word, lambda name: name.casefold() == word.casefold()):
+        found = sorted({i for column in names for i, name in enumerate(column) if same(name)})
+        if len(found) == 1:
+            return found[0]
+        if found:
+            matches = show_names(found, names[0], raw)
+            raise InputError(f"{said}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
+    near = sorted({i for column in names for i, name in enumerate(column) if word.casefold() in name.casefold()})
+    raise InputError(
+        f"{said}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
+    )
+
+
+def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) -> str:
+    """The first of these rows as ``name [raw name]``, and how many more there are."""
+    more = f" and {len(rows) - SHOWN_MATCHES} more" if len(rows) > SHOWN_MATCHES else ""
+    return ", ".join(f"{names[i]} [{raw[i]}]" for i in rows[:SHOWN_MATCHES]) + more
 
 
 # ---------------------------------------------------------------- the files

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class import prompts
 from Class.candidates import Candidates, read_candidates
 from Class.instructions import Source
+from data.knowledge_graph import find_name, show_names
 from lora_training.inference import (
     Listed,
     Reader,
@@ -50,35 +51,10 @@ if TYPE_CHECKING:
     from lora_training.candidate_scoring import TokenTrie
 
 INVERSE = prompts.relation_text("", "head")  # what stands before the label of an inverse relation
-SHOWN_MATCHES = 12
 LISTED = 20  # candidates that a prompt lists
 
 
 # ---------------------------------------------------------------- names
-
-
-def find_one(word: str, names: Sequence[Sequence[str]], raw: Sequence[str], what: str) -> int:
-    """The row that ``word`` names: by raw name, else by one of the lists ``names``, whatever the case.
-
-    InputError lists the matches of an ambiguous name, or what holds the word where nothing is called so.
-    """
-    if word in raw:
-        return raw.index(word)
-    for same in (lambda name: name == word, lambda name: name.casefold() == word.casefold()):
-        found = sorted({i for column in names for i, name in enumerate(column) if same(name)})
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise InputError(
-                f"{what} {word!r} is ambiguous, {len(found)} match: {_shown(found, names[0], raw)}; give one in full"
-            )
-    near = sorted({i for column in names for i, name in enumerate(column) if word.casefold() in name.casefold()})
-    raise InputError(f"no {what} is called {word!r}" + (f"; near: {_shown(near, names[0], raw)}" if near else ""))
-
-
-def _shown(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) -> str:
-    more = f" and {len(rows) - SHOWN_MATCHES} more" if len(rows) > SHOWN_MATCHES else ""
-    return ", ".join(f"{names[i]} [{raw[i]}]" for i in rows[:SHOWN_MATCHES]) + more
 
 
 class Query(NamedTuple):
@@ -91,9 +67,9 @@ class Query(NamedTuple):
 def find_query(head: str, relation: str, source: Source) -> Query:
     """The query of two names; InputError where one is unknown or ambiguous."""
     kg = source.kg
-    h = find_one(head, [source.names.names, kg.labels], kg.entities, "entity")
+    h = find_name(head, kg.entities, [source.names.names, kg.labels], "entity")
     backwards = relation.startswith(INVERSE)
-    r = find_one(relation.removeprefix(INVERSE), [source.relations, kg.relation_labels], kg.relations, "relation")
+    r = find_name(relation.removeprefix(INVERSE), kg.relations, [source.relations, kg.relation_labels], "relation")
     return Query(h, r + kg.num_relations * backwards)
 
 
@@ -114,7 +90,7 @@ def mark_entity(text: str, source: Source) -> tuple[str, int | None]:
     start, end = max(places, key=lambda span: (span[1] - span[0], -span[0]))
     entities = sorted(places[start, end])
     if len(entities) > 1:
-        shown = _shown(entities, source.names.names, source.kg.entities)
+        shown = show_names(entities, source.names.names, source.kg.entities)
         raise InputError(f"entity {text[start:end]!r} is ambiguous, {len(entities)} match: {shown}; give one in full")
     return text[:start] + source.entity_texts[entities[0]] + text[end:], entities[0]
 

@@ -12,9 +12,9 @@ import torch
 from Class import prompts
 from Class.codes import unique_names
 from Class.instructions import Source
-from data.knowledge_graph import KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, find_name
 from lora_training import ask
-from lora_training.ask import Asker, Query, find_one, find_query, interact, mark_entity
+from lora_training.ask import Asker, Query, find_query, interact, mark_entity
 from lora_training.code_tokens import load_adapted, read_saved
 from lora_training.inference import open_codes
 from run_record import InputError
@@ -48,7 +48,7 @@ def test_names_are_found_or_their_matches_listed(namesakes: Source) -> None:
     columns = [names, kg.labels]
 
     def found(word: str) -> str:
-        return kg.entities[find_one(word, columns, kg.entities, "entity")]
+        return kg.entities[find_name(word, kg.entities, columns, "entity")]
 
     assert [found(word) for word in ("m2", "Mercury Prize", "mercury prize", "Venus (b)")] == ["m2", "a", "a", "b"]
     full = [name for name in names if name.startswith("Mercury (")]
