@@ -363,9 +363,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> None:
     """Train RQGCN, dump codes, embeddings and names of the best epoch, rank from the dump, write the record."""
     from model.message_passing import resolve_backend
+    from model.precision import keep_freed_memory
     from model.RQGCN import RQGCN
     from model.trainer import Trainer, TrainSettings
 
+    keep_freed_memory()
     device = choose_device(args)
     kg = load_graph(args)
     text = load_text(args.text_emb, kg.num_entities)

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.precision import has_bfloat16
+
+SCORES_AT_ONCE = 2**26  # of float32: 256 MB
+
 
 class Targets(NamedTuple):
     """The true tails of a batch of queries, as coordinates: query ``rows[i]`` has the tail ``columns[i]``."""
@@ -25,39 +29,81 @@ def gather_targets(indptr: Tensor, targets: Tensor, queries: Tensor) -> Targets:
 
 
 class _SoftmaxCrossEntropy(torch.autograd.Function):
-    """One pass forward and one backward over [B, M]; no dense label matrix exists."""
+    """Loss and gradients of a chunk of queries while its probabilities are at hand: three matrix products and one softmax.
+
+    What is sparse (the true tails) and what is of rank one (the smoothing) never touches the [B, M] probabilities:
+
+        d loss / d query = c (P E - smoothing * mean E) - (1 - smoothing) * sum of E over the true tails
+        d loss / d E     = P^T (c query) - smoothing / M * sum of c query - (1 - smoothing) * sum of query over true heads
+
+    with c the number of true tails of each query, both divided by n.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, rows: Tensor, columns: Tensor, smoothing: float) -> Tensor:
-        count = torch.bincount(rows, minlength=len(scores)).to(scores.dtype)  # true tails per query
-        log_total = torch.logsumexp(scores, dim=1)
-        loss = (count * log_total).sum() - (1 - smoothing) * scores[rows, columns].sum()
+    def forward(
+        ctx: Any, query: Tensor, q_all: Tensor, rows: Tensor, columns: Tensor, smoothing: float, chunk: int
+    ) -> Tensor:
+        n, count = len(rows), torch.bincount(rows, minlength=len(query)).to(query.dtype)  # true tails per query
+        small = _product_dtype(query)
+        entities = q_all.to(small)
+        d_query, d_all = torch.empty_like(query), torch.zeros_like(q_all)
+        log_total = query.new_empty(len(query))
+        for start in range(0, len(query), chunk):
+            part = slice(start, start + chunk)
+            scores = query[part] @ q_all.T
+            highest = scores.amax(1)
+            probabilities = torch.softmax(scores, dim=1, out=scores)
+            log_total[part] = highest - probabilities.amax(1).log()
+            probabilities = probabilities.to(small)
+            d_query[part] = probabilities @ entities
+            weighted = (query[part] * count[part, None]).to(small)
+            d_all += probabilities.T @ weighted
+        d_query.mul_(count[:, None])
+        true_tails = q_all.index_select(0, columns)
+        log_odds = (query.index_select(0, rows) * true_tails).sum()  # of the true triples
+        loss = (count * log_total).sum() - (1 - smoothing) * log_odds
         if smoothing:
-            loss = loss - smoothing * (count * scores.mean(dim=1)).sum()
-        ctx.save_for_backward(scores, log_total, count, rows, columns)
-        ctx.smoothing = smoothing
-        return loss / len(rows)
+            mean, weighted_sum = q_all.mean(0), count @ query
+            loss = loss - smoothing * (weighted_sum @ mean)
+            d_query.sub_(smoothing * count[:, None] * mean)
+            d_all.sub_(weighted_sum * (smoothing / len(q_all)))
+        d_query.index_add_(0, rows, true_tails, alpha=smoothing - 1)
+        d_all.index_add_(0, columns, query.index_select(0, rows), alpha=smoothing - 1)
+        ctx.save_for_backward(d_query.div_(n), d_all.div_(n))
+        return loss / n
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scores, log_total, count, rows, columns = ctx.saved_tensors
-        grad = scores.sub(log_total[:, None]).exp_()
-        if ctx.smoothing:
-            grad.sub_(ctx.smoothing / scores.shape[1])
-        grad.mul_(count[:, None])
-        grad.index_put_((rows, columns), grad.new_tensor(ctx.smoothing - 1), accumulate=True)
-        return grad.mul_(grad_outputs[0] / len(rows)), None, None, None
+        d_query, d_all = ctx.saved_tensors
+        return d_query * grad_outputs[0], d_all * grad_outputs[0], None, None, None, None
 
 
-def softmax_cross_entropy(scores: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over the n true triples of the batch of -log softmax(scores [B, M]) at the tail; every triple counts once,
-    so a query weighs as much as it has tails. ``label_smoothing``: share of the target law spread over all entities."""
-    loss: Tensor = _SoftmaxCrossEntropy.apply(scores, targets.rows, targets.columns, label_smoothing)
+def _product_dtype(like: Tensor) -> torch.dtype:
+    """bfloat16 for the products of probabilities where the precision in force allows it and the processor has it."""
+    fast = like.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    return torch.bfloat16 if fast and has_bfloat16(like.device) else like.dtype
+
+
+def softmax_cross_entropy(
+    query: Tensor, q_all: Tensor, targets: Targets, label_smoothing: float = 0.0, chunk: int | None = None
+) -> Tensor:
+    """Mean over the n true triples of the batch of -log softmax(query q_all^T) at the tail, query [B, D], q_all [M, D].
+
+    Every triple counts once, so a query weighs as much as it has tails. ``label_smoothing``: share of the target law
+    spread over all entities; ``chunk``: queries at a time (by default what keeps the scores under 256 MB).
+    """
+    chunk = chunk or max(1, SCORES_AT_ONCE // len(q_all))
+    loss: Tensor = _SoftmaxCrossEntropy.apply(query, q_all, targets.rows, targets.columns, label_smoothing, chunk)
     return loss
 
 
-def binary_cross_entropy(scores: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
-    """Eq. 7: mean over [B, M] of the binary cross-entropy; labels are (1 - smoothing) y + smoothing / M."""
+def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
+    """Eq. 7: mean over the scores query q_all^T [B, M] of the binary cross-entropy, query [B, D], q_all [M, D].
+
+    Labels are (1 - smoothing) y + smoothing / M.
+    """
+    scores = query @ q_all.T
     positive = scores[targets.rows, targets.columns].sum() / scores.numel()
     return (
         F.softplus(scores).mean()

@@ -140,9 +140,9 @@ class Trainer:
     def _structure_loss(self, q_all: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D]."""
         heads = self.heads[batch]
-        scores = self.model.scorer.scores(q_all[heads], self.model.relation_vectors()[self.rels[batch]], q_all)
+        query = self.model.scorer.decoder.query(q_all[heads], self.model.relation_vectors()[self.rels[batch]])
         targets = gather_targets(self.indptr, self.targets, batch)
-        structure = LOSSES[self.settings.loss](scores, targets, self.settings.lbl_smooth)
+        structure = LOSSES[self.settings.loss](query, q_all, targets, self.settings.lbl_smooth)
         if self.text is None:
             return structure, structure.new_zeros(())
         return structure, self.model.semantic_loss(q_all[heads], self.text[heads])

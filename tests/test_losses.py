@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,44 +11,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.losses import LOSSES, Targets, binary_cross_entropy, gather_targets, softmax_cross_entropy
+from model.precision import matmul_precision
 
-B, M = 6, 11
+B, M, D = 6, 11, 4
 
 
-def batch(seed: int = 0) -> tuple[Tensor, Targets, Tensor]:
-    """Scores [B, M] in float64, true tails (1 to 4 a query), dense labels [B, M]."""
+class Batch(NamedTuple):
+    """query [B, D] and q_all [M, D] in float64, true tails (1 to 4 a query), dense labels [B, M]."""
+
+    query: Tensor
+    q_all: Tensor
+    targets: Targets
+    labels: Tensor
+
+    def value_and_gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return loss.detach(), *torch.autograd.grad(loss, (self.query, self.q_all))
+
+
+def batch(seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(B, M, generator=generator, dtype=torch.float64) * 3
+    query, q_all = (torch.randn(n, D, generator=generator, dtype=torch.float64).requires_grad_() for n in (B, M))
     labels = torch.zeros(B, M, dtype=torch.float64)
     for row in range(B):
         labels[row, torch.randperm(M, generator=generator)[: 1 + row % 4]] = 1
     rows, columns = labels.nonzero(as_tuple=True)
-    return scores, Targets(rows, columns), labels
+    return Batch(query, q_all, Targets(rows, columns), labels)
 
 
-def value_and_gradient(loss: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    (gradient,) = torch.autograd.grad(loss, scores)
-    return loss.detach(), gradient
-
-
+@pytest.mark.parametrize("chunk", [None, 1, 4, B])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_softmax_cross_entropy_is_torch_with_a_row_per_triple(smoothing: float) -> None:
-    scores, targets, _ = batch()
-    scores.requires_grad_()
-    dense = F.cross_entropy(scores[targets.rows], targets.columns, label_smoothing=smoothing)
-    expected = value_and_gradient(dense, scores)
-    found = value_and_gradient(softmax_cross_entropy(scores, targets, smoothing), scores)
+def test_softmax_cross_entropy_is_torch_with_a_row_per_triple(smoothing: float, chunk: int | None) -> None:
+    data = batch()
+    rows, columns = data.targets
+    dense = F.cross_entropy((data.query @ data.q_all.T)[rows], columns, label_smoothing=smoothing)
+    expected = data.value_and_gradients(dense)
+    found = data.value_and_gradients(softmax_cross_entropy(*data[:3], smoothing, chunk))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
 def test_binary_cross_entropy_is_torch_with_dense_labels(smoothing: float) -> None:
-    scores, targets, labels = batch()
-    scores.requires_grad_()
-    smooth = (1 - smoothing) * labels + smoothing / M
-    expected = value_and_gradient(F.binary_cross_entropy_with_logits(scores, smooth), scores)
-    found = value_and_gradient(binary_cross_entropy(scores, targets, smoothing), scores)
+    data = batch()
+    smooth = (1 - smoothing) * data.labels + smoothing / M
+    expected = data.value_and_gradients(F.binary_cross_entropy_with_logits(data.query @ data.q_all.T, smooth))
+    found = data.value_and_gradients(binary_cross_entropy(*data[:3], smoothing))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -56,20 +63,29 @@ def test_binary_cross_entropy_is_torch_with_dense_labels(smoothing: float) -> No
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_gradients_by_finite_differences(name: str, smoothing: float) -> None:
-    scores, targets, _ = batch(1)
-    loss = partial(LOSSES[name], targets=targets, label_smoothing=smoothing)
-    assert torch.autograd.gradcheck(lambda s: 3.0 * loss(s), scores.requires_grad_())
+    query, q_all, targets, _ = batch(1)
+    assert torch.autograd.gradcheck(lambda q, e: 3.0 * LOSSES[name](q, e, targets, smoothing), (query, q_all))
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_extreme_scores_stay_finite(name: str) -> None:
-    _, targets, labels = batch()
-    scores = (1e4 * (2 * labels - 1)).float().requires_grad_()  # a perfect model
-    loss, gradient = value_and_gradient(LOSSES[name](scores, targets, 0.0), scores)
-    assert float(loss) < 1.5  # ce: log of the number of tails at most
+    targets, labels = batch()[2:]
+    query = (1e4 * (2 * labels - 1)).float().requires_grad_()  # scores of a perfect model, entities being unit vectors
+    loss = LOSSES[name](query, torch.eye(M), targets, 0.0)
+    (gradient,) = torch.autograd.grad(loss, query)
+    assert float(loss.detach()) < 1.5  # ce: log of the number of tails at most
     assert bool(gradient.isfinite().all())
-    worst = (-scores.detach()).requires_grad_()
-    assert 1e3 < float(LOSSES[name](worst, targets, 0.0).detach()) < 1e5
+    assert 1e3 < float(LOSSES[name](-query.detach(), torch.eye(M), targets, 0.0)) < 1e5
+
+
+def test_reduced_precision_moves_the_gradients_by_its_rounding_alone() -> None:
+    """With "medium" products the probabilities are bfloat16 (8 bits) where the processor has them; never the loss."""
+    data = Batch(*(x.detach().float().requires_grad_() for x in batch()[:2]), *batch()[2:])
+    exact = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
+    with matmul_precision("medium"):
+        fast = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
+    for ours, theirs in zip(fast, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-6 * float(theirs.abs().max()))
 
 
 def test_gather_targets_equals_a_loop() -> None:

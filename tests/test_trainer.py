@@ -84,9 +84,9 @@ def test_gradients_are_those_of_the_joint_loss_in_one_graph(
     decoded = torch.stack([book[trainer.codes[..., q]] for q, book in enumerate(books)]).sum(0)
     q_all = model.scorer.entity_vectors(decoded + z - z.detach())
     heads = trainer.heads[batch]
-    scores = model.scorer.scores(q_all[heads], model.encode(trainer.graph).relations[trainer.rels[batch]], q_all)
+    query = model.scorer.decoder.query(q_all[heads], model.encode(trainer.graph).relations[trainer.rels[batch]])
     targets = gather_targets(trainer.indptr, trainer.targets, batch)
-    joint = LOSSES[loss](scores, targets, settings.lbl_smooth)
+    joint = LOSSES[loss](query, q_all, targets, settings.lbl_smooth)
     if text is not None:
         assert model.W_s is not None
         joint = joint + settings.text_weight * (model.W_s(q_all[heads]) - text[heads]).square().sum(1).mean()
