@@ -367,7 +367,7 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choic
     if args.no_codes and args.dataset:
         yield _Choice(None, args.dataset)
         return
-    found = _dumped_codes() if args.codes is None else [args.codes]
+    found = dumped_codes() if args.codes is None else [args.codes]
     folders = {codes: training_folder(codes, read_record(codes), args.dataset) for codes in found}
 
     def others_last(is_own: Callable[[Path], bool]) -> list[Path]:
@@ -394,7 +394,7 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choic
     yield from options
 
 
-def _dumped_codes() -> list[Path]:
+def dumped_codes() -> list[Path]:
     """Codes files with a record in codes_new/, newest first, else the demo's; others are passed over."""
     return _codes_in(CODES_FOLDER) or _codes_in(DEMO_FOLDER)
 
@@ -449,6 +449,16 @@ def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = 
     return None
 
 
+def check_recorded(file: Path, record: Mapping[str, Any]) -> None:
+    """InputError unless ``file``, which stage 1 wrote, is there with the sha256 in its record."""
+    expected = record["outputs"].get(file.name)
+    if not file.is_file() or expected is None:
+        problem = "not in its record" if file.is_file() else "missing"
+        raise InputError(f"{file} is {problem}; run run_rq.py again")
+    if sha256_file(file) != expected:
+        raise InputError(f"{file} is not the file of its record (sha256 differs); run run_rq.py again")
+
+
 def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, dict[str, Any]]:
     """(codes [M, L, Q] in the order of ``kg``'s ids, K, what to say of them), checked against file, record and graph.
 
@@ -459,12 +469,7 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
     record = read_record(path)
     names_path = path.with_suffix(".entities.txt")
     for file in (path, names_path):
-        expected = record["outputs"].get(file.name)
-        if not file.is_file() or expected is None:
-            problem = "not in its record" if file.is_file() else "missing"
-            raise InputError(f"{file} is {problem}; run run_rq.py again")
-        if sha256_file(file) != expected:
-            raise InputError(f"{file} is not the file of its record (sha256 differs); run run_rq.py again")
+        check_recorded(file, record)
     names = load_entities(names_path)
     num_code = int(record["args"]["num_code"])
     codes = load_codes(path, num_code=num_code).numpy()

@@ -1,0 +1,236 @@
+"""How good codes are, without any model: usage, perplexity, collisions, entropy and Jaccard distances.
+
+    python tables/code_quality.py --codes codes_new/FB15k-237_16_1024_4_rq.pt
+    python tables/code_quality.py --codes demo_output/family_4_256_4_rq.pt --json quality.json
+
+Definitions (M entities, codes [M, L, Q]):
+
+usage, perplexity   per level: the fraction of its K codes in use; exp of the entropy of how often each occurs
+collisions          entities that share their whole code with another one
+entropy             -sum p log2 p over whole-entity codes (Eq. 11), in bits; log2 M where no two entities are equal.
+                    The paper's figures exceed log2 M, so it counts something else: they are not comparable
+Jaccard distance    of two entities: 1 - |A & B| / |A | B|, with A the L*Q items (position, level, code) of an entity
+                    (Eq. 12, 13). At k: the mean over all entities of the mean over their k nearest other ones, nearest
+                    by the squared distance of the decoded vectors [L * code_dim] in float32, ties by id. High: even
+                    near entities can be told apart. All sets have L*Q items: s equal ones give 1 - s / (2*L*Q - s)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.codes import load_codes, load_entities
+from Class.instructions import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
+from run_record import CommandParser, InputError, load_torch, peak_memory_mb, run_command, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+KS = tuple(range(200, 1001, 100))  # the paper's k
+CHUNK = 512  # entities at a time: a chunk holds CHUNK * M distances of 8 bytes
+
+
+class CodeSet(NamedTuple):
+    """One run's codes as stage 1 wrote them, checked against its record."""
+
+    path: Path
+    record: dict[str, Any]
+    entities: list[str]  # M raw names
+    codes: Tensor  # int64 [M, L, Q]
+    num_code: int  # K
+    vectors: Tensor | None  # float32 [M, L, code_dim]; None where stage 1 left them out
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def flat_vectors(self) -> Tensor:
+        """The decoded vectors [M, L * code_dim]; InputError where the file is not there."""
+        if self.vectors is None:
+            raise InputError(
+                f"{embeddings_path(self.path)} does not exist: the distances need the decoded vectors; write them: "
+                f"python run_rq.py --dataset {self.record['args'].get('dataset')} ... --restore --dump_only --save_emb"
+            )
+        return self.vectors.flatten(1)
+
+
+def embeddings_path(codes: Path) -> Path:
+    """The file of decoded vectors beside a codes file."""
+    return codes.with_name(f"{codes.stem}_emd.pt")
+
+
+def open_code_set(path: str | Path) -> CodeSet:
+    """Read codes, names and, where they are there, vectors. InputError where a file is not the one of its record."""
+    path = Path(path)
+    record = read_record(path)
+    names, vectors = path.with_suffix(".entities.txt"), embeddings_path(path)
+    for file in (path, names, *([vectors] if vectors.is_file() else [])):
+        check_recorded(file, record)
+    entities, num_code = load_entities(names), int(record["args"]["num_code"])
+    codes = load_codes(path, len(entities), num_code)
+    found = load_torch(vectors, "embeddings") if vectors.is_file() else None
+    if found is not None and (found.dim() != 3 or found.shape[:2] != codes.shape[:2]):
+        raise InputError(
+            f"{vectors} is {list(found.shape)}, expected {[*codes.shape[:2], 'code_dim']}; run run_rq.py again"
+        )
+    return CodeSet(path, record, entities, codes, num_code, found)
+
+
+def pick_codes(given: Sequence[Path] | None) -> list[Path]:
+    """``--codes``, else all codes that stage 1 left, newest first (the demo's where codes_new/ has none)."""
+    found = list(given or dumped_codes())
+    if not found:
+        raise InputError(
+            f"--codes: {CODES_FOLDER.name}/ and {DEMO_FOLDER.name}/ hold no codes; make some: python demo_complete.py"
+        )
+    return found
+
+
+# ---------------------------------------------------------------- nearest entities, Jaccard
+
+
+def nearest_entities(rows: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest other entities of each of ``rows`` [n] (ids), by squared distance of ``vectors`` [M, D].
+
+    Returns (ids int64 [n, k], distances float32 [n, k]), nearest first, ties by id. Distances are computed in float64
+    and rounded to float32, so that equal vectors tie whatever the order of summation was. Memory: 24 bytes * n * M.
+    """
+    import torch
+
+    wide = vectors.double()
+    norms = wide.square().sum(1)
+    squares = torch.addmm(norms[rows, None] + norms, wide[rows], wide.t(), alpha=-2).clamp_min_(0)
+    squares[torch.arange(len(rows)), rows] = torch.inf
+    # the bits of a float32 >= 0 order as its value does: above the id, they make one integer that has no ties
+    keys = (squares.float() + 0.0).view(torch.int32).long() << 32
+    keys |= torch.arange(len(vectors))
+    best = keys.topk(min(k, len(vectors) - 1), largest=False, sorted=True).values
+    return best & 0xFFFFFFFF, (best >> 32).int().view(torch.float32)
+
+
+def jaccard(codes: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Jaccard distances float64 [n, k] of entities ``rows`` [n] to ``others`` [n, k], codes [M, L, Q]."""
+    import torch
+
+    cells = codes.flatten(1).int()  # [M, L*Q]
+    same = [(cells.index_select(0, near) == cells[row]).sum(1) for row, near in zip(rows.tolist(), others, strict=True)]
+    shared = torch.stack(same).double()
+    return 1 - shared / (2 * cells.shape[1] - shared)
+
+
+def jaccard_by_k(codes: Tensor, vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[int, float]:
+    """k -> mean Jaccard distance to the k nearest entities. k beyond M - 1 is left out.
+
+    codes [M, L, Q]; vectors [M, D], which decide who is near; ``chunk`` entities at a time, which changes no result.
+    """
+    return jaccard_of([codes], vectors, ks, chunk)[0]
+
+
+def jaccard_of(
+    variants: Sequence[Tensor], vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK
+) -> list[dict[int, float]]:
+    """``jaccard_by_k`` of several codes [M, L, Q] under the same neighbours, which are searched once."""
+    import torch
+
+    M = len(vectors)
+    ks = sorted({k for k in ks if 1 <= k < M})
+    if not ks:
+        return [{} for _ in variants]
+    last = torch.tensor(ks) - 1
+    sums = torch.zeros(len(variants), len(ks), dtype=torch.float64)
+    for rows in torch.arange(M).split(chunk):
+        others = nearest_entities(rows, vectors, ks[-1])[0]
+        for total, codes in zip(sums, variants, strict=True):
+            total += jaccard(codes, rows, others).cumsum(1)[:, last].sum(0)
+    means = sums / (torch.tensor(ks) * M)
+    return [dict(zip(ks, row, strict=True)) for row in means.tolist()]
+
+
+# ---------------------------------------------------------------- all numbers
+
+
+def quality(found: CodeSet, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[str, Any]:
+    """Every number of this file's head for one set of codes; ``jaccard`` is None without vectors."""
+    from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
+
+    M, L, Q = found.codes.shape
+    return {
+        "codes": found.path.name,
+        "dataset": found.record["dataset"],
+        "entities": M,
+        "seq_len": L,
+        "num_code": found.num_code,
+        "num_quantizers": Q,
+        "usage": code_usage(found.codes, found.num_code).tolist(),
+        "perplexity": code_perplexity(found.codes, found.num_code).tolist(),
+        "collisions": collisions(found.codes),
+        "entropy_bits": entropy_bits(found.codes),
+        "entropy_bits_max": math.log2(M),
+        "jaccard": None
+        if found.vectors is None
+        else {str(k): value for k, value in jaccard_by_k(found.codes, found.flat_vectors(), ks, chunk).items()},
+    }
+
+
+def print_quality(row: dict[str, Any]) -> None:
+    """One set of codes, as a table."""
+    print(
+        f"{row['codes']}: {row['entities']:,} entities, {row['seq_len']} x {row['num_quantizers']} of {row['num_code']}"
+    )
+    print("  level       " + "".join(f"{level:>9}" for level in range(row["num_quantizers"])))
+    print("  usage       " + "".join(f"{value:9.3f}" for value in row["usage"]))
+    print("  perplexity  " + "".join(f"{value:9.1f}" for value in row["perplexity"]))
+    print(f"  collisions  {row['collisions']:,} entities share their whole code with another one")
+    print(
+        f"  entropy     {row['entropy_bits']:.3f} bits of at most {row['entropy_bits_max']:.3f} (log2 of the entities)"
+    )
+    if row["jaccard"] is None:
+        print("  Jaccard     not measured: the decoded vectors (_emd.pt) are not beside the codes")
+    elif row["jaccard"]:
+        print("  k nearest   " + "".join(f"{k:>9}" for k in row["jaccard"]))
+        print("  Jaccard     " + "".join(f"{value:9.4f}" for value in row["jaccard"].values()))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="tables/code_quality.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
+    )
+    parser.add_argument("--k", type=int, nargs="+", default=list(KS), metavar="K", help="numbers of nearest entities")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="entities at a time: memory, no result")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args(argv)
+    if min(args.k) < 1 or args.chunk < 1:
+        parser.error(f"--k and --chunk must be 1 or more, got {args.k} and {args.chunk}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rows = []
+    for path in pick_codes(args.codes):
+        start = time.perf_counter()
+        found = open_code_set(path)
+        row = quality(found, args.k, args.chunk)
+        print_quality(row)
+        left_out = [k for k in args.k if k >= row["entities"]]
+        if left_out:
+            print(f"  left out    k = {', '.join(map(str, left_out))}: only {row['entities'] - 1} other entities")
+        print(f"  measured in {time.perf_counter() - start:.1f} s, peak memory {peak_memory_mb() / 1024:.2f} GiB")
+        rows.append(row)
+    if args.json:
+        write_json(rows, args.json)
+        print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    run_command(main)
