@@ -1,0 +1,276 @@
+"""The paper's tables: its numbers, its peers' and what this toolkit's run records say, side by side.
+
+    python tables/make_tables.py                                   all tables as Markdown on the terminal
+    python tables/make_tables.py --table 2 --format latex --out table2.tex
+    python tables/make_tables.py --format csv --out tables.csv     one line per number, in full
+    python tables/make_tables.py --reproduce docs/REPRODUCE.md     rewrite the numbers in that page from tables/records
+
+Paper and peers: tables/expected/*.json. Ours: tables/results.py. Table 6 is counted from the data folders and must
+equal the paper's counts. What was not measured stays blank. Data sets that the paper does not have (the bundled family
+graph) get a table of their own under the same columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.knowledge_graph import KnowledgeGraph
+from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_text
+from tables.results import (
+    CODES,
+    KEPT,
+    LINKS,
+    TRIPLES,
+    Group,
+    Row,
+    add_record_flags,
+    collect,
+    groups,
+    report_refused,
+)
+from tables.table_formats import Cell, Column, Line, Table, to_csv, to_latex, to_markdown
+
+EXPECTED = ROOT / "tables" / "expected"
+NUMBERS = (2, 3, 4, 5, 6)
+SUFFIXES = {"md": ".md", "latex": ".tex", "csv": ".csv"}
+OURS, CONTROL = "ours", "control"
+BUNDLED = ("family",)
+GRAPH_FILES = ("train.txt", "train2id.txt")
+
+
+class Choice(NamedTuple):
+    """Which rows a table shows."""
+
+    task: str
+    shows: Callable[[Row], bool]
+
+
+CHOICES = {
+    2: Choice(CODES, lambda row: True),
+    3: Choice(LINKS, lambda row: row.codes == "with"),
+    4: Choice(TRIPLES, lambda row: True),
+    5: Choice(LINKS, lambda row: not row.variant),
+}
+
+
+# ---------------------------------------------------------------- the paper's side
+
+
+def expected(number: int, folder: Path = EXPECTED) -> dict[str, Any]:
+    """The paper's and its peers' numbers of a table, every one with its source."""
+    content = read_json(folder / f"table{number}.json", "expected numbers")
+    for method in content["methods"]:
+        if not method.get("source"):
+            raise InputError(f"{folder}/table{number}.json: {method.get('method')} names no source of its numbers")
+    return dict(content)
+
+
+def expected_lines(content: dict[str, Any]) -> list[Line]:
+    """Peers, paper and references as lines; references do not compete for the best."""
+    lines = []
+    for method in content["methods"]:
+        decimals = method.get("decimals", 0 if content["table"] == 6 else 3)
+        cells = {
+            Column(dataset, metric): Cell(value, decimals=decimals)
+            for dataset, metrics in method["values"].items()
+            for metric, value in metrics.items()
+        }
+        lines.append(Line(method["block"], method["method"], cells, competes=method["block"] != "references"))
+    return lines
+
+
+# ---------------------------------------------------------------- our side
+
+
+def our_lines(number: int, found: Iterable[Group], columns: list[Column]) -> list[Line]:
+    """One line per setting and variant, over the data sets of ``columns``; results first, then controls."""
+    by_label: dict[tuple[str, str], dict[str, Group]] = {}
+    datasets = {column.dataset for column in columns}
+    for group in found:
+        row = group.first
+        if row.task == CHOICES[number].task and row.dataset in datasets and CHOICES[number].shows(row):
+            by_label.setdefault((row.setting, row.variant), {})[row.dataset] = group
+    lines = []
+    for (setting, variant), per_dataset in by_label.items():
+        cells = {}
+        for column in columns:
+            value = per_dataset[column.dataset].stat(column.metric) if column.dataset in per_dataset else None
+            if value:
+                cells[column] = Cell(value.mean, value.std, value.n)
+        if cells:
+            control = variant.startswith(CONTROL) or setting.startswith("unquantized")
+            note = "; ".join(provenance(group) for group in per_dataset.values() if has_test(group, columns))
+            method = setting + (f" ({variant})" if variant else "")
+            lines.append(Line(CONTROL if control else OURS, method, cells, note, not control))
+    return sorted(lines, key=lambda line: line.block == CONTROL)
+
+
+def has_test(group: Group, columns: list[Column]) -> bool:
+    return any(group.stat(column.metric) for column in columns if column.dataset == group.first.dataset)
+
+
+def provenance(group: Group) -> str:
+    """Data set, seeds, time, device, commits and records of the runs behind a line."""
+    seeds = ", ".join("none" if seed is None else str(seed) for seed in group.seeds)
+    minutes = [row.minutes for row in group.rows]
+    time = f"{min(minutes):.1f}" + (f" to {max(minutes):.1f}" if len(minutes) > 1 else "") + " min"
+    parts = [f"{group.first.dataset}: seed{'s' * (len(minutes) > 1)} {seeds}", time]
+    before = [
+        row.record["mrr_before_collision_pass"] for row in group.rows if "mrr_before_collision_pass" in row.record
+    ]
+    if before and all(isinstance(value, float) for value in before):
+        parts.append("MRR before the collision pass " + ", ".join(f"{value:.3f}" for value in before))
+    devices = unique(row.device for row in group.rows)
+    commits = unique((row.commit or "none")[:9] + "+changes" * ("+" in (row.commit or "")) for row in group.rows)
+    return ", ".join([*parts, f"on {devices}", f"commit {commits}", unique(str(row.path) for row in group.rows)])
+
+
+def unique(words: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(words))
+
+
+def result_tables(number: int, found: list[Group]) -> list[Table]:
+    """The paper's table with our lines, then one under the same columns for every other data set with results."""
+    content = expected(number)
+    title, metrics = content["title"], content["metrics"]
+    columns = [Column(dataset, metric) for dataset in content["datasets"] for metric in metrics]
+    lines = [*expected_lines(content), *our_lines(number, found, columns)]
+    tables = [Table(number, title, columns, lines, content["notes"])]
+    others = dict.fromkeys(group.first.dataset for group in found if group.first.task == CHOICES[number].task)
+    for dataset in sorted(others.keys() - set(content["datasets"])):
+        columns = [Column(dataset, metric) for metric in metrics]
+        lines = our_lines(number, found, columns)
+        if lines:
+            tables.append(Table(number, f"{title}, on {dataset} (not in the paper's table)", columns, lines, []))
+    return tables
+
+
+# ---------------------------------------------------------------- Table 6
+
+
+def counts(kg: KnowledgeGraph) -> dict[str, int]:
+    """What Table 6 says of a graph, counted; negatives where the folder has them."""
+    found = {"entities": kg.num_entities, "relations": kg.num_relations}
+    found |= {split: len(kg.split(split)) for split in ("train", "valid", "test")}
+    for split in ("valid", "test"):
+        negatives = kg.negatives(split)
+        if negatives is not None:
+            found[f"{split} negatives"] = len(negatives)
+    return found
+
+
+def data_table(data: Path, only: Iterable[str] | None = None) -> list[Table]:
+    """Table 6: the paper's counts, and those of the graphs in ``data`` (or of ``only`` these).
+
+    Raises InputError where a data set of the paper has other counts here.
+    """
+    content = expected(6)
+    columns = [Column("", metric) for metric in content["metrics"]]
+    lines = expected_lines(content)
+    wanted = {line.method: line.cells for line in lines}
+    folders = sorted(path for path in data.iterdir() if any((path / name).is_file() for name in GRAPH_FILES))
+    for folder in folders:
+        if only is not None and folder.name not in only:
+            continue
+        cells = {
+            Column("", name): Cell(value, decimals=0) for name, value in counts(KnowledgeGraph.load(folder)).items()
+        }
+        for column, cell in wanted.get(folder.name, {}).items():
+            if column not in cells or cells[column].value != cell.value:
+                here = f"{cells[column].value:,}" if column in cells else "none"
+                raise InputError(
+                    f"{folder} has {here} {column.metric}, expected the paper's {cell.value:,}; "
+                    f"fetch it anew: python data/download.py {folder.name}"
+                )
+        lines.append(Line("counted here", folder.name, cells))
+    return [Table(6, content["title"], columns, lines, content["notes"])]
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def make_tables(
+    numbers: Iterable[int], records: Iterable[Path], data: Path, only: Iterable[str] | None = None
+) -> list[Table]:
+    """The tables of these numbers in order. ``only``: the data sets that Table 6 counts (default: all there are)."""
+    numbers = list(numbers)
+    found: list[Group] = []
+    if any(number in CHOICES for number in numbers):
+        collection = collect(records, data)
+        report_refused(collection)
+        found = groups(collection.rows)
+    return [
+        table
+        for number in numbers
+        for table in (data_table(data, only) if number == 6 else result_tables(number, found))
+    ]
+
+
+def render(tables: list[Table], form: str) -> str:
+    """All tables in one text."""
+    if form == "csv":
+        return to_csv(tables)
+    return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in tables)
+
+
+def reproduced(text: str, data: Path = ROOT / "data") -> str:
+    """A page with the blocks between ``<!-- table N -->`` and ``<!-- end -->`` written anew from tables/records.
+
+    Only what the repository itself holds goes in (its records, its graph), so that every machine writes the same.
+    """
+    pattern = re.compile(r"(<!-- table (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
+    found = {int(number) for _, number, _ in pattern.findall(text)}
+    if not found or not found <= set(NUMBERS):
+        raise InputError(f"the page has blocks of tables {sorted(found)}, expected <!-- table N --> ... <!-- end -->")
+    blocks = {number: render(make_tables([number], [KEPT], data, BUNDLED), "md") for number in found}
+    return pattern.sub(lambda match: match[1] + "\n" + blocks[int(match[2])] + "\n" + match[3], text)
+
+
+def write(tables: list[Table], form: str, out: Path | None) -> None:
+    """To the terminal, one file, or one file per table number in a folder (a path without a suffix)."""
+    if out is None:
+        print(render(tables, form), end="")
+        return
+    files = {out: tables}
+    if out.is_dir() or not out.suffix:
+        numbers = dict.fromkeys(table.number for table in tables)
+        files = {out / f"table{n}{SUFFIXES[form]}": [table for table in tables if table.number == n] for n in numbers}
+    for path, chosen in files.items():
+        write_text(render(chosen, form), path)
+        print(f"wrote {path}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="tables/make_tables.py", description=__doc__.split("\n")[0])
+    choices = [*map(str, NUMBERS), "all"]
+    parser.add_argument("--table", choices=choices, default="all", help="the paper's number of the table")
+    parser.add_argument("--format", choices=list(SUFFIXES), default="md", help="Markdown, LaTeX (booktabs) or CSV")
+    add_record_flags(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE|DIR", help="one file, or one per table in a folder (default: the terminal)"
+    )
+    parser.add_argument("--reproduce", type=Path, metavar="PAGE.md", help="rewrite this page's numbers instead")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.reproduce:
+        if not args.reproduce.is_file():
+            raise InputError(f"--reproduce {args.reproduce} does not exist, expected a page such as docs/REPRODUCE.md")
+        write_text(reproduced(args.reproduce.read_text(encoding="utf-8"), args.data), args.reproduce)
+        print(f"wrote {args.reproduce}")
+        return
+    numbers = NUMBERS if args.table == "all" else [int(args.table)]
+    write(make_tables(numbers, args.records, args.data), args.format, args.out)
+
+
+if __name__ == "__main__":
+    run_command(main)
