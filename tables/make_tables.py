@@ -148,7 +148,7 @@ def result_tables(number: int, found: list[Group]) -> list[Table]:
         columns = [Column(dataset, metric) for metric in metrics]
         lines = our_lines(number, found, columns)
         if lines:
-            tables.append(Table(number, f"{title}, on {dataset} (not in the paper's table)", columns, lines, []))
+            tables.append(Table(number, f"{title}, on {dataset}", columns, lines, []))
     return tables
 
 

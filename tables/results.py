@@ -3,65 +3,31 @@
     python tables/results.py                                                list the rows of the default folders
     python tables/results.py --keep lora_training/inference_results.json    check a record, copy it to tables/records
 
-A row is one number-bearing run: its data set, setting, seed, commit, device, minutes, metrics and the record they come
-from. Three kinds of records are read: stage 1's (run_rq.py), answers' (inference.py), adapters' (train_lora.py, for
-seed, time and flags of the answers). A file with metrics and no record is refused, a record whose metrics cannot be is
-an error (tables/sanity.py).
+A row is one run on one data set: its setting, seed, commit, device, minutes, metrics and the record they come from
+(tables/rows.py). A file with metrics and no record is refused, a record whose metrics cannot be is an error.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import run_rq
-from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, CommandParser, InputError, read_json, run_command, sha256_file, write_json
-from tables.sanity import JUDGING, RANKING, check_all_rankings, check_count, check_judging, number, refuse, share
+from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_json
+from tables.rows import CODES, LINKS, TRIPLES, Row, answered_data, lacks_record, rows_of, shown, training_record
+from tables.sanity import JUDGING, RANKING
 
-CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
+__all__ = ["CODES", "LINKS", "TRIPLES", "Collection", "Group", "Row", "Stat", "collect", "groups", "keep", "stat"]
+
 KEPT = ROOT / "tables" / "records"
 FOLDERS = (KEPT, ROOT / "codes_new", ROOT / "lora_training" / "lora_outputs",
            ROOT / "lora_training" / "inference_results.json")  # fmt: skip
-RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")
-METRIC_FIELDS = ("mrr", "test", "valid", "metrics")
-DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx", "tucker": "TuckER", "mlp": "MLP"}
-# flags that do not change what is learned, or that the label says in words
-UNLABELLED = run_rq.NOT_COMPARED | {
-    "name", "seed", "quantizer", "seq_len", "num_code", "num_quantizers", "decoder", "gcn_layers", "text_init",
-    "unquantized", "eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "export_candidates",
-    "top", "baseline", "eval_every",
-}  # fmt: skip
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run's metrics on one task and data set."""
-
-    task: str  # CODES, LINKS or TRIPLES
-    dataset: str
-    setting: str  # a label made of the run's flags: equal for runs that differ in seed, machine and folders alone
-    variant: str  # "" for the result itself, else a control of the same run, as "codes shuffled"
-    codes: str  # "with", "without" or "shuffled": what the LLM was given; stage 1 is always "with"
-    seed: int | None
-    commit: str | None
-    device: str
-    minutes: float  # all of it: training and answering
-    finished: str
-    metrics: dict[str, float]  # of the test split; {} where it was left alone
-    valid: dict[str, float]
-    path: Path  # of the record, relative to the repository where it lies inside
-    record: Record = field(repr=False)  # its whole content
 
 
 class Collection(NamedTuple):
@@ -169,268 +135,6 @@ def run_key(row: Row) -> tuple[Any, ...]:
     )
 
 
-def lacks_record(content: Any) -> str:
-    """Why a file with metrics has no provenance; "" for a record and for a file without metrics."""
-    if not isinstance(content, dict) or not any(name in content for name in METRIC_FIELDS):
-        return ""
-    missing = [name for name in RECORD_FIELDS if name not in content]
-    return f"holds metrics and no run record (no {', '.join(missing)})" if missing else ""
-
-
-def rows_of(path: Path, content: Any, data: Path) -> list[Row]:
-    """The rows of one file; none for files that are no record of a result (adapters, merges, statistics)."""
-    if not isinstance(content, dict) or any(name not in content for name in RECORD_FIELDS):
-        return []
-    if "metrics" in content and "model" in content:
-        return answer_rows(path, content, data)
-    if "valid" in content and "dataset" in content:
-        return stage1_rows(path, content, data)
-    return []
-
-
-def shown(path: Path) -> Path:
-    """The path relative to the repository where it lies inside."""
-    full = path.resolve()
-    return full.relative_to(ROOT) if full.is_relative_to(ROOT) else path
-
-
-@functools.lru_cache(maxsize=8)
-def graph(folder: Path) -> KnowledgeGraph | None:
-    """The graph of a folder; None where there is no such folder."""
-    return KnowledgeGraph.load(folder) if folder.is_dir() else None
-
-
-def common(path: Path, record: Record) -> dict[str, Any]:
-    """The fields that every row takes from its record; InputError where one is of the wrong type."""
-    if not isinstance(record["args"], dict):
-        raise refuse(path, "args", f"is {type(record['args']).__name__}", "the flags by name")
-    for name in ("device", "finished"):
-        if not isinstance(record[name], str) or not record[name]:
-            raise refuse(path, name, f"is {record[name]!r}", "text")
-    seconds = number(path, "wall_seconds", record["wall_seconds"])
-    if seconds <= 0:
-        raise refuse(path, "wall_seconds", f"is {seconds}", "more than 0")
-    return {
-        "seed": record["seed"], "commit": record["git_commit"], "device": record["device"], "minutes": seconds / 60,
-        "finished": record["finished"], "path": shown(path), "record": record,
-    }  # fmt: skip
-
-
-def numbers(metrics: Any, names: Sequence[str]) -> dict[str, float]:
-    """The metrics of these names that are there."""
-    if not isinstance(metrics, dict):
-        return {}
-    return {name: float(metrics[name]) for name in names if metrics.get(name) is not None}
-
-
-# ---------------------------------------------------------------- stage 1
-
-
-def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
-    """A run of run_rq.py: the result from its codes and, as a control, from shuffled ones."""
-    base = common(path, record)
-    check_stage1(path, record, graph(data / str(record["dataset"])))
-    what = {"task": CODES, "dataset": record["dataset"], "setting": stage1_setting(record), "codes": "with", **base}
-    valid = numbers(record["valid"], RANKING)
-    rows = [Row(variant="", metrics=numbers(record.get("test"), RANKING), valid=valid, **what)]
-    if record.get("test_shuffled_codes"):
-        control = numbers(record["test_shuffled_codes"], RANKING)
-        rows.append(Row(variant="control: codes shuffled", metrics=control, valid={}, **what))
-    return rows
-
-
-def check_stage1(path: Path, record: Record, kg: KnowledgeGraph | None) -> None:
-    """Metrics possible, queries twice the split's triples, made from the data that are here."""
-    for name in ("valid", "test", "test_shuffled_codes"):
-        check_all_rankings(path, name, record.get(name))
-    if not numbers(record["valid"], RANKING):
-        raise refuse(path, "valid", "holds no metrics", "those of the validation split")
-    levels = record.get("valid_mrr_by_levels") or []
-    for level, value in enumerate(levels):
-        share(path, f"valid_mrr_by_levels[{level}]", value)
-    if levels and abs(levels[-1] - record["valid"]["mrr"]) > 1e-9:
-        raise refuse(path, "valid_mrr_by_levels", f"ends at {levels[-1]}", f"valid.mrr = {record['valid']['mrr']}")
-    if kg is None:
-        return
-    for name, digest in record.get("inputs", {}).items():
-        if name in ("train.txt", "valid.txt", "test.txt") and kg.input_hashes.get(name) not in (None, digest):
-            raise refuse(
-                path, f"inputs.{name}", f"is {digest[:12]}...", f"the hash of {kg.name}'s file in the data folder"
-            )
-    for split, name in (("valid", "valid"), ("test", "test"), ("test", "test_shuffled_codes")):
-        if record.get(name):
-            check_count(path, f"{name}.count", record[name].get("count"), 2 * len(kg.split(split)), f"2 x {split}")
-
-
-def stage1_setting(record: Record) -> str:
-    """The label of a run of run_rq.py: its codes, decoder and encoder in words, then all flags off their defaults."""
-    args = record["args"]
-    size = f"{args.get('seq_len')} x {args.get('num_quantizers')} of {args.get('num_code', 0):,}"
-    name = {"rq": f"RQ {size}", "vq": f"VQ {args.get('seq_len')} of {args.get('num_code', 0):,}"}.get(
-        args.get("quantizer", "rq"), size
-    )
-    layers = args.get("gcn_layers")
-    words = [
-        f"unquantized ({args.get('seq_len')} vectors)" if args.get("unquantized") else name,
-        DECODERS.get(args.get("decoder"), str(args.get("decoder"))),
-        "no GCN" if layers == 0 else f"GCN {layers}",
-    ]
-    baseline = record.get("baseline") or args.get("baseline")
-    words += [f"baseline: {str(baseline).replace('_', ' ')}"] if baseline else []
-    words += ["text"] if args.get("text_emb") else []
-    words += ["text init"] if args.get("text_init") else []
-    return ", ".join([*words, *other_flags(args)])
-
-
-@functools.lru_cache(maxsize=1)
-def defaults() -> dict[str, Any]:
-    return {action.dest: action.default for action in run_rq.build_parser()._actions}
-
-
-def other_flags(args: Record) -> list[str]:
-    """Flags that differ from today's defaults, as "lr 0.005"; a flag that is new since the record says nothing."""
-    found = []
-    for name, value in args.items():
-        if name in UNLABELLED or value in (None, False) or value == defaults().get(name):
-            continue
-        if name in ("max_minutes", "patience", "text_weight") and (
-            not value or (not args.get("text_emb") and name[0] == "t")
-        ):
-            continue
-        found.append(name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    return found
-
-
-# ---------------------------------------------------------------- answers of an LLM
-
-
-def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
-    """A run of inference.py: per task the LLM's metrics and, for link prediction, those of its rivals."""
-    base = common(path, record)
-    training = record["training"] if "training" in record else training_record(path, record)
-    datasets = record["datasets"] if "datasets" in record else task_datasets(path, record)
-    if training:
-        base |= {
-            "seed": training["seed"],
-            "minutes": base["minutes"] + number(path, "training", training["wall_seconds"]) / 60,
-        }
-    codes = record.get("codes") or {"file": None}
-    given = "without" if codes.get("file") is None else "shuffled" if codes.get("shuffled") else "with"
-    rows = []
-    for task, names in ((LINKS, RANKING), (TRIPLES, JUDGING)):
-        splits = record["metrics"].get(task)
-        if not splits:
-            continue
-        dataset = datasets.get(task)
-        if not dataset:
-            raise refuse(path, "datasets", f"names no data set of {task}", "the one of its rows")
-        check_answers(path, task, splits, record["args"], graph(data / dataset))
-        test = splits.get("test", {})
-        setting = answer_setting(record, training, given)
-        what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, **base}
-        rows.append(
-            Row(variant="", metrics=numbers(test, names), valid=numbers(splits.get("validation"), names), **what)
-        )
-        for part, variant in (
-            ("candidate_model", "the candidates' model"),
-            ("as_listed", "copies the first candidate"),
-        ):
-            if numbers(test.get(part), names):
-                rows.append(Row(variant=variant, metrics=numbers(test[part], names), valid={}, **what))
-    return rows
-
-
-def answer_setting(record: Record, training: Record | None, given: str) -> str:
-    """The label of an LLM's answers: base model, adapter, the codes it saw, how it answered."""
-    codes = record.get("codes") or {}
-    base = Path(str((training or {}).get("base_model") or record["model"].get("base_model"))).name
-    words = [base]
-    if training:
-        flags = training["args"]
-        words.append(f"LoRA r {flags.get('lora_r')}")
-        words.append(f"{flags['max_steps']} steps" if flags.get("max_steps") else f"{flags.get('epochs'):g} epochs")
-    size = f"codes {codes.get('seq_len')} x {codes.get('num_quantizers')} of {codes.get('num_code') or 0:,}"
-    words.append({"without": "without codes", "shuffled": f"{size}, shuffled", "with": size}[given])
-    if given != "without" and codes.get("dataset"):
-        words.append(f"of {codes['dataset']}")
-    decode, limit = record["args"].get("decode", "score"), record["args"].get("limit")
-    words += [f"decode {decode}"] if decode != "score" else []
-    words += [f"first {limit:,} rows alone"] if limit else []
-    return ", ".join(words)
-
-
-def check_answers(path: Path, task: str, splits: Record, args: Record, kg: KnowledgeGraph | None) -> None:
-    """Metrics possible; where no --limit cut them, the test queries are the data set's."""
-    for split, metrics in splits.items():
-        name = f"metrics.{task}.{split}"
-        if task == LINKS:
-            check_all_rankings(path, name, metrics)
-        else:
-            check_judging(path, name, metrics)
-            check_judging(path, f"{name}.at_zero", metrics.get("at_zero", metrics))
-    test = splits.get("test")
-    if kg is None or not test:
-        return
-    triples = len(kg.test)
-    name = f"metrics.{task}.test"
-    if args.get("limit"):
-        if number(path, f"{name}.count", test.get("count")) > args["limit"]:
-            raise refuse(path, f"{name}.count", f"is {test['count']}", f"at most --limit {args['limit']}")
-    elif task == LINKS:
-        check_count(path, f"{name}.count", test.get("count"), 2 * triples, "2 x test")
-    else:
-        check_count(path, f"{name}.positives", test.get("positives"), triples, "test triples")
-        negatives = kg.negatives("test")
-        if negatives is not None:
-            check_count(
-                path, f"{name}.count", test.get("count"), triples + len(negatives), "test triples and negatives"
-            )
-
-
-def training_record(path: Path, record: Record) -> Record | None:
-    """The record of the adapter that answered, known by its hash; None for a base model alone.
-
-    Raises InputError where the adapter is gone or was trained anew since: keep records before that (--keep).
-    """
-    digest = record["model"].get("run_record.json")
-    if digest is None:
-        return None
-    folder = record["args"].get("lora_adapter") or record["model"].get("base_model")
-    for _ in range(2):  # a merged model's record names the adapter
-        file = beside(path, folder) / "run_record.json"
-        if not file.is_file() or (digest is not None and sha256_file(file) != digest):
-            raise InputError(
-                f"{path}: its adapter's record {file} is {'another run' if file.is_file() else 'not there'}; "
-                "give --keep before an adapter is replaced, or repeat inference.py"
-            )
-        found: Record = read_json(file, "adapter's record")
-        if "lora_r" in found["args"]:
-            return found
-        digest, folder = None, found["args"].get("lora_adapter")
-    raise InputError(f"{path}: {file} is no record of train_lora.py")
-
-
-def task_datasets(path: Path, record: Record) -> dict[str, str]:
-    """Task -> data set, from the statistics beside the rows that were answered, if they still are those rows."""
-    rows = beside(path, record["args"].get("test_data"))
-    stats = rows.parent / "dataset_stats.json"
-    if not rows.is_file() or not stats.is_file() or sha256_file(rows) != record["inputs"].get(rows.name):
-        raise InputError(
-            f"{path}: its rows {rows} are {'others now' if rows.is_file() else 'not there'}, so their data set is "
-            "unknown; give --keep before data are replaced, or repeat inference.py"
-        )
-    found = read_json(stats, "statistics")
-    return found["datasets"] if "datasets" in found else {found["task"]: found["dataset"]}
-
-
-def beside(path: Path, name: Any) -> Path:
-    """A path of a record's flags: as it is, or relative to the record's folder or to lora_training/."""
-    for folder in (Path(), path.parent, ROOT / "lora_training", ROOT):
-        if (folder / str(name)).exists():
-            return folder / str(name)
-    return Path(str(name))
-
-
 # ---------------------------------------------------------------- keeping
 
 
@@ -442,10 +146,8 @@ def keep(path: Path, folder: Path = KEPT, data: Path = ROOT / "data", name: str 
     if reason or not rows_of(path, content, data):
         raise InputError(f"{path} {reason or 'is no record of run_rq.py or inference.py'}; nothing was kept")
     if "model" in content:
-        training = content.get("training") or training_record(path, content)
-        datasets = content.get("datasets") or task_datasets(path, content)
-        content = {key: value for key, value in content.items() if key != "answers"}
-        content |= {"training": training, "datasets": datasets}
+        more = {"training": training_record(path, content), "data": answered_data(path, content)}
+        content = {key: value for key, value in content.items() if key != "answers"} | more
     content = relative(content)
     target = folder / f"{name or content.get('name') or path.parent.name + '_' + path.stem}.json"
     if target.exists() and read_json(target, "record") != content:

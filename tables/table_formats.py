@@ -161,7 +161,8 @@ def to_latex(table: Table) -> str:
     notes = [rf"\textsuperscript{{{mark}}} {escape_latex(note)}" for note, mark in found.items()]
     notes += [escape_latex(note) for note in table.notes]
     return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(table.title)} (the paper's Table {table.number}).}}",
+        r"\begin{table}", r"\centering",
+        rf"\caption{{{escape_latex(table.title)}. Compare the paper's Table {table.number}.}}",
         rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule", *latex_heads(table.columns), *rows,
         r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {note}" for note in notes), r"\end{table}", "",
     ])  # fmt: skip
