@@ -35,9 +35,9 @@ from tables.results import (
     groups,
     report_refused,
 )
+from tables.rows import EXPECTED, counts
 from tables.table_formats import Cell, Column, Line, Table, to_csv, to_latex, to_markdown
 
-EXPECTED = ROOT / "tables" / "expected"
 NUMBERS = (2, 3, 4, 5, 6)
 SUFFIXES = {"md": ".md", "latex": ".tex", "csv": ".csv"}
 OURS, CONTROL = "ours", "control"
@@ -153,17 +153,6 @@ def result_tables(number: int, found: list[Group]) -> list[Table]:
 
 
 # ---------------------------------------------------------------- Table 6
-
-
-def counts(kg: KnowledgeGraph) -> dict[str, int]:
-    """What Table 6 says of a graph, counted; negatives where the folder has them."""
-    found = {"entities": kg.num_entities, "relations": kg.num_relations}
-    found |= {split: len(kg.split(split)) for split in ("train", "valid", "test")}
-    for split in ("valid", "test"):
-        negatives = kg.negatives(split)
-        if negatives is not None:
-            found[f"{split} negatives"] = len(negatives)
-    return found
 
 
 def data_table(data: Path, only: Iterable[str] | None = None) -> list[Table]:

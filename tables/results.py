@@ -124,15 +124,8 @@ def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "d
 
 def run_key(row: Row) -> tuple[Any, ...]:
     """Equal for copies of one run's record."""
-    return (
-        row.task,
-        row.dataset,
-        row.variant,
-        row.seed,
-        row.finished,
-        row.record["wall_seconds"],
-        *row.metrics.values(),
-    )
+    record = row.record
+    return row.task, row.dataset, row.variant, row.seed, row.finished, record["wall_seconds"], *row.metrics.values()
 
 
 # ---------------------------------------------------------------- keeping

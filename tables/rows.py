@@ -31,6 +31,11 @@ UNLABELLED = run_rq.NOT_COMPARED | {
     "unquantized", "eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "export_candidates",
     "top", "baseline", "eval_every",
 }  # fmt: skip
+UNLABELLED_TRAINING = {
+    "model_name", "train_data", "val_data", "output_dir", "overwrite", "resume_from_checkpoint", "micro_batch_size",
+    "eval_batch_size", "logging_steps", "seed", "report_to", "lora_r", "gradient_checkpointing", "epochs", "max_steps",
+}  # fmt: skip
+EXPECTED = ROOT / "tables" / "expected"
 
 Record = dict[str, Any]
 
@@ -67,10 +72,14 @@ def rows_of(path: Path, content: Any, data: Path) -> list[Row]:
     """The rows of one file; none for files that are no record of a result (adapters, merges, statistics)."""
     if not isinstance(content, dict) or any(name not in content for name in RECORD_FIELDS):
         return []
-    if "metrics" in content and "model" in content:
-        return answer_rows(path, content, data)
-    if "valid" in content and "dataset" in content:
-        return stage1_rows(path, content, data)
+    try:
+        if "metrics" in content and "model" in content:
+            return answer_rows(path, content, data)
+        if "valid" in content and "dataset" in content:
+            return stage1_rows(path, content, data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(f"{path} is no complete run record ({reason}); repeat its run") from error
     return []
 
 
@@ -84,6 +93,23 @@ def shown(path: Path) -> Path:
 def graph(folder: Path) -> KnowledgeGraph | None:
     """The graph of a folder; None where there is no such folder."""
     return KnowledgeGraph.load(folder) if folder.is_dir() else None
+
+
+def counts(kg: KnowledgeGraph) -> dict[str, int]:
+    """What Table 6 says of a graph, counted; negatives where the folder has them."""
+    found = {"entities": kg.num_entities, "relations": kg.num_relations}
+    found |= {split: len(kg.split(split)) for split in ("train", "valid", "test")}
+    negatives = {split: kg.negatives(split) for split in ("valid", "test")}
+    return found | {f"{split} negatives": len(rows) for split, rows in negatives.items() if rows is not None}
+
+
+def known_counts(dataset: str, data: Path) -> dict[str, int]:
+    """``counts`` of a data set that is here, else the paper's; {} for one that is neither here nor in the paper."""
+    kg = graph(data / dataset)
+    if kg is not None:
+        return counts(kg)
+    methods = read_json(EXPECTED / "table6.json", "expected numbers")["methods"]
+    return next((dict(method["values"][""]) for method in methods if method["method"] == dataset), {})
 
 
 def common(path: Path, record: Record) -> dict[str, Any]:
@@ -115,7 +141,7 @@ def numbers(metrics: Any, names: Sequence[str]) -> dict[str, float]:
 def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
     """A run of run_rq.py: the result from its codes and, as a control, from shuffled ones."""
     base = common(path, record)
-    check_stage1(path, record, graph(data / str(record["dataset"])))
+    check_stage1(path, record, data)
     what = {"task": CODES, "dataset": record["dataset"], "setting": stage1_setting(record), "codes": "with", **base}
     valid = numbers(record["valid"], RANKING)
     rows = [Row(variant="", metrics=numbers(record.get("test"), RANKING), valid=valid, **what)]
@@ -125,7 +151,7 @@ def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
     return rows
 
 
-def check_stage1(path: Path, record: Record, kg: KnowledgeGraph | None) -> None:
+def check_stage1(path: Path, record: Record, data: Path) -> None:
     """Metrics possible, queries twice the split's triples, made from the data that are here."""
     for name in ("valid", "test", "test_shuffled_codes"):
         check_all_rankings(path, name, record.get(name))
@@ -136,16 +162,15 @@ def check_stage1(path: Path, record: Record, kg: KnowledgeGraph | None) -> None:
         share(path, f"valid_mrr_by_levels[{level}]", value)
     if levels and abs(levels[-1] - record["valid"]["mrr"]) > 1e-9:
         raise refuse(path, "valid_mrr_by_levels", f"ends at {levels[-1]}", f"valid.mrr = {record['valid']['mrr']}")
-    if kg is None:
-        return
+    kg = graph(data / record["dataset"])
     for name, digest in record.get("inputs", {}).items():
-        if name in ("train.txt", "valid.txt", "test.txt") and kg.input_hashes.get(name) not in (None, digest):
-            raise refuse(
-                path, f"inputs.{name}", f"is {digest[:12]}...", f"the hash of {kg.name}'s file in the data folder"
-            )
+        here = kg.input_hashes.get(name) if kg and name in ("train.txt", "valid.txt", "test.txt") else None
+        if here not in (None, digest):
+            raise refuse(path, f"inputs.{name}", f"is {digest[:12]}...", f"the hash in {data / record['dataset']}")
+    sizes = known_counts(record["dataset"], data)
     for split, name in (("valid", "valid"), ("test", "test"), ("test", "test_shuffled_codes")):
-        if record.get(name):
-            check_count(path, f"{name}.count", record[name].get("count"), 2 * len(kg.split(split)), f"2 x {split}")
+        if record.get(name) and split in sizes:
+            check_count(path, f"{name}.count", record[name].get("count"), 2 * sizes[split], f"2 x {split}")
 
 
 def stage1_setting(record: Record) -> str:
@@ -155,30 +180,36 @@ def stage1_setting(record: Record) -> str:
     name = {"rq": f"RQ {size}", "vq": f"VQ {args.get('seq_len')} of {args.get('num_code', 0):,}"}.get(
         args.get("quantizer", "rq"), size
     )
-    layers = args.get("gcn_layers")
+    layers, baseline = args.get("gcn_layers"), record.get("baseline") or args.get("baseline")
     words = [
         f"unquantized ({args.get('seq_len')} vectors)" if args.get("unquantized") else name,
         DECODERS.get(args.get("decoder"), str(args.get("decoder"))),
         "no GCN" if layers == 0 else f"GCN {layers}",
     ]
-    baseline = record.get("baseline") or args.get("baseline")
     words += [f"baseline: {str(baseline).replace('_', ' ')}"] if baseline else []
     words += ["text"] if args.get("text_emb") else []
     words += ["text init"] if args.get("text_init") else []
-    return ", ".join([*words, *other_flags(args)])
+    return ", ".join([*words, *other_flags(args, stage1_defaults(), UNLABELLED)])
 
 
 @functools.lru_cache(maxsize=1)
-def defaults() -> dict[str, Any]:
+def stage1_defaults() -> Record:
     return {action.dest: action.default for action in run_rq.build_parser()._actions}
 
 
-def other_flags(args: Record) -> list[str]:
+@functools.lru_cache(maxsize=1)
+def training_defaults() -> Record:
+    from lora_training.train_lora import parse_args
+
+    return vars(parse_args([]))
+
+
+def other_flags(args: Record, defaults: Record, unlabelled: set[str]) -> list[str]:
     """Flags off today's defaults by name, as "lr 0.005"; a flag that is new since the record says nothing."""
     found = []
     for name, value in sorted(args.items()):
-        default = defaults().get(name)
-        if name in UNLABELLED or value is None or value == default or (value is False and default is None):
+        default = defaults.get(name)
+        if name in unlabelled or value is None or value == default or (value is False and default is None):
             continue
         if isinstance(value, bool):
             found.append(name if value else f"no {name}")
@@ -202,7 +233,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
     codes = record.get("codes") or {"file": None}
     given = "without" if codes.get("file") is None else "shuffled" if codes.get("shuffled") else "with"
     limit = min((n for n in (record["args"].get("limit"), data_set["limit"]) if n), default=0)
-    setting = answer_setting(record, training, given) + (f", {limit:,} rows at most" if limit else "")
+    setting = answer_setting(record, training, given) + (f", {limit:,} test rows at most" if limit else "")
     rows = []
     for task, names in ((LINKS, RANKING), (TRIPLES, JUDGING)):
         splits = record["metrics"].get(task)
@@ -211,7 +242,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         dataset = data_set["datasets"].get(task)
         if not dataset:
             raise refuse(path, "data.datasets", f"names no data set of {task}", "the one of its rows")
-        check_answers(path, task, splits, limit, graph(data / dataset))
+        check_answers(path, task, splits, limit, known_counts(dataset, data))
         test = splits.get("test", {})
         what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, **base}
         rows.append(
@@ -234,7 +265,9 @@ def answer_setting(record: Record, training: Record | None, given: str) -> str:
     if training:
         flags = training["args"]
         words.append(f"LoRA r {flags.get('lora_r')}")
-        words.append(f"{flags['max_steps']} steps" if flags.get("max_steps") else f"{flags.get('epochs'):g} epochs")
+        words.append(f"{flags['max_steps']} steps" if flags.get("max_steps") else f"{flags['epochs']:g} epochs")
+        words.append(f"{training['rows']['train']:,} rows")
+        words += other_flags(flags, training_defaults(), UNLABELLED_TRAINING)
     size = f"codes {codes.get('seq_len')} x {codes.get('num_quantizers')} of {codes.get('num_code') or 0:,}"
     words.append({"without": "without codes", "shuffled": f"{size}, shuffled", "with": size}[given])
     if given != "without" and codes.get("dataset"):
@@ -244,8 +277,8 @@ def answer_setting(record: Record, training: Record | None, given: str) -> str:
     return ", ".join(words)
 
 
-def check_answers(path: Path, task: str, splits: Record, limit: int, kg: KnowledgeGraph | None) -> None:
-    """Metrics possible; where no --limit cut the rows, the test queries are the data set's."""
+def check_answers(path: Path, task: str, splits: Record, limit: int, sizes: dict[str, int]) -> None:
+    """Metrics possible; where no --limit cut the rows, the test queries are the data set's (``known_counts``)."""
     for split, metrics in splits.items():
         name = f"metrics.{task}.{split}"
         if task == LINKS:
@@ -253,23 +286,19 @@ def check_answers(path: Path, task: str, splits: Record, limit: int, kg: Knowled
         else:
             check_judging(path, name, metrics)
             check_judging(path, f"{name}.at_zero", metrics.get("at_zero", metrics))
-    test = splits.get("test")
-    if kg is None or not test:
+    test, name = splits.get("test"), f"metrics.{task}.test"
+    if not test or not sizes:
         return
-    triples = len(kg.test)
-    name = f"metrics.{task}.test"
     if limit:
         if number(path, f"{name}.count", test.get("count")) > limit:
             raise refuse(path, f"{name}.count", f"is {test['count']}", f"at most --limit {limit}")
     elif task == LINKS:
-        check_count(path, f"{name}.count", test.get("count"), 2 * triples, "2 x test")
+        check_count(path, f"{name}.count", test.get("count"), 2 * sizes["test"], "2 x test")
     else:
-        check_count(path, f"{name}.positives", test.get("positives"), triples, "test triples")
-        negatives = kg.negatives("test")
-        if negatives is not None:
-            check_count(
-                path, f"{name}.count", test.get("count"), triples + len(negatives), "test triples and negatives"
-            )
+        check_count(path, f"{name}.positives", test.get("positives"), sizes["test"], "test triples")
+        if "test negatives" in sizes:
+            both = sizes["test"] + sizes["test negatives"]
+            check_count(path, f"{name}.count", test.get("count"), both, "test triples and negatives")
 
 
 def training_record(path: Path, record: Record) -> Record | None:
