@@ -99,6 +99,8 @@ def build_parser() -> CommandParser:
     group.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="course of the rate")
     group.add_argument("--l2", type=float, default=1e-8, help="weight decay of Adam")
     group.add_argument("--loss", choices=["ce", "bce"], default="ce", help="1-N loss: softmax or binary cross-entropy")
+    group.add_argument("--num_negatives", type=int, default=0,
+                       help="entities drawn per step for a sampled softmax, on large graphs (0: exact)")  # fmt: skip
     group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
     group.add_argument("--warmup_epochs", type=int, default=1, help="epochs before the codebooks are initialised")
@@ -161,12 +163,14 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
     for flag in ["gcn_layers", "tf_layers", "max_minutes", "l2", "patience", "num_workers", "vq_weight", "text_weight",
-                 "seed", "warmup_epochs"]:  # fmt: skip
+                 "seed", "warmup_epochs", "num_negatives"]:  # fmt: skip
         if not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 or more")
     for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
+    if args.num_negatives and args.loss != "ce":
+        parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr {args.lr} is out of range, expected more than 0")
     if args.seed >= 2**63:

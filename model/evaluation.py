@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.knowledge_graph import KnowledgeGraph, with_inverse
+from model.losses import SCORES_AT_ONCE
 from model.ranking import filtered_ranks, summarize
 from model.RQGCN import CodeScorer
 
@@ -20,17 +21,24 @@ def evaluate_vectors(
 
     Heads are ranked as tails of inverse queries; ties take their mean rank; all known answers of every split but the
     query's own are filtered. ``unseen`` in the result reports the triples with an entity that training never saw.
+    Where [batch, M] scores would be too many, entities are scored in chunks, twice.
     """
     triples = with_inverse(kg.split(split), kg.num_relations)
     training = scorer.training
     scorer.eval()
 
-    def score(heads: Tensor, rels: Tensor) -> Tensor:
-        return scorer.scores(q_all[heads], relations[rels], q_all)
+    latest: list[Tensor] = []  # a batch's heads and their query vectors: its chunks come with the same heads
 
+    def score(heads: Tensor, rels: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        if not latest or latest[0] is not heads:
+            latest[:] = heads, scorer.decoder.query(q_all[heads], relations[rels])
+        return latest[1] @ q_all[start:stop].T
+
+    M = len(q_all)
     ranks = filtered_ranks(
-        score, triples, kg.answers(), num_relations=kg.num_relations, batch=batch, device=q_all.device
-    )
+        score, triples, kg.answers(), num_relations=kg.num_relations, batch=batch, num_entities=M,
+        chunk=None if batch * M <= SCORES_AT_ONCE else max(1, SCORES_AT_ONCE // batch), device=q_all.device,
+    )  # fmt: skip
     scorer.train(training)
     is_head = triples[:, 1] >= kg.num_relations
     metrics = summarize(ranks, is_head)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.precision import has_bfloat16
 
@@ -29,12 +30,12 @@ def gather_targets(indptr: Tensor, targets: Tensor, queries: Tensor) -> Targets:
 
 
 class _SoftmaxCrossEntropy(torch.autograd.Function):
-    """Loss and gradients of a chunk of queries while its probabilities are at hand: three matrix products and one softmax.
+    """Loss and gradients of a chunk of queries while its probabilities are at hand: three products, one softmax.
 
     What is sparse (the true tails) and what is of rank one (the smoothing) never touches the [B, M] probabilities:
 
         d loss / d query = c (P E - smoothing * mean E) - (1 - smoothing) * sum of E over the true tails
-        d loss / d E     = P^T (c query) - smoothing / M * sum of c query - (1 - smoothing) * sum of query over true heads
+        d loss / d E     = P^T (c query) - smoothing / M * sum of c query - (1 - smoothing) * sum of query at true rows
 
     with c the number of true tails of each query, both divided by n.
     """
@@ -96,6 +97,80 @@ def softmax_cross_entropy(
     chunk = chunk or max(1, SCORES_AT_ONCE // len(q_all))
     loss: Tensor = _SoftmaxCrossEntropy.apply(query, q_all, targets.rows, targets.columns, label_smoothing, chunk)
     return loss
+
+
+class Sample(NamedTuple):
+    """What a batch needs of the entities when the softmax is sampled; positions point into ``entities``."""
+
+    entities: Tensor  # int64 [U], ascending: heads, true tails and the drawn entities
+    heads: Tensor  # positions [B]
+    targets: Targets  # their columns are positions
+    drawn: Tensor  # positions [S], ascending: the set S that all queries share
+
+
+def draw_sample(
+    heads: Tensor, targets: Targets, num_entities: int, count: int, generator: torch.Generator | None = None
+) -> Sample:
+    """``count`` uniform draws (CPU ``generator``), an entity drawn twice standing once; all M where count >= M.
+
+    ``heads`` [B] and the targets' columns are entities. Given its size, S is a uniform subset.
+    """
+    if count < num_entities:
+        drawn = torch.randint(num_entities, (count,), generator=generator).unique().to(heads.device)
+    else:
+        drawn = torch.arange(num_entities, device=heads.device)
+    entities, places = torch.cat([heads, targets.columns, drawn]).unique(return_inverse=True)
+    of_heads, of_tails, of_drawn = places.split([len(heads), len(targets.columns), len(drawn)])
+    return Sample(entities, of_heads, Targets(targets.rows, of_tails), of_drawn)
+
+
+def sampled_softmax_cross_entropy(
+    query: Tensor,
+    q_some: Tensor,
+    sample: Sample,
+    num_entities: int,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """``softmax_cross_entropy`` with the sum over all M entities estimated, query [B, D], q_some [U, D] of the sample.
+
+    With own_b the n_b true tails of query b and S the drawn set:
+
+        Z_b = sum over own_b of exp(s) + (M - n_b) / |S \\ own_b| * sum over S \\ own_b of exp(s)
+
+    an unbiased estimate of the sum over all entities, and the sum itself where S is all of them (log Z_b is low on
+    average, less so the larger S). Where S holds true tails only, the second term is zero. The true tails' scores are
+    exact; ``label_smoothing`` spreads its share over S instead of over all entities, ``chunk`` bounds the scores
+    [chunk, S] that are held at once.
+    """
+    B, rows = len(query), sample.targets.rows
+    chunk = chunk or max(1, SCORES_AT_ONCE // len(sample.drawn))
+    count = torch.bincount(rows, minlength=B)
+    place = torch.searchsorted(sample.drawn, sample.targets.columns).clamp_max_(len(sample.drawn) - 1)
+    hit = sample.drawn[place] == sample.targets.columns
+    hits = Targets(rows[hit], place[hit])  # drawn entities that are true tails of the query
+    negatives = q_some.index_select(0, sample.drawn)
+    parts = []
+    for start in range(0, B, chunk):
+        here = (hits.rows >= start) & (hits.rows < start + chunk)
+        inputs = (query[start : start + chunk], negatives, hits.rows[here] - start, hits.columns[here])
+        parts.append(_log_total(*inputs) if chunk >= B else checkpoint(_log_total, *inputs, use_reentrant=False))
+    free = len(sample.drawn) - torch.bincount(hits.rows, minlength=B)
+    scale = (num_entities - count).clamp_min(1).to(query.dtype) / free.clamp_min(1)
+    log_negative = torch.cat(parts) + scale.log()
+    own = (query.index_select(0, rows) * q_some.index_select(0, sample.targets.columns)).sum(1)
+    highest = log_negative.detach().scatter_reduce(0, rows, own.detach(), "amax")
+    total = (log_negative - highest).exp().index_add(0, rows, (own - highest[rows]).exp())
+    weight = count.to(query.dtype)
+    loss = weight @ (highest + total.log()) - (1 - label_smoothing) * own.sum()
+    return (loss - label_smoothing * ((weight @ query) @ negatives.mean(0))) / len(rows)
+
+
+def _log_total(query: Tensor, negatives: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B]: log of the sum of exp(query negatives^T) over all columns but the coordinates (rows, columns)."""
+    scores = query @ negatives.T
+    scores[rows, columns] = torch.finfo(scores.dtype).min / 2  # not -inf: a row of nothing else has a gradient, zero
+    return scores.logsumexp(1)
 
 
 def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:

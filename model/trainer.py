@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.knowledge_graph import KnowledgeGraph
 from model.evaluation import evaluate_codes, evaluate_vectors
-from model.losses import LOSSES, gather_targets
+from model.losses import LOSSES, Sample, draw_sample, gather_targets, sampled_softmax_cross_entropy
 from model.precision import matmul_precision
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
@@ -38,6 +38,7 @@ class TrainSettings:
     l2: float = 1e-8
     batch: int = 1024
     loss: str = "ce"
+    num_negatives: int = 0
     lbl_smooth: float = 0.1
     vq_weight: float = 1.0
     text_weight: float = 1.0
@@ -137,15 +138,28 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * group["rate"] * scale
 
-    def _structure_loss(self, q_all: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D]."""
-        heads = self.heads[batch]
-        query = self.model.scorer.decoder.query(q_all[heads], self.model.relation_vectors()[self.rels[batch]])
-        targets = gather_targets(self.indptr, self.targets, batch)
-        structure = LOSSES[self.settings.loss](query, q_all, targets, self.settings.lbl_smooth)
+    def _structure_loss(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor]:
+        """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D], or of
+        q_all [U, D] of a sample's entities."""
+        heads, smoothing = self.heads[batch], self.settings.lbl_smooth
+        q_head = q_all[heads if sample is None else sample.heads]
+        query = self.model.scorer.decoder.query(q_head, self.model.relation_vectors()[self.rels[batch]])
+        if sample is None:
+            targets = gather_targets(self.indptr, self.targets, batch)
+            structure = LOSSES[self.settings.loss](query, q_all, targets, smoothing)
+        else:
+            structure = sampled_softmax_cross_entropy(query, q_all, sample, self.kg.num_entities, smoothing)
         if self.text is None:
             return structure, structure.new_zeros(())
-        return structure, self.model.semantic_loss(q_all[heads], self.text[heads])
+        return structure, self.model.semantic_loss(q_head, self.text[heads])
+
+    def _draw(self, batch: Tensor) -> Sample | None:
+        """With ``num_negatives``: a fresh set of negatives, and which entities the batch needs with it."""
+        count = self.settings.num_negatives
+        if not count:
+            return None
+        targets = gather_targets(self.indptr, self.targets, batch)
+        return draw_sample(self.heads[batch], targets, self.kg.num_entities, count, self.generator)
 
     def _refresh(self, phase: Phase) -> None:
         """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on."""
@@ -169,19 +183,30 @@ class Trainer:
         self._refresh(phase)
 
     def _scorer_step(self, batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of L_st + L_se. Returns (L_st, L_se, their gradient with respect to z [M, L, code_dim])."""
+        """Backward of L_st + L_se. Returns (L_st, L_se, their gradient with respect to z [M, L, code_dim]).
+
+        With sampled negatives only the entities that the batch needs are decoded, and the gradient is sparse.
+        """
+        sample = self._draw(batch)
         if phase.name == "warm-up":
             assert self.z is not None
-            z_q = self.z.requires_grad_()
+            z_q = (self.z if sample is None else self.z[sample.entities]).requires_grad_()
         else:
             assert self.codes is not None
-            z_q = self.model.rq_codebook.decode_from_codes(self.codes)
+            z_q = self.model.rq_codebook.decode_from_codes(
+                self.codes if sample is None else self.codes[sample.entities]
+            )
             z_q.retain_grad()
-        structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch)
+        structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch, sample)
         (structure + self.settings.text_weight * semantic).backward()
         gradient = z_q.grad
         assert gradient is not None
         z_q.grad = None
+        if sample is not None:
+            shape = (self.kg.num_entities, *gradient.shape[1:])
+            gradient = torch.sparse_coo_tensor(
+                sample.entities[None], gradient, shape, is_coalesced=True, check_invariants=False
+            )
         return structure.detach(), semantic.detach(), gradient
 
     def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
@@ -223,7 +248,7 @@ class Trainer:
                 structure, semantic, own = self._scorer_step(batch, phase)
             quantization = 0.0
             if phase.name != "frozen":
-                gradient = own if gradient is None else gradient.add_(own)
+                gradient = own.to_dense() if gradient is None else gradient.add_(own)
                 waiting += 1
             if waiting and (waiting == settings.encoder_every or step + 1 == len(batches)):
                 assert gradient is not None

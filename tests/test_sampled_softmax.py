@@ -1,0 +1,214 @@
+"""The sampled softmax against the exact one, the law of its draws, and the trainer that decodes only what it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import L, M, small_flags  # type: ignore[import-not-found]
+from torch import Tensor
+
+from model import evaluation
+from model.evaluation import evaluate_vectors
+from model.losses import (
+    Sample,
+    Targets,
+    draw_sample,
+    gather_targets,
+    sampled_softmax_cross_entropy,
+    softmax_cross_entropy,
+)
+from model.trainer import Phase, Trainer
+from run_record import read_json
+
+N, B, D = 11, 6, 4  # entities, queries, width
+CODES, WARM_UP = Phase(0.5, "codes"), Phase(0.0, "warm-up")
+TrainerMaker = Callable[..., Trainer]
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Targets]:
+    """(heads [B], query [B, D], q_all [N, D], targets of 1 to 4 tails a query), in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    query, q_all = (torch.randn(n, D, generator=generator, dtype=torch.float64).requires_grad_() for n in (B, N))
+    tails = [torch.randperm(N, generator=generator)[: 1 + row % 4].sort().values for row in range(B)]
+    rows = torch.cat([torch.full((len(t),), row) for row, t in enumerate(tails)])
+    return torch.randint(N, (B,), generator=generator), query, q_all, Targets(rows, torch.cat(tails))
+
+
+def sample_of(heads: Tensor, targets: Targets, drawn: list[int]) -> Sample:
+    """The sample with exactly these drawn entities."""
+    everything = draw_sample(heads, targets, N, N)
+    return everything._replace(drawn=torch.tensor(sorted(drawn)))  # all N entities: positions are entities
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_a_sample_of_all_entities_is_the_exact_loss(smoothing: float, chunk: int | None) -> None:
+    heads, query, q_all, targets = problem()
+    exact = softmax_cross_entropy(query, q_all, targets, smoothing)
+    expected = torch.autograd.grad(exact, (query, q_all))
+    sample = draw_sample(heads, targets, N, N)
+    found = sampled_softmax_cross_entropy(query, q_all[sample.entities], sample, N, smoothing, chunk)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(found, (query, q_all)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [5, 9])
+def test_mean_over_all_samples_of_z_is_z(size: int) -> None:
+    """Over every subset S of a size above the number of tails: mean Z_b = the sum over all entities; biased without
+    the correction, as the control shows."""
+    heads, query, q_all, targets = problem(1)
+    for row in range(B):
+        mine = targets.rows == row
+        own = Targets(torch.zeros(int(mine.sum()), dtype=torch.int64), targets.columns[mine])
+        scores = (query[row] @ q_all.T).detach()
+        of_tails = scores[own.columns].mean()
+        found, uncorrected = [], []
+        for drawn in combinations(range(N), size):
+            sample = sample_of(heads[:1], own, list(drawn))
+            loss = sampled_softmax_cross_entropy(query[row : row + 1], q_all[sample.entities], sample, N)
+            found.append(float((loss.detach() + of_tails).exp()))
+            uncorrected.append(float(scores[sorted({*drawn, *own.columns.tolist()})].exp().sum()))
+        assert np.mean(found) == pytest.approx(float(scores.exp().sum()), rel=1e-10)
+        assert np.mean(uncorrected) < 0.995 * float(scores.exp().sum())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("drawn", [[0, 3, 4, 9], [7]])
+def test_gradients_by_finite_differences(smoothing: float, drawn: list[int]) -> None:
+    heads, query, q_all, targets = problem(2)
+    sample = sample_of(heads, targets, drawn)
+    for chunk in (None, 4):
+        assert torch.autograd.gradcheck(
+            lambda q, e, chunk=chunk: sampled_softmax_cross_entropy(q, e, sample, N, smoothing, chunk), (query, q_all)
+        )
+
+
+def test_sample_of_true_tails_alone_stays_finite() -> None:
+    heads, query, q_all, _ = problem()
+    targets = Targets(torch.zeros(3, dtype=torch.int64), torch.tensor([2, 5, 6]))
+    loss = sampled_softmax_cross_entropy(query[:1], q_all, sample_of(heads[:1], targets, [2, 6]), N)
+    expected = softmax_cross_entropy(query[:1], q_all[[2, 5, 6]], Targets(targets.rows, torch.arange(3)))
+    torch.testing.assert_close(loss, expected)
+    for gradient in torch.autograd.grad(loss, (query, q_all)):
+        assert bool(gradient.isfinite().all())
+
+
+def test_draws_are_uniform_and_positions_lead_back() -> None:
+    heads, _, _, targets = problem()
+    generator, times = torch.Generator().manual_seed(0), torch.zeros(1000)
+    for _ in range(400):
+        sample = draw_sample(heads, targets, 1000, 50, generator)
+        drawn = sample.entities[sample.drawn]
+        assert 40 <= len(drawn) == len(drawn.unique()) <= 50
+        times[drawn] += 1
+    assert torch.equal(sample.entities[sample.heads], heads)
+    assert torch.equal(sample.entities[sample.targets.columns], targets.columns)
+    mean = float(times.mean())
+    assert float(times.var()) == pytest.approx(mean, rel=0.3)  # Poisson
+    assert float(times[:500].mean()) == pytest.approx(float(times[500:].mean()), rel=0.1)
+
+
+# ---------------------------------------------------------------- in training
+
+
+@pytest.mark.parametrize("phase", [CODES, WARM_UP])
+@pytest.mark.parametrize("text", [False, True])
+def test_all_entities_as_negatives_train_like_the_exact_loss(
+    trainer_of: TrainerMaker, phase: Phase, text: bool
+) -> None:
+    found: list[dict[str, Any]] = []
+    for negatives in (0, M):
+        embeddings = torch.randn(M, 7, generator=torch.Generator().manual_seed(3)) if text else None
+        shape = {"gcn_drop": 0.0, "decoder_drop": 0.0} | ({"text_dim": 7} if text else {})
+        trainer = trainer_of(shape, embeddings, num_negatives=negatives)
+        trainer.model.train()
+        trainer._start_epoch(phase)
+        trainer.model.zero_grad()
+        structure, semantic, gradient = trainer._scorer_step(torch.arange(0, 40, 3), phase)
+        found.append({
+            "loss": structure + semantic, "z": gradient.to_dense(),
+            **{name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None},
+        })  # fmt: skip
+    exact, sampled = found
+    assert exact.keys() == sampled.keys()
+    for name, value in exact.items():
+        torch.testing.assert_close(sampled[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_only_the_needed_entities_are_decoded(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(num_negatives=4)
+    trainer.model.train()
+    trainer._start_epoch(CODES)
+    batch = torch.arange(5)
+    targets = gather_targets(trainer.indptr, trainer.targets, batch)
+    wanted = {*trainer.heads[batch].tolist(), *targets.columns.tolist()}
+    decoded: list[int] = []
+    decode = trainer.model.rq_codebook.decode_from_codes
+    monkeypatch.setattr(
+        trainer.model.rq_codebook, "decode_from_codes", lambda codes: decoded.append(len(codes)) or decode(codes)
+    )
+    *_, gradient = trainer._scorer_step(batch, CODES)
+    touched = gradient.to_dense().flatten(1).abs().sum(1).nonzero().flatten().tolist()
+    assert gradient.shape == (M, L, trainer.model.code_dim)
+    assert decoded == [len(touched)] and len(wanted) <= len(touched) <= len(wanted) + 4 < M
+    assert wanted <= set(touched)
+
+
+def test_training_with_few_negatives_learns_and_resumes(ring: Any, tmp_path: Any, rq: Any) -> None:
+    """The loss falls over the epochs, and a run in two parts ends as one in a single part (the draws resume too)."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags: dict[str, Any] = {"num_negatives": 8, "epoch": 6, "lr_schedule": "constant"}
+    assert rq(*small_flags(ring, whole, **flags)).code == 0
+    assert rq(*small_flags(ring, parts, **(flags | {"epoch": 3, "freeze_at": 1.0}))).code == 0
+    record = read_json(next((whole / "codes").glob("*.json")), "record")
+    assert record["args"]["num_negatives"] == 8
+    losses = [row["structure"] for row in record["history"]]
+    assert losses[-1] < losses[0] - 0.1
+    again = rq(*small_flags(ring, parts, **(flags | {"freeze_at": 1.0})), "--restore")
+    once = rq(*small_flags(ring, tmp_path / "once", **(flags | {"freeze_at": 1.0})))
+    assert again.code == once.code == 0
+    histories = [
+        [row["structure"] for row in read_json(next((tmp_path / name / "codes").glob("*.json")), "record")["history"]]
+        for name in ("parts", "once")
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_negatives_go_with_the_softmax(ring: Any, tmp_path: Any, rq: Any) -> None:
+    outcome = rq(*small_flags(ring, tmp_path, num_negatives=8, loss="bce"))
+    assert outcome.code == 2 and "--num_negatives" in outcome.err and len(outcome.err.splitlines()) == 1
+    assert rq(*small_flags(ring, tmp_path, num_negatives=-1)).code == 2
+
+
+# ---------------------------------------------------------------- ranking in chunks over entities
+
+
+@pytest.mark.parametrize("bound", [1, 16 * 7, 16 * 43])
+def test_ranking_in_chunks_holds_no_more_scores_than_the_bound(
+    trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    trainer = trainer_of()
+    scorer, relations = trainer.model.scorer, trainer.model.relation_vectors().detach()
+    q_all = torch.randn(M, relations.shape[1], generator=torch.Generator().manual_seed(0))
+    whole = evaluate_vectors(scorer, relations, q_all, trainer.kg, "test", batch=16)
+    monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", bound)
+    sizes: list[int] = []
+    matmul = torch.Tensor.__matmul__
+
+    def recorded(a: Tensor, b: Tensor) -> Tensor:
+        result = matmul(a, b)
+        sizes.append(math.prod(result.shape))
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", recorded)
+    found = evaluate_vectors(scorer, relations, q_all, trainer.kg, "test", batch=16)
+    for part in ("head", "tail"):
+        assert found[part] == pytest.approx(whole[part], rel=1e-12)
+    assert sizes and max(sizes) <= max(bound, 16)
