@@ -124,8 +124,8 @@ def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "d
 
 def run_key(row: Row) -> tuple[Any, ...]:
     """Equal for copies of one run's record."""
-    record = row.record
-    return row.task, row.dataset, row.variant, row.seed, row.finished, record["wall_seconds"], *row.metrics.values()
+    seconds, metrics = row.record["wall_seconds"], tuple(row.metrics.values())
+    return row.task, row.dataset, row.setting, row.variant, row.seed, row.finished, seconds, metrics
 
 
 # ---------------------------------------------------------------- keeping

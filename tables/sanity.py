@@ -39,13 +39,13 @@ def share(path: Path, field: str, value: Any) -> float:
     return found
 
 
-def check_ranking(path: Path, field: str, metrics: Mapping[str, Any], extra: float = 0.0) -> None:
+def check_ranking(path: Path, field: str, metrics: Mapping[str, Any], slack: float = SLACK) -> None:
     """MRR and Hits@1/3/10 of one set of ranks, ties at their mean.
 
     0 <= H@1 <= H@3 <= H@10 <= 1. Ranks are 1 or at least 1.5, in steps of a half, hence
     H@1 + (H@3 - H@1) / 3 + (H@10 - H@3) / 10 <= MRR and
     MRR <= H@1 + (H@3 - H@1) / 1.5 + (H@10 - H@3) / 3.5 + (1 - H@10) / 10.5.
-    With ``count``, every Hits@k is a whole number of queries. ``extra`` widens the bounds for rounded numbers.
+    With ``count``, every Hits@k is a whole number of queries. ``slack``: how far the numbers are rounded.
     """
     mrr, *hits = (share(path, f"{field}.{name}", metrics.get(name)) for name in RANKING)
     one, three, ten = hits
@@ -56,7 +56,7 @@ def check_ranking(path: Path, field: str, metrics: Mapping[str, Any], extra: flo
             raise refuse(path, f"{field}.{low_name}", f"is {low}", f"at most {high_name} = {high}")
     least = one + (three - one) / 3 + (ten - three) / 10
     most = one + (three - one) / 1.5 + (ten - three) / 3.5 + (1 - ten) / 10.5
-    if not least - SLACK - extra <= mrr <= most + SLACK + extra:
+    if not least - slack <= mrr <= most + slack:
         raise refuse(path, f"{field}.mrr", f"is {mrr}", f"between {least:.6f} and {most:.6f}, which Hits@1/3/10 imply")
     if "count" in metrics:
         count = number(path, f"{field}.count", metrics["count"])
@@ -93,7 +93,7 @@ def check_all_rankings(path: Path, field: str, value: Any) -> None:
         check_all_rankings(path, f"{field}.{key}", inner)
 
 
-def check_judging(path: Path, field: str, metrics: Mapping[str, Any]) -> None:
+def check_judging(path: Path, field: str, metrics: Mapping[str, Any], slack: float = 1e-6) -> None:
     """Accuracy, precision, recall and F1 of one table of counts: all in [0, 1], whole counts, one F1, one accuracy.
 
     Precision, recall and F1 are null where their denominator is 0.
@@ -106,7 +106,7 @@ def check_judging(path: Path, field: str, metrics: Mapping[str, Any]) -> None:
     precision, recall, f1 = values["precision"], values["recall"], values["f1"]
     if precision and recall:
         harmonic = 2 * precision * recall / (precision + recall)
-        if f1 is None or abs(f1 - harmonic) > 1e-6:
+        if f1 is None or abs(f1 - harmonic) > slack:
             raise refuse(path, f"{field}.f1", f"is {f1}", f"{harmonic}, which precision and recall imply")
     if "count" not in metrics or "positives" not in metrics:
         return
@@ -119,7 +119,7 @@ def check_judging(path: Path, field: str, metrics: Mapping[str, Any]) -> None:
         implied = (hit + count - positives - wrong) / count
         if abs(hit - round(hit)) > WHOLE:
             raise refuse(path, f"{field}.recall", f"is {recall}", f"a whole number of {positives:.0f} positives")
-        if abs(implied - accuracy) > 1e-6:
+        if abs(implied - accuracy) > slack:
             raise refuse(path, f"{field}.accuracy", f"is {accuracy}", f"{implied}, which precision and recall imply")
 
 

@@ -1,7 +1,7 @@
 """One table of numbers as Markdown, LaTeX (booktabs) or CSV. Knows nothing of records: cells in, text out.
 
-In Markdown and LaTeX numbers are printed as papers do (.361, a spread behind them where there is one), the best of
-a column in bold. The CSV has one line per cell with its number in full, so that it reads back to the same table.
+In Markdown and LaTeX numbers are printed as papers do (no leading zero, a spread behind them where there is one), the
+best of a column in bold. The CSV has one line per cell, its number in full, so that it reads back to the same table.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Table(NamedTuple):
 
 
 def cell_text(cell: Cell) -> str:
-    """``.361``, ``.314 ± .002``, ``40,943``: the leading zero of a share is left out."""
+    """``.50``, ``.50 ± .01``, ``40,943``: the leading zero of a share is left out."""
 
     def text(value: float) -> str:
         shown = f"{value:,.{cell.decimals}f}"
