@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import load_codes, load_entities
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KS = tuple(range(200, 1001, 100))  # the paper's k
-CHUNK = 512  # entities at a time: a chunk holds CHUNK * M distances of 8 bytes
+CHUNK = 1024  # entities at a time: a chunk holds CHUNK * M distances of 8 bytes
 
 
 class CodeSet(NamedTuple):
@@ -121,10 +123,12 @@ def jaccard(codes: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     """Jaccard distances float64 [n, k] of entities ``rows`` [n] to ``others`` [n, k], codes [M, L, Q]."""
     import torch
 
-    cells = codes.flatten(1).int()  # [M, L*Q]
-    same = [(cells.index_select(0, near) == cells[row]).sum(1) for row, near in zip(rows.tolist(), others, strict=True)]
-    shared = torch.stack(same).double()
-    return 1 - shared / (2 * cells.shape[1] - shared)
+    cells = codes.flatten(1).int().numpy()  # [M, L*Q]; numpy: a row is too little work for torch's threads
+    near = others.numpy()
+    same = np.empty(near.shape)
+    for place, row in enumerate(rows.tolist()):
+        same[place] = np.count_nonzero(cells[near[place]] == cells[row], axis=1)
+    return torch.from_numpy(1 - same / (2 * cells.shape[1] - same))
 
 
 def jaccard_by_k(codes: Tensor, vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[int, float]:
@@ -141,14 +145,14 @@ def jaccard_of(
     """``jaccard_by_k`` of several codes [M, L, Q] under the same neighbours, which are searched once."""
     import torch
 
-    M = len(vectors)
+    M, wide = len(vectors), vectors.double()
     ks = sorted({k for k in ks if 1 <= k < M})
     if not ks:
         return [{} for _ in variants]
     last = torch.tensor(ks) - 1
     sums = torch.zeros(len(variants), len(ks), dtype=torch.float64)
     for rows in torch.arange(M).split(chunk):
-        others = nearest_entities(rows, vectors, ks[-1])[0]
+        others = nearest_entities(rows, wide, ks[-1])[0]
         for total, codes in zip(sums, variants, strict=True):
             total += jaccard(codes, rows, others).cumsum(1)[:, last].sum(0)
     means = sums / (torch.tensor(ks) * M)

@@ -1,0 +1,123 @@
+"""Figures 8 and 13: word and code tokens of a language model, by the rows of its input embedding, in the plane.
+
+Figure 8 has the first model, figure 13 the others (such as the base next to the tuned one).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_training.code_tokens import RECORD, check_model_name, load_adapted, load_tokenizer, read_saved
+from run_record import InputError
+from tables.figures.inputs import Inputs, Missing
+from tables.figures.style import COLOURS, MARKERS, new_figure, save, short
+
+if TYPE_CHECKING:
+    import torch
+
+WORDS, PER_LEVEL = 800, 200  # tokens drawn at most
+EMBEDDING = "embed_tokens.weight"
+SMALL: dict[str, Any] = {"s": 9, "linewidths": 0.3}
+PROJECTIONS = ("tsne", "pca")
+
+
+class Tokens(NamedTuple):
+    """Rows of an input embedding."""
+
+    words: NDArray[np.float32]  # [n, D], a sample
+    codes: list[NDArray[np.float32]]  # by level [n, D]; [] for a model without codes
+
+
+def read_embedding(folder: Path) -> torch.Tensor:
+    """The input embedding [vocabulary, D] of a saved model, without the rest of its weights."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {folder / name for key, name in json.loads(index.read_text())["weight_map"].items()
+                 if key.endswith(EMBEDDING)}  # fmt: skip
+    else:
+        files = {folder / "model.safetensors"}
+    for file in files:
+        if file.is_file():
+            with safe_open(str(file), "pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - a file handle, no mapping
+                    if key.endswith(EMBEDDING):
+                        found: torch.Tensor = weights.get_tensor(key)
+                        return found.float()
+    raise InputError(f"--model {folder} has no {EMBEDDING} in model.safetensors; merge it: python merge_adapter.py")
+
+
+def tokens_of(folder: Path, seed: int) -> Tokens:
+    """A sample of the word and code tokens of an adapter, a merged model or a base model."""
+    import torch
+
+    from lora_training.code_tokens import CodeShape, token_ids
+
+    check_model_name(str(folder))
+    shape: CodeShape | None
+    if (folder / "adapter_config.json").is_file():
+        saved = read_saved(folder)
+        model: Any = load_adapted(saved, saved.record["base_model"], torch.float32).merge_and_unload()
+        weights, tokenizer, shape = model.get_input_embeddings().weight.detach(), saved.tokenizer, saved.shape
+    else:
+        weights = read_embedding(folder)
+        if (folder / RECORD).is_file() and "codes" in json.loads((folder / RECORD).read_text()):
+            saved = read_saved(folder, "config.json")
+            tokenizer, shape = saved.tokenizer, saved.shape
+        else:
+            tokenizer, shape = load_tokenizer(str(folder)), None
+    rng = np.random.default_rng(seed)
+    ids = [] if shape is None else token_ids(tokenizer, shape)
+    special = {*ids, *tokenizer.all_special_ids}
+    words = [i for i in range(min(len(tokenizer), len(weights))) if i not in special]
+
+    def rows(chosen: Any, count: int) -> NDArray[np.float32]:
+        picked = rng.permutation(np.asarray(chosen))[:count]
+        return np.asarray(weights[torch.from_numpy(np.sort(picked))].float().numpy())
+
+    by_level = [] if shape is None else np.split(np.array(ids[4:]), shape.num_quantizers)  # 4 marks stand first
+    return Tokens(rows(words, WORDS), [rows(level, PER_LEVEL) for level in by_level])
+
+
+def project(vectors: NDArray[np.float32], how: str, seed: int) -> NDArray[np.float64]:
+    """vectors [n, D] -> [n, 2]: the two main directions ("pca"), or t-SNE started from them."""
+    centred = vectors.astype(np.float64) - vectors.mean(0)
+    if how == "pca":
+        u, s, _ = np.linalg.svd(centred, full_matrices=False)
+        plane = u[:, :2] * s[:2]
+        return np.asarray(plane * np.where(plane[np.abs(plane).argmax(0), [0, 1]] < 0, -1, 1))  # one sign, always
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(centred), np.float64)
+
+
+def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
+    """One panel per model."""
+    folders = inputs.model_folders[:1] if number == 8 else inputs.model_folders[1:]
+    if not folders:
+        raise Missing(
+            "needs a second model; merge the adapter: cd lora_training && python merge_adapter.py; or --model A B"
+        )
+    figure, axes = new_figure(1, len(folders), 4.6, 4.0)
+    for panel, folder in zip(axes[0], folders, strict=True):
+        found = tokens_of(folder, inputs.seed)
+        parts = [found.words, *found.codes]
+        plane = project(np.concatenate(parts), inputs.projection, inputs.seed)
+        labels = ["words", *(f"codes of level {level}" for level in range(len(found.codes)))]
+        pieces = np.split(plane, np.cumsum([len(part) for part in parts])[:-1])
+        for place, (points, label) in enumerate(zip(pieces, labels, strict=True)):
+            colour = COLOURS[(place - 1) % len(COLOURS)] if place else "0.65"
+            marker = MARKERS[(place - 1) % len(MARKERS)] if place else "."
+            panel.scatter(*points.T, color=colour, marker=marker, label=f"{label} ({len(points)})", **SMALL)
+        panel.set(
+            xticks=[], yticks=[], title=f"{short(folder.name, 40)}: {'t-SNE' if inputs.projection == 'tsne' else 'PCA'}"
+        )
+        panel.legend(loc="best", fontsize=7, markerscale=1.5)
+    return save(figure, out, f"figure_{number}")

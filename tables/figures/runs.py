@@ -1,0 +1,175 @@
+"""Figures from stage 1's run records: 5 (MRR over L and K), 10 (training curves), MRR by levels and by tokens.
+
+All by MRR on the validation split, where settings are chosen. Controls and baselines stay out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tables.figures.inputs import Inputs, Missing
+from tables.figures.style import line, new_figure, save, short
+from tables.results import CODES, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Key = tuple[object, ...]
+MRR = "valid MRR"
+
+
+def stage1(inputs: Inputs) -> dict[str, list[Row]]:
+    """Data set -> stage 1's rows that have codes; Missing where there is no record."""
+    found: dict[str, list[Row]] = {}
+    for row in inputs.rows:
+        if row.task == CODES and not row.variant and "mrr" in row.valid and not row.record["args"].get("unquantized"):
+            found.setdefault(row.dataset, []).append(row)
+    if not found:
+        raise Missing("there are no records of stage 1; make one: python demo_complete.py, then --records demo_output")
+    return found
+
+
+def size(row: Row) -> tuple[int, int, int]:
+    """(L, K, Q) of a run; Q = 1 for VQ."""
+    args = row.record["args"]
+    return args["seq_len"], args["num_code"], 1 if args.get("quantizer") == "vq" else args["num_quantizers"]
+
+
+def kind(row: Row) -> str:
+    """VQ or RQ."""
+    return str(row.record["args"].get("quantizer", "rq")).upper()
+
+
+def others(row: Row) -> str:
+    """The run's setting without the codes' size: runs are compared where it is equal."""
+    return row.setting.partition(", ")[2]
+
+
+def curves(rows: Sequence[Row], key: Callable[[Row], Key], x: Callable[[Row], int]) -> dict[Key, dict[int, float]]:
+    """key -> x -> mean MRR over the rows with them (seeds), both in order."""
+    values: dict[Key, dict[int, list[float]]] = {}
+    for row in rows:
+        values.setdefault(key(row), {}).setdefault(x(row), []).append(row.valid["mrr"])
+    return {
+        name: {at: sum(found) / len(found) for at, found in sorted(points.items())}
+        for name, points in sorted(values.items(), key=lambda item: str(item[0]))
+    }
+
+
+def plot_curves(axes: Axes, found: dict[Key, dict[int, float]], label: Callable[[Key], str]) -> None:
+    """One line per key, powers of two on the axis."""
+    for number, (key, points) in enumerate(found.items()):
+        axes.plot(list(points), list(points.values()), label=label(key), **line(number))
+    ticks = sorted({x for points in found.values() for x in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylabel(MRR)
+    axes.legend(loc="best")
+
+
+def draw_sizes(inputs: Inputs, out: Path) -> list[Path]:
+    """Figure 5: MRR over L, one line per K, and over K, one line per L; settings apart from size are kept apart."""
+    found = {dataset: rows for dataset, rows in stage1(inputs).items() if varied(rows)}
+    if not found:
+        raise Missing(
+            "needs records of two sizes, all else equal; make another: python run_rq.py with another --seq_len or "
+            "--num_code, then --records FOLDER of both"
+        )
+    figure, axes = new_figure(len(found), 2, 4.4, 3.3)
+    for (over_l, over_k), (dataset, rows) in zip(axes, found.items(), strict=True):
+        rows = varied(rows)
+        settings = sorted({others(row) for row in rows})
+
+        def label(key: Key, letter: str, settings: list[str] = settings) -> str:
+            note = f" ({short(str(key[3]), 40)})" if len(settings) > 1 else ""
+            return f"{key[1]}, Q = {key[2]}, {letter} = {key[0]:,}{note}"
+
+        plot_curves(over_l, curves(rows, lambda row: (size(row)[1], kind(row), size(row)[2], others(row)),
+                                   lambda row: size(row)[0]), lambda key: label(key, "K"))  # fmt: skip
+        plot_curves(over_k, curves(rows, lambda row: (size(row)[0], kind(row), size(row)[2], others(row)),
+                                   lambda row: size(row)[1]), lambda key: label(key, "L"))  # fmt: skip
+        over_l.set(xlabel="L, positions per entity", title=dataset)
+        over_k.set(xlabel="K, codes per codebook", title=dataset)
+    return save(figure, out, "figure_5")
+
+
+def varied(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have a companion with another (L, K), everything else equal."""
+    sizes: dict[Key, set[tuple[int, int]]] = {}
+    for row in rows:
+        sizes.setdefault((kind(row), size(row)[2], others(row)), set()).add(size(row)[:2])
+    return [row for row in rows if len(sizes[kind(row), size(row)[2], others(row)]) > 1]
+
+
+def draw_training(inputs: Inputs, out: Path) -> list[Path]:
+    """Figure 10: loss of the structure (Eq. 7) and MRR by epoch, one line per run."""
+    found = {dataset: [row for row in rows if row.record.get("history")] for dataset, rows in stage1(inputs).items()}
+    found = {dataset: rows for dataset, rows in found.items() if rows}
+    if not found:
+        raise Missing("the records hold no history; run_rq.py writes it: python demo_complete.py")
+    figure, axes = new_figure(len(found), 2, 4.6, 3.2)
+    for (losses, scores), (dataset, rows) in zip(axes, found.items(), strict=True):
+        for number, row in enumerate(rows):
+            history = row.record["history"]
+            style = line(number) | {"markersize": 2.5}
+            label = short(row.setting, 60) + (f", seed {row.seed}" if len(rows) > 1 else "")
+            losses.plot([epoch["epoch"] for epoch in history], [epoch["structure"] for epoch in history],
+                        label=label, **style)  # fmt: skip
+            scored = [epoch for epoch in history if "valid" in epoch]
+            scores.plot([epoch["epoch"] for epoch in scored], [epoch["valid"]["mrr"] for epoch in scored], **style)
+            frozen = next((epoch["epoch"] for epoch in history if epoch["phase"] == "frozen"), None)
+            if frozen is not None:
+                scores.axvline(frozen, color=style["color"], linewidth=0.8, linestyle=":")
+        losses.set(xlabel="epoch", ylabel="structure loss", title=dataset)
+        scores.set(xlabel="epoch (dotted: codes frozen from here)", ylabel=MRR, title=dataset)
+        losses.legend(loc="upper right", fontsize=6)
+    return save(figure, out, "figure_10")
+
+
+def by_levels(row: Row) -> list[float]:
+    """MRR when the first 1..Q levels are decoded; [] where the record has none, or a single one."""
+    values = row.record.get("valid_mrr_by_levels") or []
+    return [float(value) for value in values] if len(values) > 1 else []
+
+
+def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
+    """MRR when only the first levels of every position are decoded: what each residual level adds."""
+    found = {dataset: [row for row in rows if by_levels(row)] for dataset, rows in stage1(inputs).items()}
+    found = {dataset: rows for dataset, rows in found.items() if rows}
+    if not found:
+        raise Missing("no record has several levels; make one: python run_rq.py --num_quantizers 4")
+    figure, axes = new_figure(1, len(found), 4.2, 3.2)
+    for panel, (dataset, rows) in zip(axes[0], found.items(), strict=True):
+        for number, row in enumerate(rows):
+            values = by_levels(row)
+            label = short(row.setting, 44) + (f", seed {row.seed}" if len(rows) > 1 else "")
+            panel.plot(range(1, len(values) + 1), values, label=label, **line(number))
+        panel.set(xlabel="levels decoded", ylabel=MRR, title=dataset, ylim=(0, None))
+        panel.set_xticks(range(1, 1 + max(len(by_levels(row)) for row in rows)))
+        panel.legend(loc="lower right", fontsize=7)
+    return save(figure, out, "levels")
+
+
+def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
+    """MRR against code tokens per entity (L * Q): VQ and RQ runs, and each RQ run cut to its first levels."""
+    found = stage1(inputs)
+    figure, axes = new_figure(1, len(found), 4.4, 3.3)
+    for panel, (dataset, rows) in zip(axes[0], found.items(), strict=True):
+        runs = curves(rows, lambda row: (kind(row), others(row)), lambda row: size(row)[0] * size(row)[2])
+        many = len({key[1] for key in runs}) > 1
+        labels = {key: f"{key[0]} runs" + (f" ({short(str(key[1]), 34)})" if many else "") for key in runs}
+        plot_curves(panel, runs, labels.__getitem__)
+        ticks = {x for points in runs.values() for x in points}
+        for number, row in enumerate(row for row in rows if by_levels(row)):
+            values, L = by_levels(row), size(row)[0]
+            xs = [L * level for level in range(1, len(values) + 1)]
+            ticks.update(xs)
+            label = "one RQ run, cut to its first levels" if not number else None
+            panel.plot(xs, values, color="0.45", linewidth=1, marker=".", linestyle=":", label=label)
+        panel.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
+        panel.set(xlabel="code tokens per entity, L x Q", title=dataset, ylim=(0, None))
+        panel.legend(loc="lower right", fontsize=7)
+    return save(figure, out, "tokens")

@@ -1,0 +1,98 @@
+"""How every figure looks and how it is saved: readable in grey and by colour-blind readers.
+
+Lines differ in colour, marker and dash; heat maps use cividis, whose lightness rises with the value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from run_record import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+MAP = "cividis"
+LONGEST_NAME = 28  # characters of a name on an axis
+
+
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of rows x columns panels, each width x height inches; no window is ever opened."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
+            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
+            "text.parse_math": False,  # a name may hold dollar signs
+            "pdf.fonttype": 42, "savefig.dpi": 160, "svg.hashsalt": "0",
+        }
+    )  # fmt: skip
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    return figure, [list(row) for row in axes]
+
+
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
+    """``name``.png and ``name``.pdf in ``out``, without dates: equal inputs give equal bytes."""
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        path = out / f"{name}.{kind}"
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata)
+        paths.append(path)
+    plt.close(figure)
+    return paths
+
+
+def line(number: int) -> dict[str, Any]:
+    """Colour, marker and dash of the ``number``-th line of a panel."""
+    return {
+        "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4,
+        "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.4,
+    }  # fmt: skip
+
+
+def short(name: str, longest: int = LONGEST_NAME) -> str:
+    """The name, cut where it is too long for an axis."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def heat_map(
+    axes: Axes,
+    values: NDArray[np.float64],
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    text: str | None = None,
+) -> Any:
+    """Draw values [rows, columns], NaN white; ``text`` is the format of the numbers in the cells, None for none."""
+    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
+    image = axes.imshow(values, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    axes.grid(False)
+    for names, ticks in ((row_names, axes.set_yticks), (column_names, axes.set_xticks)):
+        if names is not None:
+            ticks(range(len(names)), [short(name) for name in names])
+    if text is not None:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = value < (low + high) / 2
+                axes.text(column, row, format(value, text), ha="center", va="center", fontsize=7,
+                          color="white" if dark else "black")  # fmt: skip
+    return image

@@ -1,0 +1,119 @@
+"""The paper's figures and more, as PNG and PDF, from codes, run records, graphs and models.
+
+    python tables/make_figures.py                                       all that can be drawn from what is there
+    python tables/make_figures.py --figure 6 --codes codes_new/FB15k-237_16_1024_4_rq.pt
+    python tables/make_figures.py --codes demo_output/family_4_256_4_rq.pt --records demo_output --dataset data/family
+
+figure   shows                                                                 needs
+2, 9     2-hop neighbours and prompt tokens per entity (9: further data sets)  --dataset
+4, 12    cosine similarity of decoded codes (12: another sample)               --codes, --dataset
+5        MRR over L and K                                                      --records of several sizes
+6        Jaccard distance over k nearest entities, with baselines              --codes
+7, 11    the LLM's metrics over (L, K): link prediction, triple classification --records of inference.py
+8, 13    word and code tokens of an embedding (13: further models)             --model
+10       training curves                                                       --records
+levels, tokens, usage: MRR by levels decoded, MRR by tokens per entity, how often each level's codes occur
+
+A figure whose inputs are not there is passed over with a line that says what makes them; asked for by its number, that
+is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_record import ROOT, CommandParser, InputError, run_command
+from tables.figures import answers, embeddings, graph, quality, runs, similarity
+from tables.figures.inputs import Inputs, Missing
+from tables.results import add_record_flags
+
+FIGURES: dict[str, Callable[[Inputs, Path], list[Path]]] = {
+    "2": functools.partial(graph.draw, number=2),
+    "4": functools.partial(similarity.draw, number=4),
+    "5": runs.draw_sizes,
+    "6": quality.draw_jaccard,
+    "7": functools.partial(answers.draw, number=7),
+    "8": functools.partial(embeddings.draw, number=8),
+    "9": functools.partial(graph.draw, number=9),
+    "10": runs.draw_training,
+    "11": functools.partial(answers.draw, number=11),
+    "12": functools.partial(similarity.draw, number=12),
+    "13": functools.partial(embeddings.draw, number=13),
+    "levels": runs.draw_levels,
+    "tokens": runs.draw_tokens,
+    "usage": quality.draw_usage,
+}
+OUT = ROOT / "tables" / "out"
+
+
+def draw_all(inputs: Inputs, out: Path, names: list[str]) -> dict[str, list[Path]]:
+    """Draw these figures; those without inputs are passed over with one line each. Figure -> its files."""
+    drawn = {}
+    for name in names:
+        try:
+            drawn[name] = FIGURES[name](inputs, out)
+            print(f"figure {name}: wrote {', '.join(path.name for path in drawn[name])}", flush=True)
+        except Missing as reason:
+            print(f"figure {name} passed over: {reason}", flush=True)
+    return drawn
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``Inputs`` is made of."""
+    group = parser.add_argument_group("inputs")
+    group.add_argument(
+        "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
+    )
+    group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")
+    group.add_argument("--model", type=Path, nargs="+", metavar="DIR", help="adapters, merged or base models")
+    group.add_argument(
+        "--tokenizer", metavar="DIR", help="folder of the tokenizer that counts words (default: a proxy)"
+    )
+    add_record_flags(parser)
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--projection", choices=embeddings.PROJECTIONS, default="tsne", help="of figures 8 and 13")
+    group.add_argument("--sample", type=int, default=2000, metavar="N", help="entities of figures 2 and 9 at most")
+    group.add_argument("--seed", type=int, default=0, help="of samples, baselines and t-SNE")
+
+
+def inputs_of(args: argparse.Namespace) -> Inputs:
+    """``Inputs`` of the flags of ``add_input_flags``; InputError where a number is out of range."""
+    if args.sample < 1 or args.seed < 0:
+        raise InputError(f"--sample must be 1 or more and --seed 0 or more, got {args.sample} and {args.seed}")
+    return Inputs(
+        codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
+        tokenizer=args.tokenizer, projection=args.projection, sample=args.sample, seed=args.seed,
+    )  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="tables/make_figures.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--figure", nargs="+", choices=[*FIGURES, "all"], default=["all"], metavar="NAME",
+                        help=f"{', '.join(FIGURES)} or all")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder for the PNG and PDF files")
+    add_input_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    inputs = inputs_of(args)
+    if "all" in args.figure:
+        if not draw_all(inputs, args.out, list(FIGURES)):
+            raise InputError("nothing could be drawn; the lines above say what makes the inputs")
+    else:
+        for name in args.figure:
+            print(
+                f"figure {name}: wrote {', '.join(path.name for path in FIGURES[name](inputs, args.out))}", flush=True
+            )
+    print(f"the files are in {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
