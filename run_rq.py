@@ -17,9 +17,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 from Class.codes import CodeFiles, code_files, code_stem, load_codes, load_entities, save_codes
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from data.knowledge_graph import KnowledgeGraph
-    from model.RQGCN import CodeScorer
+    from model.RQGCN import RQGCN, CodeScorer
     from model.trainer import Trainer
 
 EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
@@ -63,6 +63,9 @@ def build_parser() -> CommandParser:
     group.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help="folder for {name}.pt (default: checkpoints)")
     group.add_argument(
         "--text_emb", type=Path, metavar="FILE.npy", help="text embeddings [M, T], row = entity id: Eq. 8"
+    )
+    group.add_argument(
+        "--text_init", action="store_true", help="start the encoder from projected text embeddings too (--text_emb)"
     )
     group.add_argument("--save_emb", action="store_true", help="write the embeddings even when they exceed 2 GiB")
 
@@ -107,6 +110,10 @@ def build_parser() -> CommandParser:
     group.add_argument("--freeze_at", type=float, default=0.85,
                        help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
+    group.add_argument("--assign_every", type=int, default=8, help="scorer steps between assignments of codes")
+    group.add_argument("--control", choices=["unquantized", "random_codes", "posthoc"],
+                       help="train a rival for comparison, which leaves a record and no codes: the same model without "
+                       "codes, with codes drawn at random, or quantized by k-means after training")  # fmt: skip
     group.add_argument("--matmul_precision", choices=["highest", "high", "medium"], default="medium",
                        help="of float32 products in training; ranking always has the highest")  # fmt: skip
     group.add_argument("--eval_every", type=int, default=1, help="epochs between rankings of valid")
@@ -158,7 +165,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     if args.batch < 2:
         parser.error(f"--batch {args.batch} is too small, expected 2 or more (batch norm)")
     at_least_one = ["seq_len", "num_code", "code_dim", "init_dim", "gcn_dim", "att_head", "epoch", "encoder_every",
-                    "eval_every"]  # fmt: skip
+                    "assign_every", "eval_every"]  # fmt: skip
     for flag in at_least_one:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
@@ -187,6 +194,8 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--code_dim {args.code_dim} is no multiple of --att_head {args.att_head}")
     if args.warmup_epochs >= args.epoch:
         parser.error(f"--warmup_epochs {args.warmup_epochs} leaves no epoch with codes, --epoch is {args.epoch}")
+    if args.text_init and not args.text_emb:
+        parser.error("--text_init starts from text embeddings: give --text_emb FILE.npy")
     if args.restore and args.overwrite:
         parser.error("--restore continues a run and --overwrite starts it anew: give one of them")
     if args.dump_only and not args.restore:
@@ -223,6 +232,16 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         raise InputError(f"{flag} {word} is not supported, expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"{flag}: {word} is not there, torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
+    if device.type == "cuda" and here > 1:
+        if device.index is not None:
+            raise InputError(f"{flag} {word} names one GPU for {here} processes; give --device cuda, which is one each")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun started {here} processes for {torch.cuda.device_count()} GPUs; give --device cpu, "
+                "or --nproc_per_node as many as there are GPUs"
+            )
     if args.num_workers:
         torch.set_num_threads(args.num_workers)
     return device
@@ -305,6 +324,7 @@ def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict
     return {name: getattr(args, name) for name in names} | {
         "composition": args.opn,
         "text_dim": None if text is None else text.shape[1],
+        "text_init": args.text_init,
         "codebook": {},
     }
 
@@ -364,18 +384,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return stored
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train RQGCN, dump codes, embeddings and names of the best epoch, rank from the dump, write the record."""
+class Prepared(NamedTuple):
+    """What a run of stage 1 is made of."""
+
+    kg: KnowledgeGraph
+    text: torch.Tensor | None
+    model: RQGCN
+    files: CodeFiles
+    checkpoint: Path
+    inputs: dict[str, str]
+    plain: dict[str, Any]
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
+    """Read the inputs, name the outputs, build the model."""
     from model.message_passing import resolve_backend
     from model.precision import keep_freed_memory
     from model.RQGCN import RQGCN
-    from model.trainer import Trainer, TrainSettings
 
     keep_freed_memory()
-    device = choose_device(args)
     kg = load_graph(args)
     text = load_text(args.text_emb, kg.num_entities)
     stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)
+    if args.control:
+        stem = f"{stem}_{args.control}"
     args.name = args.name or stem
     if Path(args.name).name != args.name:
         raise InputError(f"--name {args.name} must be a plain file name; folders go to --checkpoint_dir and --out_dir")
@@ -399,26 +431,49 @@ def train(args: argparse.Namespace) -> None:
         f"neighbours summed by {resolve_backend(args.graph_backend, device)}"
     )
 
-    with only_run(checkpoint.with_suffix(".lock")), only_run(files.codes.with_suffix(".lock")):
-        for killed in [*checkpoint.parent.glob(f".{checkpoint.name}.*.tmp"), *files.codes.parent.glob(f".{stem}*.tmp")]:
-            killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
-        now = comparable(plain, inputs)
-        stored = check_existing(args, checkpoint, files, now)
+    return Prepared(kg, text, model, files, checkpoint, inputs, plain)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train RQGCN, dump codes, embeddings and names of the best epoch, rank from the dump, write the record.
+
+    Under torchrun each process runs this; the first one alone prints and writes.
+    """
+    from model.data_parallel import World
+    from model.trainer import Trainer, TrainSettings
+
+    device = choose_device(args)
+    world = World.start(device)
+    with world.quiet(), ExitStack() as locks:
+        with world.together():
+            kg, text, model, files, checkpoint, inputs, plain = prepare(args, device)
+            if world.first:
+                locks.enter_context(only_run(checkpoint.with_suffix(".lock")))
+                locks.enter_context(only_run(files.codes.with_suffix(".lock")))
+                stem = files.codes.stem
+                for killed in [
+                    *checkpoint.parent.glob(f".{checkpoint.name}.*.tmp"), *files.codes.parent.glob(f".{stem}*.tmp")
+                ]:  # fmt: skip
+                    killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
+            now = comparable(plain, inputs)
+            stored = check_existing(args, checkpoint, files, now)
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
-        trainer = Trainer(kg, model, settings, checkpoint, model_arguments(args, text), now, text, device)
+        trainer = Trainer(
+            kg, model, settings, checkpoint, model_arguments(args, text), now, text, device, world=world
+        )  # fmt: skip
         if stored is not None:
-            try:
-                trainer.restore(stored)
-            except (KeyError, RuntimeError, ValueError, TypeError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(
-                    f"checkpoint {checkpoint} does not hold this model: {reason}; use --overwrite"
-                ) from error
-            print(f"continuing {checkpoint.name} after epoch {trainer.epoch}")
+            with world.together():
+                continue_from(trainer, stored)
         if not args.dump_only:
             fit_until_stopped(trainer, checkpoint)
+        world.close()
+        if not world.first:
+            return
         if trainer.best is None:
             raise InputError(f"{checkpoint.name} has no epoch with codes yet; train on with --restore")
+        if args.control:
+            dump_control(args, kg, trainer, files, plain, inputs)
+            return
         dump(args, kg, trainer, files, plain, inputs)
     print(
         f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {files.codes} "
@@ -427,24 +482,37 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
+def continue_from(trainer: Trainer, stored: dict[str, Any]) -> None:
+    """Put the trainer where ``stored`` left it; InputError when that is another model's."""
+    try:
+        trainer.restore(stored)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"checkpoint {trainer.checkpoint} does not hold this model: {reason}; use --overwrite"
+        ) from error
+    print(f"continuing {trainer.checkpoint.name} after epoch {trainer.epoch}")
+
+
 def fit_until_stopped(trainer: Trainer, checkpoint: Path) -> None:
     """Train; on Ctrl-C or SIGTERM say what is saved and how to go on, and leave with 130 or 143."""
-
-    def terminate(signum: int, frame: object) -> None:
-        raise SystemExit(143)
-
-    previous = signal.signal(signal.SIGTERM, terminate)
+    world = trainer.world
+    handled = [signal.SIGTERM] if world.size == 1 else [signal.SIGTERM, signal.SIGINT]
+    previous = {number: signal.signal(number, world.interrupt) for number in handled}
     try:
         trainer.fit()
+        if world.stop_signal:
+            world.stop()
     except (KeyboardInterrupt, SystemExit) as stop:
         if checkpoint.exists() and trainer.epoch:
             where = f"epoch {trainer.epoch} is saved in {checkpoint}; --restore goes on, --restore --dump_only dumps"
         else:
             where = "no epoch was finished, nothing is saved"
         print(f"stopped: {where}", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, SystemExit) else 130)
+        sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def dump(
@@ -462,6 +530,11 @@ def dump(
 
     assert trainer.best is not None
     start = time.monotonic()
+    try:
+        changed = trainer.resolve_collisions()
+        print(f"collision pass: {changed} entities got a code of their own")
+    except ValueError as error:
+        print(f"warning: some entities share their code: {error}", file=sys.stderr)
     best, device = trainer.best, trainer.device
     scorer, relations = scorer_of(trainer.config, best, device)
     codes = best["codes"].cpu()
@@ -480,22 +553,20 @@ def dump(
     metrics["valid_mrr_by_levels"] = [rank("valid", levels=level)["mrr"] for level in range(1, args.num_quantizers)] + [
         metrics["valid"]["mrr"]
     ]
+    metrics["valid_mrr_before_collision_pass"] = best.get("valid_before_collision_pass", best["valid"])["mrr"]
     if not args.no_test:
         metrics["test"] = rank("test")
         metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")
-    record = make_record(
-        plain, inputs, trainer.seconds + time.monotonic() - start, device,
-        name=args.name, dataset=kg.name, shape=list(codes.shape), best_epoch=best["epoch"], epochs=trainer.epoch,
-        outputs=written,
-        **metrics,
-        codes={
+    record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start) | metrics | {
+        "shape": list(codes.shape),
+        "outputs": written,
+        "codes": {
             "usage": code_usage(codes, args.num_code).tolist(),
             "perplexity": code_perplexity(codes, args.num_code).tolist(),
             "collisions": collisions(codes),
             "entropy_bits": entropy_bits(codes),
         },
-        history=trainer.history,
-    )  # fmt: skip
+    }  # fmt: skip
     write_json(record, files.record)
     print(
         f"wrote {', '.join([*sorted(written), files.record.name])} to {files.codes.parent} "
@@ -511,6 +582,41 @@ def dump(
         f"{record['codes']['collisions']} entities share their code with another, "
         f"entropy {record['codes']['entropy_bits']:.2f} bits"
     )
+
+
+def stage_record(
+    args: argparse.Namespace,
+    kg: KnowledgeGraph,
+    trainer: Trainer,
+    plain: dict[str, Any],
+    inputs: dict[str, str],
+    more_seconds: float,
+) -> dict[str, Any]:
+    """What the record of every run of this command holds beside its metrics."""
+    assert trainer.best is not None
+    return make_record(
+        plain, inputs, trainer.seconds + more_seconds, trainer.device, name=args.name, dataset=kg.name,
+        best_epoch=trainer.best["epoch"], epochs=trainer.epoch, world_size=trainer.world.started,
+        history=trainer.history,
+    )  # fmt: skip
+
+
+def dump_control(
+    args: argparse.Namespace,
+    kg: KnowledgeGraph,
+    trainer: Trainer,
+    files: CodeFiles,
+    plain: dict[str, Any],
+    inputs: dict[str, str],
+) -> None:
+    """Score a rival's best epoch and write its record alone: what it has of codes is never saved as a graph's codes."""
+    start = time.monotonic()
+    metrics = {split: trainer.score_best(split) for split in ("valid",) + ("test",) * (not args.no_test)}
+    record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start)
+    write_json(record | metrics | {"control": args.control}, files.record)
+    print(f"wrote {files.record}: {args.control} (best epoch {record['best_epoch']} of {trainer.epoch}), no codes")
+    for split, found in metrics.items():
+        print(f"{split}: {format_metrics(found)}")
 
 
 # ---------------------------------------------------------------- from codes
@@ -644,10 +750,10 @@ def predict(
 
 def main() -> None:
     args = parse_args()
-    if args.eval_codes:
-        eval_codes(args)
-    else:
+    if not args.eval_codes:
         train(args)
+    elif os.environ.get("RANK", "0") == "0":  # ranking from codes is one process's work, under torchrun too
+        eval_codes(args)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.data_parallel import World
 from model.precision import FULL, matmul_precision
 
 LANES = 32  # scores are reduced as [rows, K / LANES, LANES]: torch's amin over the middle axis is vectorized
@@ -51,6 +52,8 @@ class RQCodebook(nn.Module):
       forward moves each code towards the mean of its residuals instead (van den Oord et al. 2017, appendix A.1).
     revive_after: calls of ``revive_dead_codes`` in a row that must find a code unused before it is replaced.
     kmeans_init: start from ``init_from_data`` at the first training forward (or call it before).
+    world (an attribute): the processes that share the work. ``cal_codes``, ``init_from_data`` and ``revive_dead_codes``
+      take the same z in every process and share out the search; ``forward`` takes each process's own rows of z.
 
     Buffers: ``initialized`` bool [Q]; ``usage`` int64 [Q, K], the assignments seen by training forwards since it was
     last zeroed (``revive_dead_codes`` does); ``idle`` int64 [Q, K], refreshes since a code was used; ``ema_count``
@@ -92,6 +95,7 @@ class RQCodebook(nn.Module):
             raise ValueError(f"ema_decay must be in [0, 1) or None, not {ema_decay}")
         self.num_codes, self.latent_dim, self.num_quantizers = num_codes, latent_dim, num_quantizers
         self.beta, self.chunk_size, self.gradient = beta, chunk_size, gradient
+        self.world = World()
         self.ema_decay, self.revive_after = ema_decay, revive_after
         self.codebooks = nn.ModuleList(nn.Embedding(num_codes, latent_dim) for _ in range(num_quantizers))
         for weight in self._weights():
@@ -141,7 +145,8 @@ class RQCodebook(nn.Module):
     @torch.no_grad()
     def cal_codes(self, z: Tensor) -> Tensor:
         """z [B, L, D] -> int64 [B, L, Q]: the nearest code of every residual, the lower index on a tie."""
-        return self._search(self._rows(z)).view(*z.shape[:2], -1)
+        rows, world = self._rows(z), self.world
+        return world.gather(self._search(world.own(rows)), len(rows)).view(*z.shape[:2], -1)
 
     @torch.no_grad()
     def cal_code_emds(self, z: Tensor) -> Tensor:
@@ -178,14 +183,15 @@ class RQCodebook(nn.Module):
         residual = rows[_permutation(len(rows), generator)[: sample or 64 * self.num_codes].to(rows.device)]
         for level, weight in enumerate(self._weights()):
             chunk = self._chunk(residual)
-            weight.copy_(_kmeans(residual, self.num_codes, iterations, chunk, generator))
-            codes = _nearest(residual, [weight], chunk)[:, 0]
+            weight.copy_(_kmeans(residual, self.num_codes, iterations, chunk, generator, self.world))
+            codes = _nearest_shared(residual, weight, chunk, self.world)
             residual = residual - weight[codes]
             counts = torch.bincount(codes, minlength=self.num_codes) * (len(rows) / len(residual))
             self.ema_count[level] = counts.clamp_min(1)
         self.initialized.fill_(True)
         self.usage.zero_()
         self.idle.zero_()
+        self.world.copy_from_first([*self._weights(), self.ema_count])  # a GPU's sums differ in their last bits
 
     @torch.no_grad()
     def revive_dead_codes(self, z: Tensor, codes: Tensor, generator: torch.Generator | None = None) -> list[int]:
@@ -210,19 +216,27 @@ class RQCodebook(nn.Module):
             revived.append(len(dead))
             residual = rest
         self.usage.zero_()
+        self.world.copy_from_first([*self._weights(), self.ema_count, self.idle])
         return revived
+
+    def random_codes(self, rows: int, seq_len: int, generator: torch.Generator | None = None) -> Tensor:
+        """int64 [rows, L, Q] drawn uniformly: the baseline of codes that know nothing (RandomEQ, Li et al. 2023)."""
+        shape = (rows, seq_len, self.num_quantizers)
+        return torch.randint(self.num_codes, shape, generator=generator)
 
     def _observe(self, codes: Tensor, code_sums: Tensor) -> None:
         """Take in one training batch's statistics: codes [N, Q], code_sums [Q, K, D] of ``_measure``.
 
-        The only place where they enter: data-parallel training would all-reduce ``counts`` and ``code_sums`` here.
+        The only place where they enter; of several processes, each brings its rows' and all take in the sums.
         EMA keeps N_k <- d N_k + (1-d) n_k and S_k likewise, with c_k = S_k / N_k. Writing S_k = N_k c_k gives
         c_k <- c_k + (1-d) (sum of r - c_k) / N_k: no second buffer that could fall out of step with the codes.
         """
         counts = torch.stack([torch.bincount(column, minlength=self.num_codes) for column in codes.t()])
+        counts = self.world.sum(counts)
         self.usage += counts
         if self.ema_decay is None:
             return
+        code_sums = self.world.sum(code_sums)
         fresh = 1 - self.ema_decay
         self.ema_count.mul_(self.ema_decay).add_(counts, alpha=fresh)
         # a code without rows in this batch has a sum of 0 and stays; its count may decay to 0
@@ -415,7 +429,14 @@ def _nearest_in_chunk(rows: Tensor, table: _Table, scores: Tensor) -> Tensor:
 # ---------------------------------------------------------------- k-means
 
 
-def _kmeans(rows: Tensor, k: int, iterations: int, chunk: int, generator: torch.Generator | None) -> Tensor:
+def _nearest_shared(rows: Tensor, weight: Tensor, chunk: int, world: World) -> Tensor:
+    """rows [n, D], the same in every process -> int64 [n], the nearest codes; each process searches its part."""
+    return world.gather(_nearest(world.own(rows), [weight], chunk)[:, 0], len(rows))
+
+
+def _kmeans(
+    rows: Tensor, k: int, iterations: int, chunk: int, generator: torch.Generator | None, world: World
+) -> Tensor:
     """rows [n, D] -> centers [k, D]: k-means++ starts, then Lloyd's iterations; empty clusters restart by ``_draw``.
 
     The starts are drawn a quarter of their number at a time: one by one for few, in ~30 rounds for 1024.
@@ -423,14 +444,14 @@ def _kmeans(rows: Tensor, k: int, iterations: int, chunk: int, generator: torch.
     fresh = centers = rows[_permutation(len(rows), generator)[:1].to(rows.device)]
     errors = rows.new_full((len(rows),), torch.inf)
     while len(centers) < k:
-        rest = rows - fresh[_nearest(rows, [fresh], chunk)[:, 0]]
+        rest = rows - fresh[_nearest_shared(rows, fresh, chunk, world)]
         errors = torch.minimum(errors, rest.square().sum(1))
         fresh = rows[_draw(errors, min(k - len(centers), max(1, len(centers) // 4)), generator)]
         if not len(fresh):  # fewer distinct rows than centers: the rest stay doubles, which no row chooses
             fresh = centers[:1].expand(k - len(centers), -1)
         centers = torch.cat([centers, fresh])
     for _ in range(iterations):
-        codes = _nearest(rows, [centers], chunk)[:, 0]
+        codes = _nearest_shared(rows, centers, chunk, world)
         counts = torch.bincount(codes, minlength=k)
         rest = rows - centers[codes]
         # centers + mean(rest), not a mean of sums: adding small differences loses fewer bits

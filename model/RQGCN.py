@@ -84,7 +84,7 @@ class RQGCN(nn.Module):
     ``init_dim``: width of the learned inputs; ``gcn_dim``: D; ``gcn_layers`` 0 leaves the graph out (the ablation
     "w/o GCN"); ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
     ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
-    of RQCodebook; ``quantized=False`` is the unquantized twin (z itself goes into Eq. 4), for comparison only.
+    of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them).
     """
 
     def __init__(
@@ -109,15 +109,18 @@ class RQGCN(nn.Module):
         decoder_drop: float | None = None,
         text_dim: int | None = None,
         codebook: dict[str, Any] | None = None,
-        quantized: bool = True,
+        text_init: bool = False,
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
-        self.seq_len, self.code_dim, self.quantized = seq_len, code_dim, quantized
+        self.seq_len, self.code_dim = seq_len, code_dim
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
         nn.init.xavier_normal_(self.entity_embedding)
         nn.init.xavier_normal_(self.relation_embedding)
+        if text_init and not text_dim:
+            raise ValueError("text_init starts from text embeddings: give text_dim")
+        self.text_projection = nn.Linear(text_dim or 0, init_dim, bias=False) if text_init else None
         self.encoder = CompGCN(
             gcn_layers, init_dim, gcn_dim, width, num_relations, composition=composition, dropout=gcn_drop, act=act,
             backend=graph_backend,
@@ -153,9 +156,17 @@ class RQGCN(nn.Module):
             v = v @ weight
         return v
 
-    def encode(self, g: RelationalGraph) -> Encoded:
-        """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim."""
-        e, relations = self.encoder(self.entity_embedding, self.relation_embedding, g)
+    def encode(self, g: RelationalGraph, text: Tensor | None = None) -> Encoded:
+        """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim.
+
+        text [M, T]: looked at with ``text_init`` alone.
+        """
+        e = self.entity_embedding
+        if self.text_projection is not None:
+            if text is None:
+                raise ValueError("the model starts from text embeddings: encode(g, text) needs them")
+            e = e + self.text_projection(text)
+        e, relations = self.encoder(e, self.relation_embedding, g)
         z = self.ffn(e).view(-1, self.seq_len, self.code_dim)  # (M, L, code_dim)
         if len(self.transformer):
             z = z + self.position
@@ -171,20 +182,20 @@ class RQGCN(nn.Module):
         return (self.W_s(q) - text).square().sum(dim=1).mean()
 
     @torch.no_grad()
-    def clean_z(self, g: RelationalGraph) -> Tensor:
+    def clean_z(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
         """z [M, L, code_dim] without dropout: the one path that codes come from."""
         training = self.training
         self.eval()
-        z = self.encode(g).z
+        z = self.encode(g, text).z
         self.train(training)
         return z
 
     @torch.no_grad()
-    def cal_allent_codes(self, g: RelationalGraph) -> Tensor:
+    def cal_allent_codes(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
         """Codes of all entities, int64 [M, L, Q]."""
-        return self.rq_codebook.cal_codes(self.clean_z(g))
+        return self.rq_codebook.cal_codes(self.clean_z(g, text))
 
     @torch.no_grad()
-    def cal_allent_codes_emds(self, g: RelationalGraph) -> Tensor:
+    def cal_allent_codes_emds(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
         """Vectors that those codes stand for, [M, L, code_dim]."""
-        return self.rq_codebook.decode_from_codes(self.cal_allent_codes(g))
+        return self.rq_codebook.decode_from_codes(self.cal_allent_codes(g, text))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.knowledge_graph import KnowledgeGraph, with_inverse
+from model.data_parallel import World
 from model.losses import SCORES_AT_ONCE
 from model.ranking import filtered_ranks, summarize
 from model.RQGCN import CodeScorer
@@ -15,15 +17,22 @@ from model.RQGCN import CodeScorer
 
 @torch.no_grad()
 def evaluate_vectors(
-    scorer: CodeScorer, relations: Tensor, q_all: Tensor, kg: KnowledgeGraph, split: str, batch: int = 1024
+    scorer: CodeScorer,
+    relations: Tensor,
+    q_all: Tensor,
+    kg: KnowledgeGraph,
+    split: str,
+    world: World | None = None,
+    batch: int = 1024,
 ) -> dict[str, Any]:
     """Filtered metrics of ``split`` from entity vectors q_all [M, D] and relations [2R, D].
 
     Heads are ranked as tails of inverse queries; ties take their mean rank; all known answers of every split but the
     query's own are filtered. ``unseen`` in the result reports the triples with an entity that training never saw.
-    Where [batch, M] scores would be too many, entities are scored in chunks, twice.
+    Where [batch, M] scores would be too many, entities are scored in chunks, twice. With a ``world`` of several
+    processes, each ranks its part of the triples and all return the metrics of the whole.
     """
-    triples = with_inverse(kg.split(split), kg.num_relations)
+    triples, world = with_inverse(kg.split(split), kg.num_relations), world or World()
     training = scorer.training
     scorer.eval()
 
@@ -35,10 +44,15 @@ def evaluate_vectors(
         return latest[1] @ q_all[start:stop].T
 
     M = len(q_all)
-    ranks = filtered_ranks(
-        score, triples, kg.answers(), num_relations=kg.num_relations, batch=batch, num_entities=M,
-        chunk=None if batch * M <= SCORES_AT_ONCE else max(1, SCORES_AT_ONCE // batch), device=q_all.device,
-    )  # fmt: skip
+    order = np.lexsort((triples[:, 1], triples[:, 0]))  # the triples of one query side by side, mostly in one part
+    with world.together():
+        own = filtered_ranks(
+            score, triples[order[world.part(len(order))]], kg.answers(), num_relations=kg.num_relations, batch=batch,
+            num_entities=M, chunk=None if batch * M <= SCORES_AT_ONCE else max(1, SCORES_AT_ONCE // batch),
+            device=q_all.device,
+        )  # fmt: skip
+    ranks = np.empty(len(order))
+    ranks[order] = world.gather(torch.from_numpy(own).to(world.device), len(order)).cpu().numpy()
     scorer.train(training)
     is_head = triples[:, 1] >= kg.num_relations
     metrics = summarize(ranks, is_head)
@@ -50,10 +64,16 @@ def evaluate_vectors(
 
 @torch.no_grad()
 def evaluate_codes(
-    scorer: CodeScorer, relations: Tensor, codes: Tensor, kg: KnowledgeGraph, split: str, levels: int | None = None
+    scorer: CodeScorer,
+    relations: Tensor,
+    codes: Tensor,
+    kg: KnowledgeGraph,
+    split: str,
+    levels: int | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """``evaluate_vectors`` of what the integers [M, L, Q] alone say; ``levels`` decodes only the first levels."""
-    return evaluate_vectors(scorer, relations, scorer.entity_vectors_from_codes(codes, levels), kg, split)
+    return evaluate_vectors(scorer, relations, scorer.entity_vectors_from_codes(codes, levels), kg, split, world)
 
 
 def shuffled(codes: Tensor, seed: int) -> Tensor:

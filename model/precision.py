@@ -36,8 +36,8 @@ def has_bfloat16(device: torch.device) -> bool:
 def keep_freed_memory() -> bool:
     """Let the C library hand freed blocks out again, whatever their size. True where it could be told so (glibc).
 
-    By default it returns every block above 32 MB to the system and gets the next one page by page, zeroed: six times the
-    time of the product that fills a [1024, 14541] score matrix. Costs no memory beyond the process's own peak.
+    By default it returns every block above 32 MB to the system and gets the next one page by page, zeroed: six times
+    the time of the product that fills a [1024, 14541] score matrix. Costs no memory beyond the process's own peak.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     try:

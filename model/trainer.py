@@ -2,7 +2,8 @@
 
 One step (Eq. 9): the scorer sees only decoded codes; their gradient is handed, straight through, to the encoder,
 together with the quantization loss. The encoder acts on the scores through its codes alone, so its pass over the
-graph may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them).
+graph may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned anew
+at the first such pass after ``assign_every`` scorer steps, and at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.knowledge_graph import KnowledgeGraph
+from model.collisions import resolve_collisions
+from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
 from model.losses import LOSSES, Sample, draw_sample, gather_targets, sampled_softmax_cross_entropy
 from model.precision import matmul_precision
@@ -45,10 +49,12 @@ class TrainSettings:
     warmup_epochs: float = 1
     freeze_at: float = 0.85
     encoder_every: int = 8
+    assign_every: int = 8
     lr_schedule: str = "cosine"
     eval_every: int = 1
     patience: int = 0
     max_minutes: float = 0
+    control: str | None = None
     matmul_precision: str = "medium"
     seed: int = 0
 
@@ -79,7 +85,9 @@ class Trainer:
         text: Tensor | None = None,
         device: torch.device | str = "cpu",
         report: Callable[[str], None] = print,
+        world: World | None = None,
     ) -> None:
+        self.world = world = world or World()
         self.kg, self.model, self.settings, self.report = kg, model.to(device), settings, report
         self.checkpoint, self.config, self.comparable = checkpoint, config, comparable
         self.device = torch.device(device)
@@ -90,6 +98,12 @@ class Trainer:
         self.heads = as_tensor(known.keys // (2 * kg.num_relations)).to(self.device)
         self.rels = as_tensor(known.keys % (2 * kg.num_relations)).to(self.device)
         self.indptr, self.targets = as_tensor(known.indptr).to(self.device), as_tensor(known.targets).to(self.device)
+        least = min(settings.batch, len(self.heads))
+        if least < world.size:
+            raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
+        share_batch_norms(model.scorer, world)
+        model.rq_codebook.world = world
+        world.copy_from_first(model.state_dict().values())
         self.optimizer = self._make_optimizer()
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.codes: Tensor | None = None  # [M, L, Q], the assignments in use
@@ -124,12 +138,14 @@ class Trainer:
         progress = epoch / self.settings.epoch
         if self.settings.max_minutes:
             progress = max(progress, self._elapsed() / (60 * self.settings.max_minutes))
-        if not self.model.quantized or epoch < self.settings.warmup_epochs:
+        if self.settings.control == "random_codes":
+            return Phase(progress, "frozen")
+        if self.settings.control in ("unquantized", "posthoc") or epoch < self.settings.warmup_epochs:
             return Phase(progress, "warm-up")
         return Phase(progress, "frozen" if progress >= self.settings.freeze_at and self.codes is not None else "codes")
 
     def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self._clock
+        return self.world.same(self.seconds + time.monotonic() - self._clock)
 
     def _set_lr(self, progress: float) -> None:
         scale = 1.0
@@ -163,7 +179,7 @@ class Trainer:
 
     def _refresh(self, phase: Phase) -> None:
         """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on."""
-        z = self.model.clean_z(self.graph)
+        z = self.model.clean_z(self.graph, self.text)
         if phase.name == "warm-up":
             self.z = z
         else:
@@ -173,9 +189,13 @@ class Trainer:
         """Codebooks by residual k-means of the warmed-up vectors at first; later, unused codes get a new place."""
         codebook = self.model.rq_codebook
         if phase.name == "frozen":
+            if self.codes is None:
+                self.codes = codebook.random_codes(self.kg.num_entities, self.model.seq_len, self.generator)
+                self.codes = self.codes.to(self.device)
             return
         if phase.name == "codes":
-            z = self.model.clean_z(self.graph)
+            z = self.model.clean_z(self.graph, self.text)
+            self.world.copy_from_first([z])
             if self.codes is None:
                 codebook.init_from_data(z, generator=self.generator)
             else:
@@ -185,8 +205,11 @@ class Trainer:
     def _scorer_step(self, batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of L_st + L_se. Returns (L_st, L_se, their gradient with respect to z [M, L, code_dim]).
 
+        Of several processes, each takes its part of the batch and returns its part of the sums that these are.
         With sampled negatives only the entities that the batch needs are decoded, and the gradient is sparse.
         """
+        triples, queries = self._shares(batch)
+        batch = self.world.own(batch)
         sample = self._draw(batch)
         if phase.name == "warm-up":
             assert self.z is not None
@@ -197,7 +220,9 @@ class Trainer:
                 self.codes if sample is None else self.codes[sample.entities]
             )
             z_q.retain_grad()
-        structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch, sample)
+        with self.world.own_randomness():
+            structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch, sample)
+        structure, semantic = structure * triples, semantic * queries
         (structure + self.settings.text_weight * semantic).backward()
         gradient = z_q.grad
         assert gradient is not None
@@ -209,22 +234,36 @@ class Trainer:
             )
         return structure.detach(), semantic.detach(), gradient
 
+    def _shares(self, batch: Tensor) -> tuple[float, float]:
+        """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
+        queries = self.world.share(len(batch))
+        if self.world.size == 1 or self.settings.loss == "bce":
+            return queries, queries
+        tails = self.indptr[batch + 1] - self.indptr[batch]
+        return float(self.world.own(tails).sum() / tails.sum()), queries
+
     def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
-        """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value."""
-        z = self.model.encode(self.graph).z
+        """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value.
+
+        Of several processes, each brings its part of ``gradient`` and takes its entities' part of L_q.
+        """
+        z = self.model.encode(self.graph, self.text).z
         surrogate, quantization = (z * gradient).sum(), 0.0
         if phase.name == "codes":
-            total_loss = self.model.rq_codebook(z, codes=self.codes).total_loss
+            assert self.codes is not None
+            own = self.world.own
+            total_loss = self.model.rq_codebook(own(z), codes=own(self.codes)).total_loss * self.world.share(len(z))
             surrogate = surrogate + self.settings.vq_weight * total_loss
             quantization = float(total_loss.detach())
         surrogate.backward()
         return quantization
 
     def _batches(self) -> list[Tensor]:
-        """The queries in a new order, in batches; a last one of a single query joins the one before (batch norm)."""
+        """The queries in a new order, in batches; a last one of a single query joins the one before (batch norm), as
+        does one that would leave a process without a query."""
         order = torch.randperm(len(self.heads), generator=self.generator).to(self.device)
         batches = list(order.split(self.settings.batch))
-        if len(batches) > 1 and len(batches[-1]) == 1:
+        if len(batches) > 1 and len(batches[-1]) < max(2, self.world.size):
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
@@ -235,11 +274,8 @@ class Trainer:
         phase = self._phase(self.epoch)
         self._start_epoch(phase)
         totals = {"structure": 0.0, "semantic": 0.0, "quantization": 0.0}
-        gradient, waiting, encoder_steps = (
-            None,
-            0,
-            0,
-        )  # gradient of z, summed over the steps since the last encoder pass
+        gradient, waiting, encoder_steps = None, 0, 0  # gradient of z, summed over the steps since the encoder's pass
+        unassigned = 0  # steps since codes were assigned
         title = f"epoch {self.epoch + 1} {phase.name}"
         for step, batch in enumerate(tqdm(batches, desc=title, leave=False, unit="step", disable=None)):
             self._set_lr(self._phase(self.epoch + step / len(batches)).progress)
@@ -255,20 +291,30 @@ class Trainer:
                 with matmul_precision(settings.matmul_precision):
                     quantization = self._encoder_step(gradient / waiting, phase)
                 gradient, waiting, encoder_steps = None, 0, encoder_steps + 1
+            losses = [float(structure), float(semantic), quantization]
+            losses = self.world.sum_gradients(self.model.parameters(), losses)
             self.optimizer.step()
-            if phase.name != "frozen" and not waiting:
+            unassigned += 1
+            due = phase.name == "warm-up" or unassigned >= settings.assign_every or step + 1 == len(batches)
+            if phase.name != "frozen" and not waiting and due:
                 self._refresh(phase)
-            self._check_finite(float(structure) + float(semantic) + quantization, step)
-            totals["structure"] += float(structure) / len(batches)
-            totals["semantic"] += float(semantic) / len(batches)
-            totals["quantization"] += quantization
+                unassigned = 0
+            self._check_finite(sum(losses), step)
+            totals["structure"] += losses[0] / len(batches)
+            totals["semantic"] += losses[1] / len(batches)
+            totals["quantization"] += losses[2]
         totals["quantization"] /= max(1, encoder_steps)
-        levels = self.model.rq_codebook.level_losses.tolist() if phase.name == "codes" else []
+        levels = []
+        if phase.name == "codes":
+            own_part = self.model.rq_codebook.level_losses * self.world.share(self.kg.num_entities)
+            levels = self.world.sum(own_part).tolist()
         return {"phase": phase.name, **totals, "levels": levels, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise InputError(f"the loss became {loss} in epoch {self.epoch + 1}, step {step + 1}; {self._after_nan()}")
+            with self.world.together():
+                where = f"epoch {self.epoch + 1}, step {step + 1}"
+                raise InputError(f"the loss became {loss} in {where}; {self._after_nan()}")
 
     def _after_nan(self) -> str:
         kept = f"epoch {self.epoch} is saved in {self.checkpoint}: " if self.history else ""
@@ -295,7 +341,7 @@ class Trainer:
             done = done or self._out_of_patience()
             self.report(format_epoch(row))
             self.save()
-        if self.best is None and self._finished():
+        if self.best is None and self._finished() and self.settings.control != "unquantized":
             self._start_epoch(Phase(1.0, "codes"))
             self._validate("codes")
             self.save()
@@ -319,14 +365,12 @@ class Trainer:
         with torch.no_grad():
             relations = model.relation_vectors()
             if phase == "warm-up":
-                q_all = model.scorer.entity_vectors(model.clean_z(self.graph))
-                metrics = evaluate_vectors(model.scorer, relations, q_all, self.kg, "valid")
+                q_all = model.scorer.entity_vectors(model.clean_z(self.graph, self.text))
+                metrics = evaluate_vectors(model.scorer, relations, q_all, self.kg, "valid", self.world)
             else:
                 assert self.codes is not None
-                metrics = evaluate_codes(model.scorer, relations, self.codes, self.kg, "valid")
-                metrics["usage"] = code_usage(self.codes, model.rq_codebook.num_codes).tolist()
-                metrics["perplexity"] = code_perplexity(self.codes, model.rq_codebook.num_codes).tolist()
-        scored_as_dumped = (phase != "warm-up") == model.quantized
+                metrics = self._scored_codes(relations, self.codes)
+        scored_as_dumped = (phase != "warm-up") == (self.settings.control != "unquantized")
         if scored_as_dumped and (self.best is None or metrics["mrr"] > self.best["valid"]["mrr"]):
             self.best = {
                 "epoch": self.epoch,
@@ -338,12 +382,61 @@ class Trainer:
             }
         return metrics
 
+    def _scored_codes(self, relations: Tensor, codes: Tensor) -> dict[str, Any]:
+        metrics = evaluate_codes(self.model.scorer, relations, codes, self.kg, "valid", world=self.world)
+        metrics["usage"] = code_usage(codes, self.model.rq_codebook.num_codes).tolist()
+        metrics["perplexity"] = code_perplexity(codes, self.model.rq_codebook.num_codes).tolist()
+        return metrics
+
     def _out_of_patience(self) -> bool:
         """Asked after an epoch; only one that was evaluated can end the run."""
         patience = self.settings.patience
         if not patience or self.best is None or "valid" not in self.history[-1]:
             return False
         return bool(self.epoch - self.best["epoch"] >= patience)
+
+    def score_best(self, split: str) -> dict[str, Any]:
+        """Metrics of the best epoch on ``split``: from its codes, or from z itself without quantization."""
+        best = self.best
+        assert best is not None
+        with self._best_parameters(), torch.no_grad():
+            relations = best["relations"].to(self.device)
+            if best["codes"] is not None:
+                return evaluate_codes(self.model.scorer, relations, best["codes"].to(self.device), self.kg, split)
+            q_all = self.model.scorer.entity_vectors(self.model.clean_z(self.graph, self.text))
+            return evaluate_vectors(self.model.scorer, relations, q_all, self.kg, split)
+
+    @contextmanager
+    def _best_parameters(self) -> Iterator[None]:
+        """The model as it was in the best epoch, in evaluation mode, for a while."""
+        assert self.best is not None
+        own, training = {name: value.clone() for name, value in self.model.state_dict().items()}, self.model.training
+        self.model.load_state_dict(self.best["model"])
+        try:
+            self.model.eval()
+            yield
+        finally:
+            self.model.load_state_dict(own)
+            self.model.train(training)
+
+    def resolve_collisions(self) -> int:
+        """Give every entity of the best epoch a code of its own (model/collisions.py). How many codes were changed.
+
+        What the codes scored before is kept as ``best["valid_before_collision_pass"]``. Raises ValueError where the
+        codes are too few.
+        """
+        best = self.best
+        assert best is not None and best["codes"] is not None
+        with self._best_parameters():
+            z = self.model.clean_z(self.graph, self.text)
+            codes, changed, _ = resolve_collisions(z, self.model.rq_codebook, best["codes"].to(self.device))
+            if len(changed):
+                best["valid_before_collision_pass"] = best["valid"]
+                best["valid"] = self._scored_codes(best["relations"].to(self.device), codes)
+                best["codes"], best["codes_sha256"] = codes, codes_hash(codes)
+        if len(changed):
+            self.save()
+        return len(changed)
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -358,14 +451,20 @@ class Trainer:
             "rng": {
                 "order": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "cuda": self._cuda_states(),
             },
             "history": self.history,
         }
-        save_torch(
-            {"format": 1, "config": self.config, "comparable": self.comparable, "last": last, "best": self.best},
-            self.checkpoint,
-        )
+        whole = {"format": 1, "config": self.config, "comparable": self.comparable, "last": last, "best": self.best}
+        with self.world.together():
+            if self.world.first:
+                save_torch(whole, self.checkpoint)
+
+    def _cuda_states(self) -> list[Tensor]:
+        """Of the generators of all GPUs; where each process has one of them, of this process's (they are in step)."""
+        if self.device.type != "cuda":
+            return []
+        return [torch.cuda.get_rng_state(self.device)] if self.world.size > 1 else torch.cuda.get_rng_state_all()
 
     def restore(self, stored: dict[str, Any]) -> None:
         """Continue from a loaded checkpoint, bit for bit on the CPU."""
@@ -378,7 +477,9 @@ class Trainer:
         rng = last["rng"]
         self.generator.set_state(rng["order"].cpu())
         torch.set_rng_state(rng["torch"].cpu())
-        if self.device.type == "cuda" and rng["cuda"]:
+        if self.device.type == "cuda" and rng["cuda"] and self.world.size > 1:
+            torch.cuda.set_rng_state(rng["cuda"][0].cpu(), self.device)
+        elif self.device.type == "cuda" and rng["cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
 
 
