@@ -1,0 +1,563 @@
+"""Text embeddings of a graph's entities: one unit row per entity id, as `run_rq.py --text_emb` reads them (Eq. 8).
+
+    python data/embed_text.py --dataset data/FB15k-237 --out ent_emd.npy                     # TF-IDF + SVD, offline
+    python data/embed_text.py --dataset data/FB15k-237 --out ent_emd.npy --model FOLDER      # or a hub id
+    OPENAI_API_KEY=... python data/embed_text.py --dataset data/FB15k-237 --out ent_emd.npy \
+        --endpoint https://api.openai.com/v1 --model text-embedding-3-large
+
+An entity's text is "label: description" (WN18RR: its line "name, gloss"), else the label or raw name alone. Encoder and
+endpoint work in batches that are kept in ``OUT.part`` as they finish: after Ctrl-C, a crash or a lost connection the
+same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.knowledge_graph import KnowledgeGraph
+from run_record import CommandParser, InputError, atomic_path, make_record, run_command, sha256_file, write_json
+
+if TYPE_CHECKING:
+    import requests
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Floats = NDArray[np.float32]
+Array = NDArray[Any]
+
+TFIDF_DIM = 256
+NAME_FILES = {"entity2label.txt", "FB15k_mid2name.txt", "entity2definition.txt"}  # beside entity2text.txt
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of configuration, tokenizer and weights
+TRIES = 6  # per request to an endpoint, for faults that may pass
+RETRY_SECONDS = 1.0  # before the second try, doubled for each further one
+LONGEST_WAIT = 60.0
+
+
+def entity_texts(kg: KnowledgeGraph) -> list[str]:
+    """One text per entity, row = id: "label: description"; without a description the label (or raw name) alone.
+
+    Where both were parted from one line of entity2text.txt (WN18RR's "name, gloss"), the text is that line again.
+    """
+    parted = "entity2text.txt" in kg.input_hashes and not NAME_FILES & kg.input_hashes.keys()
+    mark = ", " if parted else ": "
+    return [f"{label}{mark}{text}" if text else label for label, text in zip(kg.labels, kg.descriptions, strict=True)]
+
+
+def digest(texts: list[str]) -> str:
+    """sha256 of the texts in their order."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def unit_rows(vectors: Array, texts: list[str]) -> Floats:
+    """``[n, T]`` -> the same directions at length 1; InputError names the text whose vector has none."""
+    vectors = vectors.astype(np.float64)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    bad = ~np.isfinite(length[:, 0]) | (length[:, 0] < 1e-12)
+    if bad.any():
+        row = int(bad.argmax())
+        raise InputError(
+            f"the embedding of {texts[row][:60]!r} has length {length[row, 0]}, expected a finite one above 0; "
+            "choose another --model"
+        )
+    return (vectors / length).astype(np.float32)
+
+
+# ---------------------------------------------------------------- TF-IDF + SVD
+
+
+def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
+    """Latent semantic analysis: word TF-IDF, truncated SVD to ``min(dim, words, M)`` columns, unit rows.
+
+    A text without any word keeps a row of zeros. Equal seeds give equal bytes on one machine. Raises InputError.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        # letters and digits alone: "_" parts the words of raw names
+        counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[^\W_]+").fit_transform(texts)
+    except ValueError as error:
+        raise InputError("--dataset: no entity's text holds a word; TF-IDF needs labels or descriptions") from error
+    dim = min(dim, *counts.shape)
+    vectors = TruncatedSVD(dim, random_state=seed).fit_transform(counts)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    # below this a row is rounding noise: none of its words has a share in the directions that were kept
+    return np.where(length > 1e-9, vectors / np.maximum(length, 1e-9), 0).astype(np.float32)
+
+
+# ---------------------------------------------------------------- encoders
+
+
+class Encoder(Protocol):
+    """What turns texts into vectors, batch by batch."""
+
+    identity: dict[str, Any]  # what makes its vectors: rows of two identities are never mixed
+    order: list[int]  # entity ids in the order in which they are embedded
+
+    def encode(self, rows: list[int]) -> Array:
+        """The vectors ``[B, T]`` of these entities, of any length. Raises InputError."""
+        ...
+
+
+def model_folder(name: str) -> Path:
+    """The local folder of a model: ``name`` itself, or the files of a hub id. InputError at once for a wrong path."""
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise InputError(f"--model {name} holds no config.json, expected a folder in Hugging Face form or a hub id")
+        return path
+    # out/minilm has the form of a hub id, but where the folder out/ exists it is a mistyped path
+    if not HUB_ID.fullmatch(name) or (len(path.parts) == 2 and Path(path.parts[0]).is_dir()):
+        raise InputError(f"--model {name} does not exist; expected a folder in Hugging Face form or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
+    except RepositoryNotFoundError as error:  # the hub answers so for private and gated models too
+        reason = "is no folder, and no model of the hub that can be read without a login (hf auth login)"
+        raise InputError(f"--model {name} {reason}; check the name") from error
+    except Exception as error:  # a dozen kinds, by layer and version: no network, offline mode, gated, full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise InputError(
+            f"--model {name} is no folder and could not be fetched from the hub ({reason}); give a local folder"
+        ) from error
+
+
+def mean_pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of hidden ``[B, N, T]`` over the positions that mask ``[B, N]`` shows, special tokens among them."""
+    shown = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * shown).sum(dim=1) / shown.sum(dim=1)
+
+
+class ModelEncoder:
+    """A Hugging Face encoder with the mean pooling of sentence-transformers (Reimers and Gurevych 2019)."""
+
+    def __init__(self, folder: Path, texts: list[str], max_length: int, device: str) -> None:
+        files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+        self.hashes = {path.name: sha256_file(path) for path in files}
+        self.device = device
+        self.model = _load_model(folder).to(device)  # type: ignore[arg-type]
+        self.tokenizer = _load_tokenizer(folder)
+        # RoBERTa and its kin count positions from 2
+        positions = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        max_length = min(max_length, self.tokenizer.model_max_length, max(positions - 2, 1))
+        full = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+        self.cut_texts = sum(len(tokens) > max_length for tokens in full)
+        self.tokens = self.tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        empty = [text for text, tokens in zip(texts, self.tokens, strict=True) if not tokens]
+        if empty:
+            raise InputError(f"the tokenizer of --model {folder} finds no token in the text {empty[0][:60]!r}")
+        # longest first: neighbours are padded little, and too large a batch fails at the start
+        self.order = sorted(range(len(texts)), key=lambda row: (-len(self.tokens[row]), row))
+        self.identity = {"model": digest([json.dumps(self.hashes)]), "max_length": max_length}
+
+    def encode(self, rows: list[int]) -> Array:
+        import torch
+
+        batch = self.tokenizer.pad({"input_ids": [self.tokens[row] for row in rows]}, return_tensors="pt")
+        inputs = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
+        try:
+            with torch.inference_mode():
+                hidden = self.model(**inputs).last_hidden_state  # [B, N, T]
+                return mean_pool(hidden, inputs["attention_mask"]).cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"--batch {len(rows)} does not fit into the device's memory; lower it") from error
+
+
+def _load_model(folder: Path) -> PreTrainedModel:
+    """The encoder in float32, every weight of it from safetensors; never runs code that comes with the weights."""
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModel.from_pretrained(
+            str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # which mean pooling goes past
+    if missing:
+        raise InputError(f"--model {folder} lacks {len(missing)} of its weights, such as {missing[0]}; fetch it again")
+    encoder: PreTrainedModel = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder.eval()
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, padding_side="right"
+        )
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    if tokenizer.pad_token_id is None:  # padding is masked, so any id serves
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(
+        f"--model {folder} cannot be read as an encoder ({reason}); "
+        "expected config.json, a tokenizer and weights in safetensors, all of transformers' own kinds"
+    )
+
+
+class EndpointEncoder:
+    """A server with OpenAI's /v1/embeddings. The key is the variable OPENAI_API_KEY; without it none is sent."""
+
+    def __init__(self, url: str, model: str, dimensions: int | None, texts: list[str]) -> None:
+        import requests
+
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise InputError("--endpoint: expected http(s)://HOST/v1 without name, password or query in it")
+        self.url = url.rstrip("/").removesuffix("/embeddings") + "/embeddings"
+        self.texts = texts
+        self.fixed: dict[str, Any] = {"model": model, "encoding_format": "float"}
+        if dimensions is not None:
+            self.fixed["dimensions"] = dimensions
+        self.order = list(range(len(texts)))
+        self.identity = {"endpoint": self.url, **self.fixed}
+        self.session = requests.Session()
+        self.session.auth = self._authorize  # a header alone would yield to a .netrc file
+
+    @staticmethod
+    def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    def encode(self, rows: list[int]) -> Array:
+        answer = self._post({**self.fixed, "input": [self.texts[row] for row in rows]})
+        try:
+            found = {item["index"]: item["embedding"] for item in answer["data"]}
+            if len(answer["data"]) != len(rows) or set(found) != set(range(len(rows))):
+                indices = [item["index"] for item in answer["data"]]
+                raise InputError(
+                    f"--endpoint {self.url} sent {len(indices)} embeddings with the indices {str(indices[:8])[:60]}, "
+                    f"expected 0..{len(rows) - 1} once each"
+                )
+            vectors = np.array([found[i] for i in range(len(rows))], dtype=np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"--endpoint {self.url} sent no list of equally long embeddings under data[].embedding; "
+                "is it an OpenAI-compatible embeddings server?"
+            ) from error
+        if vectors.ndim != 2:
+            raise InputError(f"--endpoint {self.url} sent embeddings of shape {list(vectors.shape)}, expected [B, T]")
+        return vectors
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        """The JSON answer to one request; tries again after 429, 5xx and broken connections. Raises InputError."""
+        import requests
+
+        for attempt in range(TRIES):
+            wait = min(RETRY_SECONDS * 2**attempt, LONGEST_WAIT)
+            try:
+                answer = self.session.post(self.url, json=body, timeout=(10, 120), allow_redirects=False)
+            except requests.RequestException as error:
+                reason = f"no full answer ({type(error).__name__})"
+                if isinstance(error, ValueError):  # an URL or header that can never be sent
+                    break
+            else:
+                if answer.status_code == 200:
+                    return _json_of(answer)
+                reason = _refusal(answer)
+                if answer.status_code != 429 and answer.status_code < 500:
+                    break
+                wait = _retry_after(answer, wait)
+            if attempt < TRIES - 1:
+                sleep(wait)
+        raise InputError(f"--endpoint {self.url}: {reason}")
+
+
+def _json_of(answer: requests.Response) -> Any:
+    """The body as JSON, None where it is none."""
+    try:
+        return answer.json()
+    except ValueError:
+        return None
+
+
+def _refusal(answer: requests.Response) -> str:
+    """``HTTP 401: what the server says``, on one line, with the remedy where it is known."""
+    body = _json_of(answer)
+    said = body.get("error", body) if isinstance(body, dict) else answer.text
+    said = said.get("message", said) if isinstance(said, dict) else said
+    said = " ".join(str(said).split())[:200]
+    remedy = {401: "; set the variable OPENAI_API_KEY", 404: "; check --endpoint and --model"}
+    return f"HTTP {answer.status_code}: {said or answer.reason}{remedy.get(answer.status_code, '')}"
+
+
+def _retry_after(answer: requests.Response, wait: float) -> float:
+    """The seconds the server asks for, at most LONGEST_WAIT; ``wait`` where it names none."""
+    try:
+        return min(max(float(answer.headers["Retry-After"]), 0.0), LONGEST_WAIT)
+    except (KeyError, ValueError):
+        return wait
+
+
+# ---------------------------------------------------------------- batches that outlive the process
+
+
+class Frame(NamedTuple):
+    """What stands before each batch in a part file."""
+
+    number: int
+    seconds: float
+    crc: int
+
+
+FRAME = struct.Struct("<qdI")
+
+
+class Part:
+    """The finished batches of an unfinished run: a JSON line with the plan, then per batch a Frame and its rows.
+
+    Reading keeps the longest whole prefix, so neither a batch cut by a crash nor a second writer can do harm.
+    ``discard``: start anew where the file belongs to another plan, which else is an InputError.
+    """
+
+    def __init__(self, path: Path, plan: dict[str, Any], sizes: list[int], dtype: str, discard: bool) -> None:
+        self.path, self.plan, self.sizes, self.dtype = path, plan, sizes, np.dtype(dtype)
+        self.blocks: list[Array] = []  # [B, T] each
+        self.seconds = 0.0
+        self.width: int | None = None
+        if path.exists() and self._is_ours(discard):
+            self._read()
+
+    def _is_ours(self, discard: bool) -> bool:
+        try:
+            with open(self.path, "rb") as file:
+                head = json.loads(file.readline())
+            found, self.width = head["plan"], int(head["width"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if discard:
+                self.path.unlink(missing_ok=True)
+                return False
+            raise InputError(f"{self.path} is no part file of this script; delete it or give --overwrite") from error
+        if found == self.plan:
+            return True
+        self.width = None
+        if discard:
+            self.path.unlink()
+            return False
+        keys = [key for key in self.plan.keys() | found.keys() if self.plan.get(key) != found.get(key)]
+        raise InputError(
+            f"{self.path} is of another run (other {', '.join(sorted(keys))}); give that run's flags to go on with it, "
+            "--overwrite to drop it, or another --out"
+        )
+
+    def _read(self) -> None:
+        with open(self.path, "rb") as file:
+            file.readline()
+            good = file.tell()
+            for number, size in enumerate(self.sizes):
+                head = file.read(FRAME.size)
+                body = file.read(size * (self.width or 0) * self.dtype.itemsize)
+                if len(head) < FRAME.size:
+                    break
+                frame = Frame(*FRAME.unpack(head))
+                if frame.number != number or frame.crc != zlib.crc32(body):
+                    break
+                self.blocks.append(np.frombuffer(body, self.dtype).reshape(size, -1))
+                self.seconds += frame.seconds
+                good = file.tell()
+        os.truncate(self.path, good)
+
+    @property
+    def rows(self) -> int:
+        """How many rows are finished."""
+        return sum(map(len, self.blocks))
+
+    def add(self, block: Array, seconds: float) -> None:
+        """Append the next batch ``[B, T]`` that took ``seconds``. InputError for another T, or a full disk."""
+        if self.width not in (None, block.shape[1]):
+            raise InputError(f"embeddings of {block.shape[1]} numbers came after others of {self.width}")
+        block = np.ascontiguousarray(block, dtype=self.dtype)
+        body = block.tobytes()
+        data = FRAME.pack(*Frame(len(self.blocks), seconds, zlib.crc32(body))) + body
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.width is None:
+                data = json.dumps({"plan": self.plan, "width": block.shape[1]}).encode() + b"\n" + data
+            with open(self.path, "wb" if self.width is None else "ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; make room, then the same command") from error
+        self.width = block.shape[1]
+        self.blocks.append(block)
+        self.seconds += seconds
+
+
+def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part) -> Array:
+    """All rows ``[M, T]`` in the order of ids, going on behind what ``part`` holds. Raises InputError."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(texts), initial=part.rows, desc="embed", unit="text", disable=None) as progress:
+        try:
+            while part.rows < len(texts):
+                rows = encoder.order[part.rows : part.rows + batch]
+                start = monotonic()
+                block = unit_rows(encoder.encode(rows), [texts[row] for row in rows])
+                part.add(block, monotonic() - start)
+                progress.update(len(rows))
+        except KeyboardInterrupt:
+            print(f"\n{_kept(part, texts)}", file=sys.stderr)
+            raise
+        except InputError as error:
+            raise InputError(f"{error}; {_kept(part, texts)}") from error
+    ordered = np.concatenate(part.blocks)
+    matrix = np.empty_like(ordered)
+    matrix[encoder.order] = ordered
+    return matrix
+
+
+def _kept(part: Part, texts: list[str]) -> str:
+    if not part.rows:
+        return "nothing was written"
+    return f"{part.rows:,} of {len(texts):,} rows are kept in {part.path}: the same command goes on"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_args() -> argparse.Namespace:
+    parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dataset", type=Path, required=True, help="graph folder, such as data/FB15k-237")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the file")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out, drop another run's unfinished batches")
+    parser.add_argument("--model", help="encoder: folder or hub id; with --endpoint, the server's name for it")
+    parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, such as https://api.openai.com/v1")
+    parser.add_argument("--batch", type=int, default=64, help="texts at once (encoder, endpoint)")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text that are read (encoder)")
+    parser.add_argument("--device", help="of the encoder: cpu, cuda, ...; without it a GPU where there is one")
+    parser.add_argument(
+        "--dim", type=int, help=f"width: of TF-IDF + SVD ({TFIDF_DIM} without it), or asked of the endpoint"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the SVD")
+    args = parser.parse_args()
+    for flag in ("batch", "max_length", "dim"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    if args.endpoint and not args.model:
+        parser.error("--endpoint needs --model, the server's name for the encoder")
+    if args.dim and args.model and not args.endpoint:
+        parser.error(f"--dim {args.dim}: the width of an encoder is its own; leave --dim out")
+    if args.device and (args.endpoint or not args.model):
+        parser.error(f"--device {args.device} is for an encoder run here; leave it out")
+    if args.out.suffix != ".npy":
+        parser.error(f"--out {args.out}: expected a name that ends in .npy")
+    if args.out.exists() and not args.overwrite:
+        parser.error(f"--out {args.out} exists; give --overwrite to replace it, or another name")
+    return args
+
+
+def choose_device(name: str | None) -> str:
+    """``name`` checked, or cuda where there is one, else cpu. InputError for a device that is not here."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0][:120]}") from error
+    return name
+
+
+class Embedded(NamedTuple):
+    """What one of the three ways made."""
+
+    rows: Array  # [M, T] in --dtype
+    facts: dict[str, Any]  # for the record
+    inputs: dict[str, str]  # name -> sha256 of what was read besides the graph
+    device: str
+    earlier: float  # seconds of the batches that a stopped run had left
+    part: Path | None  # to be removed once --out is there
+
+
+def by_tfidf(args: argparse.Namespace, texts: list[str]) -> Embedded:
+    rows = embed_tfidf(texts, args.dim or TFIDF_DIM, args.seed).astype(args.dtype)
+    facts = {
+        "encoder": {"tfidf_svd": rows.shape[1], "scikit-learn": importlib.metadata.version("scikit-learn")},
+        "zero_rows": int((~rows.any(axis=1)).sum()),
+    }
+    return Embedded(rows, facts, {}, "cpu", 0.0, None)
+
+
+def by_batches(args: argparse.Namespace, texts: list[str], folder: Path | None) -> Embedded:
+    """By the encoder in ``folder``, or by the endpoint where there is none."""
+    facts: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    device = "cpu"
+    encoder: Encoder
+    if folder is None:
+        encoder = EndpointEncoder(args.endpoint, args.model, args.dim, texts)
+    else:
+        device = choose_device(args.device)
+        encoder = local = ModelEncoder(folder, texts, args.max_length, device)
+        inputs = {f"model/{name}": sha for name, sha in local.hashes.items()}
+        facts["cut_texts"] = local.cut_texts
+    plan = {"texts": digest(texts), "batch": args.batch, "dtype": args.dtype, **encoder.identity}
+    sizes = [min(args.batch, len(texts) - start) for start in range(0, len(texts), args.batch)]
+    part = Part(args.out.with_name(args.out.name + ".part"), plan, sizes, args.dtype, args.overwrite)
+    if part.rows:
+        print(f"going on behind {part.rows:,} of {len(texts):,} rows in {part.path}")
+    earlier = part.seconds
+    rows = embed_batches(encoder, texts, args.batch, part)
+    return Embedded(rows, {"encoder": encoder.identity, **facts}, inputs, device, earlier, part.path)
+
+
+def main() -> None:
+    args = parse_args()
+    started = monotonic()
+    folder = model_folder(args.model) if args.model and not args.endpoint else None
+    kg = KnowledgeGraph.load(args.dataset)
+    texts = entity_texts(kg)
+    made = by_batches(args, texts, folder) if args.model else by_tfidf(args, texts)
+    with atomic_path(args.out) as temporary, open(temporary, "wb") as file:
+        np.save(file, made.rows)
+    wall = monotonic() - started + made.earlier
+    facts = {
+        "shape": list(made.rows.shape), "sha256": sha256_file(args.out), "texts_sha256": digest(texts),
+        "with_description": sum(map(bool, kg.descriptions)), **made.facts,
+    }  # fmt: skip
+    record = make_record(vars(args), kg.input_hashes | made.inputs, wall, made.device, **facts)
+    write_json(record, args.out.with_suffix(".json"))
+    if made.part is not None:
+        made.part.unlink(missing_ok=True)
+    shape = f"{made.rows.dtype} {facts['shape']}"
+    print(f"{args.out}: {shape}, row = entity id, in {wall:.1f} s; record beside it (.json)")
+    print(f"next: python run_rq.py --dataset {args.dataset} --text_emb {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
