@@ -40,7 +40,7 @@ from tables.table_formats import Cell, Column, Line, Table, to_csv, to_latex, to
 
 NUMBERS = (2, 3, 4, 5, 6)
 SUFFIXES = {"md": ".md", "latex": ".tex", "csv": ".csv"}
-OURS, CONTROL = "ours", "control"
+OURS, RIVAL, CONTROL = "ours", "rival", "control"  # rivals answered the same queries, controls compete with nobody
 BUNDLED = ("family",)
 GRAPH_FILES = ("train.txt", "train2id.txt")
 
@@ -106,10 +106,11 @@ def our_lines(number: int, found: Iterable[Group], columns: list[Column]) -> lis
                 cells[column] = Cell(value.mean, value.std, value.n)
         if cells:
             control = variant.startswith(CONTROL) or setting.startswith("unquantized")
+            block = CONTROL if control else RIVAL if variant else OURS
             note = "; ".join(provenance(group) for group in per_dataset.values() if has_test(group, columns))
             method = setting + (f" ({variant})" if variant else "")
-            lines.append(Line(CONTROL if control else OURS, method, cells, note, not control))
-    return sorted(lines, key=lambda line: line.block == CONTROL)
+            lines.append(Line(block, method, cells, note, not control))
+    return sorted(lines, key=lambda line: (OURS, RIVAL, CONTROL).index(line.block))
 
 
 def has_test(group: Group, columns: list[Column]) -> bool:

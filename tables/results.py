@@ -107,6 +107,8 @@ def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "d
             raise InputError(f"--records {place} does not exist; run records are written by run_rq.py and inference.py")
         files = [place] if place.is_file() else sorted(place.rglob("*.json"))
         for path in files:
+            if path != place and not holds_object(path):
+                continue
             content = read_json(path, "record")
             reason = lacks_record(content)
             if reason:
@@ -115,11 +117,20 @@ def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "d
                     raise InputError(line)
                 refused.append(line)
                 continue
-            for row in rows_of(path, content, Path(data)):
+            found = rows_of(path, content, Path(data))
+            if path == place and not found:
+                raise InputError(f"--records {path} is no record of run_rq.py or inference.py")
+            for row in found:
                 if run_key(row) not in seen:
                     seen.add(run_key(row))
                     rows.append(row)
     return Collection(rows, refused)
+
+
+def holds_object(path: Path) -> bool:
+    """Whether a JSON file starts as an object: instruction data are arrays of up to gigabytes, records never are."""
+    with open(path, "rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"[", b'"')
 
 
 def run_key(row: Row) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ UNLABELLED = run_rq.NOT_COMPARED | {
 UNLABELLED_TRAINING = {
     "model_name", "train_data", "val_data", "output_dir", "overwrite", "resume_from_checkpoint", "micro_batch_size",
     "eval_batch_size", "logging_steps", "seed", "report_to", "lora_r", "gradient_checkpointing", "epochs", "max_steps",
+    "eval_steps", "max_length",
 }  # fmt: skip
 EXPECTED = ROOT / "tables" / "expected"
 
@@ -160,6 +161,9 @@ def check_stage1(path: Path, record: Record, data: Path) -> None:
     levels = record.get("valid_mrr_by_levels") or []
     for level, value in enumerate(levels):
         share(path, f"valid_mrr_by_levels[{level}]", value)
+    before = record.get("mrr_before_collision_pass")
+    if isinstance(before, int | float):
+        share(path, "mrr_before_collision_pass", before)
     if levels and abs(levels[-1] - record["valid"]["mrr"]) > 1e-9:
         raise refuse(path, "valid_mrr_by_levels", f"ends at {levels[-1]}", f"valid.mrr = {record['valid']['mrr']}")
     kg = graph(data / record["dataset"])
@@ -233,7 +237,6 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
     codes = record.get("codes") or {"file": None}
     given = "without" if codes.get("file") is None else "shuffled" if codes.get("shuffled") else "with"
     limit = min((n for n in (record["args"].get("limit"), data_set["limit"]) if n), default=0)
-    setting = answer_setting(record, training, given) + (f", {limit:,} test rows at most" if limit else "")
     rows = []
     for task, names in ((LINKS, RANKING), (TRIPLES, JUDGING)):
         splits = record["metrics"].get(task)
@@ -243,7 +246,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         if not dataset:
             raise refuse(path, "data.datasets", f"names no data set of {task}", "the one of its rows")
         check_answers(path, task, splits, limit, known_counts(dataset, data))
-        test = splits.get("test", {})
+        test, setting = splits.get("test", {}), answer_setting(record, training, given, dataset, limit)
         what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, **base}
         rows.append(
             Row(variant="", metrics=numbers(test, names), valid=numbers(splits.get("validation"), names), **what)
@@ -257,7 +260,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
     return rows
 
 
-def answer_setting(record: Record, training: Record | None, given: str) -> str:
+def answer_setting(record: Record, training: Record | None, given: str, dataset: str, limit: int) -> str:
     """The label of an LLM's answers: base model, adapter, the codes it saw, how it answered."""
     codes = record.get("codes") or {}
     base = Path(str((training or {}).get("base_model") or record["model"].get("base_model"))).name
@@ -270,10 +273,11 @@ def answer_setting(record: Record, training: Record | None, given: str) -> str:
         words += other_flags(flags, training_defaults(), UNLABELLED_TRAINING)
     size = f"codes {codes.get('seq_len')} x {codes.get('num_quantizers')} of {codes.get('num_code') or 0:,}"
     words.append({"without": "without codes", "shuffled": f"{size}, shuffled", "with": size}[given])
-    if given != "without" and codes.get("dataset"):
+    if given != "without" and codes.get("dataset") not in (None, dataset):
         words.append(f"of {codes['dataset']}")
     decode = record["args"].get("decode", "score")
     words += [f"decode {decode}"] if decode != "score" else []
+    words += [f"{limit:,} test rows at most"] if limit else []
     return ", ".join(words)
 
 

@@ -133,7 +133,7 @@ def test_nan_is_no_metric(tmp_path: Path) -> None:
     record = family_record()
     record["test"]["mrr"] = float("nan")
     (tmp_path / "run.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"test\.mrr is nan"):
+    with pytest.raises(InputError, match="(?i)nan"):
         collect([tmp_path])
 
 
@@ -173,6 +173,8 @@ def test_files_without_metrics_are_passed_over(tmp_path: Path) -> None:
     assert collect([tmp_path]) == ([], [])
     with pytest.raises(InputError, match=r"--records .* does not exist"):
         collect([tmp_path / "typo"])
+    with pytest.raises(InputError, match="is no record of"):
+        collect([tmp_path / "list.json"])
 
 
 # ---------------------------------------------------------------- seeds and settings
@@ -288,7 +290,7 @@ def test_answers_become_rows(tmp_path: Path, ring: Path) -> None:
     assert [row.variant for row in rows] == kinds and [row.task for row in rows] == [LINKS] * 3 + [TRIPLES]
     assert {row.dataset for row in rows} == {"ring"} and {row.seed for row in rows} == {3}
     assert {row.minutes for row in rows} == {1.5}  # training and answering
-    label = "tiny, LoRA r 4, 2 epochs, 1,234 rows, learning_rate 0.001, codes 3 x 2 of 8, of ring"
+    label = "tiny, LoRA r 4, 2 epochs, 1,234 rows, learning_rate 0.001, codes 3 x 2 of 8"
     assert {row.setting for row in rows} == {label}
     metrics = chain.record["metrics"]
     assert rows[0].metrics["mrr"] == metrics[LINKS]["test"]["mrr"]
@@ -369,6 +371,7 @@ def test_tables_of_the_llm(tmp_path: Path, ring: Path) -> None:
     third, fourth, fifth = (
         [table for table in tables if table.number == n and table.title.endswith("on ring")] for n in (3, 4, 5)
     )
+    assert [line.block for line in third[0].lines] == ["ours", "rival", "rival"]
     assert [len(found[0].lines) for found in (third, fourth, fifth)] == [3, 3, 3]
     assert all(", without codes" not in line.method for line in third[0].lines)
     assert sum("without codes" in line.method for line in fifth[0].lines) == 1

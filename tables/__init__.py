@@ -1,0 +1,1 @@
+"""Run records to the paper's tables and figures."""
