@@ -16,7 +16,7 @@ import numpy as np
 
 from data.knowledge_graph import Ints, KnowledgeGraph
 from tables.figures.inputs import Inputs, Missing
-from tables.figures.style import COLOURS, line, new_figure, save
+from tables.figures.style import COLOURS, line, new_figure, plain_log, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,8 +102,10 @@ def draw_graph(panels: list[Axes], kg: KnowledgeGraph, inputs: Inputs, count: Ca
     for axes, values, label in zip(panels, cost, ("2-hop neighbours", "prompt tokens"), strict=True):
         axes.plot(np.sort(values).clip(1), share, color=COLOURS[0], linewidth=1.6,
                   label=f"neighbourhood, median {np.median(values):,.0f}")  # fmt: skip
-        axes.set(xscale="log", xlabel=f"{label} of an entity", ylabel="share of entities with at most so many",
+        axes.set(xlabel=f"{label} of an entity", ylabel="share of entities with at most so many",
                  ylim=(0, 1.02), title=title)  # fmt: skip
+    for panel in panels:
+        plain_log(panel)
     axes = panels[1]
     own = [codes for codes in sets_of(inputs) if codes[0] == kg.name]
     for place, (_, L, Q) in enumerate(sorted(set(own)), start=1):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tables.figures.inputs import Inputs, Missing
-from tables.figures.style import line, new_figure, save, short
+from tables.figures.style import from_zero, line, new_figure, save, short, whole_ticks
 from tables.results import CODES, Row
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
         losses.set(xlabel="epoch", ylabel="structure loss", title=dataset)
         scores.set(xlabel="epoch (dotted: codes frozen from here)", ylabel=MRR, title=dataset)
         losses.legend(loc="upper right", fontsize=6)
+        whole_ticks(losses)
+        whole_ticks(scores)
     return save(figure, out, "figure_10")
 
 
@@ -147,7 +149,8 @@ def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
             values = by_levels(row)
             label = short(row.setting, 44) + (f", seed {row.seed}" if len(rows) > 1 else "")
             panel.plot(range(1, len(values) + 1), values, label=label, **line(number))
-        panel.set(xlabel="levels decoded", ylabel=MRR, title=dataset, ylim=(0, None))
+        panel.set(xlabel="levels decoded", ylabel=MRR, title=dataset)
+        from_zero(panel)
         panel.set_xticks(range(1, 1 + max(len(by_levels(row)) for row in rows)))
         panel.legend(loc="lower right", fontsize=7)
     return save(figure, out, "levels")
@@ -170,6 +173,7 @@ def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
             label = "one RQ run, cut to its first levels" if not number else None
             panel.plot(xs, values, color="0.45", linewidth=1, marker=".", linestyle=":", label=label)
         panel.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
-        panel.set(xlabel="code tokens per entity, L x Q", title=dataset, ylim=(0, None))
+        panel.set(xlabel="code tokens per entity, L x Q", title=dataset)
+        from_zero(panel)
         panel.legend(loc="lower right", fontsize=7)
     return save(figure, out, "tokens")

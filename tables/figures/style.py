@@ -37,7 +37,6 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
         {
             "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
-            "text.parse_math": False,  # a name may hold dollar signs
             "pdf.fonttype": 42, "savefig.dpi": 160, "svg.hashsalt": "0",
         }
     )  # fmt: skip
@@ -68,9 +67,28 @@ def line(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def from_zero(axes: Axes) -> None:
+    """Let the vertical axis start at 0, with some room above the highest point."""
+    axes.set_ylim(0, 1.06 * max(float(np.max(np.asarray(line.get_ydata(), float))) for line in axes.lines))
+
+
+def whole_ticks(axes: Axes) -> None:
+    """Integers alone on the horizontal axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plain_log(axes: Axes) -> None:
+    """A logarithmic horizontal axis with written-out numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+
+
 def short(name: str, longest: int = LONGEST_NAME) -> str:
-    """The name, cut where it is too long for an axis."""
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+    """The name, cut where it is too long for an axis, its dollar signs kept from opening a formula."""
+    cut = name if len(name) <= longest else name[: longest - 1] + "…"
+    return cut.replace("$", r"\$")
 
 
 def heat_map(
