@@ -1,4 +1,4 @@
-"""docs/REPRODUCE.md: its numbers are those of tables/records, its commands those of the scripts."""
+"""docs/REPRODUCE.md: its numbers are those of tables/records, its commands (and tables/README.md's) the scripts'."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from tables import make_tables
 
 PAGE = ROOT / "docs" / "REPRODUCE.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-LINES = [line.split("  #")[0].strip() for line in TEXT.replace("\\\n", " ").splitlines() if line.startswith("    ")]
+
+
+def indented(text: str) -> list[str]:
+    """The commands of a page: its indented lines, joined where they go on, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("    ")]
+
+
+LINES = indented(TEXT) + indented((ROOT / "tables" / "README.md").read_text(encoding="utf-8"))
 VARIABLES = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(LINES), re.MULTILINE))
 INLINE = re.findall(r"`(python [^`]+)`", TEXT)
 COMMANDS = sorted({line for line in [*LINES, *INLINE] if line.startswith("python ")})
@@ -53,7 +61,7 @@ def test_command_exists(command: str) -> None:
         command = command.replace(f"${name}", value)
     assert "$" not in command, "a variable of the page is not set"
     _, script, *words = shlex.split(command)
-    assert (ROOT / script).is_file(), f"docs/REPRODUCE.md names {script}, which is not there"
+    assert (ROOT / script).is_file(), f"{script} is named and not there"
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if hasattr(module, "parse_args"):
         module.parse_args(words)
