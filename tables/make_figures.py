@@ -4,16 +4,7 @@
     python tables/make_figures.py --figure 6 --codes codes_new/FB15k-237_16_1024_4_rq.pt
     python tables/make_figures.py --codes demo_output/family_4_256_4_rq.pt --records demo_output --dataset data/family
 
-figure   shows                                                                 needs
-2, 9     2-hop neighbours and prompt tokens per entity (9: further data sets)  --dataset
-4, 12    cosine similarity of decoded codes (12: another sample)               --codes, --dataset
-5        MRR over L and K                                                      --records of several sizes
-6        Jaccard distance over k nearest entities, with baselines              --codes
-7, 11    the LLM's metrics over (L, K): link prediction, triple classification --records of inference.py
-8, 13    word and code tokens of an embedding (13: further models)             --model
-10       training curves                                                       --records
-levels, tokens, usage: MRR by levels decoded, MRR by tokens per entity, how often each level's codes occur
-
+FIGURES below says what each shows. 9 and 13 go on with further data sets and models, 12 with another sample.
 A figure whose inputs are not there is passed over with a line that says what makes them; asked for by its number, that
 is an error.
 """
@@ -25,6 +16,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,22 +25,30 @@ from tables.figures import answers, embeddings, graph, quality, runs, similarity
 from tables.figures.inputs import Inputs, Missing
 from tables.results import add_record_flags
 
-FIGURES: dict[str, Callable[[Inputs, Path], list[Path]]] = {
-    "2": functools.partial(graph.draw, number=2),
-    "4": functools.partial(similarity.draw, number=4),
-    "5": runs.draw_sizes,
-    "6": quality.draw_jaccard,
-    "7": functools.partial(answers.draw, number=7),
-    "8": functools.partial(embeddings.draw, number=8),
-    "9": functools.partial(graph.draw, number=9),
-    "10": runs.draw_training,
-    "11": functools.partial(answers.draw, number=11),
-    "12": functools.partial(similarity.draw, number=12),
-    "13": functools.partial(embeddings.draw, number=13),
-    "levels": runs.draw_levels,
-    "tokens": runs.draw_tokens,
-    "usage": quality.draw_usage,
-}
+
+class Figure(NamedTuple):
+    """One figure: what draws it into a folder, and what it shows."""
+
+    draw: Callable[[Inputs, Path], list[Path]]
+    shows: str
+
+
+FIGURES = {
+    "2": Figure(functools.partial(graph.draw, number=2), "neighbours and prompt tokens of an entity"),
+    "4": Figure(functools.partial(similarity.draw, number=4), "cosine similarity of entities' decoded codes"),
+    "5": Figure(runs.draw_sizes, "MRR over L and K"),
+    "6": Figure(quality.draw_jaccard, "mean Jaccard distance to the k nearest entities, with two baselines"),
+    "7": Figure(functools.partial(answers.draw, number=7), "link prediction by the LLM over (L, K)"),
+    "8": Figure(functools.partial(embeddings.draw, number=8), "word and code tokens of an input embedding"),
+    "9": Figure(functools.partial(graph.draw, number=9), "as figure 2, further data sets"),
+    "10": Figure(runs.draw_training, "training curves: loss and MRR by epoch"),
+    "11": Figure(functools.partial(answers.draw, number=11), "triple classification by the LLM over (L, K)"),
+    "12": Figure(functools.partial(similarity.draw, number=12), "as figure 4, another sample"),
+    "13": Figure(functools.partial(embeddings.draw, number=13), "as figure 8, further models"),
+    "levels": Figure(runs.draw_levels, "MRR when only the first levels are decoded"),
+    "tokens": Figure(runs.draw_tokens, "MRR against code tokens per entity"),
+    "usage": Figure(quality.draw_usage, "how often the codes of each level occur"),
+}  # fmt: skip
 OUT = ROOT / "tables" / "out"
 
 
@@ -57,7 +57,7 @@ def draw_all(inputs: Inputs, out: Path, names: list[str]) -> dict[str, list[Path
     drawn = {}
     for name in names:
         try:
-            drawn[name] = FIGURES[name](inputs, out)
+            drawn[name] = FIGURES[name].draw(inputs, out)
             print(f"figure {name}: wrote {', '.join(path.name for path in drawn[name])}", flush=True)
         except Missing as reason:
             print(f"figure {name} passed over: {reason}", flush=True)
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         for name in args.figure:
             print(
-                f"figure {name}: wrote {', '.join(path.name for path in FIGURES[name](inputs, args.out))}", flush=True
+                f"figure {name}: wrote {', '.join(path.name for path in FIGURES[name].draw(inputs, args.out))}",
+                flush=True,
             )
     print(f"the files are in {args.out}")
 
