@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import glob
 import os
 import signal
 import sys
@@ -106,7 +107,8 @@ def build_parser() -> CommandParser:
                        help="entities drawn per step for a sampled softmax, on large graphs (0: exact)")  # fmt: skip
     group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
-    group.add_argument("--warmup_epochs", type=int, default=1, help="epochs before the codebooks are initialised")
+    group.add_argument("--warmup_epochs", type=float, default=1, metavar="N",
+                       help="epochs before the codebooks are initialised; below 1: part of the run")  # fmt: skip
     group.add_argument("--freeze_at", type=float, default=0.85,
                        help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
@@ -272,10 +274,16 @@ def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
         return None
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--text_emb {path} cannot be read as a .npy array: {reason}") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != num_entities or array.dtype.kind != "f":
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 2
+        or len(array) != num_entities
+        or not array.size
+        or array.dtype.kind != "f"
+    ):
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
     text = torch.from_numpy(array.astype(np.float32))
@@ -353,10 +361,11 @@ def check_existing(
     if args.overwrite:
         return None
     if files.record.exists():
-        written_by = read_json(files.record, "record").get("name")
+        record = read_json(files.record, "record")
+        written_by = record.get("name") if isinstance(record, dict) else None
         if written_by != args.name:
             raise InputError(
-                f"{files.codes} comes from run {written_by}, this is {args.name}; give --out_dir or --overwrite"
+                f"{files.codes} comes from run {written_by} (its record {files.record.name}), this is {args.name}; give --out_dir or --overwrite"
             )
     if not checkpoint.exists():
         if args.restore:
@@ -377,11 +386,13 @@ def check_existing(
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this command; InputError when the file is something else."""
+    from model.stored import fault_of
+
     stored = load_torch(path, "checkpoint")
-    parts = [stored.get(key) for key in ("config", "last", "comparable")] if isinstance(stored, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not isinstance(stored.get("best", 0), dict | None):
-        raise InputError(f"checkpoint file {path} is none of run_rq.py's; expected the entries config, last and best")
-    return stored
+    fault = fault_of(stored)
+    if fault is not None:
+        raise InputError(f"checkpoint file {path} is none of run_rq.py's, or damaged: {fault}")
+    return stored  # type: ignore[no-any-return]
 
 
 class Prepared(NamedTuple):
@@ -450,11 +461,9 @@ def train(args: argparse.Namespace) -> None:
             if world.first:
                 locks.enter_context(only_run(checkpoint.with_suffix(".lock")))
                 locks.enter_context(only_run(files.codes.with_suffix(".lock")))
-                stem = files.codes.stem
-                for killed in [
-                    *checkpoint.parent.glob(f".{checkpoint.name}.*.tmp"), *files.codes.parent.glob(f".{stem}*.tmp")
-                ]:  # fmt: skip
-                    killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
+                for path in (checkpoint, *files):
+                    for killed in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                        killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
             now = comparable(plain, inputs)
             stored = check_existing(args, checkpoint, files, now)
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
@@ -486,7 +495,7 @@ def continue_from(trainer: Trainer, stored: dict[str, Any]) -> None:
     """Put the trainer where ``stored`` left it; InputError when that is another model's."""
     try:
         trainer.restore(stored)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"checkpoint {trainer.checkpoint} does not hold this model: {reason}; use --overwrite"

@@ -30,6 +30,7 @@ from model.precision import matmul_precision
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
+from model.stored import check_fits, check_optimizer, settings_of
 from run_record import InputError, save_torch
 
 
@@ -46,7 +47,7 @@ class TrainSettings:
     lbl_smooth: float = 0.1
     vq_weight: float = 1.0
     text_weight: float = 1.0
-    warmup_epochs: float = 1
+    warmup_epochs: float = 1  # below 1: a part of the run
     freeze_at: float = 0.85
     encoder_every: int = 8
     assign_every: int = 8
@@ -140,7 +141,8 @@ class Trainer:
             progress = max(progress, self._elapsed() / (60 * self.settings.max_minutes))
         if self.settings.control == "random_codes":
             return Phase(progress, "frozen")
-        if self.settings.control in ("unquantized", "posthoc") or epoch < self.settings.warmup_epochs:
+        until = self.settings.warmup_epochs
+        if self.settings.control in ("unquantized", "posthoc") or (progress if until < 1 else epoch) < until:
             return Phase(progress, "warm-up")
         return Phase(progress, "frozen" if progress >= self.settings.freeze_at and self.codes is not None else "codes")
 
@@ -468,9 +470,13 @@ class Trainer:
 
     def restore(self, stored: dict[str, Any]) -> None:
         """Continue from a loaded checkpoint, bit for bit on the CPU."""
-        last = stored["last"]
+        last, codebook = stored["last"], self.model.rq_codebook
+        shape = (self.kg.num_entities, self.config["seq_len"], codebook.num_quantizers)
+        check_fits(stored, self.model, shape, codebook.num_codes)
+        settings = [settings_of(group) for group in self.optimizer.param_groups]
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
+        check_optimizer(self.optimizer, settings)
         self.epoch, self.seconds, self.history = last["epoch"], last["seconds"], last["history"]
         self.codes = None if last["codes"] is None else last["codes"].to(self.device)
         self.best = stored["best"]

@@ -232,6 +232,12 @@ def test_codes_kept_are_those_of_the_model_kept(trainer_of: TrainerMaker) -> Non
     assert torch.equal(trainer.codes, trainer.model.cal_allent_codes(trainer.graph))
 
 
+def test_warm_up_below_one_is_a_part_of_the_run(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=8, warmup_epochs=0.5, freeze_at=0.75)
+    trainer.fit()
+    assert [row["phase"] for row in trainer.history] == ["warm-up"] * 4 + ["codes"] * 2 + ["frozen"] * 2
+
+
 @pytest.mark.parametrize("settings", [{"warmup_epochs": 3}, {"warmup_epochs": 0}, {"eval_every": 3}])
 def test_best_has_the_highest_valid_mrr_of_the_epochs_with_codes(
     trainer_of: TrainerMaker, settings: dict[str, Any]
