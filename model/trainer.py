@@ -242,7 +242,7 @@ class Trainer:
         if self.world.size == 1 or self.settings.loss == "bce":
             return queries, queries
         tails = self.indptr[batch + 1] - self.indptr[batch]
-        return float(self.world.own(tails).sum() / tails.sum()), queries
+        return int(self.world.own(tails).sum()) / int(tails.sum()), queries
 
     def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
         """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value.
