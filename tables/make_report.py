@@ -44,6 +44,7 @@ figure { margin: 1.5em 0; } figure img { max-width: 100%; } figcaption, .note { 
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: .8em; }
 summary { cursor: pointer; }
 """
+SCALE = 0.6  # of a figure's pixels on the page: all figures in one size of letters
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser refuses whatever else slipped in
 
 
@@ -68,6 +69,12 @@ def html_table(
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
 
 
+def commit_words(commit: str | None) -> str:
+    """A commit's first characters, and whether tracked files differed from it."""
+    head, plus, changes = (commit or "-").partition("+")
+    return head[:9] + plus + changes
+
+
 def runs_html(rows: Sequence[Row]) -> str:
     """One row per run and variant: where it comes from and what it measured on test (on valid where test was left)."""
     metrics = [name for name in (*RANKING, *JUDGING) if any(name in (row.metrics or row.valid) for row in rows)]
@@ -88,7 +95,7 @@ def runs_html(rows: Sequence[Row]) -> str:
         setting = row.setting + (f" ({row.variant})" if row.variant else "")
         words = [
             row.task.replace("_", " "), row.dataset, setting, "-" if row.seed is None else str(row.seed),
-            (row.commit or "-")[:10], row.device, f"{row.minutes:.1f}", "test" if row.metrics else "valid",
+            commit_words(row.commit), row.device, f"{row.minutes:.1f}", "test" if row.metrics else "valid",
         ]  # fmt: skip
         cells.append([*map(escape, words), *(f"{found[m]:.3f}" if m in found else "" for m in metrics)])
     return html_table(heads, cells, 8)
@@ -144,9 +151,11 @@ def figures_html(drawn: dict[str, list[Path]]) -> str:
         shows = escape(FIGURES[name].shows)
         for path in paths:
             if path.suffix == ".png":
-                data = base64.b64encode(path.read_bytes()).decode()
+                image = path.read_bytes()
+                width = round(SCALE * int.from_bytes(image[16:20], "big"))  # of the PNG's first chunk
+                data = base64.b64encode(image).decode()
                 parts.append(
-                    f'<figure><img alt="{shows}" src="data:image/png;base64,{data}">'
+                    f'<figure><img alt="{shows}" width="{width}" src="data:image/png;base64,{data}">'
                     f"<figcaption>{title}: {shows}</figcaption></figure>\n"
                 )
     return "".join(parts)
