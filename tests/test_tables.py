@@ -129,11 +129,27 @@ def test_an_impossible_record_stops_everything(name: str, tmp_path: Path) -> Non
     assert str(path) in str(error.value) and field in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("hits", "least", "most"),
+    [((0, 1, 1), 1 / 3, 1 / 1.5), ((0, 0, 1), 1 / 10, 1 / 3.5), ((0, 0, 0), 0, 1 / 10.5), ((1, 1, 1), 1, 1)],
+)
+def test_mrr_lies_where_the_hits_allow(hits: tuple[int, int, int], least: float, most: float) -> None:
+    """All ranks in 2..3, in 4..10, beyond 10, at 1; ties end in a half: 1.5, 3.5 and 10.5 are the nearest."""
+    one, three, ten = hits
+    for mrr, fits in ((least, True), (most, True), (least - 1e-3, False), (most + 1e-3, False)):
+        metrics = {"mrr": mrr, "hits@1": one, "hits@3": three, "hits@10": ten}
+        if fits:
+            check_ranking(Path("x"), "test", metrics)
+        else:
+            with pytest.raises(InputError, match=r"test\.mrr"):
+                check_ranking(Path("x"), "test", metrics)
+
+
 def test_nan_is_no_metric(tmp_path: Path) -> None:
     record = family_record()
     record["test"]["mrr"] = float("nan")
     (tmp_path / "run.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="(?i)nan"):
+    with pytest.raises(InputError, match=r"(?i)nan"):
         collect([tmp_path])
 
 
@@ -323,6 +339,19 @@ def test_answers_that_cannot_be_traced_or_true_are_refused(
     change(chain)
     write_json(chain.record, chain.path)
     with pytest.raises(InputError, match=says):
+        read_chain(chain, ring)
+
+
+def test_missing_queries_of_an_llm_are_refused(tmp_path: Path, ring: Path) -> None:
+    """Possible metrics over fewer queries than the test split has."""
+    chain = Chain(tmp_path)
+    chain.record["metrics"] = report(answers(np.random.default_rng(0), 20, "test"))
+    write_json(chain.record, chain.path)
+    with pytest.raises(InputError, match=r"link_prediction\.test\.count is 20, expected 24"):
+        read_chain(chain, ring)
+    del chain.record["metrics"][LINKS]
+    write_json(chain.record, chain.path)
+    with pytest.raises(InputError, match=r"triple_classification\.test\.positives is 10, expected 12"):
         read_chain(chain, ring)
 
 
