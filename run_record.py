@@ -6,16 +6,21 @@ The lowest file of the toolkit: it imports nothing of ours.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
+import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -46,20 +51,52 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see: python {self.prog} --help)\n")
 
 
+class Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that temporary files go."""
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's ``main`` and turn its end into an exit code: 2 for InputError, 130 for Ctrl-C."""
+    """Run a script's ``main`` and turn its end into an exit code and, where it failed, one line on stderr.
+
+    2: InputError, a file that cannot be read or written, no memory. 130: Ctrl-C. 143: SIGTERM.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
         code = main() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = _say(f"error: {' '.join(str(error).split())}", 2)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        code = 130
+        code = _say("stopped by Ctrl-C", 130)
+    except Terminated:
+        code = _say("stopped by SIGTERM", 143)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except MemoryError as error:
+        what = f" ({' '.join(str(error).split())[:160]})" if str(error) else ""
+        code = _say(f"error: there is not enough memory{what}; close other programs, or give smaller input", 2)
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        code = _say(f"error: {error.filename or 'cannot write'}: {error.strerror}", 2)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
     sys.exit(code)
+
+
+def _say(line: str, code: int) -> int:
+    """Print to stderr whatever the terminal can show of a line; returns the exit code."""
+    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return code
 
 
 # ---------------------------------------------------------------- files
@@ -119,12 +156,45 @@ def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") 
     import torch
 
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        _check_archive(path)
+        value = torch.load(path, map_location=device, weights_only=True)
+        _check_tensors(value)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise InputError(
             f"{what} file {path} cannot be read as tensors and plain values ({line}); write it anew"
         ) from error
+    return value
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError where a zip archive is damaged or packed: torch checks no sums, and never packs what it writes."""
+    if not zipfile.is_zipfile(path):  # the form before torch 1.6, or none at all
+        return
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise ValueError(f"{part.filename} is packed, which torch.save never does")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged: its sum is wrong")
+
+
+def _check_tensors(value: Any) -> None:
+    """ValueError where a tensor is not dense, or shows more numbers than the file holds."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.is_nested:
+            raise ValueError(f"a tensor is {value.layout}, expected a plain one")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of {list(value.shape)} has {value.untyped_storage().nbytes()} bytes behind it")
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _check_tensors(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            _check_tensors(item)
 
 
 def write_json(value: Any, path: str | Path) -> None:
@@ -139,12 +209,39 @@ def write_text(text: str, path: str | Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """json.loads whose every fault is a ValueError of one line.
+
+    Also refused: NaN and infinities, numbers of thousands of digits, nesting that is too deep, and half a character
+    (a lone surrogate), which nothing could print or write again.
+    """
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if value - value != 0:
+            raise ValueError(f"{number[:20]} is not a finite number")
+        return value
+
+    try:
+        value = json.loads(text, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    half = _HALF.search(text) if isinstance(text, str) else _HALF_BYTES.search(text)
+    if half is not None:
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError
+    return value
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_BYTES = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def read_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file; InputError names ``what`` the file is and the line of the fault."""
+    """Parse a JSON file (see ``parse_json``); InputError names ``what`` the file is and the line of the fault."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{what} file {path} cannot be read as JSON: {reason}") from error
 

@@ -277,13 +277,8 @@ def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--text_emb {path} cannot be read as a .npy array: {reason}") from error
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 2
-        or len(array) != num_entities
-        or not array.size
-        or array.dtype.kind != "f"
-    ):
+    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == num_entities and array.size
+    if not fits or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
     text = torch.from_numpy(array.astype(np.float32))
@@ -365,7 +360,8 @@ def check_existing(
         written_by = record.get("name") if isinstance(record, dict) else None
         if written_by != args.name:
             raise InputError(
-                f"{files.codes} comes from run {written_by} (its record {files.record.name}), this is {args.name}; give --out_dir or --overwrite"
+                f"{files.codes} comes from run {written_by}, as {files.record.name} says, this is {args.name}; "
+                "give --out_dir or --overwrite"
             )
     if not checkpoint.exists():
         if args.restore:

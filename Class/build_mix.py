@@ -35,6 +35,7 @@ from Class.instructions import (
     Row,
     existing_split,
     parse_line,
+    read_lines,
     row_triples,
     split_path,
     states_facts,
@@ -55,22 +56,18 @@ def scan(path: Path, forbidden: set[int], facts: set[int], rng: np.random.Genera
     Rows that judge a triple False rest on no fact; the same share of them goes, at random, as of the True ones, so that
     the labels keep their balance. The kept rows' facts are added to ``facts``.
     """
-    offsets, false, dropped, true_rows, true_dropped, at = [], [], 0, 0, 0, 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            row = parse_line(line.decode(), path, number)
-            if row is not None:
-                keys = triple_keys(row) if states_facts(row) else []
-                is_true = row.get("truth") == ["True"]
-                true_rows += is_true
-                if forbidden and not forbidden.isdisjoint(keys):
-                    dropped += 1
-                    true_dropped += is_true
-                else:
-                    offsets.append(at)
-                    false.append(row.get("truth") == ["False"])
-                    facts.update(keys)
-            at += len(line)
+    offsets, false, dropped, true_rows, true_dropped = [], [], 0, 0, 0
+    for at, row in read_lines(path):
+        keys = triple_keys(row) if states_facts(row) else []
+        is_true = row.get("truth") == ["True"]
+        true_rows += is_true
+        if forbidden and not forbidden.isdisjoint(keys):
+            dropped += 1
+            true_dropped += is_true
+        else:
+            offsets.append(at)
+            false.append(row.get("truth") == ["False"])
+            facts.update(keys)
     keep = np.ones(len(offsets), dtype=bool)
     if true_dropped:
         negatives = np.flatnonzero(false)
@@ -92,7 +89,7 @@ def read_at(paths: list[Path], which: Ints, offsets: Ints) -> Iterator[Row]:
     try:
         for i, at in zip(which.tolist(), offsets.tolist(), strict=True):
             files[i].seek(at)
-            row = parse_line(files[i].readline().decode(), paths[i], 0)
+            row = parse_line(files[i].readline().decode("utf-8-sig"), paths[i], 0)
             assert row is not None
             copies[i, at] += 1
             if copies[i, at] > 1:
@@ -111,6 +108,13 @@ def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, A
         made = ", ".join(there) or "none; make one: python Class/gen_fb_data_rq.py"
         raise InputError(f"no data of task {', '.join(absent) or 'any'} in {folder}; there: {made}")
     tasks = {name: read_json(folder / name / STATS, "statistics") for name in weights or there}
+    for name, stats in tasks.items():
+        known = stats if isinstance(stats, dict) else {}
+        info, order = known.get("codes"), known.get("candidate_order", {})
+        if not isinstance(info, dict) or not isinstance(known.get("dataset"), str) or not isinstance(order, dict):
+            raise InputError(f"{folder / name / STATS} does not say whose codes its rows have; write it anew")
+        if not isinstance(info.get("sha256", ""), str) or type(info.get("shuffled", False)) is not bool:
+            raise InputError(f"{folder / name / STATS}: codes is damaged; write it anew")
     codes = {
         name: (stats["codes"].get("sha256"), stats["codes"].get("shuffled", False)) for name, stats in tasks.items()
     }

@@ -39,7 +39,7 @@ from numpy.typing import ArrayLike, NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
-from run_record import InputError, atomic_path, read_json, write_text
+from run_record import InputError, atomic_path, parse_json, read_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ Bools = NDArray[np.bool_]
 ENDINGS = (".npz", ".json")
 DIRECTIONS = ("tail", "head")
 HELD_OUT_SPLITS = ("valid", "test")
+UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 100  # an archive beyond both was made to fill the memory
 
 
 class Candidates(NamedTuple):
@@ -203,9 +204,13 @@ def _check_info(path: Path, info: Any, kg: KnowledgeGraph, by_id: bool) -> dict[
 
 def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with loaded as archive:
+            unpacked = sum(part.file_size for part in archive.zip.infolist())
+            if unpacked > UNPACKED_BYTES and unpacked > UNPACKED_RATIO * path.stat().st_size:
+                raise ValueError(f"{unpacked:,} bytes when unpacked, which no list is")
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
@@ -231,8 +236,8 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
             )
     by_id = arrays["query"].dtype.kind != "U" or arrays["candidates"].dtype.kind != "U"
     try:
-        info = json.loads(str(arrays["info"])) if "info" in arrays else {}
-    except (json.JSONDecodeError, RecursionError) as error:
+        info = parse_json(str(arrays["info"])) if "info" in arrays else {}
+    except ValueError as error:
         raise InputError(f"candidates file {path}: info is no JSON: {str(error).splitlines()[0]}") from error
     info = _check_info(path, info, kg, by_id)
     wrong = ~np.isin(arrays["direction"], DIRECTIONS)

@@ -181,10 +181,19 @@ def candidate_order(stats: dict[str, Any], split: str) -> str | None:
     return orders.pop() if len(orders) == 1 else None
 
 
+def _is_stats(stats: Any) -> bool:
+    return isinstance(stats, dict) and isinstance(stats.get("candidate_orders", {}), dict)
+
+
 def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
     """The leaks within the three files of one folder, and what was read of them."""
     stats_path = folder / STATS
     stats = read_json(stats_path, "statistics") if stats_path.is_file() else {}
+    orders = (
+        [*stats.get("candidate_orders", {}).values(), stats.get("candidate_order", {})] if _is_stats(stats) else [0]
+    )
+    if not all(isinstance(order, dict) and all(isinstance(o, str) for o in order.values()) for order in orders):
+        raise InputError(f"{stats_path} says nothing that can be read of the candidates' order; write it anew")
     splits: dict[str, Split] = {}
     faults = []
     print(folder)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, InputError, atomic_path, make_record, read_json, sha256_file, write_json
+from run_record import ROOT, InputError, atomic_path, make_record, parse_json, read_json, sha256_file, write_json
 
 Ints = NDArray[np.int64]
 Row = dict[str, Any]
@@ -122,11 +122,11 @@ def write_rows(path: Path, rows: Iterable[Row], limit: int = 0) -> dict[str, Any
             for row in itertools.islice(rows, limit or None):
                 file.write(("[\n" if count == 0 else ",\n") + encode(row) if array else encode(row) + "\n")
                 count += 1
-                prompt, output = len(row["instruction"]) + len(row["input"]), len(row["output"])
+                prompt, output = len(row["instruction"]) + len(row.get("input") or ""), len(row["output"])
                 prompt_sum, prompt_max = prompt_sum + prompt, max(prompt_max, prompt)
                 output_sum, output_max = output_sum + output, max(output_max, output)
                 task_types[row["task_type"]] += 1
-                if row["truth"] in (["True"], ["False"]):
+                if row.get("truth") in (["True"], ["False"]):
                     judged[row["output"]] += 1
             if array:
                 file.write("\n]\n" if count else "[]\n")
@@ -148,25 +148,59 @@ def parse_line(line: str, path: Path, number: int) -> Row | None:
     if text in ("", "[", "]", "[]"):
         return None
     try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{number}: not one JSON row per line ({error.msg})") from error
+        row = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not one JSON row per line ({error})") from error
     if not isinstance(row, dict) or not {"instruction", "output", "id", "task_type"} <= row.keys():
         raise InputError(f"{path}:{number}: a row needs instruction, output, id and task_type")
+    wrong = next((key for key, value in row.items() if key in _FIELDS and not _FIELDS[key](value)), None)
+    if wrong is not None:
+        raise InputError(f"{path}:{number}: {wrong} is {json.dumps(row[wrong])[:60]}, which no row has; write it anew")
     return row
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """Stream the rows of a file of ``write_rows``; InputError names the line that is no row."""
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold
+    "instruction": _is_text, "output": _is_text, "id": lambda value: type(value) in (str, int), "task_type": _is_text,
+    "input": lambda value: value is None or isinstance(value, str), "split": lambda value: value in list(FILE_STEMS),
+    "direction": lambda value: value in (None, "head", "tail"), "candidates": _is_names, "truth": _is_names,
+    "triple": lambda value: _is_names(value) and len(value or ()) % 3 == 0,
+    "candidate_rank": lambda value: value is None or (type(value) in (int, float) and value >= 1),
+}  # fmt: skip
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, Row]]:
+    """(offset in bytes, row) of a file of ``write_rows``, streamed. InputError names the line that is no row, and an
+    array that does not end: the file was cut off."""
     path = Path(path)
+    at, array, last = 0, False, b""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                row = parse_line(line, path, number)
+                row = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"), path, number)
                 if row is not None:
-                    yield row
+                    yield at, row
+                at += len(line)
+                last = line.strip() or last
+                array = array or (number == 1 and last.endswith(b"["))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"instruction data {path} cannot be read: {error}") from error
+    if not at:
+        raise InputError(f"{path} is empty; write it anew")
+    if array and last != b"]":
+        raise InputError(f"{path}: its array does not end, so the file was cut off; write it anew")
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of ``read_lines``."""
+    return (row for _, row in read_lines(path))
 
 
 def write_task(
@@ -335,6 +369,7 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
                     circle = np.random.default_rng(args.seed).permutation(len(codes))
                     codes[circle] = codes[np.roll(circle, 1)]  # along one circle: no entity keeps its own
                 info |= {"code_format": args.code_format, "shuffled": args.shuffle_codes}
+                info |= {"shuffle_seed": args.seed} if args.shuffle_codes else {}
                 source = Source(kg, unique_names(kg), codes, num_code, args.code_format, info)
         except InputError as error:
             reasons.append(str(error))
@@ -423,12 +458,25 @@ def read_record(codes: Path) -> dict[str, Any]:
     record = record if isinstance(record, dict) else {}
     missing = [key for key in ("args", "inputs", "outputs", "dataset") if key not in record]
     if not missing:
-        missing = [f"args.{key}" for key in ("seq_len", "num_code") if not record["args"].get(key)]
-        if _train_hash(record["inputs"]) is None:
+        args, inputs, outputs = (record[key] if isinstance(record[key], dict) else {} for key in _RECORD_PARTS)
+        counts = {key: args.get(key) for key in ("seq_len", "num_code", "num_quantizers")}
+        missing = [
+            f"args.{key}" for key, value in counts.items()
+            if not ((type(value) is int and value > 0) or (key == "num_quantizers" and value is None))
+        ]  # fmt: skip
+        if not isinstance(_train_hash(inputs), str):
             missing.append(f"inputs.{TRAIN_FILES[0]}")
+        if not isinstance(outputs.get(codes.name), str):
+            missing.append(f"outputs.{codes.name}")
+        names = (record["dataset"], args.get("dataset") or "")
+        if not all(isinstance(name, str) and "\0" not in name for name in names):
+            missing.append("dataset")
     if missing:
         raise InputError(f"record {path} lacks {', '.join(missing)}; run run_rq.py again")
     return record
+
+
+_RECORD_PARTS = ("args", "inputs", "outputs")
 
 
 def _train_hash(hashes: Mapping[str, str]) -> str | None:

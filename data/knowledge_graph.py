@@ -387,7 +387,7 @@ class _Reader:
         lines = self.lines(file)
         if lines:
             count = lines[0].strip()
-            if not (count.isascii() and count.isdigit()):
+            if not (count.isascii() and count.isdigit() and len(count) < 18):
                 self.fault(file, 1, lines[0], "the number of lines that follow")
             elif int(count) != len(lines) - 1 or int(count) == 0:
                 self.fault(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from Class.codes import MARKS, code_tokens
+from Class.codes import CODE_FORMATS, MARKS, code_tokens
 from Class.instructions import STATS
 from run_record import InputError, read_json
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 RECORD = "run_record.json"  # beside an adapter and a merged model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MOST_TOKENS = 10_000_000  # codes that a vocabulary may be asked to hold
+WEIGHTS = "adapter_model.safetensors"
+PASSED_ON = ("MemoryError", "OutOfMemoryError")  # the file is not to blame
+# what every tokenizer is read with; a tokenizer that brings its own code is refused
+TOKENIZER: dict[str, Any] = {"legacy": False, "padding_side": "right", "trust_remote_code": False}
 GATED_OWNERS = ("meta-llama",)  # known to refuse without a token: said at once rather than after the hub's retries
 
 
@@ -54,11 +59,25 @@ def read_codes_info(data: str | Path) -> dict[str, Any]:
         )
     stats = read_json(path, "statistics")
     info = stats.get("codes") if isinstance(stats, dict) else None
-    if not isinstance(info, dict) or not (
-        info.get("file") is None or {"sha256", "num_code", "num_quantizers"} <= info.keys()
-    ):
+    if not is_codes_info(info):
         raise InputError(f"{path} does not say which codes its rows hold; write it anew: python Class/build_mix.py")
-    return info
+    return info  # type: ignore[no-any-return]
+
+
+def is_codes_info(info: Any) -> bool:
+    """Whether ``info`` says which codes rows hold: none, or file, sha256 and sizes that a vocabulary can have."""
+    if not isinstance(info, dict) or not isinstance(info.get("record", ""), str):
+        return False
+    if info.get("file") is None:
+        return True
+    sizes = [info.get(key) for key in ("num_code", "num_quantizers")]
+    if not all(type(size) is int and 0 < size <= MOST_TOKENS for size in sizes):
+        return False
+    words = [info["file"], info.get("sha256"), info.get("code_format", "spec")]
+    known = all(isinstance(word, str) for word in words) and words[2] in CODE_FORMATS
+    seed = info.get("shuffle_seed", 0)
+    known = known and type(info.get("shuffled", False)) is bool and type(seed) is int and seed >= 0
+    return known and sizes[0] * sizes[1] <= MOST_TOKENS
 
 
 def code_shape(info: Mapping[str, Any]) -> CodeShape | None:
@@ -72,13 +91,15 @@ def refuse_other_codes(ours: Mapping[str, Any], theirs: Mapping[str, Any], our_n
     ``ours`` is, for example, an adapter's record and ``theirs`` the statistics of the rows to answer.
     """
 
-    def key(info: Mapping[str, Any]) -> tuple[Any, bool]:
-        return info.get("sha256"), bool(info.get("shuffled"))
+    def key(info: Mapping[str, Any]) -> tuple[Any, ...]:
+        shuffled = bool(info.get("shuffled"))
+        return info.get("sha256"), shuffled, shuffled and info.get("shuffle_seed", 0)
 
     def shown(info: Mapping[str, Any]) -> str:
         if info.get("file") is None:
             return "no codes"
-        return f"{info['file']} (sha256 {str(info.get('sha256'))[:12]}{', shuffled' if info.get('shuffled') else ''})"
+        shuffled = f", shuffled by seed {info.get('shuffle_seed', 0)}" if info.get("shuffled") else ""
+        return f"{info['file']} (sha256 {str(info.get('sha256'))[:12]}{shuffled})"
 
     if key(ours) != key(theirs):
         raise InputError(
@@ -148,7 +169,7 @@ def load_config(name: str) -> PretrainedConfig:
     if gated and not get_token() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
         raise _explain(name, OSError("gated repo"))
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise _explain(name, error) from error
 
@@ -162,7 +183,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, legacy=False, padding_side="right")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **TOKENIZER)
     except Exception as error:
         raise _explain(name, error) from error
     if tokenizer.eos_token_id is None:
@@ -180,12 +201,19 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     more = {} if quantization is None else {"quantization_config": quantization, "device_map": device_map}
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, low_cpu_mem_usage=True, **more
-        )
-    except (OSError, ValueError, ImportError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, low_cpu_mem_usage=True, trust_remote_code=False,
+            output_loading_info=True, **more,
+        )  # fmt: skip
+    except Exception as error:
+        if type(error).__name__ in PASSED_ON:
+            raise
         raise _explain(name, error) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"model {name} lacks {len(missing)} of its weights, such as {missing[0]}; fetch it anew")
     return model
 
 
@@ -249,7 +277,10 @@ def load_saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder} holds no tokenizer.json; train_lora.py saves it with the adapter")
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), legacy=False, padding_side="right")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), **TOKENIZER)
+    except Exception as error:
+        raise _explain(f"{folder}: its tokenizer", error) from error
     return tokenizer
 
 
@@ -301,13 +332,22 @@ def read_saved(folder: str | Path, weights: str = "adapter_config.json") -> Save
     InputError where the folder, a file of it or a code token is missing.
     """
     folder = Path(folder)
-    for name in (weights, RECORD):
+    for name in (weights, RECORD, *([WEIGHTS] if weights == "adapter_config.json" else [])):
         if not (folder / name).is_file():
             what = "does not exist" if not folder.is_dir() else f"has no {name}"
             script = "merge_adapter.py" if weights == "config.json" else "train_lora.py"
             raise InputError(f"{folder} {what}; write it: cd lora_training && python {script}")
     record = read_json(folder / RECORD, "record")
-    if not isinstance(record, dict) or not {"codes", "base_model", "vocabulary"} <= record.keys():
+    if (
+        not isinstance(record, dict)
+        or not is_codes_info(record.get("codes"))
+        or not (
+            isinstance(record.get("base_model"), str)
+            and type(record.get("vocabulary")) is int
+            and type(record.get("base_vocabulary", 0)) in (int, type(None))
+            and isinstance(record.get("args", {}), dict)
+        )
+    ):
         raise InputError(f"{folder / RECORD} does not say which base model and codes belong to it; train again")
     tokenizer, shape = load_saved_tokenizer(folder), code_shape(record["codes"])
     if len(tokenizer) != record["vocabulary"]:
@@ -335,8 +375,44 @@ def load_adapted(
 ) -> PeftModel:
     """The base model, grown to the adapter's tokenizer, with the adapter on it (see merge_adapter.py for speed)."""
     check_base(saved, base_model)
-    from peft import PeftModel
-
+    check_adapter(saved.folder)
     model = load_base(base_model, dtype, quantization, device_map)
     resize_model(model, saved.tokenizer, seed=0)  # whatever is drawn, the adapter brings all new rows
-    return PeftModel.from_pretrained(model, str(saved.folder)).eval()
+    return put_adapter(model, saved.folder).eval()
+
+
+def check_adapter(folder: Path) -> None:
+    """InputError where the adapter's own two files cannot be read; no weights are loaded."""
+    from peft import LoraConfig, PeftConfig
+    from safetensors import safe_open
+
+    try:
+        read_json(folder / "adapter_config.json", "adapter configuration")
+        if not isinstance(PeftConfig.from_pretrained(str(folder)), LoraConfig):
+            raise ValueError("adapter_config.json is of another kind than LORA")
+        with safe_open(str(folder / WEIGHTS), "pt") as file:
+            if not file.keys():
+                raise ValueError(f"{WEIGHTS} holds nothing")
+    except InputError:
+        raise
+    except Exception as error:
+        raise _explain(f"{folder}: its adapter", error) from error
+
+
+def put_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The adapter of ``folder`` on ``model``; InputError where it is damaged, of another shape, or not whole."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+        with safe_open(str(Path(folder) / WEIGHTS), "pt") as file:
+            stored = set(file.keys())
+    except Exception as error:
+        if type(error).__name__ in PASSED_ON:
+            raise
+        raise _explain(f"{folder}: its adapter", error) from error
+    absent = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored)
+    if absent:
+        raise InputError(f"adapter {folder} lacks {len(absent)} of its weights, such as {absent[0]}; train it anew")
+    return adapted

@@ -11,9 +11,10 @@ constrained_all  beam search over ALL entities; their other known answers are le
 free             greedy text, read as numbered lines
 True/False tasks compare P(True) with P(False) (free: the text), all other tasks are answered by greedy text.
 
-Answers go line by line to answers.jsonl beside --output; after an interruption the same command goes on where it
-stopped and ends in the same bytes, since what is computed together does not depend on where that was. At the end
---output gets the run record, the metrics of score_answers.py and all answers.
+Answers go line by line to a file beside --output (answers.jsonl, or NAME.answers.jsonl for another NAME.json); after
+an interruption the same command goes on where it stopped and ends in the same bytes, since what is computed together
+does not depend on where that was. At the end --output gets the run record, the metrics of score_answers.py and all
+answers.
 
 Candidates without codes are names of unequal length: each is scored through the token that ends it, and ``tokens``
 keeps the lengths, so that score_answers.py can choose between sum and per-token mean on validation.
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from lora_training.candidate_scoring import TokenTrie
 
 HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "inference_results.json"
 DECODES = ("score", "constrained", "constrained_all", "free")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 WINDOW = 256  # rows that are sorted by length and cut into batches together
@@ -240,14 +242,14 @@ class Everything:
         self.relation = {name: i for i, name in enumerate(self.source.kg.relations)}
 
 
-def open_codes(info: dict[str, Any], codes: Path | None, dataset: Path | None, seed: int = 0) -> Source:
+def open_codes(info: dict[str, Any], codes: Path | None, dataset: Path | None) -> Source:
     """The data set and codes that ``info`` (``read_codes_info``) was made with; InputError where others are found."""
     recorded = Path(str(info.get("record", ""))).with_suffix(".pt") if info.get("record") else None
     source = open_source(
         argparse.Namespace(
-            codes=codes or (recorded if recorded and recorded.is_file() else None), dataset=dataset, seed=seed,
-            no_codes=info.get("file") is None, shuffle_codes=bool(info.get("shuffled")),
-            code_format=info.get("code_format", "spec"),
+            codes=codes or (recorded if recorded and recorded.is_file() else None), dataset=dataset,
+            seed=info.get("shuffle_seed", 0), no_codes=info.get("file") is None,
+            shuffle_codes=bool(info.get("shuffled")), code_format=info.get("code_format", "spec"),
         )
     )  # fmt: skip
     refuse_other_codes(info, source.codes_info, "the model", "--codes")
@@ -494,6 +496,12 @@ def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
 # ---------------------------------------------------------------- command
 
 
+def answers_path(output: Path) -> Path:
+    """Where the answers go line by line: answers.jsonl beside inference_results.json, else the output's own name, so
+    that two runs may share a folder."""
+    return output.with_name("answers.jsonl" if output.name == OUTPUT.name else f"{output.stem}.answers.jsonl")
+
+
 def resume(path: Path, plan: dict[str, Any], overwrite: bool) -> set[tuple[str, str]]:
     """What answers.jsonl holds already; a torn last line is cut off. InputError where it answers something else."""
     beside = path.with_name(path.name + ".plan.json")
@@ -502,6 +510,7 @@ def resume(path: Path, plan: dict[str, Any], overwrite: bool) -> set[tuple[str, 
         write_json(plan, beside)
         return set()
     before = read_json(beside, "plan") if beside.is_file() else {}
+    before = before if isinstance(before, dict) else {}
     differing = [f"{key} {before.get(key)!r} before, {plan[key]!r} now" for key in plan if before.get(key) != plan[key]]
     if differing:
         raise InputError(f"{path} holds answers of another run ({differing[0]}); give another --output, or --overwrite")
@@ -548,7 +557,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--limit", type=int, default=0, help="answer the first so many test rows alone (0: all)")
     group.add_argument("--val_limit", type=int, default=0, help="the same of the validation rows")
     group = parser.add_argument_group("answers")
-    group.add_argument("--output", type=Path, default=HERE / "inference_results.json", help="record, metrics, answers")
+    group.add_argument("--output", type=Path, default=OUTPUT, help="record, metrics, answers")
     group.add_argument("--decode", choices=DECODES, default="score", help="how link prediction is answered")
     group.add_argument("--beams", type=int, default=20, help="width of the constrained searches (1: greedy)")
     group.add_argument("--batch_size", type=int, default=8, help="True/False and free-text rows at once")
@@ -618,7 +627,7 @@ def main(argv: list[str] | None = None) -> None:
     check_lengths(found, reader, settings)
     device = pick_device(args.device)
     hashes = {part.path.name: sha256_file(part.path) for part in parts}
-    path = args.output.with_name("answers.jsonl")
+    path = answers_path(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     plan = {
         **reader.identity(), **{f"{name}_sha256": value for name, value in hashes.items()}, **settings._asdict(),

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = "adapter_model.safetensors"
     record = make_record(
         vars(args), {weights: sha256_file(saved.folder / weights)}, time.monotonic() - started, args.device,
-        base_model=base_model, base_vocabulary=saved.record["base_vocabulary"], vocabulary=len(saved.tokenizer),
+        base_model=base_model, base_vocabulary=saved.record.get("base_vocabulary"), vocabulary=len(saved.tokenizer),
         codes=saved.record["codes"], dtype=dtype, logit_difference=difference,
     )  # fmt: skip
     write_json(record, args.output_dir / RECORD)

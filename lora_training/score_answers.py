@@ -18,7 +18,6 @@ An answer that does not parse counts as wrong everywhere (rank infinite, judgeme
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import CommandParser, InputError, run_command, sha256_file, write_json
+from run_record import CommandParser, InputError, parse_json, run_command, sha256_file, write_json
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
@@ -69,12 +68,19 @@ def read_answers(path: str | Path) -> AnswerFile:
             if not line.endswith(b"\n"):
                 break
             try:
-                answer = json.loads(line)
-                missing = [field for field in FIELDS if field not in answer]
-            except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+                answer = parse_json(line)
+            except ValueError as error:
                 raise InputError(f"{path}:{number}: not one JSON answer per line ({error})") from error
+            if not isinstance(answer, dict):
+                raise InputError(
+                    f"{path}:{number}: a {type(answer).__name__} is no answer; write it anew: inference.py"
+                )
+            missing = [field for field in FIELDS if field not in answer]
             if missing:
                 raise InputError(f"{path}:{number}: an answer lacks {', '.join(missing)}; write it anew: inference.py")
+            wrong = _wrong_field(answer)
+            if wrong:
+                raise InputError(f"{path}:{number}: {wrong} does not fit the answer; write it anew: inference.py")
             key = (answer["split"], answer["id"])
             if key in seen:
                 raise InputError(f"{path}:{number}: {key[1]} of {key[0]} is answered twice")
@@ -82,6 +88,35 @@ def read_answers(path: str | Path) -> AnswerFile:
             answers.append(answer)
             end += len(line)
     return AnswerFile(answers, end)
+
+
+def _wrong_field(answer: Answer) -> str | None:
+    """The first field that holds what no answer has, or does not fit the others."""
+
+    def names(value: Any, least: int = 0) -> bool:
+        return isinstance(value, list) and len(value) >= least and all(isinstance(name, str) for name in value)
+
+    def numbers(value: Any, *others: type) -> bool:
+        return isinstance(value, list) and all(type(item) in (int, float, *others) for item in value)
+
+    candidates, scores, tokens, rank = (answer[key] for key in ("candidates", "scores", "tokens", "candidate_rank"))
+    size = len(candidates) if names(candidates) else -1
+    good = {key: isinstance(answer[key], str) for key in ("task_type", "split", "decode", "text", "expected")} | {
+        "id": type(answer["id"]) in (str, int),
+        "direction": answer["direction"] in (None, "head", "tail"),
+        "parsed": type(answer["parsed"]) is bool,
+        "truth": names(answer["truth"], 1),
+        "candidates": candidates is None or size >= 0,
+        "scores": scores is None or (numbers(scores, type(None)) and len(scores) == size),
+        "tokens": tokens is None or (numbers(tokens) and len(tokens) == size and all(n > 0 for n in tokens)),
+        "candidate_rank": rank is None or (type(rank) in (int, float) and rank >= 1),
+    }
+    if good["truth"] and is_ranking(answer):
+        good["candidates"], good["scores"] = size >= 0, good["scores"] and (scores is not None or not answer["parsed"])
+    elif good["truth"] and is_judgement(answer) and answer["parsed"]:
+        good["candidates"] = good["candidates"] and set(candidates or ()) == {TRUE, FALSE}
+        good["scores"] = numbers(scores) and len(scores) == size
+    return next((key for key, fits in good.items() if not fits), None)
 
 
 # ---------------------------------------------------------------- link prediction
