@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # torch takes a second to import: only the functions that need it do so
     import torch
@@ -130,6 +131,57 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_run(path: Path, flag: str = "--name") -> Iterator[None]:
+    """Hold ``path`` as a lock for as long as the run lives; InputError when another run holds it.
+
+    ``flag``: the one that gives a second run a place of its own.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (held open for as long as the run lives)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except OSError:
+            ours = False
+        if not ours:
+            raise InputError(f"another run is writing {path.with_suffix('')}; wait for it or choose another {flag}")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class Memory(NamedTuple):
+    """Bytes when an allocation failed."""
+
+    wanted: float
+    used: float
+    total: float
+
+
+def memory_wanted(error: BaseException) -> Memory | None:
+    """What a failed allocation wanted, on a GPU or the CPU; None where the error is another."""
+    import torch
+
+    text = str(error)
+    found = re.search(r"[Tt]ried to allocate ([0-9.]+) ?(bytes|KiB|MiB|GiB|TiB)", text)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in text:
+        return None
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    wanted = float(found[1]) * units[found[2]] if found else 0.0
+    if torch.cuda.is_available():
+        device = torch.cuda.current_device()
+        return Memory(
+            wanted, torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        )
+    return Memory(wanted, peak_memory_mb() * 2**20, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def save_torch(value: Any, path: str | Path) -> None:

@@ -11,14 +11,12 @@ of Eq. 9 in model/trainer.py.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import glob
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
@@ -30,6 +28,7 @@ from run_record import (
     InputError,
     load_torch,
     make_record,
+    only_run,
     read_json,
     run_command,
     seed_everything,
@@ -296,28 +295,6 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------- train and dump
-
-
-@contextmanager
-def only_run(path: Path) -> Iterator[None]:
-    """Hold ``path`` as a lock for as long as the run lives; InputError when another run holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (held open for as long as the run lives)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
-        except OSError:
-            ours = False
-        if not ours:
-            raise InputError(f"another run is writing {path.with_suffix('')}; wait for it or choose another --name")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict[str, Any]:
@@ -754,11 +731,14 @@ def predict(
 
 
 def main() -> None:
+    from model.sizes import sizes_named
+
     args = parse_args()
-    if not args.eval_codes:
-        train(args)
-    elif os.environ.get("RANK", "0") == "0":  # ranking from codes is one process's work, under torchrun too
-        eval_codes(args)
+    with sizes_named(args):
+        if not args.eval_codes:
+            train(args)
+        elif os.environ.get("RANK", "0") == "0":  # ranking from codes is one process's work, under torchrun too
+            eval_codes(args)
 
 
 if __name__ == "__main__":
