@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import benchmark_parser, write_rows
 from lora_training.candidate_scoring import WAYS, TokenTrie, constrained_beams, score_candidates
-from run_record import CommandParser, make_record, run_command, write_json
+from run_record import run_command
 
 REFERENCE = "full"
 
@@ -51,9 +52,8 @@ def timed(way: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def main() -> int:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="prompts of 1,024 tokens alone, one turn, a smaller model")
-    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
+    parser = benchmark_parser(__doc__, "prompts of 1,024 tokens alone, one turn, a smaller model")
+    parser.set_defaults(threads=1)
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024, 2048], help="prompt lengths in tokens")
     parser.add_argument("--candidates", type=int, default=20, help="candidates per prompt")
     parser.add_argument("--tokens", type=int, default=66, help="tokens per candidate")
@@ -65,7 +65,6 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the random model")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--turns", type=int, default=3, help="of each way, after one that warms up")
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and candidates")
     args = parser.parse_args()
@@ -116,10 +115,7 @@ def main() -> int:
         )
         rows.append({"prompt": P, "way": "constrained", "ms": seconds * 1e3, "trie_mib": trie.rows.nbytes / 2**20,
                      "trie_ms": built * 1e3, "found": len(found.owners)})  # fmt: skip
-    if args.json:
-        record = make_record(vars(args), {}, time.perf_counter() - begun, args.device, parameters=size, rows=rows)
-        write_json(record, args.json)
-        print(f"wrote {args.json}")
+    write_rows(args, rows, begun, device=args.device, parameters=size)
     return 0
 
 

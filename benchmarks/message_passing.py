@@ -2,7 +2,8 @@
 
     python benchmarks/message_passing.py [--quick] [--json F] [--dataset DIR]
 
-On FB15k-237 (a random graph of its size where the folder is not there), equal parameters, no dropout. The reference is
+On FB15k-237 (a random graph of its size where the folder is not there; --quick: a quarter of the triples), equal
+parameters, no dropout. The reference is
 the original's way: DGL with a user-defined message function and a matrix product per edge. The ways take turns, and
 each keeps its best time; errors are relative to the same layer in float64, the largest over output and gradients.
 Below the layer stand its parts: its matrix products alone, and the sum alone (forward, and with both gradients).
@@ -16,19 +17,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data.knowledge_graph import KnowledgeGraph
+from benchmarks.measure import DATASET, Row, benchmark_parser, best_times, print_table, write_rows
+from benchmarks.random_graph import real_or_random
 from model.CompGCN import CompGCNLayer, Encoded
 from model.message_passing import compose_sum, resolve_backend
 from model.relational_graph import RelationalGraph, import_dgl
-from run_record import ROOT, CommandParser, InputError, make_record, run_command, write_json
+from run_record import InputError, run_command
 
 REFERENCE = "matrix product per edge (DGL function)"
 
@@ -69,32 +69,6 @@ def one_graph_per_direction(graph: RelationalGraph) -> list[Any]:
     return GRAPHS[id(graph)]
 
 
-def load_triples(folder: Path, seed: int) -> tuple[str, np.ndarray, int, int, dict[str, str]]:
-    """(name, train triples, M, R, input hashes); without the folder, ids drawn by a 1/rank law at FB15k-237's sizes."""
-    if (folder / "train.txt").exists():
-        kg = KnowledgeGraph.load(folder)
-        return kg.name, kg.train, kg.num_entities, kg.num_relations, kg.input_hashes
-    rng, M, R, E = np.random.default_rng(seed), 14_541, 237, 272_115
-
-    def law(n: int) -> np.ndarray:
-        weight = 1 / np.arange(1, n + 1)
-        return rng.choice(n, E, p=weight / weight.sum())
-
-    return "random graph of FB15k-237's size", np.stack([law(M), law(R), law(M)], axis=1), M, R, {}
-
-
-def best_times(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each way's best of ``repeats`` turns, after one call that warms it up."""
-    best: dict[str, float] = {}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if turn:
-                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
-    return best
-
-
 def installed(backends: tuple[str, ...]) -> list[str]:
     """Those of ``backends`` that run here."""
     found = []
@@ -107,19 +81,17 @@ def installed(backends: tuple[str, ...]) -> list[str]:
 
 
 def main() -> int:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one turn each, under 50 s on two cores")
-    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "FB15k-237", help="the data set's folder")
+    parser = benchmark_parser(__doc__, "a quarter of the triples, one turn each")
+    parser.add_argument("--dataset", type=Path, default=DATASET, help="the data set's folder")
     parser.add_argument("--width", type=int, default=200, help="D, in and out")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and of a random graph")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     begun, D = time.perf_counter(), args.width
 
-    name, triples, M, R, hashes = load_triples(args.dataset, args.seed)
+    kg = real_or_random(args.dataset, args.seed)
+    triples, M, R = kg.train[:: 4 if args.quick else 1], kg.num_entities, kg.num_relations
     graph = RelationalGraph.from_triples(triples, M, R)
     backends = installed(("dgl", "torch", "fused"))
     x, v = torch.randn(M, D, requires_grad=True), torch.randn(2 * R, D, requires_grad=True)
@@ -178,25 +150,19 @@ def main() -> int:
         repeats,
     )
     reference = whole.get(REFERENCE)
-    rows = [
+    rows: list[Row] = [
         {
             "way": way,
-            "seconds": round(seconds, 4),
-            "ratio": round(reference / seconds, 1) if reference else None,
+            "seconds": seconds,
+            "ratio": reference / seconds if reference else None,
             "relative_error": error(layers[way]) if way in layers else None,
         }
         for way, seconds in {**whole, **parts}.items()
     ]
-    print(f"{name}: {M:,} entities, {2 * len(triples):,} edges, D = {D}, {args.threads} threads")
-    print(f"{'way':<42}{'seconds':>10}{'ratio':>9}{'rel. error':>13}")
-    for row in rows:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.1f}x"
-        off = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
-        print(f"{row['way']:<42}{row['seconds']:>10.4f}{ratio:>9}{off:>13}")
+    print(f"{kg.name}: {M:,} entities, {2 * len(triples):,} edges, D = {D}, {args.threads} threads")
+    print_table(rows, {"way": "<", "seconds": ".4f", "ratio": ".1f", "relative_error": ".1e"})
     print("ratio: the reference's seconds over this row's; for the parts, of the whole reference layer over the part")
-    if args.json:
-        write_json(make_record(vars(args), hashes, time.perf_counter() - begun, graph=name, rows=rows), args.json)
-        print(f"wrote {args.json}")
+    write_rows(args, rows, begun, inputs=kg.input_hashes, graph=kg.name)
     return 0
 
 

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
+from benchmarks.measure import DATASET, Row, benchmark_parser, print_table, write_rows
+from benchmarks.random_graph import real_or_random
+from data.knowledge_graph import Answers, with_inverse
 from model.ranking import filtered_ranks, rank_scores
-from run_record import ROOT, CommandParser, device_name, run_command, versions, write_json
+from run_record import run_command
 
 BATCH = 1024
 REFERENCE = "dense mask + two argsorts"
@@ -50,30 +52,6 @@ def masked_scores(scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor])
     return scores.masked_fill(mask, -torch.inf), scores[torch.arange(len(targets)), targets]
 
 
-def random_graph(seed: int) -> KnowledgeGraph:
-    """FB15k-237's sizes, entities and relations drawn by a 1/rank law."""
-    rng, M, R = np.random.default_rng(seed), 14_541, 237
-
-    def law(n: int, size: int) -> np.ndarray:
-        weight = 1 / np.arange(1, n + 1)
-        return rng.choice(n, size, p=weight / weight.sum())
-
-    train, valid, test = (np.stack([law(M, n), law(R, n), law(M, n)], axis=1) for n in (272_115, 17_535, 20_466))
-    names = [f"e{i}" for i in range(M)]
-    return KnowledgeGraph(
-        name="random triples",
-        entities=names,
-        relations=[f"r{i}" for i in range(R)],
-        train=train,
-        valid=valid,
-        test=test,
-        labels=names,
-        has_label=np.ones(M, dtype=bool),
-        descriptions=[""] * M,
-        relation_labels=[f"r{i}" for i in range(R)],
-    )
-
-
 def known_rows(answers: Answers, triples: np.ndarray) -> tuple[Tensor, Tensor]:
     """CSR of the known tails of each triple's query."""
     rows = answers.rows(triples[:, 0], triples[:, 1])
@@ -89,16 +67,14 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def main() -> int:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a sample of the batches, under 50 s on two cores")
-    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "FB15k-237", help="the data set's folder")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = benchmark_parser(__doc__, "a sample of the batches")
+    parser.add_argument("--dataset", type=Path, default=DATASET, help="the data set's folder")
     parser.add_argument("--seed", type=int, default=0, help="of the scores and of random triples")
     args = parser.parse_args()
+    begun = time.perf_counter()
     torch.set_num_threads(args.threads)
 
-    kg = KnowledgeGraph.load(args.dataset) if (args.dataset / "train.txt").exists() else random_graph(args.seed)
+    kg = real_or_random(args.dataset, args.seed)
     M, R = kg.num_entities, kg.num_relations
     triples, answers = with_inverse(kg.test, R), kg.answers()
     queries, query_of = np.unique(triples[:, 0] * (2 * R) + triples[:, 1], return_inverse=True)
@@ -137,23 +113,14 @@ def main() -> int:
         print(f"ranks differ from the reference's: {', '.join(unequal)}", file=sys.stderr)
         return 1
 
-    rows = [{"way": name, "seconds": s, "ratio": seconds[REFERENCE] / s} for name, s in seconds.items()]
-    print(f"{kg.name}: {len(triples):,} of {total:,} test queries, {len(queries):,} distinct, M = {M:,}; equal ranks")
-    print(f"{device_name('cpu')}, ratio = the reference's seconds / seconds\n")
-    print(f"{'way':<30}{'seconds':>10}{'ratio':>10}")
-    for row in rows:
-        print(f"{row['way']:<30}{row['seconds']:>10.3f}{row['ratio']:>10.1f}")
-    if args.json:
-        write_json(
-            {
-                "benchmark": "ranking",
-                "args": {"quick": args.quick, "threads": args.threads, "seed": args.seed},
-                "data": {"name": kg.name, "queries": len(triples), "distinct": len(queries), "entities": M},
-                "versions": versions(),
-                "rows": rows,
-            },
-            args.json,
-        )
+    rows: list[Row] = [{"way": name, "seconds": s, "ratio": seconds[REFERENCE] / s} for name, s in seconds.items()]
+    print(
+        f"{kg.name}: {len(triples):,} of {total:,} test queries, {len(queries):,} distinct, M = {M:,}; equal ranks; "
+        f"{args.threads} threads"
+    )
+    print_table(rows, {"way": "<", "seconds": ".3f", "ratio": ".1f"})
+    print("ratio: the reference's seconds over this row's")
+    write_rows(args, rows, begun, inputs=kg.input_hashes, graph=kg.name, queries=len(triples), distinct=len(queries))
     return 0
 
 

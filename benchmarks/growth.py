@@ -1,0 +1,186 @@
+"""Time per epoch and peak memory of training as the graph grows: 10^4, 10^5, 10^6 entities, ten triples each.
+
+    python benchmarks/growth.py [--quick] [--json F] [--sizes M ...]
+
+Random graphs by the law of benchmarks/random_graph.py. Each row is a process of its own, so that its peak memory is its
+own: the graph is drawn, the trainer built, codebooks initialised, then as many steps run as --steps says, by the
+trainer's own loop. The epoch's time is the start of an epoch plus these steps scaled to all of an epoch's: a sample
+of steps stands for the epoch. Ranking is that of 1,024 queries from codes.
+Model: D = 128, one graph layer, L x Q = 4 x 4 codes of K = 256, DistMult, no transformer block; loss exact or sampled.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import subprocess
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.measure import (
+    PartTimes,
+    Row,
+    around_parts,
+    benchmark_parser,
+    make_trainer,
+    print_table,
+    run_steps,
+    steps_per_epoch,
+    write_rows,
+)
+from benchmarks.random_graph import describe, random_kg
+from model.evaluation import evaluate_codes
+from model.precision import keep_freed_memory
+from model.trainer import Phase
+from run_record import InputError, make_record, peak_memory_mb, read_json, run_command, write_json
+
+MODEL = [
+    "--gcn_dim", "128", "--init_dim", "128", "--gcn_layers", "1", "--gcn_drop", "0", "--tf_layers", "0",
+    "--seq_len", "4", "--num_code", "256", "--num_quantizers", "4", "--code_dim", "32", "--decoder", "distmult",
+    "--warmup_epochs", "0", "--freeze_at", "1", "--device", "cpu",
+]  # fmt: skip
+EXACT_UP_TO = 100_000  # entities; above, a step of the exact loss takes minutes
+AVAILABLE_GB = {1_000_000: 16.0, 100_000: 3.0}
+
+
+def measure(args: argparse.Namespace) -> Row:
+    """One row, in this process: graph, trainer, ``steps`` steps, ranking."""
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    M, negatives = args.one
+    start = time.perf_counter()
+    kg = random_kg(M, 10 * M, args.seed, held_out=(512, 0))
+    draw_seconds = time.perf_counter() - start
+    flags = [*MODEL, "--batch", str(args.batch), "--encoder_every", str(args.encoder_every), "--seed", str(args.seed)]
+    trainer = make_trainer(kg, [*flags, "--num_negatives", str(negatives)], Path("unused"))
+    trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
+    steps = min(args.steps, steps_per_epoch(trainer))
+    if args.warm_steps:
+        run_steps(trainer, args.warm_steps)
+    parts = PartTimes()
+    with around_parts(trainer, parts):
+        total = run_steps(trainer, steps)
+    beginning, all_steps = parts.seconds["_start_epoch"], steps_per_epoch(trainer)
+    trained_peak = peak_memory_mb()
+    trainer.model.eval()
+    start = time.perf_counter()
+    assert trainer.codes is not None
+    with torch.no_grad():
+        relations = trainer.model.relation_vectors()
+    evaluate_codes(trainer.model.scorer, relations, trainer.codes, kg, "valid")
+    return {
+        "entities": M,
+        "triples": len(kg.train),
+        "loss": f"sampled, N = {negatives:,}" if negatives else "exact",
+        "steps": all_steps,
+        "sampled_steps": steps,
+        "draw_seconds": draw_seconds,
+        "ms_scorer": 1e3 * parts.seconds["_scorer_step"] / parts.calls["_scorer_step"],
+        "s_encoder": parts.seconds["_encoder_step"] / parts.calls["_encoder_step"],
+        "s_assign": parts.seconds["_refresh"] / parts.calls["_refresh"],
+        "epoch_seconds": beginning + (total - beginning) * all_steps / steps,
+        "rank_seconds": time.perf_counter() - start,
+        "peak_gb": trained_peak / 1024,
+        "peak_gb_ranked": peak_memory_mb() / 1024,
+        **{f"law_{key}": value for key, value in describe(kg.train, M).items() if "exponent" in key},
+    }
+
+
+def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
+    """The row that a child process measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "row.json"
+        words = [sys.executable, __file__, "--one", str(M), str(negatives), "--json", str(result)]
+        for flag in ("threads", "steps", "warm_steps", "batch", "encoder_every", "seed"):
+            words += [f"--{flag}", str(getattr(args, flag))]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"M = {M}, N = {negatives}: the process ended with {done.returncode} ({reason})")
+        row: Row = read_json(result, "row")["row"]
+        return row
+
+
+def available_gb() -> float:
+    """Memory that a process can have without swapping (Linux; infinite where it is not said)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+def growth_exponents(rows: list[Row]) -> dict[str, float]:
+    """b of seconds ~ M^b and of memory ~ M^b over the rows with the sampled loss, by least squares on logarithms."""
+    sampled = [row for row in rows if row["loss"] != "exact"]
+    if len({row["entities"] for row in sampled}) < 2:
+        return {}
+    sizes = np.log([row["entities"] for row in sampled])
+    return {
+        key: float(np.polyfit(sizes, np.log([row[key] for row in sampled]), 1)[0])
+        for key in ("epoch_seconds", "peak_gb", "s_encoder", "ms_scorer")
+    }
+
+
+def main() -> int:
+    parser = benchmark_parser(__doc__, "10^3 and 10^4 entities, eight steps")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="M of each graph")
+    parser.add_argument("--num_negatives", type=int, default=4096, help="N of the sampled softmax")
+    parser.add_argument("--steps", type=int, default=64, help="steps that stand for the epoch")
+    parser.add_argument("--warm_steps", type=int, default=1, help="steps before those")
+    parser.add_argument("--batch", type=int, default=1024, help="B, queries per step")
+    parser.add_argument("--encoder_every", type=int, default=64, help="steps per pass of the encoder")
+    parser.add_argument("--seed", type=int, default=0, help="of the graph and the model")
+    parser.add_argument("--one", type=int, nargs=2, metavar=("M", "N"), help="measure this row alone, in this process")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    if args.one:
+        row = measure(args)
+        if args.json:
+            write_json(make_record(vars(args), {}, time.perf_counter() - begun, row=row), args.json)
+        return 0
+    if args.quick:
+        args.sizes, args.steps, args.encoder_every = [1000, 10_000], 8, 8
+    rows: list[Row] = []
+    for M in args.sizes:
+        needed = max((gb for size, gb in AVAILABLE_GB.items() if size <= M), default=1.0)
+        if available_gb() < needed:
+            print(f"M = {M:,} left out: {available_gb():.1f} GB are free, {needed:.0f} GB are asked for")
+            continue
+        exact = in_own_process(args, M, 0) if M <= EXACT_UP_TO else None
+        sampled = in_own_process(args, M, args.num_negatives)
+        for found in [sampled] if exact is None else [exact, sampled]:
+            found["ratio"] = None if exact is None else exact["epoch_seconds"] / found["epoch_seconds"]
+            found["us_per_triple"] = 1e6 * found["epoch_seconds"] / found["triples"]
+            rows.append(found)
+    print_table(rows, {
+        "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "draw_seconds": ".1f",
+        "ms_scorer": ".1f", "s_encoder": ".2f", "s_assign": ".2f", "epoch_seconds": ".1f",
+        "us_per_triple": ".0f", "rank_seconds": ".2f", "peak_gb": ".2f", "peak_gb_ranked": ".2f", "ratio": ".2f",
+    })  # fmt: skip
+    exponents = growth_exponents(rows)
+    print(
+        f"epoch_seconds: start of the epoch + {args.steps} steps (an encoder pass per {args.encoder_every}) scaled to "
+        "all of them, not a whole epoch; ratio: the exact loss's epoch over this row's"
+    )
+    if exponents:
+        shown = ", ".join(f"{key} M^{value:.2f}" for key, value in exponents.items())
+        print(f"growth, fitted over the rows with the sampled loss: {shown}")
+    for row in rows[-1:]:
+        print(
+            f"degrees at M = {row['entities']:,}: exponent {row['law_out_exponent']:.2f} (heads), "
+            f"{row['law_in_exponent']:.2f} (tails); relations: {row['law_relation_exponent']:.2f}"
+        )
+    write_rows(args, rows, begun, growth_exponents=exponents)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,195 @@
+"""What the benchmarks share: flags, best times, this machine's rates, a training step by its parts, tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from model.precision import matmul_precision
+from run_record import ROOT, CommandParser, make_record, write_json
+
+if TYPE_CHECKING:
+    from data.knowledge_graph import KnowledgeGraph
+    from model.trainer import Trainer
+
+Row = dict[str, Any]
+
+
+def benchmark_parser(doc: str, quick: str) -> CommandParser:
+    """A parser with the flags of every benchmark: --quick (``quick`` says what it leaves out), --json and --threads."""
+    parser = CommandParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; under 50 s on two cores")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser
+
+
+def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """One line per row; ``columns``: key -> format, as in ``.2f`` or ``<30``. None and absent values stay blank."""
+
+    def shown(value: Any, form: str) -> str:
+        if value is None:
+            return ""
+        return format(value, form.lstrip("<") if not isinstance(value, str) else "")
+
+    cells = [list(columns)] + [[shown(row.get(key), form) for key, form in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print(
+            "  ".join(
+                text.ljust(width) if form.startswith("<") else text.rjust(width)
+                for text, width, form in zip(line, widths, columns.values(), strict=True)
+            ).rstrip()
+        )
+
+
+def write_rows(args: argparse.Namespace, rows: Sequence[Row], begun: float, **more: Any) -> None:
+    """With --json: the rows in a run record; ``begun``: time.perf_counter() at the start; ``more``: further entries."""
+    if args.json:
+        inputs, device = more.pop("inputs", {}), more.pop("device", "cpu")
+        write_json(make_record(vars(args), inputs, time.perf_counter() - begun, device, rows=rows, **more), args.json)
+        print(f"wrote {args.json}")
+
+
+# ---------------------------------------------------------------- times and rates
+
+
+def finish(device: torch.device | str) -> None:
+    """Wait for what a GPU was asked to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_times(
+    ways: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Seconds of each way's best of ``repeats`` turns, after one call that warms it up; the ways take turns."""
+    best: dict[str, float] = {}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            finish(device)
+            start = time.perf_counter()
+            way()
+            finish(device)
+            if turn:
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+    return best
+
+
+def matmul_rate(precision: str, device: torch.device | str = "cpu", size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a float32 product of two [size, size] matrices under ``matmul_precision(precision)``."""
+    a, b = torch.randn(2, size, size, device=device)
+    out = torch.empty_like(a)
+    with matmul_precision(precision):
+        seconds = best_times({"product": lambda: torch.mm(a, b, out=out)}, repeats, device)["product"]
+    return 2 * size**3 / seconds
+
+
+def copy_bandwidth(device: torch.device | str = "cpu", size: int = 2**28, repeats: int = 5) -> float:
+    """Bytes per second of a copy of ``size`` bytes, read and written both counted."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / best_times({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
+
+
+# ---------------------------------------------------------------- a training step, by its parts
+
+STEP_PARTS = {
+    "_start_epoch": "start of the epoch",
+    "_scorer_step": "scorer, forward and backward",
+    "_encoder_step": "encoder, forward and backward",
+    "_refresh": "encoder without dropout, assignment",
+    "optimizer.step": "Adam",
+}
+
+
+def make_trainer(
+    kg: KnowledgeGraph, flags: Sequence[str], checkpoint: Path, device: torch.device | str = "cpu"
+) -> Trainer:
+    """The trainer that ``run_rq.py FLAGS`` would make for ``kg``; it is seeded and has trained nothing yet."""
+    from model.RQGCN import RQGCN
+    from model.trainer import Trainer, TrainSettings
+    from run_record import seed_everything
+    from run_rq import model_arguments, parse_args
+
+    args = parse_args(list(flags))
+    seed_everything(args.seed)
+    config = model_arguments(args, None)
+    model = RQGCN(kg.num_entities, kg.num_relations, **config)
+    settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
+    return Trainer(kg, model, settings, checkpoint, config, {}, None, device, lambda line: None)
+
+
+@contextmanager
+def around_parts(
+    trainer: Trainer, context: Callable[[str], AbstractContextManager[object]], parts: Sequence[str] = tuple(STEP_PARTS)
+) -> Iterator[None]:
+    """Every call of the trainer's ``parts`` (methods, or those of an attribute) runs inside ``context(part)``."""
+    replaced = []
+    for part in parts:
+        *owners, name = part.split(".")
+        owner = getattr(trainer, owners[0]) if owners else trainer
+        method = getattr(owner, name)
+
+        def wrapped(*args: Any, method: Callable[..., Any] = method, part: str = part, **kwargs: Any) -> Any:
+            with context(part):
+                return method(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+        replaced.append((owner, name, method))
+    try:
+        yield
+    finally:
+        for owner, name, method in replaced:
+            setattr(owner, name, method)
+
+
+class PartTimes:
+    """Seconds and calls of each part; outermost calls alone, so that a part that calls another counts as one."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device, self.seconds, self.calls, self._inside = device, dict[str, float](), dict[str, int](), False
+
+    @contextmanager
+    def _measured(self, part: str) -> Iterator[None]:
+        self._inside = True
+        finish(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            finish(self.device)
+            self._inside = False
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+            self.calls[part] = self.calls.get(part, 0) + 1
+
+    def __call__(self, part: str) -> AbstractContextManager[object]:
+        return nullcontext() if self._inside else self._measured(part)
+
+
+def run_steps(trainer: Trainer, steps: int) -> float:
+    """Seconds of an epoch of the trainer that is cut to its first ``steps`` batches, by the trainer's own loop."""
+    batches = trainer._batches
+    trainer._batches = lambda: batches()[:steps]  # type: ignore[method-assign]
+    try:
+        finish(trainer.device)
+        start = time.perf_counter()
+        trainer._train_epoch()
+        finish(trainer.device)
+        return time.perf_counter() - start
+    finally:
+        trainer._batches = batches  # type: ignore[method-assign]
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    return -(-len(trainer.heads) // trainer.settings.batch)
+
+
+DATASET = ROOT / "data" / "FB15k-237"
+FAMILY = ROOT / "data" / "family"
