@@ -233,7 +233,7 @@ def test_a_merged_model_answers_alike(world: World, scored: tuple[Path, Rows]) -
         20,
     ]
     inference.main([str(word) for word in (*flags, "--max_new_tokens", 6, "--device", "cpu")])
-    found = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (out / "r.answers.jsonl").read_text().splitlines()]
     expected = {(answer["split"], answer["id"]): answer for answer in scored[1]}
     assert any(answer["scores"] for answer in found)
     for answer in found:

@@ -1,0 +1,422 @@
+"""Does the LLM gain from codes? Six rows on the same test queries, over seeds, with mean and spread.
+
+    python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out comparison
+    python lora_training/compare_llm.py --dataset data/family --seeds 0 --out comparison_quick --quick
+
+the candidate model          stage 1, trained on the training split: its codes go to the LLM, its lists to the prompts
+the candidate model, refitted   the same flags, trained on the training split and the nine tenths of valid on which the
+                             LLM is tuned: the fair rival; ranked by its own scores of all entities
+copies the first candidate   the list as it stands
+the LLM without codes        names alone
+the LLM with shuffled codes  every entity has another one's codes, the same in training and test
+the LLM with codes           the result
+
+Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. As in
+the paper an LLM is tuned twice: on queries of the training split, whose candidates stand in random order (stage 1 has
+learned these answers), then on nine tenths of valid, whose candidates stand as ranked.
+
+Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
+stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
+python tables/make_tables.py --records OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.candidates import find_rows, read_candidates
+from Class.codes import code_stem
+from Class.gen_lp_data_rq import TASK, disjoint_parts
+from Class.instructions import Row, existing_split, read_rows, split_path
+from data.knowledge_graph import KnowledgeGraph
+from lora_training.score_answers import Metrics, ranking_metrics
+from run_record import ROOT, CommandParser, InputError, make_record, read_json, run_command, write_json, write_text
+from tables.results import stat
+from tables.sanity import RANKING, check_ranking
+
+Recipe = dict[str, dict[str, Any]]
+
+# flags of each stage; the README says what was measured with them
+RECIPE: Recipe = {
+    "stage1": {"seq_len": 4, "num_code": 256, "num_quantizers": 4, "decoder": "distmult", "epoch": 40, "lr": 0.005,
+               "batch": 256, "encoder_every": 2, "eval_every": 5},
+    "data": {"num_candidates": 6},
+    "base": {"width": 128, "layers": 4, "heads": 4, "vocab_size": 2000, "epochs": 2, "block": 256, "batch": 16,
+             "lr": 2e-3},
+    "first_data": {"limit": 4000},
+    "first": {"epochs": 1, "batch_size": 16, "learning_rate": 3e-3, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0},
+    "second": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0},
+}  # fmt: skip
+# the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
+QUICK: Recipe = RECIPE | {
+    "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
+    "data": {"num_candidates": 4},
+    "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
+    "first_data": {"limit": 48},
+    "second": RECIPE["second"] | {"epochs": 1},
+}
+
+
+class Variant(NamedTuple):
+    """What an LLM reads of an entity."""
+
+    name: str  # of its folder
+    row: str  # in the comparison
+    flags: tuple[str, ...]  # of the instruction data
+
+
+WITHOUT = Variant("without_codes", "the LLM without codes", ("--no_codes",))
+SHUFFLED = Variant("shuffled_codes", "the LLM with shuffled codes", ("--shuffle_codes",))
+WITH = Variant("with_codes", "the LLM with codes", ())
+VARIANTS = (WITHOUT, SHUFFLED, WITH)
+CANDIDATE_MODEL = "the candidate model"
+REFITTED = "the candidate model, refitted with the tuning part of valid"
+COPIED = "copies the first candidate"
+ROWS = (CANDIDATE_MODEL, REFITTED, COPIED, *(variant.row for variant in VARIANTS))
+RESULTS = "inference_results.json"
+
+
+# ---------------------------------------------------------------- steps
+
+
+class Step(NamedTuple):
+    """A command of another script."""
+
+    name: str
+    words: list[str]  # the script, then its flags
+    made: list[Path]  # what it leaves
+    checkpoints: Path | None = None  # of train_lora.py: where an interrupted run goes on
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """``{"lr": 0.1}`` -> ``["--lr", "0.1"]``."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def resumed(step: Step) -> list[str]:
+    """The words of a step, so that it goes on from the last checkpoint of an interrupted run where it left one."""
+    if step.checkpoints is None:
+        return step.words
+    there = any(step.checkpoints.glob("checkpoint-*/trainer_state.json"))
+    return [*step.words, *(["--resume_from_checkpoint", "last"] if there else ["--overwrite"])]
+
+
+def is_done(step: Step, marks: Path) -> bool:
+    """Whether a step ended well and what it made is still there."""
+    return (marks / f"{step.name}.json").is_file() and all(path.exists() for path in step.made)
+
+
+def run_steps(steps: Sequence[Step], marks: Path, title: str) -> None:
+    """Run the steps that are not done, one after another, each in a process of its own. InputError where one fails."""
+    for number, step in enumerate(steps, 1):
+        if is_done(step, marks):
+            continue
+        words = resumed(step)
+        print(f"\n[{title}, step {number} of {len(steps)}] {step.name}\n$ python {shlex.join(words)}", flush=True)
+        started = time.monotonic()
+        code = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+        missing = [str(path) for path in step.made if not path.exists()]
+        if code or missing:
+            problem = f"ended with exit code {code}" if code else f"did not write {missing[0]}"
+            raise InputError(f"{title}, step {step.name} {problem}; see above, then repeat the command to go on")
+        write_json({"command": words, "seconds": round(time.monotonic() - started, 1)}, marks / f"{step.name}.json")
+
+
+class Places(NamedTuple):
+    """Where one seed's files are."""
+
+    root: Path
+
+    @property
+    def marks(self) -> Path:
+        return self.root / "done"
+
+    def candidates(self, name: str) -> Path:
+        return self.root / "candidates" / f"{name}.npz"
+
+    def results(self, variant: Variant) -> Path:
+        return self.root / variant.name / RESULTS
+
+    def rows(self, variant: Variant) -> Path:
+        """The folder of the instruction data that are answered."""
+        return self.root / variant.name / "data" / TASK
+
+
+def stem_of(dataset: str, recipe: Recipe) -> str:
+    """The name of stage 1's files."""
+    sizes = recipe["stage1"]
+    return code_stem(dataset, sizes["seq_len"], sizes["num_code"], sizes["num_quantizers"])
+
+
+def stage1_steps(name: str, dataset: Path, folder: Path, recipe: Recipe, seed: int) -> tuple[Step, list[str]]:
+    """Training of stage 1 on ``dataset``, and the words that rank from its codes."""
+    stem = stem_of(dataset.name, recipe)
+    codes, checkpoint = folder / f"{stem}.pt", folder / "checkpoints" / f"{stem}.pt"
+    words = ["run_rq.py", "--dataset", str(dataset), *flags(recipe["stage1"]), "--seed", str(seed)]
+    words += ["--out_dir", str(folder), "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]
+    ranking = ["run_rq.py", "--dataset", str(dataset), "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
+    return Step(name, words, [codes, codes.with_suffix(".json"), checkpoint]), ranking
+
+
+def export_step(name: str, ranking: list[str], split: str, path: Path) -> Step:
+    """Candidates of a split, by the codes that ``ranking`` names."""
+    return Step(name, [*ranking, "--export_candidates", str(path), "--split", split], [path])
+
+
+def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, recipe: Recipe, seed: int) -> list[Step]:
+    """Everything that one seed takes, in order. ``refit``: the folder of ``write_refit``."""
+    root = places.root
+    train, ranking = stage1_steps("stage1", dataset, root / "codes", recipe, seed)
+    train_again, ranking_again = stage1_steps("refit", refit, root / "refit", recipe, seed)
+    base = root / "tiny_base"
+    make_base = ["lora_training/make_tiny_base.py", "--dataset", str(dataset), "--out", str(base)]
+    return [
+        train,
+        *(export_step(f"candidates_{split}", ranking, split, places.candidates(split)) for split in kg_splits()),
+        train_again,
+        export_step("candidates_refit", ranking_again, "test", places.candidates("refit")),
+        Step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
+        *(step for variant in VARIANTS
+          for step in llm_steps(variant, dataset, train.made[0], base, places, recipe, seed)),
+    ]  # fmt: skip
+
+
+def kg_splits() -> tuple[str, str, str]:
+    """The splits that have candidates."""
+    return "train", "valid", "test"
+
+
+def llm_steps(
+    variant: Variant, dataset: Path, codes: Path, base: Path, places: Places, recipe: Recipe, seed: int
+) -> list[Step]:
+    """Data, first tuning, merge, second tuning and answers of one LLM."""
+    folder, name = places.root / variant.name, variant.name
+    lists = [str(places.candidates(split)) for split in kg_splits()]
+    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, *flags(recipe["data"])]
+    data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(codes)])]
+
+    def data_step(which: str, words: list[str]) -> Step:
+        out = folder / which
+        return Step(f"{name}_{which}", [*data, *words, "--out_dir", str(out)], [split_path(out / TASK, "train")])
+
+    def tuning(which: str, model: Path, rows: str) -> Step:
+        out, task = folder / which, folder / rows / TASK
+        words = ["lora_training/train_lora.py", "--model_name", str(model), "--output_dir", str(out)]
+        words += ["--train_data", str(split_path(task, "train")), "--val_data", str(split_path(task, "validation"))]
+        words += [*flags(recipe[which]), "--seed", str(seed)]
+        return Step(f"{name}_{which}", words, [out / "lora_adapters" / "run_record.json"], out / "checkpoints")
+
+    merged = folder / "tuned_on_train"
+    merge = ["lora_training/merge_adapter.py", "--lora_adapter", str(folder / "first" / "lora_adapters")]
+    answer = ["lora_training/inference.py", "--lora_adapter", str(folder / "second" / "lora_adapters")]
+    answer += ["--test_data", str(split_path(places.rows(variant), "test")), "--output", str(places.results(variant))]
+    return [
+        data_step("first_data", ["--candidates", *lists, "--from", "train", *flags(recipe["first_data"])]),
+        data_step("data", ["--candidates", *lists[1:]]),
+        tuning("first", base, "first_data"),
+        Step(f"{name}_merge", [*merge, "--output_dir", str(merged)], [merged / "config.json"]),
+        tuning("second", merged, "data"),
+        Step(f"{name}_answers", answer, [places.results(variant)]),
+    ]
+
+
+# ---------------------------------------------------------------- the refitted rival
+
+
+def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
+    """The graph as the rival of the tuned LLM may see it: what the LLM is tuned on has moved from valid to train.
+
+    The same cut as Class/gen_lp_data_rq.py makes under ``seed``; entities and relations keep their ids.
+    """
+    parts = disjoint_parts(kg, seed)
+    splits = {"train": np.concatenate([kg.train, parts.tuning]), "valid": parts.validation, "test": kg.test}
+    for split, triples in splits.items():
+        lines = (f"{kg.entities[h]}\t{kg.relations[r]}\t{kg.entities[t]}\n" for h, r, t in triples.tolist())
+        write_text("".join(lines), folder / f"{split}.txt")
+    for name, values in (("entities", kg.entities), ("relations", kg.relations)):
+        write_text("".join(f"{i}\t{value}\n" for i, value in enumerate(values)), folder / f"{name}.dict")
+
+
+def ranks_of(candidates: Path, rows: Iterable[Row], kg: KnowledgeGraph) -> list[float]:
+    """The truth's rank among all entities, as ``candidates`` has it, for the query of each row of link prediction.
+
+    Raises InputError for a query that has no rank there.
+    """
+    entity = {name: i for i, name in enumerate(kg.entities)}
+    relation = {name: i for i, name in enumerate(kg.relations)}
+    queries = []
+    for row in rows:
+        h, r, t = entity[row["triple"][0]], relation[row["triple"][1]], entity[row["triple"][2]]
+        queries.append((h, r, t) if row["direction"] == "tail" else (t, r + kg.num_relations, h))
+    found = read_candidates([candidates], kg)
+    wanted = np.array(queries, dtype=np.int64).reshape(-1, 3)
+    at = find_rows(found, wanted, kg)
+    ranks = np.where((at >= 0) & (found.truth[at] == wanted[:, 2]), found.rank[at], np.nan)
+    if np.isnan(ranks).any():
+        raise InputError(
+            f"candidates file {candidates} has no rank for {int(np.isnan(ranks).sum())} of the test queries"
+        )
+    return [float(rank) for rank in ranks]
+
+
+# ---------------------------------------------------------------- rows
+
+
+class Found(NamedTuple):
+    """One row of one seed."""
+
+    record: str  # that it comes from, relative to OUT
+    metrics: Metrics  # MRR, Hits@1/3/10 and the number of queries
+
+
+def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What tells the test queries of an answers' record apart, sorted: whoever is compared has answered the same."""
+    return sorted(
+        (answer["id"], answer["truth"][0], answer["direction"], answer["candidate_rank"])
+        for answer in record["answers"] if answer["split"] == "test"
+    )  # fmt: skip
+
+
+def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path) -> dict[str, Found]:
+    """The six rows of one seed. InputError where the three LLMs were not asked the same queries."""
+    records = {variant: read_json(places.results(variant), "answers' record") for variant in VARIANTS}
+    queries = {variant: asked(record) for variant, record in records.items()}
+    for variant in VARIANTS:
+        if queries[variant] != queries[WITH]:
+            raise InputError(
+                f"{places.results(variant)} answers other queries than {places.results(WITH)}; remove {places.marks} "
+                "and repeat the command"
+            )
+    tests = {variant: record["metrics"][TASK]["test"] for variant, record in records.items()}
+    test_rows = existing_split(places.rows(WITH), "test")
+    if test_rows is None:
+        raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
+    refit = ranking_metrics(ranks_of(places.candidates("refit"), read_rows(test_rows), kg))
+    count, with_codes = len(queries[WITH]), places.results(WITH)
+    rows = {
+        CANDIDATE_MODEL: (with_codes, tests[WITH]["candidate_model"]),
+        REFITTED: (refit_record, refit),
+        COPIED: (with_codes, tests[WITH]["as_listed"]),
+        **{variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS},
+    }
+    found = {}
+    for name, (path, metrics) in rows.items():
+        kept = {key: metrics[key] for key in RANKING} | {"count": count}
+        check_ranking(path, name, kept)
+        found[name] = Found(str(path.relative_to(out)), kept)
+    return found
+
+
+def summary(by_seed: Mapping[int, Mapping[str, Found]]) -> list[dict[str, Any]]:
+    """Each row with its seeds' metrics and records, their mean and sample standard deviation (null for one seed)."""
+    rows = []
+    for name in ROWS:
+        found = {seed: rows_of_seed[name] for seed, rows_of_seed in by_seed.items()}
+        stats = {key: stat([one.metrics[key] for one in found.values()]) for key in RANKING}
+        rows.append({
+            "row": name,
+            "records": {str(seed): one.record for seed, one in found.items()},
+            "seeds": {str(seed): one.metrics for seed, one in found.items()},
+            "mean": {key: value.mean for key, value in stats.items()},
+            "std": {key: value.std for key, value in stats.items()},
+        })  # fmt: skip
+    return rows
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row: mean, and the spread where there are several seeds."""
+    print(f"\n{'test, filtered, both directions':60}" + "".join(f"{name:>16}" for name in RANKING))
+    for row in rows:
+        cells = []
+        for name in RANKING:
+            spread = row["std"][name]
+            cells.append(f"{row['mean'][name]:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
+        print(f"{row['row']:60}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Write what the steps rest on, or compare: InputError where OUT was begun with something else."""
+    path = out / "plan.json"
+    if not path.is_file():
+        write_json(plan, path)
+        return
+    before = read_json(path, "plan")
+    differing = [key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]]
+    if differing:
+        raise InputError(f"--out {out} was begun with another {' and '.join(differing)}; give another folder")
+
+
+def read_recipe(path: Path | None, quick: bool) -> Recipe:
+    """The recipe, a file's flags in place of its own. InputError for a part that does not exist."""
+    recipe = QUICK if quick else RECIPE
+    if path is None:
+        return recipe
+    given = read_json(path, "recipe")
+    if not isinstance(given, dict) or not all(isinstance(part, dict) for part in given.values()):
+        raise InputError(f"--recipe {path} must hold flags by part: {', '.join(RECIPE)}")
+    unknown = sorted(given.keys() - RECIPE.keys())
+    if unknown:
+        raise InputError(f"--recipe {path} has a part {unknown[0]!r}; there are {', '.join(RECIPE)}")
+    return {part: values | given.get(part, {}) for part, values in recipe.items()}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="lora_training/compare_llm.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of everything per seed")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets everything; goes on where it is")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that every step runs")
+    parser.add_argument("--recipe", type=Path, metavar="FILE.json", help='flags in place of RECIPE\'s: {"base": {...}}')
+    args = parser.parse_args(argv)
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, args.seeds))}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.monotonic()
+    args = parse_args(argv)
+    recipe = read_recipe(args.recipe, args.quick)
+    dataset, out = args.dataset.resolve(), args.out.resolve()
+    kg = KnowledgeGraph.load(dataset)
+    check_plan(out, {"data set": kg.input_hashes, "recipe": recipe})
+    by_seed = {}
+    for seed in args.seeds:
+        places = Places(out / f"seed_{seed}")
+        refit = places.root / f"{kg.name}_refit"
+        write_refit(kg, refit, seed)
+        run_steps(seed_steps(kg, dataset, refit, places, recipe, seed), places.marks, f"seed {seed}")
+        refit_record = places.root / "refit" / f"{stem_of(refit.name, recipe)}.json"
+        by_seed[seed] = seed_rows(places, kg, out, refit_record)
+    rows = summary(by_seed)
+    record = make_record(
+        vars(args) | {"seed": None}, kg.input_hashes, time.monotonic() - started, dataset=kg.name, recipe=recipe,
+        seconds={str(seed): seconds_of(out / f"seed_{seed}" / "done") for seed in args.seeds}, rows=rows,
+    )  # fmt: skip
+    write_json(record, out / "comparison.json")
+    print_rows(rows)
+    print(f"wrote {out / 'comparison.json'}")
+    print(f"next: python tables/make_tables.py --records {args.out}")
+
+
+def seconds_of(marks: Path) -> dict[str, float]:
+    """Seconds per step of one seed, as its marks have it."""
+    return {path.stem: read_json(path, "mark")["seconds"] for path in sorted(marks.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,289 @@
+"""The comparison of LLMs with and without codes: its rows, the refitted rival, what a repeated command does again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import run_rq
+from Class import gen_lp_data_rq
+from Class.candidates import Candidates, write_candidates
+from Class.gen_lp_data_rq import both_directions, disjoint_parts
+from Class.instructions import Row, make_row, read_rows, split_path, write_rows
+from data.knowledge_graph import KnowledgeGraph
+from lora_training import compare_llm, inference, make_tiny_base, merge_adapter, train_lora
+from lora_training.compare_llm import (
+    CANDIDATE_MODEL,
+    COPIED,
+    QUICK,
+    RECIPE,
+    REFITTED,
+    ROWS,
+    SHUFFLED,
+    VARIANTS,
+    WITH,
+    Found,
+    Places,
+    Step,
+    ranks_of,
+    read_recipe,
+    run_steps,
+    seed_rows,
+    seed_steps,
+    summary,
+    write_refit,
+)
+from lora_training.score_answers import report
+from run_record import InputError, read_json, write_json
+from tables.results import collect
+
+N = 4  # candidates that the toy rows list
+
+
+# ---------------------------------------------------------------- a toy seed
+
+
+def rows_of(kg: KnowledgeGraph) -> list[Row]:
+    """The test rows: the truth stands last among N candidates, its rank by the candidate model is N."""
+    made = []
+    for i, (h, r, t) in enumerate(both_directions(kg.test, kg.num_relations).tolist()):
+        tail = r < kg.num_relations
+        triple = (h, r, t) if tail else (t, r - kg.num_relations, h)
+        others = [e for e in range(kg.num_entities) if e != t][: N - 1]
+        made.append(make_row(
+            "?", "1. x", id=f"link_prediction-test-{i}", task_type="link_prediction", split="test",
+            triple=[kg.entities[triple[0]], kg.relations[triple[1]], kg.entities[triple[2]]],
+            direction="tail" if tail else "head", candidates=[kg.entities[e] for e in [*others, t]],
+            truth=[kg.entities[t]], candidate_rank=float(N),
+        ))  # fmt: skip
+    return made
+
+
+def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
+    """A record of answers that rank the truth of row i at ``place(i)``, 1 to N."""
+    answers = []
+    for i, row in enumerate(rows):
+        scores = [-2.0 * k for k in range(N - 1)] + [1.0 - 2 * (place(i) - 1)]
+        own = {
+            key: row[key] for key in ("id", "task_type", "split", "direction", "candidates", "truth", "candidate_rank")
+        }
+        said = {"decode": "score", "scores": scores, "tokens": None, "text": "", "expected": "", "parsed": True}
+        answers.append(own | said)
+    return {"answers": answers, "metrics": report(answers)}
+
+
+def export_ranks(kg: KnowledgeGraph, path: Path, rank: float) -> None:
+    """Lists of the refitted model in an order of their own, in all of which the truth has the rank ``rank``."""
+    queries = both_directions(kg.test, kg.num_relations)[::-1]
+    n = len(queries)
+    ids = np.tile(np.arange(2), (n, 1))
+    write_candidates(
+        path,
+        Candidates(queries[:, :2], queries[:, 2], ids, None, np.full(n, rank), np.full(n, True), {"split": "test"}),
+        kg,
+    )
+
+
+def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
+    """What the steps of one seed leave, as far as rows need it: the truth of LLM v is at N - 1 - v for most rows."""
+    rows = rows_of(kg)
+    for level, variant in enumerate(VARIANTS):
+        write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
+    write_rows(split_path(places.rows(WITH), "test"), rows)
+    export_ranks(kg, places.candidates("refit"), 8.0)
+
+
+def test_rows_come_from_the_answers_and_the_refitted_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    places = Places(tmp_path / "seed_0")
+    fill(ring_kg, places)
+    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "refit" / "x.json")
+    assert tuple(found) == ROWS
+    mrr = {name: one.metrics["mrr"] for name, one in found.items()}
+    expected = {CANDIDATE_MODEL: 1 / 4, REFITTED: 1 / 8, COPIED: 1 / 4}
+    expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
+    assert mrr == pytest.approx(expected)
+    assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
+    assert found[REFITTED].record == "seed_0/refit/x.json"
+    assert found[WITH.row].record == "seed_0/with_codes/inference_results.json" == found[COPIED].record
+
+
+def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    fill(ring_kg, places)
+    write_json(answered(rows_of(ring_kg)[1:], lambda i: 1), places.results(SHUFFLED))
+    with pytest.raises(InputError, match="other queries"):
+        seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json")
+
+
+def test_mean_and_spread_are_those_of_the_seeds() -> None:
+    values = {0: 0.5, 1: 0.7, 4: 0.9}
+    by_seed = {
+        seed: {name: Found(f"{seed}", {"mrr": mrr, "hits@1": mrr, "hits@3": 1.0, "hits@10": 1.0}) for name in ROWS}
+        for seed, mrr in values.items()
+    }
+    rows = summary(by_seed)
+    assert [row["row"] for row in rows] == list(ROWS)
+    assert rows[0]["mean"]["mrr"] == pytest.approx(0.7) and rows[0]["std"]["mrr"] == pytest.approx(0.2)
+    assert rows[0]["std"]["hits@3"] == 0 and rows[0]["records"] == {"0": "0", "1": "1", "4": "4"}
+    assert summary({0: by_seed[0]})[0]["std"] == dict.fromkeys(("mrr", "hits@1", "hits@3", "hits@10"))
+
+
+# ---------------------------------------------------------------- the refitted rival
+
+
+def test_the_rival_learns_what_the_llm_is_tuned_on(ring: Path, ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    def named(kg: KnowledgeGraph, triples: np.ndarray) -> set[tuple[str, ...]]:
+        return {(kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in triples.tolist()}
+
+    write_refit(ring_kg, tmp_path / "ring_refit", seed=3)
+    refit = KnowledgeGraph.load(tmp_path / "ring_refit")
+    parts = disjoint_parts(ring_kg, 3)
+    assert refit.entities == ring_kg.entities and refit.relations == ring_kg.relations
+    assert len(parts.tuning) and named(refit, refit.train) == named(ring_kg, ring_kg.train) | named(
+        ring_kg, parts.tuning
+    )
+    assert named(refit, refit.valid) == named(ring_kg, parts.validation)
+    assert np.array_equal(refit.test, ring_kg.test), "same ids, same order"
+    cuts = set()
+    for seed in range(4):
+        write_refit(ring_kg, tmp_path / f"cut_{seed}", seed)
+        cuts.add(tuple(sorted(named(refit, KnowledgeGraph.load(tmp_path / f"cut_{seed}").valid))))
+    assert len(cuts) > 1, "the seed chooses the cut"
+
+
+def test_ranks_follow_the_rows(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    rows, queries = rows_of(ring_kg), both_directions(ring_kg.test, ring_kg.num_relations)
+    ranks = np.arange(1.0, len(queries) + 1)
+    order = np.random.default_rng(0).permutation(len(queries))
+    lists = Candidates(
+        queries[order, :2], queries[order, 2], np.tile([0, 1], (len(order), 1)), None, ranks[order],
+        np.full(len(order), True), {},
+    )  # fmt: skip
+    write_candidates(tmp_path / "all.npz", lists, ring_kg)
+    assert ranks_of(tmp_path / "all.npz", rows[3:9], ring_kg) == ranks[3:9].tolist()
+    lists.rank[0] = np.nan
+    write_candidates(tmp_path / "gap.npz", lists, ring_kg)
+    with pytest.raises(InputError, match="no rank for 1 of the test queries"):
+        ranks_of(tmp_path / "gap.npz", rows, ring_kg)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def step(folder: Path, name: str, code: int = 0) -> Step:
+    """A step that counts its runs in ``name``.runs and, unless it fails, writes ``name``."""
+    made = folder / name
+    text = (
+        f"open({str(made) + '.runs'!r}, 'a').write('.'); {code} or open({str(made)!r}, 'w'); raise SystemExit({code})"
+    )
+    return Step(name, ["-c", text], [made])
+
+
+def runs(folder: Path, *names: str) -> list[int]:
+    return [len((folder / f"{name}.runs").read_text()) for name in names]
+
+
+def test_a_repeated_command_does_only_what_is_missing(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    with pytest.raises(InputError, match="step b ended with exit code 3"):
+        run_steps([step(tmp_path, "a"), step(tmp_path, "b", 3), step(tmp_path, "c")], done, "seed 0")
+    assert not (tmp_path / "c").exists()
+    steps = [step(tmp_path, name) for name in "abc"]
+    for _ in range(2):
+        run_steps(steps, done, "seed 0")
+        assert runs(tmp_path, *"abc") == [1, 2, 1]
+    (tmp_path / "c").unlink()
+    run_steps(steps, done, "seed 0")
+    assert runs(tmp_path, *"abc") == [1, 2, 2], "what is gone is made again"
+    assert compare_llm.seconds_of(done).keys() == set("abc")
+
+
+def test_a_step_that_writes_nothing_is_not_done(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did not write"):
+        run_steps([Step("x", ["-c", ""], [tmp_path / "x"])], tmp_path / "done", "seed 0")
+
+
+def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    tuning = Step("t", ["t.py"], [], tmp_path)
+    assert compare_llm.resumed(tuning) == ["t.py", "--overwrite"]
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    assert compare_llm.resumed(tuning) == ["t.py", "--resume_from_checkpoint", "last"]
+    assert compare_llm.resumed(Step("s", ["s.py"], [])) == ["s.py"]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, QUICK])
+def test_every_step_has_flags_that_its_script_knows(
+    ring: Path, ring_kg: KnowledgeGraph, tmp_path: Path, recipe: compare_llm.Recipe
+) -> None:
+    parsers: dict[str, Callable[[list[str]], argparse.Namespace]] = {
+        "run_rq.py": run_rq.parse_args, "Class/gen_lp_data_rq.py": gen_lp_data_rq.parse_args,
+        "lora_training/make_tiny_base.py": make_tiny_base.parse_args,
+        "lora_training/train_lora.py": train_lora.parse_args,
+        "lora_training/merge_adapter.py": merge_adapter.parse_args, "lora_training/inference.py": inference.parse_args,
+    }  # fmt: skip
+    steps = seed_steps(ring_kg, ring, tmp_path / "ring_refit", Places(tmp_path), recipe, seed=5)
+    assert len({one.name for one in steps}) == len(steps)
+    made = {path for one in steps for path in one.made}
+    assert len(made) == sum(len(one.made) for one in steps), "no two steps write the same file"
+    seeded = set()
+    for one in steps:
+        args = parsers[one.words[0]](compare_llm.resumed(one)[1:])
+        if getattr(args, "seed", None) == 5:
+            seeded.add(one.name)
+    unseeded = {one.name for one in steps} - seeded
+    assert all(name.startswith("candidates_") or name.endswith(("_merge", "_answers")) for name in unseeded)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_comparison_is_written_and_tables_pass_it_over(
+    ring: Path,
+    ring_kg: KnowledgeGraph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare_llm.py"])
+    monkeypatch.setattr(compare_llm, "run_steps", lambda *_: None)
+    out = tmp_path / "out"
+    for seed in (0, 2):
+        fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
+    words = ["--dataset", str(ring), "--seeds", "0", "2", "--out", str(out)]
+    compare_llm.main(words)
+    found = read_json(out / "comparison.json", "comparison")
+    assert [row["row"] for row in found["rows"]] == list(ROWS) and found["dataset"] == "ring"
+    by_row = {row["row"]: row for row in found["rows"]}
+    n = 2 * len(ring_kg.test)
+    first = {"0": 1 / (N - 1), "2": (2 + (n - 2) / (N - 1)) / n}
+    values = {seed: metrics["mrr"] for seed, metrics in by_row[VARIANTS[0].row]["seeds"].items()}
+    assert values == pytest.approx(first)
+    assert by_row[VARIANTS[0].row]["mean"]["mrr"] == pytest.approx(sum(first.values()) / 2)
+    assert "±" in capsys.readouterr().out
+    (tmp_path / "alone").mkdir()
+    (out / "comparison.json").rename(tmp_path / "alone" / "comparison.json")
+    assert collect([tmp_path / "alone"]) == ([], [])
+    with pytest.raises(InputError, match="begun with another recipe"):
+        compare_llm.main([*words, "--quick"])
+
+
+def test_a_recipe_file_replaces_single_flags(tmp_path: Path) -> None:
+    write_json({"first": {"epochs": 2}}, tmp_path / "r.json")
+    recipe = read_recipe(tmp_path / "r.json", quick=False)
+    assert recipe["first"] == RECIPE["first"] | {"epochs": 2} and recipe["base"] == RECIPE["base"]
+    write_json({"third": {}}, tmp_path / "r.json")
+    with pytest.raises(InputError, match="part 'third'"):
+        read_recipe(tmp_path / "r.json", quick=False)
+
+
+def test_toy_rows_survive_their_file(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    rows = rows_of(ring_kg)
+    write_rows(split_path(tmp_path, "test"), rows)
+    assert list(read_rows(split_path(tmp_path, "test"))) == rows
