@@ -469,10 +469,11 @@ def test_the_end_of_one_is_the_end_of_both_and_restore_goes_on(running: Any, tmp
 def test_default_setting_on_the_family_graph_within_5_thousandths(tmp_path: Path) -> None:
     scores: list[float] = []
     for start in ([sys.executable], TORCHRUN):
-        folders = {"out_dir": tmp_path / str(len(scores)), "checkpoint_dir": tmp_path / str(len(scores))}
+        folder = tmp_path / str(len(scores))
+        folders = {"out_dir": folder / "codes", "checkpoint_dir": folder / "checkpoints"}
         words = [*start, "run_rq.py", *flags_of(FAMILY | folders)]
         subprocess.run(words, check=True, capture_output=True, cwd=ROOT, timeout=1500)
-        record = json.loads((folders["out_dir"] / "family_4_256_4_rq.json").read_text())
+        record = json.loads((folder / "codes" / "family_4_256_4_rq.json").read_text())
         scores.append(record["valid"]["mrr"])
     assert abs(scores[0] - scores[1]) < 0.005, scores
 
