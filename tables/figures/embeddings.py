@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_training.code_tokens import RECORD, check_model_name, load_adapted, load_tokenizer, read_saved
+from lora_training.code_tokens import (
+    RECORD,
+    check_model_name,
+    load_adapted,
+    load_tokenizer,
+    quiet_libraries,
+    read_saved,
+)
 from run_record import InputError
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import COLOURS, MARKERS, new_figure, save, short
@@ -59,13 +66,14 @@ def tokens_of(folder: Path, seed: int) -> Tokens:
 
     from lora_training.code_tokens import CodeShape, token_ids
 
-    check_model_name(str(folder))
+    quiet_libraries()
     shape: CodeShape | None
     if (folder / "adapter_config.json").is_file():
         saved = read_saved(folder)
         model: Any = load_adapted(saved, saved.record["base_model"], torch.float32).merge_and_unload()
         weights, tokenizer, shape = model.get_input_embeddings().weight.detach(), saved.tokenizer, saved.shape
     else:
+        check_model_name(str(folder))
         weights = read_embedding(folder)
         if (folder / RECORD).is_file() and "codes" in json.loads((folder / RECORD).read_text()):
             saved = read_saved(folder, "config.json")

@@ -1,0 +1,278 @@
+"""What figures show is computed right, every figure draws from whatever is there, and says what it lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from Class.codes import print_codes
+from data.knowledge_graph import KnowledgeGraph
+from run_record import InputError
+from tables import make_figures
+from tables.code_quality import open_code_set
+from tables.figures import answers, embeddings, graph, quality, runs, similarity, style
+from tables.figures.inputs import Inputs, Missing
+from tests.test_code_quality import stage1
+from tests.test_instructions import write_graph
+
+
+@pytest.fixture(scope="module")
+def swept(ring: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of two sizes and both quantizers on the ring."""
+    folder = tmp_path_factory.mktemp("swept")
+    for more in ({"seq_len": 3}, {"seq_len": 2}, {"seq_len": 2, "quantizer": "vq"}):
+        stage1(ring, folder, **more)
+    return folder / "codes"
+
+
+@pytest.fixture
+def inputs(swept: Path, ring: Path) -> Inputs:
+    codes = sorted(path for path in swept.glob("*.pt") if not path.stem.endswith("_emd"))
+    return Inputs(codes=codes, records=[swept], data=ring.parent, datasets=[ring], models=[])
+
+
+def is_image(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def test_all_draws_what_is_there_and_says_what_is_not(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = make_figures.draw_all(inputs, tmp_path, list(make_figures.FIGURES))
+    assert set(drawn) == {"2", "5", "10", "levels", "tokens", "usage", "4", "12"} - lacking(inputs)
+    assert all(is_image(path) for paths in drawn.values() for path in paths)
+    assert {path.suffix for paths in drawn.values() for path in paths} == {".png", ".pdf"}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(make_figures.FIGURES), "one line each"
+    for line in lines:
+        assert "wrote" in line or ("passed over" in line and "python" in line), line
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".pt"], "baselines are never saved"
+
+
+def lacking(inputs: Inputs) -> set[str]:
+    """The heat maps, where the ring has too few relations with enough heads for a sample."""
+    try:
+        similarity.sample_groups(inputs.graphs[0], 0)
+    except Missing:
+        return {"4", "12"}
+    return set()
+
+
+def test_equal_inputs_give_equal_bytes(inputs: Inputs, tmp_path: Path) -> None:
+    for name in ("5", "usage"):
+        first, second = (make_figures.FIGURES[name].draw(inputs, tmp_path / str(turn)) for turn in range(2))
+        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_figure_asked_for_without_its_inputs_is_an_error(swept: Path, ring: Path, tmp_path: Path) -> None:
+    words = ["--records", str(swept), "--data", str(ring.parent), "--out", str(tmp_path)]
+    for number, hint in (("7", "inference.py"), ("11", "inference.py")):
+        with pytest.raises(InputError, match=hint):
+            make_figures.main(["--figure", number, *words])
+    with pytest.raises(InputError, match=r"data/download\.py"):
+        make_figures.main(["--figure", "9", "--dataset", str(ring), *words])
+    with pytest.raises(InputError, match="--sample must be 1 or more"):
+        make_figures.main(["--figure", "2", "--sample", "0", *words])
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_differ_in_grey_and_heat_maps_rise_in_lightness() -> None:
+    import matplotlib
+
+    lines = [style.line(number) for number in range(7)]
+    assert len({line["marker"] for line in lines}) == len({line["color"] for line in lines}) == 7
+    assert all(a["linestyle"] != b["linestyle"] for a, b in pairwise(lines))
+    shades = matplotlib.colormaps[style.MAP](np.linspace(0, 1, 50))[:, :3] @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(shades) > 0).all()
+
+
+def test_names_with_dollars_open_no_formula(tmp_path: Path) -> None:
+    figure, axes = style.new_figure(1, 1, 3, 3)
+    names = ["Ke$ha \\frac $", "A$AP $x_{$", "<b>&"]
+    style.heat_map(axes[0][0], np.eye(3), names, names, text=".1f")
+    axes[0][0].set_title(style.short(names[0]))
+    assert all(is_image(path) for path in style.save(figure, tmp_path, "dollars"))
+
+
+# ---------------------------------------------------------------- 2, 9
+
+
+def test_neighbourhoods_are_those_of_a_walk(ring_kg: KnowledgeGraph) -> None:
+    tokens = np.arange(1, len(ring_kg.train) + 1)
+    cost = graph.neighbourhood_cost(ring_kg, np.arange(43), tokens)
+    near: dict[int, set[int]] = {e: {e} for e in range(43)}
+    for h, _, t in ring_kg.train.tolist():
+        near[h].add(t)
+        near[t].add(h)
+    for e in range(43):
+        two = set().union(*(near[other] for other in near[e]))
+        assert cost.neighbours[e] == len(two) - 1
+        touched = [n for n, (h, _, t) in zip(tokens, ring_kg.train.tolist(), strict=True) if {h, t} & near[e]]
+        assert cost.tokens[e] == sum(touched)
+
+
+def test_tokens_are_counted_as_said() -> None:
+    assert [graph.proxy_tokens(text) for text in ("", "Ada", "grandmother", "a | b\n", "1984!")] == [0, 1, 3, 3, 2]
+    for shape in ((1, 1), (4, 4), (3, 2)):
+        for code_format, count in graph.code_token_counts(*shape).items():
+            text = print_codes(np.zeros(shape, dtype=np.int64), code_format)
+            assert len(re.findall(r"</?CODE>|Q\d+_\d+|[:|]", text)) == count
+
+
+def test_triples_cost_their_three_names(tmp_path: Path) -> None:
+    train, loop = ["abcd likes e", "e likes fghijklmn"], ["e likes e"]
+    kg = KnowledgeGraph.load(write_graph(tmp_path / "g", train=train, valid=loop, test=loop))
+    # two bars; ceil(letters / 4) of each name
+    assert graph.triple_tokens(kg, graph.proxy_tokens).tolist() == [1 + 2 + 1 + 2, 1 + 2 + 3 + 2]
+
+
+# ---------------------------------------------------------------- 4, 12
+
+
+def test_samples_share_their_facts_and_cosines_are_cosines(inputs: Inputs) -> None:
+    kg = KnowledgeGraph.load(Path(__file__).parent.parent / "data" / "family")
+    sample = similarity.sample_groups(kg, 3)
+    triples = {tuple(triple) for triple in kg.train.tolist()}
+    assert len(set(sample.entities.tolist())) == similarity.GROUPS * similarity.SIZE
+    for place, entity in enumerate(sample.entities.tolist()):
+        relation, tail = sample.facts[place // similarity.SIZE]
+        assert (entity, relation, tail) in triples
+    assert similarity.sample_groups(kg, 3).entities.tolist() == sample.entities.tolist()
+    assert similarity.sample_groups(kg, 4).entities.tolist() != sample.entities.tolist()
+    codes = inputs.code_sets[0]
+    found = similarity.cosines(codes, [5, 2, 9])
+    expected = torch.nn.functional.cosine_similarity(codes.flat_vectors()[5], codes.flat_vectors()[9], dim=0)
+    assert np.allclose(np.diag(found), 1) and found[0, 2] == pytest.approx(float(expected), abs=1e-6)
+
+
+# ---------------------------------------------------------------- 5, 10, levels, tokens
+
+
+def row(L: int, K: int, mrr: float, **more: Any) -> Any:
+    args = {"seq_len": L, "num_code": K, "num_quantizers": 2, "quantizer": "rq"} | more.pop("args", {})
+    rest = more.pop("rest", "ConvE, GCN 2")
+    return SimpleNamespace(valid={"mrr": mrr}, setting=f"RQ {L} x 2 of {K:,}, {rest}", record={"args": args} | more)
+
+
+def test_curves_average_seeds_and_keep_settings_apart() -> None:
+    rows = [row(2, 8, 0.2), row(2, 8, 0.4), row(4, 8, 0.5), row(4, 8, 0.9, rest="DistMult, GCN 2")]
+    found = runs.curves(rows, lambda r: (runs.size(r)[1], runs.others(r)), lambda r: runs.size(r)[0])
+    assert found == {(8, "ConvE, GCN 2"): {2: pytest.approx(0.3), 4: 0.5}, (8, "DistMult, GCN 2"): {4: 0.9}}
+    assert runs.varied(rows) == rows[:3], "DistMult has no second size"
+    assert runs.size(row(4, 1024, 0.5, args={"quantizer": "vq"})) == (4, 1024, 1)
+
+
+def test_figure_5_needs_two_sizes(inputs: Inputs, swept: Path, tmp_path: Path) -> None:
+    one = Inputs(records=[swept / "ring_3_8_2_rq.json"], data=inputs.data)
+    with pytest.raises(Missing, match="two sizes"):
+        runs.draw_sizes(one, tmp_path)
+    with pytest.raises(Missing, match="no records of stage 1"):
+        (tmp_path / "empty").mkdir()
+        runs.draw_training(Inputs(records=[tmp_path / "empty"], data=inputs.data), tmp_path)
+
+
+# ---------------------------------------------------------------- 6, usage
+
+
+def test_baselines_have_the_shape_of_the_codes_and_kmeans_is_near(inputs: Inputs) -> None:
+    found = next(codes for codes in inputs.code_sets if codes.codes.shape[1:] == (3, 2))
+    assert found.vectors is not None
+    random, clusters = quality.baselines(found, 0).values()
+    assert random.shape == found.codes.shape and clusters.shape == (43, 3, 1)
+    assert int(random.max()) < found.num_code and not torch.equal(random, found.codes)
+    same = (clusters[:, None, :, 0] == clusters[None, :, :, 0])[:, :, 0]
+    distances = torch.cdist(found.vectors[:, 0], found.vectors[:, 0])
+    assert distances[same].mean() < 0.7 * distances[~same].mean()
+
+
+def test_usage_is_sorted_counts_in_bins(inputs: Inputs) -> None:
+    found = open_code_set(inputs.code_sets[0].path)
+    counts = quality.usage_counts(found)
+    M, L, Q = found.codes.shape
+    assert counts.shape == (Q, found.num_code) and (counts.sum(1) == M * L).all() and (np.diff(counts) <= 0).all()
+    values = np.arange(1024.0).reshape(1, 1024)
+    values[0, -8:] = np.nan
+    bins = quality.binned(values)
+    assert bins.shape == (1, 256) and bins[0, 0] == 1.5 and np.isnan(bins[0, -2:]).all() and bins[0, -3] == 1013.5
+
+
+# ---------------------------------------------------------------- 7, 11
+
+
+def test_grids_of_answers_are_means_by_size(tmp_path: Path) -> None:
+    def answered(L: int, K: int, accuracy: float) -> Any:
+        codes = {"seq_len": L, "num_code": K}
+        return SimpleNamespace(task="triple_classification", dataset="family", variant="", codes="with",
+                               metrics={"accuracy": accuracy, "f1": 0.5}, record={"codes": codes})  # fmt: skip
+
+    rows = [answered(4, 8, 0.5), answered(4, 8, 0.7), answered(2, 16, 0.9)]
+    lengths, sizes, values = answers.grid(rows, "accuracy")
+    assert (lengths, sizes) == ([2, 4], [8, 16])
+    assert np.array_equal(values, [[np.nan, 0.9], [0.6, np.nan]], equal_nan=True)
+    assert answers.grid(rows, "recall")[2].size == 0
+    fake: Any = SimpleNamespace(rows=rows)
+    assert all(is_image(path) for path in answers.draw(fake, tmp_path, 11))
+
+
+# ---------------------------------------------------------------- 8, 13
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, Path]]:
+    """A tiny base, an adapter on it with codes 2 of 8, and both merged."""
+    from lora_training.code_tokens import load_adapted, read_saved, save_tokenizer
+    from tests.test_inference import save_adapter, save_base
+
+    folder = tmp_path_factory.mktemp("models")
+    base = save_base(folder / "base", ["the mother of Ada is Anna", "codes are tokens"] * 4, 300)
+    (folder / "train.json").write_text("[]")
+    info = {"file": "x.pt", "sha256": "0", "num_code": 8, "num_quantizers": 2}
+    (folder / "dataset_stats.json").write_text(json.dumps({"codes": info}))
+    adapter = save_adapter(base, folder, folder / "adapter")
+    saved = read_saved(adapter)
+    merged = load_adapted(saved, str(base), torch.float32).merge_and_unload()
+    merged.save_pretrained(str(folder / "merged"))
+    save_tokenizer(saved.tokenizer, folder / "merged", saved.shape)
+    (folder / "merged" / "run_record.json").write_bytes((adapter / "run_record.json").read_bytes())
+    yield base, adapter, folder / "merged"
+
+
+def test_tokens_of_an_adapter_are_those_of_the_merged_model(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, merged = models
+    one, same, plain = (embeddings.tokens_of(folder, 0) for folder in (adapter, merged, base))
+    assert [level.shape for level in one.codes] == [(8, 32), (8, 32)] and plain.codes == []
+    assert all(np.array_equal(a, b) for a, b in zip(one.codes, same.codes, strict=True))
+    weights = embeddings.read_embedding(merged)
+    assert np.array_equal(np.concatenate(one.codes), weights[-16:].numpy()), "level after level, the marks left out"
+    assert np.array_equal(one.words, same.words) and len(one.words) == len(plain.words) < len(weights) - 16
+    for number in (8, 13):
+        found = Inputs(models=[adapter, base], projection="pca")
+        assert all(is_image(path) for path in embeddings.draw(found, tmp_path, number))
+
+
+def test_projections_keep_what_they_promise() -> None:
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(40, 2)) * [5, 2]
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0][:2]
+    vectors = (plane @ turn + 3).astype(np.float32)
+    found = embeddings.project(vectors, "pca", 0)
+    from scipy.spatial.distance import pdist
+
+    assert np.allclose(pdist(found), pdist(plane), atol=1e-3), "a plane is turned, not bent"
+    apart = np.concatenate([rng.normal(size=(20, 6)), rng.normal(size=(20, 6)) + 50]).astype(np.float32)
+    spread = embeddings.project(apart, "tsne", 0)
+    assert np.array_equal(spread, embeddings.project(apart, "tsne", 0))
+    inside = max(pdist(spread[:20]).max(), pdist(spread[20:]).max())
+    assert np.linalg.norm(spread[:20].mean(0) - spread[20:].mean(0)) > inside / 2
