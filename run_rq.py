@@ -535,7 +535,7 @@ def dump(
     metrics["valid_mrr_by_levels"] = [rank("valid", levels=level)["mrr"] for level in range(1, args.num_quantizers)] + [
         metrics["valid"]["mrr"]
     ]
-    metrics["valid_mrr_before_collision_pass"] = best.get("valid_before_collision_pass", best["valid"])["mrr"]
+    metrics["mrr_before_collision_pass"] = best.get("valid_before_collision_pass", best["valid"])["mrr"]
     if not args.no_test:
         metrics["test"] = rank("test")
         metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")

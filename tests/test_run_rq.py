@@ -267,7 +267,7 @@ def test_no_two_entities_of_a_dump_share_their_code(family_run: Run, ring_run: R
         assert len(torch.unique(codes.flatten(1), dim=0)) == len(codes)
         assert run.record["codes"]["collisions"] == 0
         assert run.record["codes"]["entropy_bits"] == pytest.approx(math.log2(len(codes)))
-    before = family_run.record["valid_mrr_before_collision_pass"]
+    before = family_run.record["mrr_before_collision_pass"]
     history = {row["epoch"]: row["valid"]["mrr"] for row in family_run.record["history"] if "valid" in row}
     assert before == history[family_run.record["best_epoch"]] != family_run.record["valid"]["mrr"]
 
