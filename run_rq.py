@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import shlex
 import signal
 import sys
 import time
@@ -48,8 +49,33 @@ EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
 LIMITS = {"epoch", "max_minutes", "patience"}  # when to stop: may differ with --restore
 NOT_COMPARED = {
     "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
-    "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend",
+    "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend", "config",
 }  # fmt: skip
+
+
+class FlagsFromFile(argparse.Action):
+    """Reads flags from a text file, as if they stood in its place on the command line; those that follow win."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            words = shlex.split(values.read_text(encoding="utf-8"), comments=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            parser.error(f"--config {values} cannot be read as flags: {reason}; there are examples in configs/")
+        if "--config" in words:
+            parser.error(f"--config {values} names another --config; write its flags into the file")
+        known = {word for action in parser._actions for word in action.option_strings}
+        unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
+        if unknown:
+            parser.error(f"--config {values} holds {unknown[0]}, which is no flag")
+        parser.parse_args(words, namespace)
+        setattr(namespace, self.dest, values)
 
 
 def build_parser() -> CommandParser:
@@ -57,6 +83,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.split("\n")[0])
 
     group = parser.add_argument_group("data and outputs (default folders lie in the repository)")
+    group.add_argument("--config", type=Path, metavar="FILE", action=FlagsFromFile,
+                       help="text file of flags (see configs/); flags after it win over it")  # fmt: skip
     group.add_argument("--dataset", "--data", type=Path, metavar="DIR", help="graph folder (default: data/FB15k-237)")
     group.add_argument("--name", help="name of the run and its checkpoint (default: the stem of the codes file)")
     group.add_argument("--out_dir", type=Path, metavar="DIR", help="folder for codes and records (default: codes_new)")

@@ -778,6 +778,30 @@ def test_a_file_that_would_run_code_is_refused_unrun(
     assert marker.exists()
 
 
+def test_a_config_is_its_flags_and_later_flags_win(tmp_path: Path) -> None:
+    config = tmp_path / "flags.txt"
+    config.write_text("# a comment\n--seq_len 3 --lr 0.25\n--text_emb 'a b.npy'  # another\n")
+    got = vars(run_rq.parse_args(["--seed", "5", "--config", str(config), "--lr", "0.5"]))
+    same = vars(run_rq.parse_args(["--seed", "5", "--seq_len", "3", "--lr", "0.5", "--text_emb", "a b.npy"]))
+    assert got == same | {"config": config}
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("--seq_lenn 3", "--seq_lenn"), ("--config x", "another"), ("--name 'a", "quotation"), (None, "No such")],
+)
+def test_a_config_that_cannot_be_read_is_named(rq: Command, tmp_path: Path, text: str | None, word: str) -> None:
+    config = tmp_path / "flags.txt"
+    if text is not None:
+        config.write_text(text)
+    assert_refused(rq("--config", str(config)), f"--config {config}", word)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.txt")), ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_parse(config: Path) -> None:
+    assert str(run_rq.parse_args(["--config", str(config)]).dataset).startswith("data/")
+
+
 def test_help_names_every_flag_of_the_original_trainer(rq: Command) -> None:
     outcome = rq("--help")
     assert outcome.code == 0
