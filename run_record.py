@@ -16,6 +16,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,11 +178,29 @@ def memory_wanted(error: BaseException) -> Memory | None:
     units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     wanted = float(found[1]) * units[found[2]] if found else 0.0
     if torch.cuda.is_available():
-        device = torch.cuda.current_device()
-        return Memory(
-            wanted, torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-        )
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return Memory(wanted, torch.cuda.memory_allocated(), total)
     return Memory(wanted, peak_memory_mb() * 2**20, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a library's error, of whatever type, says that a file could not be written to its end."""
+    text = str(error)
+    words = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
+    return getattr(error, "errno", None) in NO_ROOM or any(word in text for word in words)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[None]:
+    """Around a library's writing into a new folder: a full disk is one line, and then the folder goes."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
 
 
 def save_torch(value: Any, path: str | Path) -> None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.instructions import (
     FILE_STEMS,
     FORMATS,
+    LOCK,
     OUT_FOLDER,
     STATS,
     Ints,
@@ -41,7 +42,7 @@ from Class.instructions import (
     states_facts,
     write_rows,
 )
-from run_record import CommandParser, InputError, make_record, read_json, run_command, write_json
+from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, write_json
 
 
 def triple_keys(row: Row) -> list[int]:
@@ -190,10 +191,13 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"no {split} row is left of {', '.join(tasks)}; dropped as overlapping: {dropped[split]}")
         plans[split] = (paths, file_number[order], at[order])
 
-    (args.out_dir / STATS).unlink(missing_ok=True)  # every file has rows: from here on they are replaced
-    for split, (paths, file_number, at) in plans.items():
+    with only_run(args.out_dir / LOCK, "--out_dir"):
+        for split, (paths, file_number, at) in plans.items():
+            target = split_path(args.out_dir, split, args.format)
+            rows = read_at(paths, file_number, at)
+            splits[split] = write_rows(target, rows, 0, lambda: (args.out_dir / STATS).unlink(missing_ok=True))
+    for split in plans:
         target = split_path(args.out_dir, split, args.format)
-        splits[split] = write_rows(target, read_at(paths, file_number, at))
         counts = ", ".join(f"{name} {drawn[split][name]:,}" for name in drawn[split])
         print(f"  {split:10} {splits[split]['rows']:>9,} rows  {target}  ({counts})")
         for name, count in dropped[split].items():

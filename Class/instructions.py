@@ -26,7 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, InputError, atomic_path, make_record, parse_json, read_json, sha256_file, write_json
+from run_record import (
+    ROOT,
+    InputError,
+    atomic_path,
+    make_record,
+    only_run,
+    parse_json,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 Ints = NDArray[np.int64]
 Row = dict[str, Any]
@@ -37,7 +47,7 @@ BUNDLED = ROOT / "data" / "family"
 OUT_FOLDER = ROOT / "lora_training" / "lora_data"
 FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # SPEC's file names
 FORMATS = ("json", "jsonl")
-STATS = "dataset_stats.json"
+STATS, LOCK = "dataset_stats.json", "dataset_stats.lock"
 TRAIN_FILES = ("train.txt", "train2id.txt")
 
 
@@ -106,8 +116,12 @@ def existing_split(folder: str | Path, split: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def write_rows(path: Path, rows: Iterable[Row], limit: int = 0) -> dict[str, Any]:
+def write_rows(
+    path: Path, rows: Iterable[Row], limit: int = 0, ready: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Stream rows into a JSON array or JSON lines (by the ending), one row per line; 0 as ``limit`` means all.
+
+    ``ready`` is called when all rows are on the disk, just before the file that was there goes.
 
     The file appears when complete, and one of the other format goes. Returns counts: rows, bytes, rows per task type,
     outputs of rows that judge, longest and mean prompt and output in characters.
@@ -131,6 +145,7 @@ def write_rows(path: Path, rows: Iterable[Row], limit: int = 0) -> dict[str, Any
             if array:
                 file.write("\n]\n" if count else "[]\n")
         size = temporary.stat().st_size
+        ready()
     split_path(path.parent, next(s for s, stem in FILE_STEMS.items() if stem == path.stem),
                "jsonl" if array else "json").unlink(missing_ok=True)  # fmt: skip
     stats: dict[str, Any] = {"file": path.name, "rows": count, "bytes": size, "task_types": dict(task_types)}
@@ -218,15 +233,17 @@ def write_task(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STATS).unlink(missing_ok=True)  # a folder with stats is complete
     except OSError as error:
         raise InputError(f"--out_dir: cannot write {folder}: {error.strerror}; choose another folder") from error
     written = {}
-    for split, rows in splits.items():
-        written[split] = write_rows(split_path(folder, split, args.format), rows, args.limit)
-        if not written[split]["rows"]:
-            raise InputError(f"task {task} has no {split} rows from {source.kg.name}; check the flags and the data set")
-        print(f"  {split:10} {written[split]['rows']:>9,} rows  {split_path(folder, split, args.format)}")
+    with only_run(folder / LOCK, "--out_dir"):
+        for split, rows in splits.items():
+            path = split_path(folder, split, args.format)
+            # a folder with statistics is complete, so they go with the first file that changes
+            written[split] = write_rows(path, rows, args.limit, lambda: (folder / STATS).unlink(missing_ok=True))
+            if not written[split]["rows"]:
+                raise InputError(f"task {task} has no {split} rows from {source.kg.name}; check flags and data set")
+            print(f"  {split:10} {written[split]['rows']:>9,} rows  {path}")
     stats = make_record(
         vars(args), source.kg.input_hashes, time.monotonic() - source.started,
         task=task, dataset=source.kg.name, codes=source.codes_info, names=source.names_info, splits=written, **notes(),
@@ -243,19 +260,20 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
     stats_path = out_dir / STATS
     if stats_path.is_file() and "mix" in read_json(stats_path, "statistics"):
         return False
-    stats_path.unlink(missing_ok=True)
-    for split in FILE_STEMS:
-        file = existing_split(task_folder, split)
-        if file is None:
-            continue
-        for file_format in FORMATS:
-            split_path(out_dir, split, file_format).unlink(missing_ok=True)
-        try:
-            os.link(file, out_dir / file.name)
-        except OSError:
-            with atomic_path(out_dir / file.name) as temporary:
-                shutil.copyfile(file, temporary)
-    write_json(read_json(task_folder / STATS, "statistics"), stats_path)
+    with only_run(out_dir / LOCK, "--out_dir"):
+        stats_path.unlink(missing_ok=True)
+        for split in FILE_STEMS:
+            file = existing_split(task_folder, split)
+            if file is None:
+                continue
+            for file_format in FORMATS:
+                split_path(out_dir, split, file_format).unlink(missing_ok=True)
+            try:
+                os.link(file, out_dir / file.name)
+            except OSError:
+                with atomic_path(out_dir / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+        write_json(read_json(task_folder / STATS, "statistics"), stats_path)
     return True
 
 

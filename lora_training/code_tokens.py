@@ -349,6 +349,8 @@ def read_saved(folder: str | Path, weights: str = "adapter_config.json") -> Save
         )
     ):
         raise InputError(f"{folder / RECORD} does not say which base model and codes belong to it; train again")
+    if weights == "adapter_config.json":
+        check_adapter(folder)
     tokenizer, shape = load_saved_tokenizer(folder), code_shape(record["codes"])
     if len(tokenizer) != record["vocabulary"]:
         raise InputError(
@@ -375,7 +377,6 @@ def load_adapted(
 ) -> PeftModel:
     """The base model, grown to the adapter's tokenizer, with the adapter on it (see merge_adapter.py for speed)."""
     check_base(saved, base_model)
-    check_adapter(saved.folder)
     model = load_base(base_model, dtype, quantization, device_map)
     resize_model(model, saved.tokenizer, seed=0)  # whatever is drawn, the adapter brings all new rows
     return put_adapter(model, saved.folder).eval()

@@ -56,7 +56,7 @@ from lora_training.code_tokens import (
 )
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
 from lora_training.score_answers import Answer, is_judgement, is_ranking, print_report, read_answers, report
-from run_record import CommandParser, InputError, make_record, read_json, run_command, sha256_file, write_json
+from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, sha256_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -502,12 +502,15 @@ def answers_path(output: Path) -> Path:
     return output.with_name("answers.jsonl" if output.name == OUTPUT.name else f"{output.stem}.answers.jsonl")
 
 
+def plan_path(path: Path) -> Path:
+    """Beside answers.jsonl: what its answers rest on."""
+    return path.with_name(path.name + ".plan.json")
+
+
 def resume(path: Path, plan: dict[str, Any], overwrite: bool) -> set[tuple[str, str]]:
     """What answers.jsonl holds already; a torn last line is cut off. InputError where it answers something else."""
-    beside = path.with_name(path.name + ".plan.json")
+    beside = plan_path(path)
     if overwrite or not path.is_file():
-        path.unlink(missing_ok=True)
-        write_json(plan, beside)
         return set()
     before = read_json(beside, "plan") if beside.is_file() else {}
     before = before if isinstance(before, dict) else {}
@@ -527,22 +530,22 @@ def answer_all(
     """Append the answers that are missing to ``path``, batch by batch."""
     from tqdm import tqdm
 
-    with open(path, "ab") as file, tqdm(total=total, desc="answers", unit="row", smoothing=0.05) as progress:
-        for part in parts:
-            for rows in batches(part.rows(with_codes, answerer.settings.decode), answerer.settings):
-                missing = {row["id"] for row in rows if (row["split"], row["id"]) not in done}
-                if missing:
-                    lines = [
-                        json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
-                        for answer in answerer.answer(rows)
-                        if answer["id"] in missing
-                    ]
-                    try:
+    try:
+        with open(path, "ab") as file, tqdm(total=total, desc="answers", unit="row", smoothing=0.05) as progress:
+            for part in parts:
+                for rows in batches(part.rows(with_codes, answerer.settings.decode), answerer.settings):
+                    missing = {row["id"] for row in rows if (row["split"], row["id"]) not in done}
+                    if missing:
+                        lines = [
+                            json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
+                            for answer in answerer.answer(rows)
+                            if answer["id"] in missing
+                        ]
                         file.write("".join(lines).encode())
                         file.flush()
-                    except OSError as error:
-                        raise InputError(f"cannot write {path}: {error.strerror}; make room, then go on") from error
-                progress.update(len(rows))
+                    progress.update(len(rows))
+    except OSError as error:  # by the write, or once more when the file is closed
+        raise InputError(f"cannot write {path}: {error.strerror}; make room, then go on") from error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -615,8 +618,14 @@ def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], di
 
 
 def main(argv: list[str] | None = None) -> None:
-    started = time.monotonic()
     args = parse_args(argv)
+    with only_run(args.output.with_name("answers.lock"), "--output"):
+        answer_rows(args)
+
+
+def answer_rows(args: argparse.Namespace) -> None:
+    """Check everything, answer what is missing, write record, metrics and answers."""
+    started = time.monotonic()
     reader = check_model(args.base_model, args.lora_adapter)
     parts, info = check_data(args, reader)
     settings = Settings(args.decode, args.beams, args.batch_size, args.max_new_tokens)
@@ -642,6 +651,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if len(done) < found.rows:
         answerer = Answerer(load_model(reader, device, args.dtype), reader.tokenizer, settings, everything)
+        if not done:  # other answers go only now that the model stands
+            path.unlink(missing_ok=True)
+            write_json(plan, plan_path(path))
         answer_all(answerer, parts, with_codes, path, done, found.rows)
 
     by_key = {(answer["split"], answer["id"]): answer for answer in read_answers(path).answers}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -31,7 +32,16 @@ from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.code_tokens import RECORD
 from lora_training.prompts import encode_text, prompt_text
-from run_record import CommandParser, InputError, make_record, run_command, seed_everything, write_json
+from run_record import (
+    CommandParser,
+    InputError,
+    make_record,
+    only_run,
+    run_command,
+    seed_everything,
+    write_json,
+    written_whole,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -183,13 +193,19 @@ def main(argv: list[str] | None = None) -> None:
     losses = train(model, stream, args, device)
     torch.nn.Module.to(model, "cpu").eval()
     logging.disable_progress_bar()
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     record = make_record(
         vars(args), kg.input_hashes, time.monotonic() - started, device,
         dataset=kg.name, parameters=size, tokens=len(stream), vocabulary=len(tokenizer), losses=losses,
     )  # fmt: skip
-    write_json(record, args.out / RECORD)
+    with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
+        part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
+        shutil.rmtree(part, ignore_errors=True)
+        with written_whole(part):
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            write_json(record, part / RECORD)
+        shutil.rmtree(args.out, ignore_errors=True)
+        part.rename(args.out)
     print(f"wrote {args.out}")
     print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
 

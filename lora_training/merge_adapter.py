@@ -30,7 +30,16 @@ from lora_training.code_tokens import (
     save_tokenizer,
     token_ids,
 )
-from run_record import CommandParser, InputError, make_record, run_command, sha256_file, write_json
+from run_record import (
+    CommandParser,
+    InputError,
+    make_record,
+    only_run,
+    run_command,
+    sha256_file,
+    write_json,
+    written_whole,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +87,9 @@ def merge(saved: Saved, base_model: str, output: Path, dtype: str, device: str) 
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.part")  # a merged folder is complete or not there
     shutil.rmtree(part, ignore_errors=True)
-    merged.save_pretrained(str(part))
-    save_tokenizer(saved.tokenizer, part, saved.shape)
+    with written_whole(part):
+        merged.save_pretrained(str(part))
+        save_tokenizer(saved.tokenizer, part, saved.shape)
     del adapted, merged
     gc.collect()
     loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(part), dtype=getattr(torch, dtype))
@@ -105,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_dir.resolve() in (saved.folder.resolve(), Path(base_model).resolve()):
         raise InputError(f"--output_dir {args.output_dir} is the adapter or the base model itself; choose another")
     quiet_libraries()
-    difference = merge(saved, base_model, args.output_dir, dtype, args.device)
+    with only_run(args.output_dir.with_name(f"{args.output_dir.name}.lock"), "--output_dir"):
+        difference = merge(saved, base_model, args.output_dir, dtype, args.device)
     weights = "adapter_model.safetensors"
     record = make_record(
         vars(args), {weights: sha256_file(saved.folder / weights)}, time.monotonic() - started, args.device,

@@ -22,10 +22,12 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +54,18 @@ from lora_training.code_tokens import (
 )
 from lora_training.memory import GIB, Shape, expected_memory, lora_parameters, model_shape, row_parameters
 from lora_training.prompts import Example, encode_examples, pad_batch
-from run_record import CommandParser, InputError, make_record, read_json, run_command, seed_everything, sha256_file
+from run_record import (
+    CommandParser,
+    InputError,
+    is_disk_full,
+    make_record,
+    memory_wanted,
+    only_run,
+    read_json,
+    run_command,
+    seed_everything,
+    sha256_file,
+)
 from run_record import write_json as write_record
 
 if TYPE_CHECKING:
@@ -189,14 +202,53 @@ def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tens
     return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
 
+class Stopped(Exception):
+    """Training ended early, with a checkpoint; its argument is the step."""
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: the first asks for an end after the step, the second is what it was before."""
+
+    def __init__(self) -> None:
+        self.signal, self.agreed = 0, False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number: int, frame: object) -> None:
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def agree(self) -> bool:
+        """Whether any process was asked, the same on all: they save together or not at all."""
+        import torch
+
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            asked: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(asked, self.signal)
+            self.signal = max(asked)
+        self.agreed = bool(self.signal)
+        return self.agreed
+
+
 def make_trainer(
     model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate,
-    seed: int, began: float,
+    seed: int, began: float, asked: Stop | None = None,
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer with our row order, loss and validation, and one printed line per report.
 
-    ``began``: the monotonic time at which the run began, the time before an interruption counted.
+    ``began``: the monotonic time at which the run began, the time before an interruption counted. ``asked``: to stop;
+    the step that runs is then ended and saved, and ``Stopped`` is raised.
     """
+    stop = asked or Stop()
     import torch
     from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -241,6 +293,12 @@ def make_trainer(
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 write_record({"seconds": time.monotonic() - began}, folder / SECONDS)
+            if stop.agreed:
+                raise Stopped(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.agree():
+                control.should_save = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             logs = logs or {}
@@ -412,7 +470,9 @@ def check_device(args: argparse.Namespace) -> torch.device:
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from; InputError where there is none, or an unfinished run would be overwritten."""
     folder = args.output_dir / CHECKPOINTS
-    there = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
+    # the file of seconds is written last: what a kill in the middle of saving left has none
+    steps = [path.parent for path in folder.glob(f"checkpoint-*/{SECONDS}") if path.parent.name[11:].isdigit()]
+    there = sorted(steps, key=lambda path: int(path.name[11:]))
     if args.resume_from_checkpoint is None:
         if there and not args.overwrite:
             raise InputError(
@@ -422,10 +482,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if args.resume_from_checkpoint == "last":
         if not there:
             raise InputError(f"--resume_from_checkpoint last: {folder} holds no checkpoint; start without the flag")
-        return there[-1].parent
+        return there[-1]
     given = Path(args.resume_from_checkpoint)
-    if not (given / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {given} is no checkpoint: it has no trainer_state.json")
+    if not (given / SECONDS).is_file():
+        raise InputError(f"--resume_from_checkpoint {given} is no checkpoint: it has no {SECONDS}")
     return given
 
 
@@ -440,6 +500,7 @@ def check_plan(args: argparse.Namespace) -> None:
     """InputError where a resumed run differs from the one that wrote the checkpoints."""
     file = args.output_dir / CHECKPOINTS / PLAN
     before, now = read_json(file, "plan"), run_plan(args)
+    before = before if isinstance(before, dict) else {}
     differing = [f"{key} {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
     if differing:
         raise InputError(f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}")
@@ -548,9 +609,52 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
     )  # fmt: skip
 
 
+@contextmanager
+def explained(args: argparse.Namespace, plan: Plan, folder: Path) -> Iterator[None]:
+    """Turn a full disk, a lack of memory and damaged checkpoint files into one line; what is complete stays."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, Stopped):
+        raise
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        if is_disk_full(error):
+            raise InputError(
+                f"cannot write to {folder}: {reason}; make room, then go on with --resume_from_checkpoint last"
+            ) from error
+        if memory_wanted(error) is not None:
+            smaller = max((n for n in range(1, plan.micro_batch) if args.batch_size % n == 0), default=0)
+            longest = int(plan.train.lengths.max())
+            way = f"give --micro_batch_size {smaller} in place of {plan.micro_batch} (the result is the same)"
+            if not smaller:
+                way = f"{'' if args.gradient_checkpointing else 'give --gradient_checkpointing, '}--load_in_4bit, or "
+                way += f"--skip_long with --max_length {longest // 2} (the longest row has {longest} tokens)"
+            raise InputError(f"out of memory ({reason}); {way}, then --resume_from_checkpoint last") from error
+        if plan.checkpoint is None:
+            raise
+        raise InputError(f"cannot go on from {plan.checkpoint}: {reason}; give an earlier checkpoint") from error
+
+
+def seconds_before(checkpoint: Path) -> float:
+    """The time that the run had taken when it wrote a checkpoint."""
+    found = read_json(checkpoint / SECONDS, "time")
+    seconds = found.get("seconds") if isinstance(found, dict) else None
+    if type(seconds) not in (int, float):
+        raise InputError(f"{checkpoint / SECONDS} holds no seconds; give an earlier checkpoint")
+    return float(seconds)  # type: ignore[arg-type]
+
+
 def main(argv: list[str] | None = None) -> None:
-    started = time.monotonic()
     args = parse_args(argv)
+    with ExitStack() as locks:
+        if int(os.environ.get("RANK", "0")) == 0:
+            locks.enter_context(only_run(args.output_dir.with_name(f"{args.output_dir.name}.lock"), "--output_dir"))
+        tune(args)
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Check everything, train, save the best adapter, read it back and write its record."""
+    started = time.monotonic()
     device = check_device(args)
     plan = prepare(args, device)
     import torch
@@ -562,38 +666,51 @@ def main(argv: list[str] | None = None) -> None:
     arguments = training_arguments(args, plan, device)  # opens the process group
     main_process = arguments.process_index == 0
     checkpoints = args.output_dir / CHECKPOINTS
-    if plan.checkpoint is None and main_process:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        write_record(run_plan(args), checkpoints / PLAN)
     model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0), args, plan.code_ids)
+    if main_process:
+        if plan.checkpoint is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            write_record(run_plan(args), checkpoints / PLAN)
+        for half in checkpoints.glob("checkpoint-*"):  # what a kill in the middle of saving left
+            if not (half / SECONDS).is_file():
+                shutil.rmtree(half, ignore_errors=True)
     collate = Collate(plan.tokenizer.pad_token_id)
     if plan.checkpoint is not None:
-        started -= float(read_json(plan.checkpoint / SECONDS, "time")["seconds"])
-    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed, started)
+        started -= seconds_before(plan.checkpoint)
+    stop = Stop()
+    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed, started, stop)
     say(
         f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
         f"step; {device}, {str(dtype).removeprefix('torch.')}"
     )
+    go_on = "go on with --resume_from_checkpoint last"
     try:
-        trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
+        with stop, explained(args, plan, checkpoints):
+            trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     except KeyboardInterrupt:
         say("go on from the last checkpoint with --resume_from_checkpoint last")
         raise
+    except Stopped as end:
+        if main_process:
+            print(f"stopped: step {end.args[0]} is saved in {checkpoints}; {go_on}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
     history, state = trainer.state.log_history, trainer.state
     sharded = trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and sharding() == "zero3")
     if not sharded:
         check_ranks(model)
     best = trainer.evaluate(metric_key_prefix="best")
 
-    folder = args.output_dir / ADAPTERS
+    # an adapter's folder is complete or as it was before
+    folder, final = args.output_dir / f".{ADAPTERS}.part", args.output_dir / ADAPTERS
     if main_process:
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(folder))
-    if not main_process:
-        return
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in the record
-    save_tokenizer(plan.tokenizer, folder, plan.shape)
+    with explained(args, plan, folder):
+        trainer.save_model(str(folder))
+        if not main_process:
+            return
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in the record
+        save_tokenizer(plan.tokenizer, folder, plan.shape)
     examples = [plan.validation[row] for row in range(min(4, len(plan.validation)))]
     difference = None
     if not sharded:
@@ -622,6 +739,8 @@ def main(argv: list[str] | None = None) -> None:
         history=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
     )  # fmt: skip
     write_record(record, folder / RECORD)
+    shutil.rmtree(final, ignore_errors=True)
+    folder = folder.rename(final)
     shutil.rmtree(checkpoints, ignore_errors=True)
     say(f"validation loss {best['best_loss']:.4f}, exact {best['best_exact']:.3f} (step {record['best_step']})")
     say(f"wrote {folder}" + ("" if sharded else ": reloaded, logits equal to the bit"))

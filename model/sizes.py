@@ -36,6 +36,6 @@ def sizes_named(args: argparse.Namespace) -> Iterator[None]:
         negatives = "" if args.num_negatives else f" (or keep it and score --num_negatives {8 * batch} at a time)"
         raise InputError(
             f"out of memory ({reason}); --batch {args.batch} is too large here, try --batch {batch}{negatives}, else "
-            f"--num_quantizers {max(1, args.num_quantizers // 2)}, --gcn_dim {max(8, args.gcn_dim // 2)} or --gcn_layers "
-            "1; the last finished epoch is kept, and other flags are another run: --name and --out_dir"
+            f"--num_quantizers {max(1, args.num_quantizers // 2)}, --gcn_dim {max(8, args.gcn_dim // 2)} or "
+            "--gcn_layers 1; the last finished epoch is kept, and other flags are another run: --name and --out_dir"
         ) from error

@@ -1,0 +1,176 @@
+"""Damaged files: every script that reads one says so in one line, in seconds, and leaves everything else as it was.
+
+All cases run with ``-m slow``; a seeded part of them, and some in processes of their own, run by default.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import run_record
+from run_record import ROOT
+from tests.faults.damage import MUST, SAME, WITNESS, put
+from tests.faults.targets import TARGETS, Case, Target, all_cases, main_of
+from tests.faults.world import pristine, restore, snapshot
+
+SECONDS = 10.0
+MEMORY = 2 * 2**30
+FAST, FAST_HEAVY, PROCESSES = 160, 25, 4  # cases of the default suite
+CASES = all_cases()
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@contextmanager
+def more_memory(limit: int) -> Iterator[None]:
+    """No more than ``limit`` bytes of address space beyond what the process has now."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def call(target: Target, world: Path) -> Outcome:
+    """The script as the shell would run it, without a process: exit code, output, a traceback on stderr if it has one."""
+    # processor time: other programs may keep this one waiting
+    out, err, started, before = io.StringIO(), io.StringIO(), time.process_time(), sys.argv
+    code = 0
+    sys.argv = [target.script, *target.arguments(world)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), more_memory(MEMORY):
+            run_record.run_command(main_of(target))
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        code = 1
+        err.write(traceback.format_exc())
+    finally:
+        sys.argv = before
+    return Outcome(code, out.getvalue(), err.getvalue(), time.process_time() - started)
+
+
+def in_process(target: Target, world: Path) -> Outcome:
+    """The same in a process of its own, with the memory limit of a shell's ulimit."""
+    started = time.monotonic()
+    limit = ["prlimit", f"--as={6 * 2**30}"]  # address space: torch alone reserves about three gigabytes
+    ended = subprocess.run(
+        [*limit, sys.executable, str(ROOT / target.script), *target.arguments(world)], capture_output=True, text=True,
+        cwd=world, timeout=60, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    return Outcome(ended.returncode, ended.stdout, ended.stderr, time.monotonic() - started)
+
+
+def faults_of(case: Case, outcome: Outcome, before: dict[str, str], after: dict[str, str], good: str) -> list[str]:
+    """What is wrong with how a case ended."""
+    found = []
+    if "Traceback" in outcome.err or outcome.code not in case.target.codes:
+        found.append(f"exit code {outcome.code}:\n{outcome.err[-1500:]}")
+    elif outcome.code == 2:
+        errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+        if len(errors) != 1 or not outcome.err.endswith("\n") or outcome.err.splitlines()[-1:] != errors:
+            found.append(f"not one last line: {outcome.err[:800]}")
+        elif not any(word in errors[0] for word in (Path(case.file.path).name, *case.file.named)):
+            found.append(f"the file is not named: {errors[0][:300]}")
+        if len(outcome.err) > 2000:
+            found.append(f"{len(outcome.err)} characters: {outcome.err[:300]}")
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        if changed:
+            found.append(f"files changed: {changed[:6]}")
+    if case.expect == MUST and outcome.code != 2:
+        found.append(f"accepted, exit code {outcome.code}: {outcome.out[-300:]}")
+    if case.expect == SAME and (outcome.code or plain(outcome.out) != good):
+        found.append(f"not read the same: {outcome.err[-400:]} {outcome.out[-200:]}")
+    if outcome.seconds > SECONDS:
+        found.append(f"took {outcome.seconds:.1f} s")
+    if any(name.endswith(WITNESS) for name in after) or Path(WITNESS).exists():
+        Path(WITNESS).unlink(missing_ok=True)
+        found.append("a pickle in the file was run")
+    return found
+
+
+def plain(text: str) -> str:
+    """Output without times."""
+    return re.sub(r"\d+(\.\d+)? s\b", "", text)
+
+
+def try_case(case: Case, world: Path, good: str, run: object = call) -> tuple[Outcome, list[str]]:
+    path = world / case.file.path
+    try:
+        put(path, case.spoil(path.read_bytes()))
+        before = snapshot(world)
+        outcome: Outcome = run(case.target, world)  # type: ignore[operator]
+        return outcome, faults_of(case, outcome, before, snapshot(world), good)
+    finally:
+        restore(world)
+
+
+@pytest.fixture(scope="module")
+def good() -> dict[str, str]:
+    """What each target prints over the undamaged world."""
+    found = {}
+    for target in TARGETS:
+        outcome = call(target, pristine())
+        restore(pristine())
+        assert outcome.code in set(target.codes) - {2}, f"{target.name}: {outcome.err}"
+        found[target.name] = plain(outcome.out)
+    return found
+
+
+def chosen(heavy: bool, count: int) -> list[Case]:
+    """A part of the cases that is the same in every run: every file first, then at random."""
+    rng = random.Random(8)
+    cases = [case for case in CASES if case.target.heavy == heavy and "bomb" not in case.damage.name]
+    rng.shuffle(cases)
+    by_file = list({(case.target.name, case.file.path): case for case in cases}.values())
+    rest = [case for case in cases if case not in by_file]
+    return [*by_file, *rest][:count]
+
+
+def run_all(cases: list[Case], good: dict[str, str]) -> None:
+    world, faults, refused = pristine(), [], 0
+    with suppress(KeyboardInterrupt):
+        for case in cases:
+            outcome, found = try_case(case, world, good[case.target.name])
+            refused += outcome.code == 2
+            faults += [f"{case.id}: {fault}" for fault in found]
+    assert not faults, f"{len(faults)} faults in {len(cases)} cases:\n\n" + "\n\n".join(faults)
+    assert refused > len(cases) / 2, f"only {refused} of {len(cases)} were refused: the damages are too mild"
+
+
+def test_there_are_enough_cases_over_every_script() -> None:
+    assert len(CASES) > 300 and len({case.id for case in CASES}) == len(CASES)
+
+
+def test_damaged_files_of_graph_codes_and_rows(good: dict[str, str]) -> None:
+    run_all(chosen(False, FAST), good)
+
+
+def test_damaged_files_of_models(good: dict[str, str]) -> None:
+    run_all(chosen(True, FAST_HEAVY), good)
+
+
+@pytest.mark.slow
+def test_every_damaged_file(good: dict[str, str]) -> None:
+    run_all(CASES, good)
