@@ -1,7 +1,7 @@
 """Does the LLM gain from codes? Six rows on the same test queries, over seeds, with mean and spread.
 
-    python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out comparison
-    python lora_training/compare_llm.py --dataset data/family --seeds 0 --out comparison_quick --quick
+    python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out lora_training/lora_outputs/comparison
+    python lora_training/compare_llm.py --dataset data/family --seeds 0 --out lora_training/lora_outputs/quick --quick
 
 the candidate model          stage 1, trained on the training split: its codes go to the LLM, its lists to the prompts
 the candidate model, refitted   the same flags, trained on the training split and the nine tenths of valid on which the

@@ -15,9 +15,10 @@ import run_rq
 from Class import gen_lp_data_rq
 from Class.candidates import Candidates, write_candidates
 from Class.gen_lp_data_rq import both_directions, disjoint_parts
-from Class.instructions import Row, make_row, read_rows, split_path, write_rows
+from Class.instructions import Row, make_row, open_source, read_rows, split_path, write_rows
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, inference, make_tiny_base, merge_adapter, train_lora
+from lora_training.code_tokens import refuse_other_codes
 from lora_training.compare_llm import (
     CANDIDATE_MODEL,
     COPIED,
@@ -42,6 +43,7 @@ from lora_training.compare_llm import (
 from lora_training.score_answers import report
 from run_record import InputError, read_json, write_json
 from tables.results import collect
+from tests.test_instructions import write_codes
 
 N = 4  # candidates that the toy rows list
 
@@ -281,6 +283,28 @@ def test_a_recipe_file_replaces_single_flags(tmp_path: Path) -> None:
     write_json({"third": {}}, tmp_path / "r.json")
     with pytest.raises(InputError, match="part 'third'"):
         read_recipe(tmp_path / "r.json", quick=False)
+
+
+def test_shuffled_codes_are_found_again_by_their_seed(ring: Path, tmp_path: Path) -> None:
+    """What a model was tuned on says which codes to open: its own circle, not that of seed 0."""
+    codes = write_codes(ring, tmp_path / "codes", (3, 8, 2))
+    made = {
+        seed: open_source(argparse.Namespace(
+            codes=codes, dataset=ring, no_codes=False, shuffle_codes=True, code_format="spec", seed=seed
+        ))
+        for seed in (0, 5)
+    }  # fmt: skip
+    for seed, source in made.items():
+        again = inference.open_codes(source.codes_info, codes, ring)
+        assert source.codes_info["shuffle_seed"] == seed and again.code_texts == source.code_texts
+    assert made[0].code_texts != made[5].code_texts
+    with pytest.raises(InputError, match="shuffled by seed 0"):
+        refuse_other_codes(made[0].codes_info, made[5].codes_info, "the model", "the rows")
+
+
+def test_runs_may_share_a_folder(tmp_path: Path) -> None:
+    names = [inference.answers_path(tmp_path / name).name for name in ("inference_results.json", "a.json", "b.json")]
+    assert names == ["answers.jsonl", "a.answers.jsonl", "b.answers.jsonl"]
 
 
 def test_toy_rows_survive_their_file(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
