@@ -29,7 +29,7 @@ from tests.test_instructions import write_graph
 def swept(ring: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of two sizes and both quantizers on the ring."""
     folder = tmp_path_factory.mktemp("swept")
-    for more in ({"seq_len": 3}, {"seq_len": 2}, {"seq_len": 2, "quantizer": "vq"}):
+    for more in ({"seq_len": 3}, {"seq_len": 2}, {"seq_len": 2, "quantizer": "vq", "num_quantizers": 1}):
         stage1(ring, folder, **more)
     return folder / "codes"
 
@@ -172,6 +172,11 @@ def test_curves_average_seeds_and_keep_settings_apart() -> None:
     assert found == {(8, "ConvE, GCN 2"): {2: pytest.approx(0.3), 4: 0.5}, (8, "DistMult, GCN 2"): {4: 0.9}}
     assert runs.varied(rows) == rows[:3], "DistMult has no second size"
     assert runs.size(row(4, 1024, 0.5, args={"quantizer": "vq"})) == (4, 1024, 1)
+
+
+def test_labels_keep_what_differs() -> None:
+    assert runs.tell_apart(["RQ, ConvE, lr 1, seed 0", "RQ, ConvE, lr 2, seed 0"]) == ["RQ, lr 1", "RQ, lr 2"]
+    assert runs.tell_apart(["RQ, ConvE"]) == ["RQ, ConvE"] and runs.tell_apart(["a, b", "a, b"]) == ["a, b", "a, b"]
 
 
 def test_figure_5_needs_two_sizes(inputs: Inputs, swept: Path, tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def others(row: Row) -> str:
     return row.setting.partition(", ")[2]
 
 
+def tell_apart(labels: Sequence[str]) -> list[str]:
+    """The labels without the words (between commas) that all have, the first one kept; a single label stays whole."""
+    words = [label.split(", ") for label in labels]
+    common = set(words[0]).intersection(*words[1:]) if len(set(labels)) > 1 else set()
+    return [", ".join([first, *(word for word in rest if word not in common)]) for first, *rest in words]
+
+
 def curves(rows: Sequence[Row], key: Callable[[Row], Key], x: Callable[[Row], int]) -> dict[Key, dict[int, float]]:
     """key -> x -> mean MRR over the rows with them (seeds), both in order."""
     values: dict[Key, dict[int, list[float]]] = {}
@@ -112,12 +119,12 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
         raise Missing("the records hold no history; run_rq.py writes it: python demo_complete.py")
     figure, axes = new_figure(len(found), 2, 4.6, 3.2)
     for (losses, scores), (dataset, rows) in zip(axes, found.items(), strict=True):
+        labels = run_labels(rows)
         for number, row in enumerate(rows):
             history = row.record["history"]
             style = line(number) | {"markersize": 2.5}
-            label = short(row.setting, 60) + (f", seed {row.seed}" if len(rows) > 1 else "")
             losses.plot([epoch["epoch"] for epoch in history], [epoch["structure"] for epoch in history],
-                        label=label, **style)  # fmt: skip
+                        label=labels[number], **style)  # fmt: skip
             scored = [epoch for epoch in history if "valid" in epoch]
             scores.plot([epoch["epoch"] for epoch in scored], [epoch["valid"]["mrr"] for epoch in scored], **style)
             frozen = next((epoch["epoch"] for epoch in history if epoch["phase"] == "frozen"), None)
@@ -129,6 +136,11 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
         whole_ticks(losses)
         whole_ticks(scores)
     return save(figure, out, "figure_10")
+
+
+def run_labels(rows: Sequence[Row]) -> list[str]:
+    """What tells each run from the others of its panel, its seed with them."""
+    return [short(label, 56) for label in tell_apart([f"{row.setting}, seed {row.seed}" for row in rows])]
 
 
 def by_levels(row: Row) -> list[float]:
@@ -145,10 +157,10 @@ def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
         raise Missing("no record has several levels; make one: python run_rq.py --num_quantizers 4")
     figure, axes = new_figure(1, len(found), 4.2, 3.2)
     for panel, (dataset, rows) in zip(axes[0], found.items(), strict=True):
+        labels = run_labels(rows)
         for number, row in enumerate(rows):
             values = by_levels(row)
-            label = short(row.setting, 44) + (f", seed {row.seed}" if len(rows) > 1 else "")
-            panel.plot(range(1, len(values) + 1), values, label=label, **line(number))
+            panel.plot(range(1, len(values) + 1), values, label=labels[number], **line(number))
         panel.set(xlabel="levels decoded", ylabel=MRR, title=dataset)
         from_zero(panel)
         panel.set_xticks(range(1, 1 + max(len(by_levels(row)) for row in rows)))
@@ -161,9 +173,10 @@ def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
     found = stage1(inputs)
     figure, axes = new_figure(1, len(found), 4.4, 3.3)
     for panel, (dataset, rows) in zip(axes[0], found.items(), strict=True):
-        runs = curves(rows, lambda row: (kind(row), others(row)), lambda row: size(row)[0] * size(row)[2])
-        many = len({key[1] for key in runs}) > 1
-        labels = {key: f"{key[0]} runs" + (f" ({short(str(key[1]), 34)})" if many else "") for key in runs}
+        runs = curves(rows, lambda row: (f"{kind(row)}, K = {size(row)[1]:,}, {others(row)}",),
+                      lambda row: size(row)[0] * size(row)[2])  # fmt: skip
+        labels = dict(zip(runs, tell_apart([str(key[0]) for key in runs]), strict=True))
+        labels = {key: short(label, 56) for key, label in labels.items()}
         plot_curves(panel, runs, labels.__getitem__)
         ticks = {x for points in runs.values() for x in points}
         for number, row in enumerate(row for row in rows if by_levels(row)):

@@ -47,7 +47,10 @@ def sample_groups(kg: KnowledgeGraph, seed: int) -> Sample:
             used.add(relation)
         if len(facts) == GROUPS:
             return Sample(np.array(chosen), facts)
-    raise Missing(f"{kg.name} has too few facts that {SIZE} to {LARGEST} entities share; name another --dataset")
+    raise Missing(
+        f"{kg.name} has too few facts that {SIZE} to {LARGEST} entities share; "
+        "name another graph: python tables/make_figures.py --dataset DIR"
+    )
 
 
 def cosines(codes: CodeSet, rows: list[int]) -> NDArray[np.float64]:
