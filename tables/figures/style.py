@@ -111,7 +111,7 @@ def heat_map(
     if text is not None:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                dark = value < (low + high) / 2
+                dark = value <= (low + high) / 2  # a single value is drawn as the lowest one
                 axes.text(column, row, format(value, text), ha="center", va="center", fontsize=7,
                           color="white" if dark else "black")  # fmt: skip
     return image
