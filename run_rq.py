@@ -127,6 +127,8 @@ def build_parser() -> CommandParser:
     )
     group.add_argument("--batch", type=int, default=1024, help="B, distinct (h, r) queries per step")
     group.add_argument("--lr", type=float, default=0.0005, help="learning rate of Adam")
+    group.add_argument("--encoder_lr", type=float, metavar="LR",
+                       help="rate of the encoder (default: --lr times the root of --encoder_every)")  # fmt: skip
     group.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="course of the rate")
     group.add_argument("--l2", type=float, default=1e-8, help="weight decay of Adam")
     group.add_argument("--loss", choices=["ce", "bce"], default="ce", help="1-N loss: softmax or binary cross-entropy")
@@ -207,8 +209,9 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
     if args.num_negatives and args.loss != "ce":
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
-    if not 0 < args.lr < float("inf"):
-        parser.error(f"--lr {args.lr} is out of range, expected more than 0")
+    for flag in ["lr", "encoder_lr"]:
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < float("inf"):
+            parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected more than 0")
     if args.seed >= 2**63:
         parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     if not 0 < args.freeze_at <= 1:
@@ -608,6 +611,11 @@ def stage_record(
         plain, inputs, trainer.seconds + more_seconds, trainer.device, name=args.name, dataset=kg.name,
         best_epoch=trainer.best["epoch"], epochs=trainer.epoch, world_size=trainer.world.started,
         history=trainer.history,
+        parameters={
+            "model": sum(p.numel() for p in trainer.model.parameters()),
+            "behind_codes": sum(p.numel() for p in trainer.model.scorer.parameters())
+            + trainer.best["relations"].numel(),
+        },
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class TrainSettings:
 
     epoch: int = 800
     lr: float = 5e-4
+    encoder_lr: float | None = None
     l2: float = 1e-8
     batch: int = 1024
     loss: str = "ce"
@@ -116,7 +117,9 @@ class Trainer:
         self._clock = time.monotonic()
 
     def _make_optimizer(self) -> torch.optim.Adam:
-        """Adam; what steps once per ``encoder_every`` scorer steps moves by its square root more each time."""
+        """Adam; what steps once per ``encoder_every`` scorer steps has ``encoder_lr``, by default its root times lr."""
+        settings = self.settings
+        encoder_lr = settings.encoder_lr or settings.lr * math.sqrt(settings.encoder_every)
         every_step = {id(p) for p in [*self.model.scorer.parameters(), *self.model.relation_parameters()]}
         if self.model.W_s is not None:
             every_step |= {id(p) for p in self.model.W_s.parameters()}
@@ -126,10 +129,10 @@ class Trainer:
         return torch.optim.Adam(
             [
                 {"params": groups[True], "rate": 1.0},
-                {"params": groups[False], "rate": math.sqrt(self.settings.encoder_every)},
+                {"params": groups[False], "rate": encoder_lr / settings.lr},
             ],
-            lr=self.settings.lr,
-            weight_decay=self.settings.l2,
+            lr=settings.lr,
+            weight_decay=settings.l2,
         )
 
     # ---------------------------------------------------------------- one epoch

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,17 @@ def test_the_queries_are_the_distinct_training_pairs_of_both_directions(trainer_
     assert set(pairs) == known.keys() and len(pairs) == len(known)
     triples = {(*pairs[row], tail) for row, tail in zip(found.rows.tolist(), found.columns.tolist(), strict=True)}
     assert triples == {(*pair, tail) for pair, tails in known.items() for tail in tails}
+
+
+def test_the_encoder_has_a_rate_of_its_own(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(lr=0.01, encoder_lr=0.003, encoder_every=4, lr_schedule="constant")
+    before = state_of(trainer)
+    trainer._set_lr(0.0)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.01, 0.003])
+    trainer.settings = replace(trainer.settings, epoch=1)
+    trainer.fit()
+    moved = (state_of(trainer)["entity_embedding"] - before["entity_embedding"]).abs().max()
+    assert 0 < float(moved) <= 0.003 * 1.01 * math.ceil(len(trainer._batches()) / 4)  # Adam: a step is at most its rate
 
 
 # ---------------------------------------------------------------- phases
