@@ -1,11 +1,11 @@
-"""A grid of stage-1 runs that differ from one recipe in a flag or two, resumed where it was stopped, in one results file.
+"""A grid of stage-1 runs that differ from one recipe in a flag or two, resumed where it stopped, in one results file.
 
     python tables/run_ablations.py --list                                    the settings of the grid
     python tables/run_ablations.py                                           all of them: FB15k-237, 10 epochs, seed 0
     python tables/run_ablations.py --only 4x4 vq_16 unquantized --seeds 0 1 2
 
 Each run is a command of its own (printed), with its own folder under --out; its record there is all that is read. A
-setting with a record is not run again. Scores are of valid, from the dumped integers (controls: from what they score with).
+setting with a record is not run again. Scores are of valid, from the dumped integers (controls: from what they hold).
 """
 
 from __future__ import annotations
