@@ -174,9 +174,18 @@ def keep_results(out: Path, record: Row, codes_file: Path, checkpoint: Path) -> 
     scorer = {name: value.cpu() for name, value in best["model"].items() if name.startswith("scorer.")}
     write_json(record, out / "metrics.json")
     save_torch(load_torch(codes_file, "codes").to(torch.int16), out / "codes_int16.pt")
-    best = {"model": scorer, "relations": best["relations"].cpu(), "codes_sha256": best["codes_sha256"]}
-    slim = {"config": stored["config"], "comparable": stored["comparable"], "last": {}, "best": best}
-    save_torch(slim, out / "decoder.pt")  # run_rq.py --eval_codes CODES --checkpoint decoder.pt takes it
+    slim = {key: best[key] for key in ("epoch", "valid", "codes_sha256")}
+    last = {key: stored["last"][key] for key in ("epoch", "seconds", "history")}
+    # what run_rq.py --eval_codes CODES --checkpoint decoder.pt reads of a checkpoint, and no more
+    save_torch(
+        {
+            "config": stored["config"],
+            "comparable": stored["comparable"],
+            "last": {"model": {}, **last},
+            "best": {"model": scorer, "relations": best["relations"].cpu(), **slim},
+        },
+        out / "decoder.pt",
+    )
 
 
 # ---------------------------------------------------------------- all of it

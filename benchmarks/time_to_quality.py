@@ -33,11 +33,12 @@ from model.precision import keep_freed_memory
 from model.RQGCN import RQGCN
 from model.trainer import Trainer
 from run_record import ROOT, InputError, read_json, run_command
+from run_rq import parse_args
 
-# The recommended CPU recipe: flags of run_rq.py that differ from its defaults.
-RECIPE: list[str] = []
+# The recommended CPU recipe, as flags of run_rq.py
+RECIPE = ["--config", str(ROOT / "configs" / "FB15k-237_4x4_cpu.txt")]
 ORIGINAL = ["--loss", "bce", "--batch", "1024", "--lr", "0.0005", "--gcn_layers", "2", "--gcn_dim", "200",
-            "--init_dim", "200", "--decoder", "conve", "--lr_schedule", "constant"]  # fmt: skip
+            "--init_dim", "200", "--decoder", "conve", "--lr_schedule", "constant", "--device", "cpu"]  # fmt: skip
 
 
 # ---------------------------------------------------------------- ours
@@ -45,7 +46,7 @@ ORIGINAL = ["--loss", "bce", "--batch", "1024", "--lr", "0.0005", "--gcn_layers"
 
 def train_ours(dataset: Path, flags: list[str], minutes: float, threads: int, folder: Path) -> dict[str, Any]:
     """The run record of run_rq.py with these flags."""
-    words = [sys.executable, str(ROOT / "run_rq.py"), "--dataset", str(dataset), *flags, "--max_minutes", str(minutes),
+    words = [sys.executable, str(ROOT / "run_rq.py"), *flags, "--dataset", str(dataset), "--max_minutes", str(minutes),
              "--out_dir", str(folder / "codes"), "--checkpoint_dir", str(folder), "--device", "cpu", "--no_test",
              "--num_workers", str(threads)]  # fmt: skip
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
@@ -76,11 +77,16 @@ def ours_row(record: dict[str, Any], marks: list[float]) -> Row:
 
 
 def original_model(kg: KnowledgeGraph, flags: list[str], folder: Path) -> Trainer:
-    """A trainer's data and model with every graph layer replaced by one that multiplies each edge's message."""
+    """A trainer's data and model with every graph layer replaced by one that multiplies each edge's message.
+
+    Of ``flags`` it takes L, K and Q; all else is ORIGINAL's or run_rq.py's default.
+    """
     from benchmarks.measure import make_trainer
     from benchmarks.message_passing import PerEdgeLayer
 
-    trainer = make_trainer(kg, [*flags, *ORIGINAL, "--device", "cpu"], folder / "unused.pt")
+    recipe = parse_args(flags)
+    size = [f"--{name}={getattr(recipe, name)}" for name in ("seq_len", "num_code", "num_quantizers")]
+    trainer = make_trainer(kg, [*size, *ORIGINAL], folder / "unused.pt")
     for layer in trainer.model.encoder.layers:
         layer.__class__ = PerEdgeLayer
     return trainer
@@ -158,9 +164,7 @@ def main() -> int:
             rows.append(train_original(kg, flags, args.minutes, Path(name)))
     if len(rows) == 2:
         rows[0]["ratio"], rows[1]["ratio"] = rows[0]["mrr"] / rows[1]["mrr"] if rows[0]["mrr"] else None, 1.0
-    print(
-        f"{kg.name}, CPU, {args.threads} threads, {args.minutes:g} minutes each; ours: {' '.join(flags) or 'defaults'}"
-    )
+    print(f"{kg.name}, CPU, {args.threads} threads, {args.minutes:g} minutes each; ours: {' '.join(flags)}")
     print_table(rows, {
         "recipe": "<", **{f"s_to_{mark:.2f}": ".0f" for mark in args.marks}, "minutes": ".1f", "epochs": ".2f",
         "s_per_epoch": ".1f", "s_per_step": ".2f", "mrr": ".4f", "ratio": ".1f",

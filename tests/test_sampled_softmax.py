@@ -139,7 +139,7 @@ def test_all_entities_as_negatives_train_like_the_exact_loss(
     exact, sampled = found
     assert exact.keys() == sampled.keys()
     for name, value in exact.items():
-        torch.testing.assert_close(sampled[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(sampled[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_only_the_needed_entities_are_decoded(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +151,12 @@ def test_only_the_needed_entities_are_decoded(trainer_of: TrainerMaker, monkeypa
     wanted = {*trainer.heads[batch].tolist(), *targets.columns.tolist()}
     decoded: list[int] = []
     decode = trainer.model.rq_codebook.decode_from_codes
-    monkeypatch.setattr(
-        trainer.model.rq_codebook, "decode_from_codes", lambda codes: decoded.append(len(codes)) or decode(codes)
-    )
+
+    def counted(codes: Tensor) -> Tensor:
+        decoded.append(len(codes))
+        return decode(codes)
+
+    monkeypatch.setattr(trainer.model.rq_codebook, "decode_from_codes", counted)
     *_, gradient = trainer._scorer_step(batch, CODES)
     touched = gradient.to_dense().flatten(1).abs().sum(1).nonzero().flatten().tolist()
     assert gradient.shape == (M, L, trainer.model.code_dim)

@@ -1,0 +1,134 @@
+"""Random graphs: the law they are drawn by is the law that is fitted to them; the growth benchmark's rows."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import growth
+from benchmarks.growth import growth_exponents
+from benchmarks.random_graph import (
+    FREEBASE,
+    RELATIONS,
+    Law,
+    fit_law,
+    random_kg,
+    random_triples,
+    tail_exponent,
+    zipf_exponent,
+)
+from data.knowledge_graph import KnowledgeGraph
+from run_record import ROOT, read_json
+
+
+def test_triples_are_distinct_in_range_and_of_the_seed() -> None:
+    triples = random_triples(2000, 20_000, seed=1)
+    assert triples.shape == (20_000, 3) and triples.dtype == np.int64
+    assert len(np.unique(triples, axis=0)) == 20_000
+    assert triples.min() == 0 and (triples.max(axis=0) < [2000, RELATIONS, 2000]).all()
+    assert np.array_equal(triples, random_triples(2000, 20_000, seed=1))
+    assert not np.array_equal(triples, random_triples(2000, 20_000, seed=2))
+
+
+def test_order_tells_nothing_about_degree() -> None:
+    """Ids and rows are shuffled: hubs stand anywhere, and the first half of the triples has the law of the second."""
+    triples = random_triples(2000, 20_000, seed=0)
+    degree = np.bincount(triples[:, 2], minlength=2000)
+    assert abs(np.corrcoef(np.arange(2000), degree)[0, 1]) < 0.1
+    first, second = (np.bincount(part[:, 2], minlength=2000) for part in np.split(triples, 2))
+    assert np.corrcoef(first, second)[0, 1] > 0.9
+    assert first.sum() == second.sum()
+
+
+@pytest.mark.parametrize("law", [FREEBASE, Law(2.3, 0.5, 3.5, 0.4, 1.3)])
+def test_the_fit_finds_the_law_that_was_drawn(law: Law) -> None:
+    """Not exactly: distinct triples cost the hubs some of their degree."""
+    found = fit_law(random_triples(30_000, 300_000, seed=0, law=law), 30_000)
+    assert found.out_exponent == pytest.approx(law.out_exponent, abs=0.2)
+    assert found.in_exponent == pytest.approx(law.in_exponent, abs=0.2)
+    assert found.relation_exponent == pytest.approx(law.relation_exponent, abs=0.05)
+
+
+def test_fits_on_known_samples() -> None:
+    rng = np.random.default_rng(0)
+    for exponent in (2.2, 3.0):
+        degrees = np.floor(0.5 + 9.5 * (1 - rng.random(50_000)) ** (-1 / (exponent - 1))).astype(np.int64)
+        found, cut = tail_exponent(degrees)
+        assert found == pytest.approx(exponent, abs=0.1) and cut >= 9
+    counts = rng.multinomial(10**6, (p := np.arange(1, 200) ** -0.7) / p.sum())
+    assert zipf_exponent(counts) == pytest.approx(0.7, abs=0.01)
+
+
+def test_freebase_is_the_fit_of_fb15k237() -> None:
+    folder = ROOT / "data" / "FB15k-237"
+    if not (folder / "train.txt").exists():
+        pytest.skip("FB15k-237 is not there: python data/download.py")
+    kg = KnowledgeGraph.load(folder)
+    assert fit_law(kg.train, kg.num_entities) == pytest.approx(FREEBASE, abs=1e-3)
+
+
+def test_too_many_triples_are_refused() -> None:
+    with pytest.raises(ValueError, match="too many"):
+        random_triples(3, 3 * 3 * RELATIONS + 1, seed=0)
+
+
+def test_random_kg_splits_without_overlap() -> None:
+    kg = random_kg(500, 4000, seed=0, held_out=(100, 50))
+    assert (len(kg.train), len(kg.valid), len(kg.test)) == (4000, 100, 50)
+    assert len(np.unique(np.concatenate([kg.train, kg.valid, kg.test]), axis=0)) == 4150
+    assert kg.num_entities == 500 and kg.num_relations == RELATIONS
+
+
+def test_growth_exponents_are_those_of_power_laws() -> None:
+    rows = [
+        {"entities": M, "loss": "sampled, N = 8", "epoch_seconds": 3 * M**1.2, "peak_gb": M**0.5, "s_encoder": M,
+         "ms_scorer": 7.0}
+        for M in (10, 100, 1000)
+    ]  # fmt: skip
+    exact = {**rows[0], "loss": "exact", "epoch_seconds": 1e9}
+    found = growth_exponents([exact, *rows])
+    assert found == pytest.approx({"epoch_seconds": 1.2, "peak_gb": 0.5, "s_encoder": 1.0, "ms_scorer": 0.0}, abs=1e-9)
+    assert growth_exponents([exact, rows[0]]) == {}
+
+
+def run_growth(words: str, result: Path, monkeypatch: pytest.MonkeyPatch) -> list[growth.Row]:
+    monkeypatch.setattr("sys.argv", ["growth.py", *words.split(), "--json", str(result)])
+    assert growth.main() == 0
+    rows: list[growth.Row] = read_json(result, "rows")["rows"]
+    return rows
+
+
+def test_rows_of_exact_and_sampled_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(args: argparse.Namespace, M: int, negatives: int) -> growth.Row:
+        return growth.measure(argparse.Namespace(**{**vars(args), "one": (M, negatives)}))
+
+    monkeypatch.setattr(growth, "in_own_process", here)
+    words = "--sizes 300 --steps 4 --warm_steps 0 --encoder_every 2 --num_negatives 20 --batch 32 --threads 1"
+    exact, sampled = run_growth(words, tmp_path / "rows.json", monkeypatch)
+    assert (exact["loss"], sampled["loss"]) == ("exact", "sampled, N = 20")
+    for row in (exact, sampled):
+        assert row["triples"] == 3000 and row["sampled_steps"] == 4 < row["steps"]
+        assert row["epoch_seconds"] > 0 and 0 < row["peak_gb"] <= row["peak_gb_ranked"]
+    assert exact["ratio"] == 1 and sampled["ratio"] == pytest.approx(exact["epoch_seconds"] / sampled["epoch_seconds"])
+    printed = capsys.readouterr().out
+    assert "ratio" in printed.splitlines()[0] and "not a whole epoch" in printed
+
+
+@pytest.mark.slow
+def test_each_row_has_a_process_and_its_own_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "--sizes 300 40000 --steps 2 --warm_steps 0 --encoder_every 2 --threads 1 --num_negatives 64"
+    small, _, large, _ = run_growth(words, tmp_path / "rows.json", monkeypatch)
+    assert large["peak_gb"] > small["peak_gb"] + 0.05
+
+
+def test_no_room_leaves_a_size_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(growth, "available_gb", lambda: 15.9)
+    assert run_growth("--sizes 1000000", tmp_path / "rows.json", monkeypatch) == []
+    assert "M = 1,000,000 left out: 15.9 GB are free, 16 GB are asked for" in capsys.readouterr().out
