@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -228,7 +229,8 @@ def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") 
 
     try:
         _check_archive(path)
-        value = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of foreign pickles: the error says it
+            value = torch.load(path, map_location=device, weights_only=True)
         _check_tensors(value)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -208,6 +208,7 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with loaded as archive:
+            assert archive.zip is not None
             unpacked = sum(part.file_size for part in archive.zip.infolist())
             if unpacked > UNPACKED_BYTES and unpacked > UNPACKED_RATIO * path.stat().st_size:
                 raise ValueError(f"{unpacked:,} bytes when unpacked, which no list is")

@@ -59,9 +59,9 @@ def read_codes_info(data: str | Path) -> dict[str, Any]:
         )
     stats = read_json(path, "statistics")
     info = stats.get("codes") if isinstance(stats, dict) else None
-    if not is_codes_info(info):
+    if not isinstance(info, dict) or not is_codes_info(info):
         raise InputError(f"{path} does not say which codes its rows hold; write it anew: python Class/build_mix.py")
-    return info  # type: ignore[no-any-return]
+    return info
 
 
 def is_codes_info(info: Any) -> bool:
@@ -70,14 +70,14 @@ def is_codes_info(info: Any) -> bool:
         return False
     if info.get("file") is None:
         return True
-    sizes = [info.get(key) for key in ("num_code", "num_quantizers")]
+    sizes: list[Any] = [info.get(key) for key in ("num_code", "num_quantizers")]
     if not all(type(size) is int and 0 < size <= MOST_TOKENS for size in sizes):
         return False
     words = [info["file"], info.get("sha256"), info.get("code_format", "spec")]
     known = all(isinstance(word, str) for word in words) and words[2] in CODE_FORMATS
     seed = info.get("shuffle_seed", 0)
     known = known and type(info.get("shuffled", False)) is bool and type(seed) is int and seed >= 0
-    return known and sizes[0] * sizes[1] <= MOST_TOKENS
+    return known and bool(sizes[0] * sizes[1] <= MOST_TOKENS)
 
 
 def code_shape(info: Mapping[str, Any]) -> CodeShape | None:
@@ -201,9 +201,10 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     more = {} if quantization is None else {"quantization_config": quantization, "device_map": device_map}
+    loader: Any = AutoModelForCausalLM
     model: PreTrainedModel
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = loader.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, low_cpu_mem_usage=True, trust_remote_code=False,
             output_loading_info=True, **more,
         )  # fmt: skip

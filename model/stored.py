@@ -44,9 +44,13 @@ def _weights_fault(weights: Any) -> str | None:
     return f"{broken[0]} holds values that are not finite" if broken else None
 
 
+def _number(value: Any) -> float:
+    return float(value) if type(value) in (int, float) else math.nan
+
+
 def _last_fault(last: Mapping[str, Any]) -> str | None:
-    epoch, seconds, history = (last.get(key) for key in ("epoch", "seconds", "history"))
-    if type(epoch) is not int or type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+    epoch, seconds, history = last.get("epoch"), _number(last.get("seconds")), last.get("history")
+    if type(epoch) is not int or not 0 <= seconds < math.inf:
         return "last: epoch or seconds is no number"
     if not isinstance(history, list) or len(history) != epoch or not all(isinstance(row, dict) for row in history):
         return f"last: the history has not one entry for each of {epoch} epochs"

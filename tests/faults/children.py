@@ -1,4 +1,4 @@
-"""Scripts in processes that can be killed: forked from a server that has torch loaded, so that a start costs nothing."""
+"""Scripts in processes that can be killed: forked from a server that has torch loaded, so that a start is cheap."""
 
 from __future__ import annotations
 

@@ -135,9 +135,11 @@ TRIPLES = [
     Damage("spaces for tabs", MUST, line(lambda old, _: [old.replace(b"\t", b" ")])),
     Damage("an empty name", MUST, line(lambda old, _: [b"\t" + old.partition(b"\t")[2]])),
     Damage("an unknown entity", MUST, line(lambda old, _: [b"nobody\t" + old.partition(b"\t")[2]])),
-    Damage("an unknown relation", MUST, line(lambda old, _: [old.split(b"\t")[0] + b"\tnothing\t" + old.split(b"\t")[2]])),
+    Damage(
+        "an unknown relation", MUST, line(lambda old, _: [old.split(b"\t")[0] + b"\tnothing\t" + old.split(b"\t")[2]])
+    ),
     Damage("one line of a megabyte", MUST, line(lambda old, _: [old, b"x" * 2**20])),
-]  # fmt: skip
+]
 
 
 def brief(value: bytes) -> str:
@@ -156,10 +158,12 @@ DICT = [
         Damage(f"id {brief(value)}", MUST, number(value))
         for value in (b"-1", b"1.0", b"", b"x", b"9" * 5000, "\u0661".encode(), b"1e3", b"999999999999", b"0x1")
     ),
-    Damage("a name twice", MUST, lambda content, _: content + content.splitlines()[0].replace(b"0\t", b"43\t", 1) + b"\n"),
+    Damage(
+        "a name twice", MUST, lambda content, _: content + content.splitlines()[0].replace(b"0\t", b"43\t", 1) + b"\n"
+    ),
     Damage("an id twice", MUST, line(lambda old, _: [old, old.partition(b"\t")[0] + b"\tanother"])),
     Damage("no name", MUST, line(lambda old, _: [old.partition(b"\t")[0]])),
-]  # fmt: skip
+]
 
 
 def declared(value: bytes) -> Bytes:
@@ -170,21 +174,46 @@ def declared(value: bytes) -> Bytes:
 OPENKE = [
     *anything(cut_is=MAY),
     *TEXT,
-    *(Damage(f"declares {brief(value)}", MUST, declared(value))
-      for value in (b"0", b"-5", b"999999999999999", b"x", b"", b"9" * 5000, b"1e3")),
-]  # fmt: skip
+    *(
+        Damage(f"declares {brief(value)}", MUST, declared(value))
+        for value in (b"0", b"-5", b"999999999999999", b"x", b"", b"9" * 5000, b"1e3")
+    ),
+]
 OPENKE_SPLIT = [*OPENKE, Damage("an id too large", MUST, lambda c, _: c.replace(lines_of(c)[1], b"99999 1 0", 1))]
-OPENKE_NAMES = [*OPENKE, Damage("an id too large", MUST, lambda c, _: c.replace(b"\t1\n", b"\t99999\n", 1)),
-                Damage("an id twice", MUST, lambda c, _: c.replace(b"\t1\n", b"\t0\n", 1))]  # fmt: skip
+OPENKE_NAMES = [
+    *OPENKE,
+    Damage("an id too large", MUST, lambda c, _: c.replace(b"\t1\n", b"\t99999\n", 1)),
+    Damage("an id twice", MUST, lambda c, _: c.replace(b"\t1\n", b"\t0\n", 1)),
+]
 NAMES = [*anything(cut_is=MAY, missing_is=MAY), *TEXT]  # entity2label: a file of names that may be left out
-ENTITIES = [*anything(), Damage("NUL", MUST, insert(b"\0")), Damage("no UTF-8", MUST, insert(b"\xff")),
-            Damage("two rows changed about", MUST, lambda c, _: b"\n".join([*lines_of(c)[1::-1], *lines_of(c)[2:], b""]))]  # fmt: skip
+ENTITIES = [
+    *anything(),
+    Damage("NUL", MUST, insert(b"\0")),
+    Damage("no UTF-8", MUST, insert(b"\xff")),
+    Damage("two rows changed about", MUST, lambda c, _: b"\n".join([*lines_of(c)[1::-1], *lines_of(c)[2:], b""])),
+]
 
 
 # ---------------------------------------------------------------- JSON
 
-ODD = ["null", "-1", "1e999", "NaN", "[]", "{}", '"x"', "true", "0", "1.5", '"\\ud800"', "9" * 5000, "[" * DEEP + "]" * DEEP,
-       "4398046511104", '"../../../escape"', '"\\u0000"']  # fmt: skip
+ODD = [
+    "null",
+    "-1",
+    "1e999",
+    "NaN",
+    "[]",
+    "{}",
+    '"x"',
+    "true",
+    "0",
+    "1.5",
+    '"\\ud800"',
+    "9" * 5000,
+    "[" * DEEP + "]" * DEEP,
+    "4398046511104",
+    '"../../../escape"',
+    '"\\u0000"',
+]
 HOLE = "-- a hole to be filled --"
 
 
@@ -225,9 +254,23 @@ def lost_key(content: bytes, rng: Random) -> bytes:
 
 
 WHOLE = [
-    *(Damage(f"the value {text[:8]} of {len(text)}", MUST, constant(text.encode())) for text in
-      ("null", "3", '"text"', "[]", "{}", "[1, 2]", "9" * 5000, "[" * DEEP + "]" * DEEP, '{"a":' * DEEP, "NaN", '"\\ud800"')),
-]  # fmt: skip
+    *(
+        Damage(f"the value {text[:8]} of {len(text)}", MUST, constant(text.encode()))
+        for text in (
+            "null",
+            "3",
+            '"text"',
+            "[]",
+            "{}",
+            "[1, 2]",
+            "9" * 5000,
+            "[" * DEEP + "]" * DEEP,
+            '{"a":' * DEEP,
+            "NaN",
+            '"\\ud800"',
+        )
+    ),
+]
 JSON = [
     *anything(),
     *WHOLE,
@@ -351,13 +394,16 @@ def attack(content: bytes, _: Random) -> bytes:
 
 def legacy_attack(content: bytes, _: Random) -> bytes:
     """The same in the form that torch wrote before 1.6."""
-    return b"".join(pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, Attack(), []))
+    parts: list[Any] = [0x1950A86A20F9469CFC6C, 1001, {}, Attack(), []]
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts)
 
 
 PT = [
     *anything(),
-    *(Damage(f"holds {value!r}"[:24], MUST, constant(saved(value))) for value in
-      (None, 3, "text", [], {}, {"codes": 1}, torch.zeros(0), torch.tensor(3), [torch.zeros(2)])),
+    *(
+        Damage(f"holds {value!r}"[:24], MUST, constant(saved(value)))
+        for value in (None, 3, "text", [], {}, {"codes": 1}, torch.zeros(0), torch.tensor(3), [torch.zeros(2)])
+    ),
     Damage("a plain pickle", MUST, constant(pickle.dumps([1, 2]))),
     Damage("attack", MUST, attack),
     Damage("attack, old form", MUST, legacy_attack),
@@ -365,7 +411,7 @@ PT = [
     Damage("declares terabytes", MUST, declares_tera),
     Damage("decompression bomb", MUST, bomb),
     Damage("a zip of nothing", MUST, lambda _, __: zipped({})),
-]  # fmt: skip
+]
 CODES = [
     *PT,
     Damage("float32", MUST, tensor(lambda t: t.float())),
@@ -384,11 +430,13 @@ CODES = [
     Damage("an index of K", MUST, tensor(lambda t: t.where(t != t[0, 0, 0], torch.tensor(8)))),
     Damage("an index of 2**62", MUST, tensor(lambda t: t.where(t != t[0, 0, 0], torch.tensor(2**62)))),
     Damage("an index of -1", MUST, tensor(lambda t: t.where(t != t[0, 0, 0], torch.tensor(-1)))),
-    Damage("one number seen as terabytes", MUST, tensor(lambda t: torch.zeros(1, dtype=torch.int64).expand(43, TERA, 2))),
+    Damage(
+        "one number seen as terabytes", MUST, tensor(lambda t: torch.zeros(1, dtype=torch.int64).expand(43, TERA, 2))
+    ),
     Damage("sparse", MUST, tensor(lambda t: t.to_sparse())),
     Damage("a list of rows", MUST, tensor(lambda t: list(t))),
     Damage("within a dictionary", MUST, tensor(lambda t: {"codes": t})),
-]  # fmt: skip
+]
 
 
 def tensor_places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -402,8 +450,23 @@ def odd_checkpoint(content: bytes, rng: Random) -> bytes:
     found = tensor_places(stored)
     depth = rng.randint(1, max(map(len, found)))
     place = rng.choice([path for path in found if len(path) <= depth])
-    what = rng.choice([None, "x", -1, 10**30, float("nan"), [], {}, torch.zeros(0), torch.zeros(2, 3), torch.full((43, 3, 2), 99),
-                       torch.tensor(float("nan")), torch.zeros(5, dtype=torch.uint8), "gone"])  # fmt: skip
+    what: Any = rng.choice(
+        [
+            None,
+            "x",
+            -1,
+            10**30,
+            float("nan"),
+            [],
+            {},
+            torch.zeros(0),
+            torch.zeros(2, 3),
+            torch.full((43, 3, 2), 99),
+            torch.tensor(float("nan")),
+            torch.zeros(5, dtype=torch.uint8),
+            "gone",
+        ]
+    )
 
     def change(holder: Any, key: Any) -> None:
         if isinstance(what, str) and what == "gone":
@@ -512,14 +575,29 @@ def npz_bomb(content: bytes, _: Random) -> bytes:
 NPZ = [
     *anything(),
     *(Damage(f"no {name}", MUST, without(name)) for name in ("query", "direction", "candidates")),
-    *(Damage(f"attack in {name}", MUST, in_npz(name, lambda _: npy(np.array([Attack()]), allow_pickle=True)))
-      for name in ("query", "info", "scores")),
-    *(Damage(f"{name} of floats", MUST, in_npz(name, lambda a: npy(a.astype(np.float64)))) for name in ("query", "truth", "candidates")),
-    *(Damage(f"{name} a row short", MUST, in_npz(name, lambda a: npy(a[1:]))) for name in ("query", "direction", "truth", "candidates", "scores", "rank")),
-    *(Damage(f"{name} declares terabytes", MUST, in_npz(name, lambda _: npy_header((TERA, 2)))) for name in ("query", "scores")),
+    *(
+        Damage(f"attack in {name}", MUST, in_npz(name, lambda _: npy(np.array([Attack()]), allow_pickle=True)))
+        for name in ("query", "info", "scores")
+    ),
+    *(
+        Damage(f"{name} of floats", MUST, in_npz(name, lambda a: npy(a.astype(np.float64))))
+        for name in ("query", "truth", "candidates")
+    ),
+    *(
+        Damage(f"{name} a row short", MUST, in_npz(name, lambda a: npy(a[1:])))
+        for name in ("query", "direction", "truth", "candidates", "scores", "rank")
+    ),
+    *(
+        Damage(f"{name} declares terabytes", MUST, in_npz(name, lambda _: npy_header((TERA, 2))))
+        for name in ("query", "scores")
+    ),
     Damage("an id of M", MUST, in_npz("candidates", lambda a: npy(np.where(a == a.max(), 43, a)))),
     Damage("an id of -2", MUST, in_npz("candidates", lambda a: npy(np.where(a == a.max(), -2, a)))),
-    Damage("an id of 2**63", MUST, in_npz("candidates", lambda a: npy(np.where(a == a.max(), np.uint64(2**63), a.astype(np.uint64))))),
+    Damage(
+        "an id of 2**63",
+        MUST,
+        in_npz("candidates", lambda a: npy(np.where(a == a.max(), np.uint64(2**63), a.astype(np.uint64)))),
+    ),
     Damage("a candidate twice", MUST, in_npz("candidates", lambda a: npy(a[:, [0, 0, 2, 3, 4, 5]]))),
     Damage("NaN scores", MUST, in_npz("scores", lambda a: npy(a * np.nan))),
     Damage("infinite ranks", MUST, in_npz("rank", lambda a: npy(a * np.inf))),
@@ -532,7 +610,7 @@ NPZ = [
     Damage("info a list", MUST, in_npz("info", lambda _: npy(np.array("[]")))),
     Damage("decompression bomb", MUST, npz_bomb),
     Damage("a single array", MUST, lambda _, __: npy(np.zeros(3))),
-]  # fmt: skip
+]
 
 
 # ---------------------------------------------------------------- safetensors

@@ -53,7 +53,7 @@ def more_memory(limit: int) -> Iterator[None]:
 
 
 def call(target: Target, world: Path) -> Outcome:
-    """The script as the shell would run it, without a process: exit code, output, a traceback on stderr if it has one."""
+    """The script as the shell would run it, without a process; a traceback, if it has one, is on stderr."""
     # processor time: other programs may keep this one waiting
     out, err, started, before = io.StringIO(), io.StringIO(), time.process_time(), sys.argv
     code = 0

@@ -1,4 +1,4 @@
-"""No room on the disk, no memory, a second run into the same place, losses that are no numbers: one line, nothing lost."""
+"""No room on the disk, no memory, a second run into one place, losses that are no numbers: one line, nothing lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,20 @@ def world() -> Iterator[Path]:
     restore(pristine())
 
 
-WRITERS = ["train", "restore", "eval", "export", "gen_fb", "gen_entity", "gen_lp", "mix", "base", "tune", "merge", "score"]
+WRITERS = [
+    "train",
+    "restore",
+    "eval",
+    "export",
+    "gen_fb",
+    "gen_entity",
+    "gen_lp",
+    "mix",
+    "base",
+    "tune",
+    "merge",
+    "score",
+]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -118,10 +131,10 @@ def raising(error: BaseException) -> Any:
     return method
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(REFUSED), MemoryError(),
-              RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")],
-)  # fmt: skip
+ON_CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(REFUSED), MemoryError(), RuntimeError(ON_CPU)])
 def test_stage_one_out_of_memory_names_flags_and_sizes(
     world: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:

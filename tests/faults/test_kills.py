@@ -30,12 +30,16 @@ FAMILY: dict[str, Any] = {
 
 
 def family_flags(folder: Path) -> list[str]:
-    places = {"dataset": ROOT / "data" / "family", "out_dir": folder / "codes", "checkpoint_dir": folder / "checkpoints"}
+    places = {
+        "dataset": ROOT / "data" / "family",
+        "out_dir": folder / "codes",
+        "checkpoint_dir": folder / "checkpoints",
+    }
     return flags_of(places | FAMILY)
 
 
 def ring_flags(folder: Path) -> list[str]:
-    return small_flags(pristine() / "data" / "ring", folder, epoch=40, graph_backend="torch", freeze_at=0.8)
+    return small_flags(pristine() / "data" / "ring", folder, epoch=20, graph_backend="torch", freeze_at=0.8)
 
 
 def kill_and_continue(flags: list[str], folder: Path, after: float) -> None:
