@@ -396,7 +396,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     fault = fault_of(stored)
     if fault is not None:
         raise InputError(f"checkpoint file {path} is none of run_rq.py's, or damaged: {fault}")
-    return stored  # type: ignore[no-any-return]
+    return stored
 
 
 class Prepared(NamedTuple):

@@ -53,8 +53,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------- corpus
 
 
-def documents(kg: KnowledgeGraph, seed: int) -> Iterator[str]:
-    """One text per entity that has something to say, from names, descriptions and training triples alone."""
+def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
+    """One text per entity that has something to say, from names, descriptions and training triples alone.
+
+    ``recall``: after so many lines they are said once more in another order, which teaches to copy from the context:
+    a large model can do that, a small one does not find it in facts that are each said once (0: each once).
+    """
     source, rng = Source(kg, unique_names(kg)), np.random.default_rng([seed, 11])
     shown, relations = source.shown, source.relations
     lines: list[list[str]] = [[] for _ in range(kg.num_entities)]
@@ -63,6 +67,9 @@ def documents(kg: KnowledgeGraph, seed: int) -> Iterator[str]:
         lines[t].append(f"({shown[t]} | {prompts.relation_text(relations[r], 'head')} | {shown[h]})")
     for e in rng.permutation(kg.num_entities).tolist():
         own = [lines[e][i] for i in rng.permutation(len(lines[e]))]
+        if recall:
+            groups = [own[start : start + recall] for start in range(0, len(own), recall)]
+            own = [line for group in groups for line in (*group, *(group[i] for i in rng.permutation(len(group))))]
         description = escape_name(kg.descriptions[e].strip())
         yield "\n".join([f"{shown[e]}: {description}" if description else shown[e], *own])
 
@@ -181,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     seed_everything(args.seed)
-    texts = list(documents(kg, args.seed))
+    texts = list(documents(kg, args.seed, args.recall))
     # often enough that the prompts' words become whole tokens beside the graph's names
     tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size)
     stream = token_stream(texts, tokenizer)
@@ -215,6 +222,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
+    parser.add_argument("--recall", type=int, default=0, metavar="N", help="say every N lines of a text once more in "
+                        "another order, so that copying is learned (0: off)")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
@@ -235,8 +244,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.inner, args.seed) < 0:
-        parser.error("--steps, --inner and --seed must be 0 or more")
+    if min(args.steps, args.inner, args.seed, args.recall) < 0:
+        parser.error("--steps, --inner, --recall and --seed must be 0 or more")
     return args
 
 
