@@ -186,8 +186,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **TOKENIZER)
     except Exception as error:
         raise _explain(name, error) from error
+    return usable(tokenizer, name)
+
+
+def usable(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token; InputError where it has no end token or its settings are no settings."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token: no answer could ever end")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise InputError(f"the tokenizer of {name} has model_max_length {tokenizer.model_max_length!r}; fetch it anew")
     if tokenizer.pad_token_id is None:  # padding is masked by position, so any id serves; a new one would cost a row
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -282,7 +289,7 @@ def load_saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), **TOKENIZER)
     except Exception as error:
         raise _explain(f"{folder}: its tokenizer", error) from error
-    return tokenizer
+    return usable(tokenizer, str(folder))
 
 
 def reload_check(tokenizer: PreTrainedTokenizerBase, shape: CodeShape) -> None:

@@ -658,6 +658,11 @@ def answer_rows(args: argparse.Namespace) -> None:
 
     by_key = {(answer["split"], answer["id"]): answer for answer in read_answers(path).answers}
     order = [(row["split"], row["id"]) for part in reversed(parts) for row in part.rows(with_codes, args.decode)]
+    absent = [key for key in order if key not in by_key]
+    if absent:
+        raise InputError(
+            f"{path} has answers to other rows, none to {absent[0][1]} of {absent[0][0]}; give --overwrite"
+        )
     answers = [by_key[key] for key in order]
     metrics = report(answers)
     record = make_record(

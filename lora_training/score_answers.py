@@ -299,7 +299,7 @@ def score_texts(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
 
 def is_judgement(row: Answer) -> bool:
     """Whether a row or an answer judges a triple."""
-    return row["truth"] in ([TRUE], [FALSE])
+    return row.get("truth") in ([TRUE], [FALSE])
 
 
 def is_ranking(row: Answer) -> bool:

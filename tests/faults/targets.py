@@ -217,7 +217,7 @@ TARGETS = [
             "--vocab_size",
             "300",
         ),
-        graph()[:2],
+        [file._replace(may=("CRLF", "BOM")) for file in graph()[:2]],
     ),
     Target(
         "tune",
@@ -247,7 +247,13 @@ TARGETS = [
         ],
         True,
     ),
-    Target("infer_anew", "lora_training/inference.py", lambda w: answering(w, "--overwrite"), model("base"), True),
+    Target(
+        "infer_anew",
+        "lora_training/inference.py",
+        lambda w: answering(w, "--overwrite"),
+        [model("base")[0], model("base")[3]],
+        True,
+    ),
     Target(
         "infer_merged",
         "lora_training/inference.py",

@@ -29,7 +29,7 @@ from tests.faults.world import pristine, restore, snapshot
 
 SECONDS = 10.0
 MEMORY = 2 * 2**30
-FAST, FAST_HEAVY, PROCESSES = 160, 25, 4  # cases of the default suite
+FAST, FAST_HEAVY = 100, 12  # cases of the default suite
 CASES = all_cases()
 
 
@@ -174,3 +174,14 @@ def test_damaged_files_of_models(good: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_every_damaged_file(good: dict[str, str]) -> None:
     run_all(CASES, good)
+
+
+@pytest.mark.slow
+def test_some_in_processes_of_their_own() -> None:
+    """As the shell runs them: what libraries print, and a limit on memory, show here alone."""
+    world, faults = pristine(), []
+    cases = [case for heavy in (False, True) for case in chosen(heavy, 60) if case.expect == MUST]
+    for case in random.Random(9).sample(cases, 16):
+        _, found = try_case(case, world, "", in_process)
+        faults += [f"{case.id}: {fault}" for fault in found if not fault.startswith("took")]
+    assert not faults, "\n\n".join(faults)

@@ -143,6 +143,7 @@ def test_a_flag_that_does_not_exist_is_one_line(path: Path, monkeypatch: pytest.
     assert end.value.code == 2 and error.count("\n") == 1 and "--help" in error, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
 def test_help_takes_less_than_three_seconds(path: Path) -> None:
     """Processor time, from the script's own folder; half of a pytest run would be hidden by what it has imported."""
