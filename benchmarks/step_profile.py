@@ -166,12 +166,13 @@ PROFILE_COLUMNS = {
 
 
 def main() -> int:
-    own, _, further = (" ".join(sys.argv[1:])).partition("-- ")
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
     parser = benchmark_parser(__doc__, "the bundled family graph, one cycle")
     parser.add_argument("--dataset", type=Path, help="graph folder (default: data/FB15k-237, with --quick data/family)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--cycles", type=int, default=3, help="cycles timed, the best counts")
-    args = parser.parse_args(own.split())
+    args = parser.parse_args(words[:cut])
     begun = time.perf_counter()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
@@ -179,7 +180,7 @@ def main() -> int:
     if args.quick:
         args.cycles = 1
     kg = KnowledgeGraph.load(args.dataset)
-    flags = [*RECIPE, *further.split(), "--device", args.device]
+    flags = [*RECIPE, *words[cut + 1 :], "--device", args.device]
     with tempfile.TemporaryDirectory() as folder:
         trainer = ready_trainer(kg, flags, args.device, Path(folder))
         settings = {trainer.settings.matmul_precision, FULL}
