@@ -80,7 +80,9 @@ def test_extreme_scores_stay_finite(name: str) -> None:
 
 def test_reduced_precision_moves_the_gradients_by_its_rounding_alone() -> None:
     """With "medium" products the probabilities are bfloat16 (8 bits) where the processor has them; never the loss."""
-    data = Batch(*(x.detach().float().requires_grad_() for x in batch()[:2]), *batch()[2:])
+    wide = batch()
+    query, q_all = (x.detach().float().requires_grad_() for x in (wide.query, wide.q_all))
+    data = Batch(query, q_all, wide.targets, wide.labels)
     exact = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
     with matmul_precision("medium"):
         fast = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
