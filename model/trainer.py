@@ -147,7 +147,7 @@ class Trainer:
         until = self.settings.warmup_epochs
         if self.settings.control in ("unquantized", "posthoc") or (progress if until < 1 else epoch) < until:
             return Phase(progress, "warm-up")
-        return Phase(progress, "frozen" if progress >= self.settings.freeze_at and self.codes is not None else "codes")
+        return Phase(progress, "frozen" if progress >= self.settings.freeze_at else "codes")
 
     def _elapsed(self) -> float:
         return self.world.same(self.seconds + time.monotonic() - self._clock)
@@ -193,12 +193,13 @@ class Trainer:
     def _start_epoch(self, phase: Phase) -> None:
         """Codebooks by residual k-means of the warmed-up vectors at first; later, unused codes get a new place."""
         codebook = self.model.rq_codebook
-        if phase.name == "frozen":
-            if self.codes is None:
-                self.codes = codebook.random_codes(self.kg.num_entities, self.model.seq_len, self.generator)
-                self.codes = self.codes.to(self.device)
+        if phase.name == "frozen" and self.codes is not None:
             return
-        if phase.name == "codes":
+        if self.settings.control == "random_codes":
+            codes = codebook.random_codes(self.kg.num_entities, self.model.seq_len, self.generator)
+            self.codes = codes.to(self.device)
+            return
+        if phase.name != "warm-up":
             z = self.model.clean_z(self.graph, self.text)
             self.world.copy_from_first([z])
             if self.codes is None:
