@@ -68,7 +68,7 @@ class FlagsFromFile(argparse.Action):
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             parser.error(f"--config {values} cannot be read as flags: {reason}; there are examples in configs/")
-        if "--config" in words:
+        if any(word.split("=")[0] == "--config" for word in words):
             parser.error(f"--config {values} names another --config; write its flags into the file")
         known = {word for action in parser._actions for word in action.option_strings}
         unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
@@ -517,8 +517,10 @@ def fit_until_stopped(trainer: Trainer, checkpoint: Path) -> None:
         if world.stop_signal:
             world.stop()
     except (KeyboardInterrupt, SystemExit) as stop:
-        if checkpoint.exists() and trainer.epoch:
-            where = f"epoch {trainer.epoch} is saved in {checkpoint}; --restore goes on, --restore --dump_only dumps"
+        if trainer.saved_epoch:
+            where = (
+                f"epoch {trainer.saved_epoch} is saved in {checkpoint}; --restore goes on, --restore --dump_only dumps"
+            )
         else:
             where = "no epoch was finished, nothing is saved"
         print(f"stopped: {where}", file=sys.stderr)
@@ -540,6 +542,7 @@ def dump(
     from model.evaluation import evaluate_codes, shuffled
     from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
     from model.RQGCN import scorer_of
+    from model.trainer import mrr_as_trained
 
     assert trainer.best is not None
     start = time.monotonic()
@@ -566,7 +569,7 @@ def dump(
     metrics["valid_mrr_by_levels"] = [rank("valid", levels=level)["mrr"] for level in range(1, args.num_quantizers)] + [
         metrics["valid"]["mrr"]
     ]
-    metrics["mrr_before_collision_pass"] = best.get("valid_before_collision_pass", best["valid"])["mrr"]
+    metrics["mrr_before_collision_pass"] = mrr_as_trained(best)
     if not args.no_test:
         metrics["test"] = rank("test")
         metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")

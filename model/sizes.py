@@ -30,10 +30,11 @@ def sizes_named(args: argparse.Namespace) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split(". ")[0].split()) or "no memory"
         if args.eval_codes:
-            raise InputError(f"out of memory ({reason}); rank on the CPU: --device cpu") from error
+            raise InputError(f"out of memory ({reason}); close other programs, or rank with --device cpu") from error
         # how much the encoder keeps, whatever the batch, is not known here: a quarter of what was used is assumed
         batch = smaller_batch(args.batch, memory.used, memory.wanted, memory.total, memory.used / 4)
-        negatives = "" if args.num_negatives else f" (or keep it and score --num_negatives {8 * batch} at a time)"
+        sampled = args.num_negatives or args.loss != "ce"
+        negatives = "" if sampled else f" (or keep it and score --num_negatives {8 * batch} at a time)"
         raise InputError(
             f"out of memory ({reason}); --batch {args.batch} is too large here, try --batch {batch}{negatives}, else "
             f"--num_quantizers {max(1, args.num_quantizers // 2)}, --gcn_dim {max(8, args.gcn_dim // 2)} or "

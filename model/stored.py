@@ -58,11 +58,11 @@ def _last_fault(last: Mapping[str, Any]) -> str | None:
 
 
 def _best_fault(best: Mapping[str, Any]) -> str | None:
-    valid = best.get("valid")
-    if type(best.get("epoch")) is not int or not isinstance(valid, Mapping) or not _is_json(valid):
-        return "best: epoch or valid is missing or damaged"
-    if type(valid.get("mrr")) not in (int, float) or not 0 <= valid["mrr"] <= 1:
-        return f"best: its valid MRR is {valid.get('mrr')}"
+    for valid in (best.get("valid"), best.get("valid_before_collision_pass", best.get("valid"))):
+        if type(best.get("epoch")) is not int or not isinstance(valid, Mapping) or not _is_json(valid):
+            return "best: epoch or valid is missing or damaged"
+        if type(valid.get("mrr")) not in (int, float) or not 0 <= valid["mrr"] <= 1:
+            return f"best: its valid MRR is {valid.get('mrr')}"
     relations = best.get("relations")
     if not isinstance(relations, Tensor) or relations.dim() != 2 or not bool(relations.isfinite().all()):
         return "best: damaged relation vectors"

@@ -111,6 +111,7 @@ class Trainer:
         self.codes: Tensor | None = None  # [M, L, Q], the assignments in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use while warming up
         self.epoch = 0
+        self.saved_epoch = 0  # the last one in the checkpoint; 0: this run has none
         self.seconds = 0.0  # of training so far, resumed parts included
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -183,10 +184,13 @@ class Trainer:
         return draw_sample(self.heads[batch], targets, self.kg.num_entities, count, self.generator)
 
     def _refresh(self, phase: Phase) -> None:
-        """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on."""
+        """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on.
+
+        A run that is made longer may warm up again: the codes that it had are those of other vectors by then.
+        """
         z = self.model.clean_z(self.graph, self.text)
         if phase.name == "warm-up":
-            self.z = z
+            self.z, self.codes = z, None
         else:
             self.z, self.codes = None, self.model.rq_codebook.cal_codes(z)
 
@@ -225,7 +229,7 @@ class Trainer:
             z_q = self.model.rq_codebook.decode_from_codes(
                 self.codes if sample is None else self.codes[sample.entities]
             )
-            z_q.retain_grad()
+            z_q.requires_grad_().retain_grad()  # codes that follow averages (EMA) have none of their own
         with self.world.own_randomness():
             structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch, sample)
         structure, semantic = structure * triples, semantic * queries
@@ -323,7 +327,7 @@ class Trainer:
                 raise InputError(f"the loss became {loss} in {where}; {self._after_nan()}")
 
     def _after_nan(self) -> str:
-        kept = f"epoch {self.epoch} is saved in {self.checkpoint}: " if self.history else ""
+        kept = f"epoch {self.saved_epoch} is saved in {self.checkpoint}: " if self.saved_epoch else ""
         return f"{kept}try a lower --lr, a lower --vq_weight or --loss ce"
 
     # ---------------------------------------------------------------- all epochs
@@ -331,7 +335,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last epoch, the time limit or the end of patience; resumes where ``restore`` left it.
 
-        A limit that ends the run before any epoch with codes still gives it codes, scored as they are.
+        A limit that ends the run while it warms up still gives it codes, scored as they are.
         """
         self._clock = time.monotonic()
         done = self._finished() or self._out_of_patience()
@@ -347,7 +351,10 @@ class Trainer:
             done = done or self._out_of_patience()
             self.report(format_epoch(row))
             self.save()
-        if self.best is None and self._finished() and self.settings.control != "unquantized":
+        without_codes = self.best is None or self.codes is None
+        if without_codes and self._finished() and self.settings.control != "unquantized":
+            if self.settings.control == "posthoc":
+                self.best = None  # of the run when it was shorter
             self._start_epoch(Phase(1.0, "codes"))
             self._validate("codes")
             self.save()
@@ -377,7 +384,7 @@ class Trainer:
                 assert self.codes is not None
                 metrics = self._scored_codes(relations, self.codes)
         scored_as_dumped = (phase != "warm-up") == (self.settings.control != "unquantized")
-        if scored_as_dumped and (self.best is None or metrics["mrr"] > self.best["valid"]["mrr"]):
+        if scored_as_dumped and (self.best is None or metrics["mrr"] > mrr_as_trained(self.best)):
             self.best = {
                 "epoch": self.epoch,
                 "valid": metrics,
@@ -395,11 +402,13 @@ class Trainer:
         return metrics
 
     def _out_of_patience(self) -> bool:
-        """Asked after an epoch; only one that was evaluated can end the run."""
+        """Asked after an epoch; only one that was evaluated can end the run, only those that could be best count."""
         patience = self.settings.patience
         if not patience or self.best is None or "valid" not in self.history[-1]:
             return False
-        return bool(self.epoch - self.best["epoch"] >= patience)
+        unquantized = self.settings.control == "unquantized"
+        since = [row for row in self.history[self.best["epoch"] :] if (row["phase"] == "warm-up") == unquantized]
+        return len(since) >= patience
 
     def score_best(self, split: str) -> dict[str, Any]:
         """Metrics of the best epoch on ``split``: from its codes, or from z itself without quantization."""
@@ -465,6 +474,7 @@ class Trainer:
         with self.world.together():
             if self.world.first:
                 save_torch(whole, self.checkpoint)
+        self.saved_epoch = self.epoch
 
     def _cuda_states(self) -> list[Tensor]:
         """Of the generators of all GPUs; where each process has one of them, of this process's (they are in step)."""
@@ -482,6 +492,7 @@ class Trainer:
         self.optimizer.load_state_dict(last["optimizer"])
         check_optimizer(self.optimizer, settings)
         self.epoch, self.seconds, self.history = last["epoch"], last["seconds"], last["history"]
+        self.saved_epoch = self.epoch
         self.codes = None if last["codes"] is None else last["codes"].to(self.device)
         self.best = stored["best"]
         rng = last["rng"]
@@ -491,6 +502,11 @@ class Trainer:
             torch.cuda.set_rng_state(rng["cuda"][0].cpu(), self.device)
         elif self.device.type == "cuda" and rng["cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
+
+
+def mrr_as_trained(best: dict[str, Any]) -> float:
+    """Valid MRR of a best epoch before the collision pass, as other epochs are scored."""
+    return float(best.get("valid_before_collision_pass", best["valid"])["mrr"])
 
 
 def codes_hash(codes: Tensor) -> str:

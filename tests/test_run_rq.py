@@ -788,7 +788,13 @@ def test_a_config_is_its_flags_and_later_flags_win(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("--seq_lenn 3", "--seq_lenn"), ("--config x", "another"), ("--name 'a", "quotation"), (None, "No such")],
+    [
+        ("--seq_lenn 3", "--seq_lenn"),
+        ("--config x", "another"),
+        ("--config=x", "another"),
+        ("--name 'a", "quotation"),
+        (None, "No such"),
+    ],
 )
 def test_a_config_that_cannot_be_read_is_named(rq: Command, tmp_path: Path, text: str | None, word: str) -> None:
     config = tmp_path / "flags.txt"

@@ -299,6 +299,88 @@ def test_max_minutes_fits_the_schedule_to_the_clock(trainer_of: TrainerMaker) ->
     assert "valid" in trainer.history[-1]
 
 
+@pytest.mark.parametrize("shape", [{"warmup_epochs": 0.5, "freeze_at": 0.5}, {"warmup_epochs": 0.5, "freeze_at": 0.75}])
+def test_a_longer_run_that_warms_up_again_starts_its_codes_anew(
+    trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
+) -> None:
+    """4 epochs, restored as 12: by its share of the run the warm-up is back, and what it moves must reach the codes."""
+    trainer_of(epoch=4, **shape).fit()
+    longer = trainer_of(epoch=12, **shape)
+    longer.restore(load_torch(longer.checkpoint, "checkpoint"))
+    before, starts = longer.codes, []
+    init = longer.model.rq_codebook.init_from_data
+
+    def watched(*words: Any, **more: Any) -> None:
+        starts.append(longer.epoch)
+        init(*words, **more)
+
+    monkeypatch.setattr(longer.model.rq_codebook, "init_from_data", watched)
+    longer.fit()
+    assert [row["phase"] for row in longer.history[4:7]] == ["warm-up", "warm-up", longer.history[6]["phase"]]
+    assert longer.history[6]["phase"] != "warm-up" and starts == [6]
+    assert before is not None and longer.codes is not None and not torch.equal(before, longer.codes)
+
+
+def test_posthoc_codes_of_a_longer_run_are_of_its_last_vectors(trainer_of: TrainerMaker) -> None:
+    trainer_of(epoch=2, control="posthoc", lr=1e-3).fit()
+    longer = trainer_of(epoch=20, control="posthoc", lr=1e-3, patience=3)  # nothing to be patient with before the end
+    longer.restore(load_torch(longer.checkpoint, "checkpoint"))
+    assert longer.best is not None and longer.best["epoch"] == 2
+    longer.fit()
+    assert longer.epoch == longer.best["epoch"] == 20
+    again = trainer_of(epoch=20, control="posthoc", lr=1e-3, patience=3)
+    again.restore(load_torch(longer.checkpoint, "checkpoint"))
+    again.fit()  # nothing is left to do
+    assert_same(again.best, longer.best)
+
+
+def test_what_the_collision_pass_costs_is_no_handicap_for_the_best(trainer_of: TrainerMaker) -> None:
+    """Epochs compare by their codes as trained: beating the best only as it is after the pass is not enough."""
+    trainer = trainer_of(epoch=3)
+    trainer.fit()
+    assert trainer.best is not None and trainer.codes is not None
+    trainer.codes[:5] = trainer.codes[5]  # collisions
+    trainer.best = None
+    before = trainer._validate("codes")["mrr"]
+    best = trainer.best
+    assert best is not None and trainer.resolve_collisions() >= 5
+    assert best["valid_before_collision_pass"]["mrr"] == before != best["valid"]["mrr"]
+    best["valid"]["mrr"] = before / 2  # a costly pass
+    trainer._validate("codes")  # the same codes again are no better
+    assert trainer.best is best
+
+
+def test_codebooks_that_follow_averages_train_too(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of({"codebook": {"ema_decay": 0.9}}, epoch=3, freeze_at=1.0)
+    trainer._train_epoch()
+    trainer.epoch = 1
+    trainer._start_epoch(CODES)
+    before = state_of(trainer)
+    trainer._train_epoch()
+    changed = moved(before, state_of(trainer))
+    assert {"entity_embedding", *(f"scorer.rq_codebook.codebooks.{q}.weight" for q in range(Q))} <= changed
+
+
+def test_stopped_while_ranking_the_epoch_before_is_what_is_saved(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(epoch=5)
+    validate = trainer._validate
+
+    def stop_at_third(phase: str) -> dict[str, Any]:
+        if trainer.epoch == 3:
+            raise KeyboardInterrupt
+        return validate(phase)
+
+    trainer._validate = stop_at_third  # type: ignore[method-assign]
+    assert trainer.saved_epoch == 0
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.saved_epoch == 2 == load_torch(trainer.checkpoint, "checkpoint")["last"]["epoch"]
+    assert "epoch 2 is saved" in trainer._after_nan()
+    fresh = trainer_of(epoch=5)
+    fresh.restore(load_torch(trainer.checkpoint, "checkpoint"))
+    assert fresh.saved_epoch == 2
+
+
 # ---------------------------------------------------------------- repeatability
 
 
@@ -318,6 +400,11 @@ RESUMABLE: list[dict[str, Any]] = [
     {"epoch": 6, "freeze_at": 0.6, "warmup_epochs": 2},
     {"epoch": 5, "encoder_every": 3, "lr_schedule": "constant", "eval_every": 2},
     {"epoch": 4, "model": {"decoder": "conve", "tf_layers": 2}},
+    {"epoch": 5, "freeze_at": 0.5, "warmup_epochs": 0.5, "assign_every": 3, "encoder_every": 2, "encoder_lr": 0.02},
+    {"epoch": 4, "num_negatives": 9, "model": {"text_init": True}},
+    {"epoch": 3, "control": "unquantized"},
+    {"epoch": 3, "control": "random_codes"},
+    {"epoch": 3, "control": "posthoc"},
 ]
 
 
