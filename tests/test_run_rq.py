@@ -21,8 +21,10 @@ from conftest import CODE_DIM, ROOT, SHAPE, K, L, M, Outcome, Q, R, flags_of, sm
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
+from model.sizes import sizes_named
+from model.stored import fault_of
 from model.trainer import Trainer
-from run_record import load_torch
+from run_record import InputError, load_torch
 
 Command = Callable[..., Outcome]
 RING = "ring_3_8_2_rq"
@@ -776,6 +778,22 @@ def test_a_file_that_would_run_code_is_refused_unrun(
     assert not marker.exists()
     pickle.loads(pickle.dumps(attack))["best"].close()  # the control: where a pickle is trusted, it runs
     assert marker.exists()
+
+
+def test_a_damaged_score_before_the_collision_pass_is_named(ring_run: Run) -> None:
+    stored = load_torch(ring_run.checkpoint, "checkpoint")
+    assert fault_of(stored) is None
+    stored["best"]["valid_before_collision_pass"] = {"mrr": 7}
+    assert fault_of(stored) == "best: its valid MRR is 7"
+
+
+@pytest.mark.parametrize(
+    ("flags", "offered"), [([], True), (["--loss", "bce"], False), (["--num_negatives", "9"], False)]
+)
+def test_out_of_memory_offers_negatives_only_where_they_go(flags: list[str], offered: bool) -> None:
+    with pytest.raises(InputError) as error, sizes_named(run_rq.parse_args(flags)):
+        raise MemoryError
+    assert ("--num_negatives" in str(error.value)) == offered
 
 
 def test_a_config_is_its_flags_and_later_flags_win(tmp_path: Path) -> None:
