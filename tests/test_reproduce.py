@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from run_record import ROOT, InputError
 from tables import make_tables
+from tests.pages import check_command, indented, page_commands, read_page
 
 PAGE = ROOT / "docs" / "REPRODUCE.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def indented(text: str) -> list[str]:
-    """The commands of a page: its indented lines, joined where they go on, without comments."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.startswith("    ")]
-
-
-LINES = indented(TEXT) + indented((ROOT / "tables" / "README.md").read_text(encoding="utf-8"))
+PAGES = [TEXT, read_page("tables/README.md")]
+LINES = [line for text in PAGES for line in indented(text)]
 VARIABLES = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(LINES), re.MULTILINE))
-INLINE = re.findall(r"`(python [^`]+)`", TEXT)
-COMMANDS = sorted({line for line in [*LINES, *INLINE] if line.startswith("python ")})
+COMMANDS = sorted({line for text in PAGES for line in page_commands(text)})
 
 
 def test_the_numbers_are_those_of_the_records() -> None:
@@ -57,15 +48,5 @@ def test_the_page_has_commands_for_every_stage() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_exists(command: str) -> None:
-    for name, value in VARIABLES.items():
-        command = command.replace(f"${name}", value)
     assert "$" not in command, "a variable of the page is not set"
-    _, script, *words = shlex.split(command)
-    assert (ROOT / script).is_file(), f"{script} is named and not there"
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if hasattr(module, "parse_args"):
-        module.parse_args(words)
-        return
-    # the parser is made inside main: ask the script itself
-    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(re.search(rf"{word}\b", shown.stdout) for word in words if word.startswith("--"))
+    check_command(command)

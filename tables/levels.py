@@ -1,0 +1,89 @@
+"""What each residual level adds: valid MRR of one run by the levels decoded, from the kept records.
+
+    python tables/levels.py                              print the table
+    python tables/levels.py --page docs/MIGRATION.md     write it anew between the page's marks
+
+A run decoded up to level q is not a run trained with q levels: see the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_text
+
+RECORDS = ROOT / "tables" / "records"
+GRAPHS = ("family", "FB15k-237", "WN18RR")  # a graph without a record has a blank line
+BLOCK = re.compile(r"(<!-- levels -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def level_lines(records: Path = RECORDS) -> list[str]:
+    """The table's lines, one per record that has ``valid_mrr_by_levels`` (InputError where a list has another length).
+
+    Graphs stand in the order of ``GRAPHS``, then any others; a level that the run does not have stays blank.
+    """
+    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {name: [] for name in GRAPHS}
+    for path in sorted(records.glob("*.json")):
+        record = read_json(path, "record")
+        if isinstance(record, dict) and record.get("valid_mrr_by_levels"):
+            found.setdefault(record["dataset"], []).append((path, record))
+    deepest = max((len(record["valid_mrr_by_levels"]) for runs in found.values() for _, record in runs), default=1)
+    levels = [str(level) for level in range(1, deepest + 1)]
+    lines = [
+        f"| graph | entities | codes | {' | '.join(levels)} | record |",
+        f"|---|---:|---|{'---:|' * deepest}---|",
+    ]
+    for graph, runs in found.items():
+        lines += [_line(path, record, deepest) for path, record in runs]
+        if not runs:
+            lines.append(f"| {graph} |{' |' * (deepest + 3)}")
+    return lines
+
+
+def _line(path: Path, record: dict[str, Any], deepest: int) -> str:
+    entities, positions, levels = record["shape"]
+    scores = record["valid_mrr_by_levels"]
+    if len(scores) != levels:
+        raise InputError(
+            f"{path} has {len(scores)} scores by level, its codes have {levels} levels; run run_rq.py again"
+        )
+    cells = [f"{score:.3f}".removeprefix("0") for score in scores] + [""] * (deepest - levels)
+    size = f"{positions} x {levels} of {record['args']['num_code']:,}"
+    return f"| {record['dataset']} | {entities:,} | {size} | {' | '.join(cells)} | `tables/records/{path.name}` |"
+
+
+def with_levels(page: str, records: Path = RECORDS) -> str:
+    """The page with the table between ``<!-- levels -->`` and ``<!-- end -->`` written anew."""
+    if not BLOCK.search(page):
+        raise InputError("the page has no <!-- levels --> ... <!-- end -->; --page docs/MIGRATION.md has them")
+    table = "\n".join(level_lines(records))
+    return BLOCK.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", page)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="tables/levels.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--page", type=Path, metavar="PAGE.md", help="rewrite the table of this page instead of printing"
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.page is None:
+        print("\n".join(level_lines()))
+        return
+    if not args.page.is_file():
+        raise InputError(f"--page {args.page} does not exist, expected a page such as docs/MIGRATION.md")
+    write_text(with_levels(args.page.read_text(encoding="utf-8")), args.page)
+    print(f"wrote {args.page}")
+
+
+if __name__ == "__main__":
+    run_command(main)
