@@ -49,6 +49,7 @@ class TrainSettings:
     vq_weight: float = 1.0
     text_weight: float = 1.0
     warmup_epochs: float = 1  # below 1: a part of the run
+    z_noise: float = 0.0
     freeze_at: float = 0.85
     encoder_every: int = 8
     assign_every: int = 8
@@ -223,7 +224,7 @@ class Trainer:
         sample = self._draw(batch)
         if phase.name == "warm-up":
             assert self.z is not None
-            z_q = (self.z if sample is None else self.z[sample.entities]).requires_grad_()
+            z_q = self._blurred(self.z if sample is None else self.z[sample.entities]).requires_grad_()
         else:
             assert self.codes is not None
             z_q = self.model.rq_codebook.decode_from_codes(
@@ -243,6 +244,12 @@ class Trainer:
                 sample.entities[None], gradient, shape, is_coalesced=True, check_invariants=False
             )
         return structure.detach(), semantic.detach(), gradient
+
+    def _blurred(self, z: Tensor) -> Tensor:
+        """A warming-up z [., L, code_dim] with ``z_noise``: the model learns to do with what codes will keep of it."""
+        if not self.settings.z_noise:
+            return z
+        return torch.addcmul(z, z.std(dim=0, keepdim=True), torch.randn_like(z), value=self.settings.z_noise)
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""

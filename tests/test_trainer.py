@@ -245,6 +245,23 @@ def test_codes_kept_are_those_of_the_model_kept(trainer_of: TrainerMaker) -> Non
     assert torch.equal(trainer.codes, trainer.model.cal_allent_codes(trainer.graph))
 
 
+def test_noise_blurs_the_warm_up_alone_and_by_its_share(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(z_noise=0.5)
+    z = torch.randn(4000, L, 3) * torch.tensor([0.1, 1.0, 10.0]) + 2
+    blur = trainer._blurred(z) - z
+    torch.testing.assert_close(blur.std(0) / z.std(0), torch.full((L, 3), 0.5), rtol=0.05, atol=0)
+    assert float((blur.mean(0) / z.std(0)).abs().max()) < 0.05
+    assert trainer_of()._blurred(z) is z
+    runs = [trainer_of(epoch=3, warmup_epochs=2, freeze_at=1.0, z_noise=noise) for noise in (0.0, 0.5)]
+    for run in runs:
+        run.fit()
+    ours, theirs = (run.history for run in runs)
+    assert ours[0]["structure"] != theirs[0]["structure"]
+    trainer = in_codes(trainer_of(z_noise=0.5))
+    trainer.model.eval()  # no dropout
+    assert len({float(trainer._scorer_step(torch.arange(5), CODES)[0]) for _ in range(2)}) == 1
+
+
 def test_warm_up_below_one_is_a_part_of_the_run(trainer_of: TrainerMaker) -> None:
     trainer = trainer_of(epoch=8, warmup_epochs=0.5, freeze_at=0.75)
     trainer.fit()
