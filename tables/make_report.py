@@ -150,14 +150,13 @@ def figures_html(drawn: dict[str, list[Path]]) -> str:
         title = f"Figure {name}" if name.isdigit() else name.capitalize()
         shows = escape(FIGURES[name].shows)
         for path in paths:
-            if path.suffix == ".png":
-                image = path.read_bytes()
-                width = round(SCALE * int.from_bytes(image[16:20], "big"))  # of the PNG's first chunk
-                data = base64.b64encode(image).decode()
-                parts.append(
-                    f'<figure><img alt="{shows}" width="{width}" src="data:image/png;base64,{data}">'
-                    f"<figcaption>{title}: {shows}</figcaption></figure>\n"
-                )
+            image = path.read_bytes()
+            width = round(SCALE * int.from_bytes(image[16:20], "big"))  # of the PNG's first chunk
+            data = base64.b64encode(image).decode()
+            parts.append(
+                f'<figure><img alt="{shows}" width="{width}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{title}: {shows}</figcaption></figure>\n"
+            )
     return "".join(parts)
 
 
@@ -187,7 +186,7 @@ def page(runs: Sequence[Path], data: Path, models: Sequence[Path] | None, title:
         raise InputError(
             f"RUN {' '.join(map(str, runs))} holds no run record; name what run_rq.py or inference.py wrote"
         )
-    inputs = Inputs(codes=codes_beside(rows), records=runs, data=data, models=models)
+    inputs = Inputs(codes=codes_beside(rows), records=runs, data=data, models=models, kinds=("png",))
     sets = inputs.code_sets if inputs.codes else []
     left_out = (() if sets else NEEDS_CODES) + (() if models else NEEDS_MODEL)
     with tempfile.TemporaryDirectory() as folder:

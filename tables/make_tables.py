@@ -105,7 +105,7 @@ def our_lines(number: int, found: Iterable[Group], columns: list[Column]) -> lis
             if value:
                 cells[column] = Cell(value.mean, value.std, value.n)
         if cells:
-            control = variant.startswith(CONTROL) or setting.startswith("unquantized")
+            control = variant.startswith(CONTROL)
             block = CONTROL if control else RIVAL if variant else OURS
             note = "; ".join(provenance(group) for group in per_dataset.values() if has_test(group, columns))
             method = setting + (f" ({variant})" if variant else "")
@@ -196,11 +196,20 @@ def make_tables(
         collection = collect(records, data)
         report_refused(collection)
         found = groups(collection.rows)
+        report_untested(found)
     return [
         table
         for number in numbers
         for table in (data_table(data, only) if number == 6 else result_tables(number, found))
     ]
+
+
+def report_untested(found: Iterable[Group]) -> None:
+    """One line on stderr about settings that no table shows, since their runs left the test split alone."""
+    untested = sum(not any(row.metrics for row in group.rows) for group in found)
+    if untested:
+        words = "1 setting" if untested == 1 else f"{untested} settings"
+        print(f"{words} without test metrics in no table; list them: python tables/results.py", file=sys.stderr)
 
 
 def render(tables: list[Table], form: str) -> str:

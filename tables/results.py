@@ -209,11 +209,12 @@ def main(argv: list[str] | None = None) -> None:
         row = group.first
         found = {name: group.stat(name) for name in (*RANKING, *JUDGING)}
         metrics = "  ".join(f"{name} {value.mean:.3f}" for name, value in found.items() if value)
-        seeds = ",".join("-" if seed is None else str(seed) for seed in group.seeds)
-        print(
-            f"{row.task:21} {row.dataset:11} {metrics or 'test left alone':53} seeds {seeds}: {row.setting} "
-            f"{row.variant} [{row.path}]"
+        valid = group.stat("mrr", "valid") or group.stat("accuracy", "valid")
+        metrics = metrics or "test left alone" + (
+            f", valid {'mrr' if 'mrr' in row.valid else 'accuracy'} {valid.mean:.3f}" if valid else ""
         )
+        seeds = ",".join("-" if seed is None else str(seed) for seed in group.seeds)
+        print(f"{row.task:21} {row.dataset:11} {metrics:53} seeds {seeds}: {row.setting} {row.variant} [{row.path}]")
     if not collection.rows:
         print("no run record found; the first comes by: python run_rq.py --help")
 

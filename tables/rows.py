@@ -8,6 +8,7 @@ seed, time and flags of the answers). A record whose metrics cannot be is an Inp
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,18 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph
+from lora_training.score_answers import Answer, report
 from run_record import ROOT, InputError, read_json, sha256_file
-from tables.sanity import JUDGING, RANKING, check_all_rankings, check_count, check_judging, number, refuse, share
+from tables.sanity import JUDGING, RANKING, SLACK, check_all_rankings, check_count, check_judging, number, refuse, share
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
 RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")
 METRIC_FIELDS = ("mrr", "test", "valid", "metrics")
+CONTROLS = {"unquantized": "unquantized", "random_codes": "random codes", "posthoc": "codes made after training"}
 DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx", "tucker": "TuckER", "mlp": "MLP"}
 # flags that do not change what is learned, or that the label says in words
 UNLABELLED = run_rq.NOT_COMPARED | {
     "name", "seed", "quantizer", "seq_len", "num_code", "num_quantizers", "decoder", "gcn_layers", "text_init",
-    "unquantized", "eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "export_candidates",
-    "top", "baseline", "eval_every",
+    "control", "eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "export_candidates",
+    "top", "eval_every",
 }  # fmt: skip
 UNLABELLED_TRAINING = {
     "model_name", "train_data", "val_data", "output_dir", "overwrite", "resume_from_checkpoint", "micro_batch_size",
@@ -37,6 +40,7 @@ UNLABELLED_TRAINING = {
     "eval_steps", "max_length",
 }  # fmt: skip
 EXPECTED = ROOT / "tables" / "expected"
+KEEP_FIRST = "give --keep before data are replaced, or repeat inference.py"
 
 Record = dict[str, Any]
 
@@ -140,16 +144,28 @@ def numbers(metrics: Any, names: Sequence[str]) -> dict[str, float]:
 
 
 def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
-    """A run of run_rq.py: the result from its codes and, as a control, from shuffled ones."""
+    """A run of run_rq.py: the result from its codes and, as a control, from shuffled ones; or a control of its own."""
     base = common(path, record)
     check_stage1(path, record, data)
+    control = control_of(path, record)
     what = {"task": CODES, "dataset": record["dataset"], "setting": stage1_setting(record), "codes": "with", **base}
     valid = numbers(record["valid"], RANKING)
-    rows = [Row(variant="", metrics=numbers(record.get("test"), RANKING), valid=valid, **what)]
+    variant = f"control: {CONTROLS[control]}" if control else ""
+    rows = [Row(variant=variant, metrics=numbers(record.get("test"), RANKING), valid=valid, **what)]
     if record.get("test_shuffled_codes"):
-        control = numbers(record["test_shuffled_codes"], RANKING)
-        rows.append(Row(variant="control: codes shuffled", metrics=control, valid={}, **what))
+        shuffled = numbers(record["test_shuffled_codes"], RANKING)
+        rows.append(Row(variant="control: codes shuffled", metrics=shuffled, valid={}, **what))
     return rows
+
+
+def control_of(path: Path, record: Record) -> str | None:
+    """Which --control a run was, None for a run whose codes are its result; record and flags must agree."""
+    control, flag = record.get("control"), record["args"].get("control")
+    if control != flag:
+        raise refuse(path, "control", f"is {control!r}", f"args.control = {flag!r}")
+    if control is not None and control not in CONTROLS:
+        raise refuse(path, "control", f"is {control!r}", f"one of {', '.join(CONTROLS)}")
+    return control
 
 
 def check_stage1(path: Path, record: Record, data: Path) -> None:
@@ -184,13 +200,12 @@ def stage1_setting(record: Record) -> str:
     name = {"rq": f"RQ {size}", "vq": f"VQ {args.get('seq_len')} of {args.get('num_code', 0):,}"}.get(
         args.get("quantizer", "rq"), size
     )
-    layers, baseline = args.get("gcn_layers"), record.get("baseline") or args.get("baseline")
+    layers = args.get("gcn_layers")
     words = [
-        f"unquantized ({args.get('seq_len')} vectors)" if args.get("unquantized") else name,
+        f"{args.get('seq_len')} vectors" if args.get("control") == "unquantized" else name,
         DECODERS.get(args.get("decoder"), str(args.get("decoder"))),
         "no GCN" if layers == 0 else f"GCN {layers}",
     ]
-    words += [f"baseline: {str(baseline).replace('_', ' ')}"] if baseline else []
     words += ["text"] if args.get("text_emb") else []
     words += ["text init"] if args.get("text_init") else []
     return ", ".join([*words, *other_flags(args, stage1_defaults(), UNLABELLED)])
@@ -246,6 +261,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         if not dataset:
             raise refuse(path, "data.datasets", f"names no data set of {task}", "the one of its rows")
         check_answers(path, task, splits, limit, known_counts(dataset, data))
+        check_scored(path, task, splits, record.get("answers"))
         test, setting = splits.get("test", {}), answer_setting(record, training, given, dataset, limit)
         what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, **base}
         rows.append(
@@ -305,6 +321,19 @@ def check_answers(path: Path, task: str, splits: Record, limit: int, sizes: dict
             check_count(path, f"{name}.count", test.get("count"), both, "test triples and negatives")
 
 
+def check_scored(path: Path, task: str, splits: Record, answers: Sequence[Answer] | None) -> None:
+    """The metrics are those of the record's own answers, scored again; a kept record has left its answers out."""
+    if not answers:
+        return
+    again = report(answer for answer in answers if answer["task_type"] == task).get(task, {})
+    for split in splits.keys() | again.keys():
+        for name in (*RANKING, *JUDGING):
+            old, new = (numbers(part.get(split), (name,)).get(name, math.nan) for part in (splits, again))
+            if not (math.isnan(old) and math.isnan(new)) and not abs(old - new) <= SLACK:
+                found = "is not there" if math.isnan(old) else f"is {old}"
+                raise refuse(path, f"metrics.{task}.{split}.{name}", found, f"{new}, which its answers give")
+
+
 def training_record(path: Path, record: Record) -> Record | None:
     """The record of the adapter that answered, known by its hash; None for a base model alone.
 
@@ -330,6 +359,18 @@ def training_record(path: Path, record: Record) -> Record | None:
     raise InputError(f"{path}: {file} is no record of train_lora.py")
 
 
+def answered_rows(path: Path, record: Record, given: Path | None = None) -> Path:
+    """The test rows that were answered: ``given``, else the file that the record names.
+
+    Raises InputError where they are not there, or no longer the same rows (by their hash).
+    """
+    named = record["args"].get("test_data")
+    rows = given or beside(path, named)
+    if not rows.is_file() or sha256_file(rows) != record["inputs"].get(Path(str(named)).name):
+        raise InputError(f"{path}: its rows {rows} are {'others' if rows.is_file() else 'not there'} now; {KEEP_FIRST}")
+    return rows
+
+
 def answered_data(path: Path, record: Record) -> dict[str, Any]:
     """{"datasets": task -> data set, "limit": rows per file, 0 for all} of the rows that were answered.
 
@@ -337,13 +378,10 @@ def answered_data(path: Path, record: Record) -> dict[str, Any]:
     """
     if "data" in record:
         return dict(record["data"])
-    rows = beside(path, record["args"].get("test_data"))
+    rows = answered_rows(path, record)
     stats_file = rows.parent / "dataset_stats.json"
-    if not rows.is_file() or not stats_file.is_file() or sha256_file(rows) != record["inputs"].get(rows.name):
-        raise InputError(
-            f"{path}: its rows {rows} are {'others now' if rows.is_file() else 'not there'}, so their data set is "
-            "unknown; give --keep before data are replaced, or repeat inference.py"
-        )
+    if not stats_file.is_file():
+        raise InputError(f"{path}: {stats_file} is not there, so the rows' data set is unknown; {KEEP_FIRST}")
     stats = read_json(stats_file, "statistics")
     datasets = stats["datasets"] if "datasets" in stats else {stats["task"]: stats["dataset"]}
     return {"datasets": datasets, "limit": stats["args"].get("limit") or 0}

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from Class.codes import print_codes
 from data.knowledge_graph import KnowledgeGraph
 from run_record import InputError
 from tables import make_figures
-from tables.code_quality import open_code_set
+from tables.code_quality import CodeSet, open_code_set
 from tables.figures import answers, embeddings, graph, quality, runs, similarity, style
 from tables.figures.inputs import Inputs, Missing
 from tests.test_code_quality import stage1
@@ -50,10 +51,11 @@ def is_image(path: Path) -> bool:
 def test_all_draws_what_is_there_and_says_what_is_not(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    inputs.kinds = ("png",)  # the test below draws both kinds
     drawn = make_figures.draw_all(inputs, tmp_path, list(make_figures.FIGURES))
     assert set(drawn) == {"2", "5", "10", "levels", "tokens", "usage", "4", "12"} - lacking(inputs)
     assert all(is_image(path) for paths in drawn.values() for path in paths)
-    assert {path.suffix for paths in drawn.values() for path in paths} == {".png", ".pdf"}
+    assert all([path.suffix for path in paths] == [".png"] for paths in drawn.values())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(make_figures.FIGURES), "one line each"
     for line in lines:
@@ -70,10 +72,17 @@ def lacking(inputs: Inputs) -> set[str]:
     return set()
 
 
-def test_equal_inputs_give_equal_bytes(inputs: Inputs, tmp_path: Path) -> None:
-    for name in ("5", "usage"):
-        first, second = (make_figures.FIGURES[name].draw(inputs, tmp_path / str(turn)) for turn in range(2))
-        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+EVERY = [
+    "levels",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("2", "5", "10", "tokens", "usage")),
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_equal_inputs_give_equal_bytes(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    first, second = (make_figures.FIGURES[name].draw(inputs, tmp_path / str(turn)) for turn in range(2))
+    assert [path.suffix for path in first] == [".png", ".pdf"] and all(is_image(path) for path in first)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_a_figure_asked_for_without_its_inputs_is_an_error(swept: Path, ring: Path, tmp_path: Path) -> None:
@@ -103,7 +112,7 @@ def test_names_with_dollars_open_no_formula(tmp_path: Path) -> None:
     names = ["Ke$ha \\frac $", "A$AP $x_{$", "<b>&"]
     style.heat_map(axes[0][0], np.eye(3), names, names, text=".1f")
     axes[0][0].set_title(style.short(names[0]))
-    assert all(is_image(path) for path in style.save(figure, tmp_path, "dollars"))
+    assert all(is_image(path) for path in style.save(figure, tmp_path, "dollars", ["png"]))
 
 
 # ---------------------------------------------------------------- 2, 9
@@ -141,7 +150,7 @@ def test_triples_cost_their_three_names(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- 4, 12
 
 
-def test_samples_share_their_facts_and_cosines_are_cosines(inputs: Inputs) -> None:
+def test_samples_share_their_facts_and_cosines_are_cosines(inputs: Inputs, tmp_path: Path) -> None:
     kg = KnowledgeGraph.load(Path(__file__).parent.parent / "data" / "family")
     sample = similarity.sample_groups(kg, 3)
     triples = {tuple(triple) for triple in kg.train.tolist()}
@@ -155,6 +164,10 @@ def test_samples_share_their_facts_and_cosines_are_cosines(inputs: Inputs) -> No
     found = similarity.cosines(codes, [5, 2, 9])
     expected = torch.nn.functional.cosine_similarity(codes.flat_vectors()[5], codes.flat_vectors()[9], dim=0)
     assert np.allclose(np.diag(found), 1) and found[0, 2] == pytest.approx(float(expected), abs=1e-6)
+    vectors = torch.randn(kg.num_entities, 2, 3, generator=torch.Generator().manual_seed(0))
+    drawn = CodeSet(Path("x.pt"), {}, kg.entities, torch.zeros(kg.num_entities, 2, 1).long(), 8, vectors)
+    fake: Any = SimpleNamespace(graphs=[kg], code_names=["x"], code_sets=[drawn], seed=0, kinds=("png",))
+    assert [is_image(path) for path in similarity.draw(fake, tmp_path, 4)] == [True]
 
 
 # ---------------------------------------------------------------- 5, 10, levels, tokens
@@ -227,7 +240,7 @@ def test_grids_of_answers_are_means_by_size(tmp_path: Path) -> None:
     assert (lengths, sizes) == ([2, 4], [8, 16])
     assert np.array_equal(values, [[np.nan, 0.9], [0.6, np.nan]], equal_nan=True)
     assert answers.grid(rows, "recall")[2].size == 0
-    fake: Any = SimpleNamespace(rows=rows)
+    fake: Any = SimpleNamespace(rows=rows, kinds=("png",))
     assert all(is_image(path) for path in answers.draw(fake, tmp_path, 11))
 
 
@@ -254,6 +267,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
     yield base, adapter, folder / "merged"
 
 
+@pytest.mark.slow
 def test_tokens_of_an_adapter_are_those_of_the_merged_model(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, merged = models
     one, same, plain = (embeddings.tokens_of(folder, 0) for folder in (adapter, merged, base))
@@ -267,17 +281,25 @@ def test_tokens_of_an_adapter_are_those_of_the_merged_model(models: tuple[Path, 
         assert all(is_image(path) for path in embeddings.draw(found, tmp_path, number))
 
 
-def test_projections_keep_what_they_promise() -> None:
+def test_the_main_directions_turn_a_plane() -> None:
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(40, 2)) * [5, 2]
     turn = np.linalg.qr(rng.normal(size=(6, 6)))[0][:2]
     vectors = (plane @ turn + 3).astype(np.float32)
     found = embeddings.project(vectors, "pca", 0)
-    from scipy.spatial.distance import pdist
+    assert np.allclose(distances(found), distances(plane), atol=1e-3), "a plane is turned, not bent"
 
-    assert np.allclose(pdist(found), pdist(plane), atol=1e-3), "a plane is turned, not bent"
+
+def distances(points: NDArray[np.floating]) -> NDArray[np.floating]:
+    """[n, D] -> [n, n]."""
+    return np.asarray(np.linalg.norm(points[:, None] - points[None], axis=2))
+
+
+@pytest.mark.slow
+def test_tsne_keeps_clusters_apart_and_is_the_same_twice() -> None:
+    rng = np.random.default_rng(0)
     apart = np.concatenate([rng.normal(size=(20, 6)), rng.normal(size=(20, 6)) + 50]).astype(np.float32)
     spread = embeddings.project(apart, "tsne", 0)
     assert np.array_equal(spread, embeddings.project(apart, "tsne", 0))
-    inside = max(pdist(spread[:20]).max(), pdist(spread[20:]).max())
+    inside = max(distances(spread[:20]).max(), distances(spread[20:]).max())
     assert np.linalg.norm(spread[:20].mean(0) - spread[20:].mean(0)) > inside / 2

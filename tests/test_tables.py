@@ -14,7 +14,7 @@ import pytest
 
 from lora_training.score_answers import report
 from run_record import ROOT, InputError, read_json, sha256_file, write_json
-from tables import make_tables
+from tables import make_tables, results
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Row, collect, groups, keep, stat
 from tables.sanity import check_judging, check_ranking
 from tables.table_formats import Cell, Column, Line, Table, from_csv, to_csv, to_latex, to_markdown
@@ -225,7 +225,6 @@ def test_a_run_and_a_seed_count_once(tmp_path: Path) -> None:
     [
         (("quantizer", "vq"), "VQ 4 of 256"), (("gcn_layers", 0), "no GCN"), (("tf_layers", 0), "tf_layers 0"),
         (("lr", 0.01), "lr 0.01"), (("text_emb", "some/file.npy"), "text"), (("text_init", "svd"), "text init"),
-        (("unquantized", True), "unquantized"), (("baseline", "random_codes"), "baseline: random codes"),
         (("decoder", "complex"), "ComplEx"), (("some_new_flag", 3), "some_new_flag 3"),
     ],
 )  # fmt: skip
@@ -236,6 +235,55 @@ def test_what_is_learned_differently_is_another_setting(change: tuple[str, Any],
     saved(other, tmp_path, "b.json")
     labels = [group.first.setting for group in groups(collect([tmp_path]).rows) if not group.first.variant]
     assert len(set(labels)) == 2 and word in labels[1].split(", ")[0] + ", " + labels[1] and word not in labels[0]
+
+
+@pytest.mark.parametrize(
+    ("control", "method"),
+    [
+        ("unquantized", "4 vectors, DistMult, {} (control: unquantized)"),
+        ("random_codes", "RQ 4 x 4 of 256, DistMult, {} (control: random codes)"),
+        ("posthoc", "RQ 4 x 4 of 256, DistMult, {} (control: codes made after training)"),
+    ],
+)
+def test_controls_stand_apart_and_win_nothing(control: str, method: str, tmp_path: Path) -> None:
+    """A record of --control has no codes, no levels and no shuffled copy; better than the codes, it is not the best."""
+    saved(with_seed(0), tmp_path, "a.json")
+    other = as_control(with_seed(1, 1e-3), control)
+    saved(other, tmp_path, "b.json")
+    (table,) = [
+        table for table in make_tables.make_tables([2], [tmp_path], ROOT / "data") if table.title.endswith("family")
+    ]
+    rest = "GCN 2, batch 256, encoder_every 2, epoch 40, lr 0.005"
+    found = {line.method: line for line in table.lines}
+    assert [line.block for line in table.lines] == ["ours", "control", "control"]
+    line = found[method.format(rest)]
+    assert not line.competes and line.cells[Column("family", "mrr")].value == other["test"]["mrr"]
+    for change in ({"control": None}, {"control": "other"}):
+        saved(other | change, tmp_path, "b.json")
+        with pytest.raises(InputError, match="control is "):
+            collect([tmp_path])
+
+
+def as_control(record: Record, control: str) -> Record:
+    """The record that run_rq.py --control leaves."""
+    left_out = ("shape", "outputs", "codes", "valid_mrr_by_levels", "mrr_before_collision_pass", "test_shuffled_codes")
+    record["args"]["control"] = control
+    return {name: value for name, value in record.items() if name not in left_out} | {"control": control}
+
+
+def test_runs_that_left_the_test_alone_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What run_ablations.py leaves: a folder per run, its record without test, and the results file."""
+    for name in ("4x4", "posthoc"):
+        record = with_seed(0) if name == "4x4" else as_control(with_seed(0), name)
+        saved({key: value for key, value in record.items() if not key.startswith("test")}, tmp_path / f"{name}_seed0")
+    saved({"rows": [{"name": "4x4", "mrr": 0.5}]}, tmp_path, "ablations.json")
+    results.main(["--records", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(f"valid mrr {record['valid']['mrr']:.3f}" in line for line in lines)
+    make_tables.main(["--table", "2", "--records", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert "| ours" not in printed.out and "| control" not in printed.out
+    assert "2 settings without test metrics" in printed.err and "tables/results.py" in printed.err
 
 
 def test_where_and_when_do_not_make_a_setting(tmp_path: Path) -> None:
@@ -314,6 +362,11 @@ def test_answers_become_rows(tmp_path: Path, ring: Path) -> None:
     assert rows[3].metrics["f1"] == metrics[TRIPLES]["test"]["f1"]
 
 
+def swap_metrics(chain: Chain) -> None:
+    """Possible metrics, typed in: those of other answers to as many queries."""
+    chain.record["metrics"][LINKS]["test"] = report(answers(np.random.default_rng(99), 24, "test"))[LINKS]["test"]
+
+
 def change_metric(task: str, name: str, value: Any) -> Callable[[Chain], None]:
     return lambda chain: chain.record["metrics"][task]["test"].update({name: value})
 
@@ -326,6 +379,7 @@ def change_metric(task: str, name: str, value: Any) -> Callable[[Chain], None]:
         (change_metric(TRIPLES, "accuracy", 0.99), "triple_classification.test.accuracy"),
         (change_metric(TRIPLES, "f1", 0.01), "triple_classification.test.f1"),
         (change_metric(TRIPLES, "positives", 11), "triple_classification.test"),
+        (swap_metrics, r"link_prediction\.test\..*, which its answers give"),
         (lambda chain: chain.adapter.unlink(), "adapter's record .* is not there"),
         (lambda chain: chain.adapter.write_text("{}"), "adapter's record .* is another run"),
         (lambda chain: chain.test.write_text("[]"), "are others now"),

@@ -49,4 +49,4 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             if values.size:
                 heat_map(panel, values, [str(L) for L in lengths], [f"{K:,}" for K in sizes], text=".3f")
             panel.set(title=f"{dataset}: {SHOWN.get(metric, metric)}", xlabel="K, codes per codebook", ylabel="L")
-    return save(figure, out, f"figure_{number}")
+    return save(figure, out, f"figure_{number}", inputs.kinds)

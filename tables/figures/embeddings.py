@@ -128,4 +128,4 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             xticks=[], yticks=[], title=f"{short(folder.name, 40)}: {'t-SNE' if inputs.projection == 'tsne' else 'PCA'}"
         )
         panel.legend(loc="best", fontsize=7, markerscale=1.5)
-    return save(figure, out, f"figure_{number}")
+    return save(figure, out, f"figure_{number}", inputs.kinds)

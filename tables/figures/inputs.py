@@ -12,6 +12,7 @@ from Class.instructions import BUNDLED, dumped_codes, training_folder
 from data.knowledge_graph import KnowledgeGraph
 from run_record import ROOT, InputError
 from tables.code_quality import CodeSet, open_code_set
+from tables.figures.style import KINDS
 from tables.results import FOLDERS, Row, collect
 
 LORA = ROOT / "lora_training"
@@ -35,6 +36,7 @@ class Inputs:
     projection: str = "tsne"
     sample: int = 2000
     seed: int = 0
+    kinds: Sequence[str] = tuple(KINDS)  # files of each figure
 
     @cached_property
     def code_sets(self) -> list[CodeSet]:

@@ -51,7 +51,7 @@ def draw_jaccard(inputs: Inputs, out: Path) -> list[Path]:
             panel.plot(list(curve), list(curve.values()), label=label, **line(number))
         panel.set(xlabel="k nearest entities", ylabel="mean Jaccard distance", title=short(name, 48))
         panel.legend(loc="best")
-    return save(figure, out, "figure_6")
+    return save(figure, out, "figure_6", inputs.kinds)
 
 
 def draw_usage(inputs: Inputs, out: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def draw_usage(inputs: Inputs, out: Path) -> list[Path]:
         panel.set(title=short(name, 60), xlabel=f"the {found.num_code:,} codes of a level, most frequent first")
         panel.set_xticks([])
         figure.colorbar(image, ax=panel, label="log10 of uses")
-    return save(figure, out, "usage")
+    return save(figure, out, "usage", inputs.kinds)
 
 
 def usage_counts(found: CodeSet) -> np.ndarray:

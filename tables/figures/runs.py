@@ -1,6 +1,6 @@
 """Figures from stage 1's run records: 5 (MRR over L and K), 10 (training curves), MRR by levels and by tokens.
 
-All by MRR on the validation split, where settings are chosen. Controls and baselines stay out.
+All by MRR on the validation split, where settings are chosen. Controls stay out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def stage1(inputs: Inputs) -> dict[str, list[Row]]:
     """Data set -> stage 1's rows that have codes; Missing where there is no record."""
     found: dict[str, list[Row]] = {}
     for row in inputs.rows:
-        if row.task == CODES and not row.variant and "mrr" in row.valid and not row.record["args"].get("unquantized"):
+        if row.task == CODES and not row.variant and "mrr" in row.valid:
             found.setdefault(row.dataset, []).append(row)
     if not found:
         raise Missing("there are no records of stage 1; make one: python demo_complete.py, then --records demo_output")
@@ -100,7 +100,7 @@ def draw_sizes(inputs: Inputs, out: Path) -> list[Path]:
                                    lambda row: size(row)[1]), lambda key: label(key, "L"))  # fmt: skip
         over_l.set(xlabel="L, positions per entity", title=dataset)
         over_k.set(xlabel="K, codes per codebook", title=dataset)
-    return save(figure, out, "figure_5")
+    return save(figure, out, "figure_5", inputs.kinds)
 
 
 def varied(rows: Sequence[Row]) -> list[Row]:
@@ -135,7 +135,7 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
         losses.legend(loc="upper right", fontsize=6)
         whole_ticks(losses)
         whole_ticks(scores)
-    return save(figure, out, "figure_10")
+    return save(figure, out, "figure_10", inputs.kinds)
 
 
 def run_labels(rows: Sequence[Row]) -> list[str]:
@@ -165,7 +165,7 @@ def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
         from_zero(panel)
         panel.set_xticks(range(1, 1 + max(len(by_levels(row)) for row in rows)))
         panel.legend(loc="lower right", fontsize=7)
-    return save(figure, out, "levels")
+    return save(figure, out, "levels", inputs.kinds)
 
 
 def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
@@ -189,4 +189,4 @@ def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
         panel.set(xlabel="code tokens per entity, L x Q", title=dataset)
         from_zero(panel)
         panel.legend(loc="lower right", fontsize=7)
-    return save(figure, out, "tokens")
+    return save(figure, out, "tokens", inputs.kinds)

@@ -88,4 +88,4 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
     figure.colorbar(image, ax=axes[0], label="cosine similarity of decoded codes", shrink=0.8)
     facts = "; ".join(f"({short(kg.relation_labels[r], 40)}, {short(names[t])})" for r, t in sample.facts)
     figure.supxlabel(f"{kg.name}: groups share {facts}", fontsize=6)
-    return save(figure, out, f"figure_{number}")
+    return save(figure, out, f"figure_{number}", inputs.kinds)

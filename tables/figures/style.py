@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 MAP = "cividis"
+KINDS = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # kind of file -> what is left out of it
 LONGEST_NAME = 28  # characters of a name on an axis
 
 
@@ -46,15 +47,15 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     return figure, [list(row) for row in axes]
 
 
-def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """``name``.png and ``name``.pdf in ``out``, without dates: equal inputs give equal bytes."""
+def save(figure: Figure, out: Path, name: str, kinds: Sequence[str] = tuple(KINDS)) -> list[Path]:
+    """``name``.png and ``name``.pdf (``kinds``) in ``out``, without dates: equal inputs give equal bytes."""
     import matplotlib.pyplot as plt
 
     paths = []
-    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+    for kind in kinds:
         path = out / f"{name}.{kind}"
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata=metadata)
+            figure.savefig(temporary, format=kind, metadata=KINDS[kind])
         paths.append(path)
     plt.close(figure)
     return paths
