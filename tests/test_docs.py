@@ -96,8 +96,10 @@ def other_llms() -> dict[str, Any]:
     """Small models of the families that the README names as tested."""
     from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
     return {
         "LLaMA": LlamaConfig(**sizes),
         "Qwen2": Qwen2Config(**sizes),
