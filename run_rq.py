@@ -485,7 +485,8 @@ def train(args: argparse.Namespace) -> None:
         if not world.first:
             return
         if trainer.best is None:
-            raise InputError(f"{checkpoint.name} has no epoch with codes yet; train on with --restore")
+            wanted = "scored epoch" if args.control else "epoch with codes"
+            raise InputError(f"{checkpoint.name} has no {wanted} yet; train on with --restore")
         if args.control:
             dump_control(args, kg, trainer, files, plain, inputs)
             return
@@ -541,6 +542,7 @@ def dump(
     inputs: dict[str, str],
 ) -> None:
     """Write the best epoch's codes and score what was written, from the file."""
+    from model.collisions import TooFewCodes
     from model.evaluation import evaluate_codes, shuffled
     from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
     from model.RQGCN import scorer_of
@@ -551,7 +553,7 @@ def dump(
     try:
         changed = trainer.resolve_collisions()
         print(f"collision pass: {changed} entities got a code of their own")
-    except ValueError as error:
+    except TooFewCodes as error:
         print(f"warning: some entities share their code: {error}", file=sys.stderr)
     best, device = trainer.best, trainer.device
     scorer, relations = scorer_of(trainer.config, best, device)

@@ -17,6 +17,10 @@ from torch import Tensor
 from model.RQCodebook import RQCodebook
 
 
+class TooFewCodes(ValueError):
+    """Entities that no change of last-level codes can tell apart."""
+
+
 class Resolved(NamedTuple):
     """What ``resolve_collisions`` returns."""
 
@@ -33,7 +37,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     ordered by the cost of their cheapest move, then id: each takes the free code of least extra distance. That is one
     position's next-nearest last-level code wherever one is free; several positions change only where that costs less
     than any free single change. Deterministic.
-    Raises ValueError where more entities share the codes above the last level than K^L codes can tell apart.
+    Raises TooFewCodes where more entities share the codes above the last level than K^L codes can tell apart.
     """
     decoded = codebook.decode_from_codes(codes)  # checks codes
     if decoded.shape != z.shape:
@@ -64,7 +68,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
                 extras.append(cost)
                 break
         else:
-            raise ValueError(
+            raise TooFewCodes(
                 f"entity {entity} cannot be told apart: all {extra.shape[1]}^{len(extra)} last-level codes of its "
                 "prefix are taken; use more codes, positions or levels"
             )

@@ -444,8 +444,8 @@ class Trainer:
     def resolve_collisions(self) -> int:
         """Give every entity of the best epoch a code of its own (model/collisions.py). How many codes were changed.
 
-        What the codes scored before is kept as ``best["valid_before_collision_pass"]``. Raises ValueError where the
-        codes are too few.
+        What the codes scored before is kept as ``best["valid_before_collision_pass"]``. Raises TooFewCodes
+        where no change of codes can do it.
         """
         best = self.best
         assert best is not None and best["codes"] is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.collisions import _cheapest_first, resolve_collisions
+from model.collisions import TooFewCodes, _cheapest_first, resolve_collisions
 from model.RQCodebook import RQCodebook, collisions
 
 M, L, D, K, Q = 60, 2, 4, 8, 2  # K^L = 64 >= M, so one level suffices too
@@ -105,7 +105,7 @@ def test_as_many_entities_as_codes_fit_and_one_more_does_not() -> None:
     z = torch.randn(1, L, D, generator=generator()).expand(10, L, D)
     full = resolve_collisions(z[:9], book, book.cal_codes(z[:9]))  # 3^2 codes
     assert collisions(full.codes) == 0 and len(full.changed) == 8
-    with pytest.raises(ValueError, match=r"3\^2"):
+    with pytest.raises(TooFewCodes, match=r"3\^2"):
         resolve_collisions(z, book, book.cal_codes(z))
     with pytest.raises(ValueError, match="z is"):
         resolve_collisions(z[:9], book, book.cal_codes(z))
