@@ -11,7 +11,7 @@ from data.knowledge_graph import KnowledgeGraph
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
 from model.RQGCN import RQGCN
-from run_record import ROOT, load_torch, read_json
+from run_record import ROOT, CommandParser, load_torch, read_json, run_command
 
 M, L, K, Q, D = 50, 4, 16, 3, 8
 
@@ -97,6 +97,7 @@ def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
 
 def main() -> None:
     """Run every check and say what it is."""
+    CommandParser(description="Half a minute of checks that stage 1 is what it says; no flags.").parse_args()
     checks = [value for name, value in globals().items() if name.startswith("test_") and callable(value)]
     for check in checks:
         print(f"checking: {(check.__doc__ or '').strip()}", flush=True)
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

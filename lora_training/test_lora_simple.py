@@ -21,7 +21,7 @@ from Class.codes import entity_text, parse_codes, print_codes
 from lora_training import code_tokens, make_tiny_base, train_lora
 from lora_training.code_tokens import CodeShape, load_base, load_tokenizer
 from lora_training.prompts import IGNORED, decode_answer, encode_answer, encode_example, encode_prompt
-from run_record import InputError, run_command
+from run_record import CommandParser, InputError, run_command
 
 SHAPE = CodeShape(num_code=64, num_quantizers=3)
 CODES = [[[5, 9, 0], [63, 1, 2]], [[7, 7, 7], [0, 63, 1]]]
@@ -132,6 +132,7 @@ CHECKS: tuple[Callable[[Setup], str], ...] = (token_round_trips, masks, one_step
 
 
 def main() -> int:
+    CommandParser(description="Seconds of checks that code tokens, masks and one step are right; no flags.").parse_args()
     started = time.monotonic()
     code_tokens.quiet_libraries()
     failed = 0
