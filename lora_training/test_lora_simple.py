@@ -132,7 +132,7 @@ CHECKS: tuple[Callable[[Setup], str], ...] = (token_round_trips, masks, one_step
 
 
 def main() -> int:
-    CommandParser(description="Seconds of checks that code tokens, masks and one step are right; no flags.").parse_args()
+    CommandParser(description="Checks of code tokens, masks and one step, in seconds; no flags.").parse_args()
     started = time.monotonic()
     code_tokens.quiet_libraries()
     failed = 0
