@@ -136,6 +136,8 @@ def build_parser() -> CommandParser:
                        help="entities drawn per step for a sampled softmax, on large graphs (0: exact)")  # fmt: skip
     group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
+    group.add_argument("--relation_weight", type=float, default=0.0, metavar="W",
+                       help="weight of telling the relation from head and tail (--decoder distmult or complex)")  # fmt: skip
     group.add_argument("--warmup_epochs", type=float, default=1, metavar="N",
                        help="epochs before the codebooks are initialised; below 1: part of the run")  # fmt: skip
     group.add_argument("--z_noise", type=float, default=0.0, metavar="S",
@@ -203,12 +205,15 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
     for flag in ["gcn_layers", "tf_layers", "max_minutes", "l2", "patience", "num_workers", "vq_weight", "text_weight",
-                 "seed", "warmup_epochs", "num_negatives", "z_noise"]:  # fmt: skip
+                 "seed", "warmup_epochs", "num_negatives", "z_noise", "relation_weight"]:  # fmt: skip
         if not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 or more")
     for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
+    if args.relation_weight and args.decoder not in ("distmult", "complex"):
+        parser.error(f"--relation_weight {args.relation_weight} goes with --decoder distmult or complex, whose scores "
+                     f"are linear in the relation; --decoder {args.decoder} is not")  # fmt: skip
     if args.num_negatives and args.loss != "ce":
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
     for flag in ["lr", "encoder_lr"]:

@@ -36,6 +36,13 @@ class Decoder(nn.Module, ABC):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         """q_h [B, D], v_r [B, relation_dim] -> [B, D]."""
 
+    def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
+        """The vectors [B, relation_dim] whose product with v_r is s(h, r, t), for q_h, q_t [B, D].
+
+        Raises NotImplementedError for a decoder whose score is not linear in v_r.
+        """
+        raise NotImplementedError(f"the score of {type(self).__name__} is not linear in the relation's vector")
+
     def forward(self, q_h: Tensor, v_r: Tensor, q_t: Tensor) -> Tensor:
         """Scores of every tail in q_t [N, D] -> [B, N]."""
         return self.query(q_h, v_r) @ q_t.T
@@ -55,6 +62,9 @@ class DistMult(Decoder):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         return self.dropout(q_h * v_r)
 
+    def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
+        return self.dropout(q_h * q_t)
+
 
 class ComplEx(Decoder):
     """s = Re sum_i h[i] r[i] conj(t[i]) (Trouillon et al., ICML 2016, arXiv 1606.06357); dropout on the query.
@@ -71,6 +81,10 @@ class ComplEx(Decoder):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         (h_re, h_im), (r_re, r_im) = q_h.chunk(2, dim=-1), v_r.chunk(2, dim=-1)
         return self.dropout(torch.cat([h_re * r_re - h_im * r_im, h_re * r_im + h_im * r_re], dim=-1))
+
+    def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
+        (h_re, h_im), (t_re, t_im) = q_h.chunk(2, dim=-1), q_t.chunk(2, dim=-1)
+        return self.dropout(torch.cat([h_re * t_re + h_im * t_im, h_re * t_im - h_im * t_re], dim=-1))
 
 
 class TuckER(Decoder):

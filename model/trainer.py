@@ -25,7 +25,15 @@ from data.knowledge_graph import KnowledgeGraph
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
-from model.losses import LOSSES, Sample, draw_sample, gather_targets, sampled_softmax_cross_entropy
+from model.losses import (
+    LOSSES,
+    Sample,
+    Targets,
+    draw_sample,
+    gather_targets,
+    sampled_softmax_cross_entropy,
+    softmax_cross_entropy,
+)
 from model.precision import matmul_precision
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
@@ -48,6 +56,7 @@ class TrainSettings:
     lbl_smooth: float = 0.1
     vq_weight: float = 1.0
     text_weight: float = 1.0
+    relation_weight: float = 0.0
     warmup_epochs: float = 1  # below 1: a part of the run
     z_noise: float = 0.0
     freeze_at: float = 0.85
@@ -163,15 +172,26 @@ class Trainer:
 
     def _structure_loss(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor]:
         """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D], or of
-        q_all [U, D] of a sample's entities."""
+        q_all [U, D] of a sample's entities.
+
+        With ``relation_weight``, L_st also asks for the relation of every (h, t), a softmax over the 2R relations
+        (Chen et al., AKBC 2021, arXiv 2110.02834).
+        """
         heads, smoothing = self.heads[batch], self.settings.lbl_smooth
-        q_head = q_all[heads if sample is None else sample.heads]
-        query = self.model.scorer.decoder.query(q_head, self.model.relation_vectors()[self.rels[batch]])
+        q_head, relations = q_all[heads if sample is None else sample.heads], self.model.relation_vectors()
+        query = self.model.scorer.decoder.query(q_head, relations[self.rels[batch]])
         if sample is None:
             targets = gather_targets(self.indptr, self.targets, batch)
             structure = LOSSES[self.settings.loss](query, q_all, targets, smoothing)
         else:
+            targets = sample.targets
             structure = sampled_softmax_cross_entropy(query, q_all, sample, self.kg.num_entities, smoothing)
+        if self.settings.relation_weight:
+            pairs = self.model.scorer.decoder.relation_query(q_head[targets.rows], q_all[targets.columns])
+            own = Targets(torch.arange(len(pairs), device=self.device), self.rels[batch][targets.rows])
+            structure = structure + self.settings.relation_weight * softmax_cross_entropy(
+                pairs, relations, own, smoothing
+            )
         if self.text is None:
             return structure, structure.new_zeros(())
         return structure, self.model.semantic_loss(q_head, self.text[heads])

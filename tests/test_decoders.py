@@ -65,6 +65,24 @@ def test_learns_from_both_sides_and_knows_no_entity(name: str) -> None:
     assert not decoder(q_h, v_r, torch.zeros(N, D, dtype=torch.float64)).any()
 
 
+@pytest.mark.parametrize("name", ["distmult", "complex"])
+def test_relation_query_gives_the_same_score(name: str) -> None:
+    """s(h, r, t) read from the relation's side: relation_query(q_h, q_t)^T v_r, for every relation."""
+    q_h, v_r, q_t = vectors()
+    decoder, q_t = ready(make_decoder(name, D)), q_t[:B]
+    from_relations = decoder.relation_query(q_h, q_t) @ v_r.T
+    for b in range(B):
+        own = decoder.score_triples(q_h, v_r[b].expand_as(q_h), q_t)
+        torch.testing.assert_close(from_relations[:, b], own, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"distmult", "complex"}))
+def test_no_relation_query_where_the_score_is_not_linear_in_the_relation(name: str) -> None:
+    q_h, _, q_t = vectors()
+    with pytest.raises(NotImplementedError, match="not linear"):
+        make_decoder(name, D).relation_query(q_h, q_t[:B])
+
+
 def test_distmult_closed_form() -> None:
     q_h, v_r, q_t = vectors()
     got = ready(DistMult(D))(q_h, v_r, q_t)

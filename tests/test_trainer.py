@@ -112,6 +112,26 @@ def test_gradients_are_those_of_the_joint_loss_in_one_graph(
         assert float((ours - parameter.grad).norm()) < 1e-4 * scale + 1e-7, name
 
 
+@pytest.mark.parametrize("decoder", ["distmult", "complex"])
+def test_relation_weight_adds_the_relation_of_every_triple(trainer_of: TrainerMaker, decoder: str) -> None:
+    """L_st grows by W times the mean of -log softmax over the 2R relations, triple by triple of the batch."""
+    shape = {"decoder": decoder, "decoder_drop": 0.0}
+    plain, asked = (in_codes(trainer_of(shape, relation_weight=w, lbl_smooth=0.0)) for w in (0.0, 0.7))
+    batch = torch.arange(0, len(asked.heads), 3)
+    assert asked.codes is not None
+    with torch.no_grad():
+        q_all = asked.model.scorer.entity_vectors_from_codes(asked.codes)
+        relations, terms = asked.model.relation_vectors(), []
+        for query in batch.tolist():
+            for tail in asked.targets[asked.indptr[query] : asked.indptr[query + 1]].tolist():
+                pair = q_all[[int(asked.heads[query]), tail]].repeat_interleave(len(relations), 0).chunk(2)
+                scores = asked.model.scorer.decoder.score_triples(pair[0], relations, pair[1])
+                terms.append(-torch.log_softmax(scores, 0)[asked.rels[query]])
+    assert len(terms) > len(batch), "no query with several tails: a mean over queries would pass too"
+    losses = [trainer._scorer_step(batch, CODES)[0] for trainer in (plain, asked)]
+    torch.testing.assert_close(losses[1] - losses[0], 0.7 * torch.stack(terms).mean(), rtol=1e-4, atol=1e-6)
+
+
 def test_dead_end_the_codes_alone_carry_gradient(trainer_of: TrainerMaker) -> None:
     """With the codes' gradient set to zero and no quantization loss, nothing but the relations' way is left."""
     trainer = in_codes(trainer_of(vq_weight=0.0))
