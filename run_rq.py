@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from model.RQGCN import RQGCN, CodeScorer
     from model.trainer import Trainer
 
+AUTO = "auto"
 EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
 # flags that may differ when a run is continued: they say where to write and compute, not what is trained
 LIMITS = {"epoch", "max_minutes", "patience"}  # when to stop: may differ with --restore
@@ -101,7 +102,8 @@ def build_parser() -> CommandParser:
     group.add_argument("--quantizer", choices=["rq", "vq"], default="rq", help="residual levels, or SSQR's one level")
     group.add_argument("--seq_len", type=int, default=16, help="L, code positions per entity")
     group.add_argument("--num_code", type=int, default=1024, help="K, codes per codebook")
-    group.add_argument("--num_quantizers", type=int, help="Q, residual levels (default: 4; vq has 1)")
+    group.add_argument("--num_quantizers", type=_levels, default=AUTO, metavar="Q",
+                       help="residual levels; auto: by the graph's size and what kept runs measured")  # fmt: skip
     group.add_argument("--code_dim", type=int, default=32, help="width of a code vector")
     group.add_argument("--vq_weight", type=float, default=1.0, help="weight of the quantization loss in Eq. 9")
 
@@ -188,6 +190,15 @@ def build_parser() -> CommandParser:
     return parser
 
 
+def _levels(word: str) -> int | str:
+    if word == AUTO:
+        return word
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of levels, expected an integer or {AUTO}") from None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked flags; a wrong one ends with one line and exit code 2."""
     parser = build_parser()
@@ -223,11 +234,11 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     if not 0 < args.freeze_at <= 1:
         parser.error(f"--freeze_at {args.freeze_at} is out of range, expected 0 < freeze_at <= 1")
-    if args.quantizer == "vq" and args.num_quantizers not in (None, 1):
-        parser.error(f"--quantizer vq has one level, but --num_quantizers {args.num_quantizers} was given")
-    if args.num_quantizers is None:
-        args.num_quantizers = 1 if args.quantizer == "vq" else 4
-    if args.num_quantizers < 1:
+    if args.quantizer == "vq":
+        if args.num_quantizers not in (AUTO, 1):
+            parser.error(f"--quantizer vq has one level, but --num_quantizers {args.num_quantizers} was given")
+        args.num_quantizers = 1
+    if args.num_quantizers != AUTO and args.num_quantizers < 1:
         parser.error(f"--num_quantizers {args.num_quantizers} is too small, expected 1 or more")
     if args.tf_layers and args.code_dim % args.att_head:
         parser.error(f"--code_dim {args.code_dim} is no multiple of --att_head {args.att_head}")
@@ -335,6 +346,17 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- train and dump
 
 
+def choose_levels(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
+    """Put a number in the place of ``--num_quantizers auto`` and say why; names and record get the number."""
+    from model.recommended import measured, recommend
+
+    if args.num_quantizers != AUTO:
+        return
+    args.num_quantizers, reasons = recommend(kg.num_entities, args.seq_len, args.num_code, measured())
+    for reason in reasons:
+        print(f"--num_quantizers {AUTO}: {reason}")
+
+
 def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict[str, Any]:
     """The flags that shape RQGCN."""
     names = ["init_dim", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
@@ -427,6 +449,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
     keep_freed_memory()
     kg = load_graph(args)
     text = load_text(args.text_emb, kg.num_entities)
+    choose_levels(args, kg)
     stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)
     if args.control:
         stem = f"{stem}_{args.control}"

@@ -35,8 +35,10 @@ def sizes_named(args: argparse.Namespace) -> Iterator[None]:
         batch = smaller_batch(args.batch, memory.used, memory.wanted, memory.total, memory.used / 4)
         sampled = args.num_negatives or args.loss != "ce"
         negatives = "" if sampled else f" (or keep it and score --num_negatives {8 * batch} at a time)"
+        # a number by then, unless reading the graph itself was too much
+        levels = args.num_quantizers // 2 if isinstance(args.num_quantizers, int) else 1
         raise InputError(
             f"out of memory ({reason}); --batch {args.batch} is too large here, try --batch {batch}{negatives}, else "
-            f"--num_quantizers {max(1, args.num_quantizers // 2)}, --gcn_dim {max(8, args.gcn_dim // 2)} or "
+            f"--num_quantizers {max(1, levels)}, --gcn_dim {max(8, args.gcn_dim // 2)} or "
             "--gcn_layers 1; the last finished epoch is kept, and other flags are another run: --name and --out_dir"
         ) from error
