@@ -75,7 +75,7 @@ def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
 
 
 def template_texts() -> list[str]:
-    """The prompts' fixed words, for the tokenizer alone."""
+    """The prompts' fixed words, without an entity or a relation, and both judgements."""
     made = [
         prompts.classification("", "", "", "", "", True),
         prompts.link_prediction("", "", "", [""], True),
@@ -84,6 +84,20 @@ def template_texts() -> list[str]:
         prompts.codes_to_description(""),
     ]
     return [prompt_text({"instruction": text}) + f"{prompts.TRUE}\n{prompts.FALSE}" for text in made]
+
+
+def with_prompt_words(texts: list[str], every: int) -> list[str]:
+    """The texts, one of ``template_texts`` after every ``every``-th.
+
+    The rows of words that a base never meets end up alike in its head, and LoRA, which leaves them as they are, cannot
+    tell True from False then.
+    """
+    words, found = template_texts(), []
+    for place, text in enumerate(texts, 1):
+        found.append(text)
+        if place % every == 0:
+            found.append(words[place // every % len(words)])
+    return found
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -191,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     texts = list(documents(kg, args.seed, args.recall))
     # often enough that the prompts' words become whole tokens beside the graph's names
     tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size)
+    if args.prompt_words:
+        texts = with_prompt_words(texts, args.prompt_words)
     stream = token_stream(texts, tokenizer)
     model = build_model(args, len(tokenizer))
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -224,6 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
     parser.add_argument("--recall", type=int, default=0, metavar="N", help="say every N lines of a text once more in "
                         "another order, so that copying is learned (0: off)")  # fmt: skip
+    parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="say a prompt's fixed words after "
+                        "every Nth text, so that it knows True and False (0: off)")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
@@ -244,8 +262,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.inner, args.seed, args.recall) < 0:
-        parser.error("--steps, --inner, --recall and --seed must be 0 or more")
+    if min(args.steps, args.inner, args.seed, args.recall, args.prompt_words) < 0:
+        parser.error("--steps, --inner, --recall, --prompt_words and --seed must be 0 or more")
     return args
 
 
