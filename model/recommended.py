@@ -2,7 +2,8 @@
 
 The record of the graph nearest in size (then nearest in L, then in K) says what each level added to valid MRR. Levels
 are taken as long as each adds ``WORTH``: a level costs L tokens per entity in every prompt of the LLM. None is
-recommended that no run has measured. That codes suffice is no reason for a level: K ** L is beyond any graph at one
+recommended that no run has measured. A run cut short at q levels scores below one trained with q, so the rule errs
+towards a level more. That codes suffice is no reason for a level: K ** L is beyond any graph at one
 level already.
 """
 
