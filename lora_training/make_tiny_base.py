@@ -75,7 +75,7 @@ def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
 
 
 def template_texts() -> list[str]:
-    """The prompts' fixed words, without an entity or a relation, and both judgements."""
+    """The prompts' fixed words, for the tokenizer alone."""
     made = [
         prompts.classification("", "", "", "", "", True),
         prompts.link_prediction("", "", "", [""], True),
@@ -87,12 +87,14 @@ def template_texts() -> list[str]:
 
 
 def with_prompt_words(texts: list[str], every: int) -> list[str]:
-    """The texts, one of ``template_texts`` after every ``every``-th.
+    """The texts, and after every ``every``-th a prompt about no triple at all, judged True and False in turn.
 
     The rows of words that a base never meets end up alike in its head, and LoRA, which leaves them as they are, cannot
-    tell True from False then.
+    make it say one of them then.
     """
-    words, found = template_texts(), []
+    prompt = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
+    words = [f"{prompt} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # the blank is that of encode_answer
+    found = []
     for place, text in enumerate(texts, 1):
         found.append(text)
         if place % every == 0:

@@ -1,9 +1,14 @@
-"""The README's commands exist: each script is there and its flags are the parser's own."""
+"""The README's commands exist, each script with its flags; those for a CPU run as printed in a fresh copy (slow)."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +22,43 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
 FOLDER = "cd lora_training && "
 PYTHON = [line for line in COMMANDS if re.match(rf"({FOLDER})?python (?!-m)", line)]
+
+
+CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh clone: minutes each, nothing fetched
+    "python demo_complete.py --quick --out_dir demo_output/quick",
+    "python run_rq.py --dataset data/family --seq_len 4 --num_code 256 --decoder distmult --epoch 40 --lr 0.005 "
+    "--batch 256 --encoder_every 2 --eval_every 5",
+    "python Class/gen_fb_data_rq.py",
+    "python Class/gen_entity_data_rq.py",
+    "python Class/build_mix.py triple_classification=1 knowledge_reasoning=2",
+    "python Class/check_leaks.py",
+    "cd lora_training && python test_lora_simple.py",
+    "python tables/results.py",
+    "python tables/make_tables.py --table 2 --format latex",
+    "python tables/make_figures.py --figure 6 10 levels",
+    "python tables/code_quality.py",
+    "python tables/make_report.py codes_new",
+    "python tables/run_ablations.py --list",
+    "python test_rq_simple.py",
+]
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_newcomer_run_as_printed(tmp_path: Path) -> None:
+    printed = [" ".join(command.split()) for command in PYTHON]
+    clone = tmp_path / "clone"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in CPU_SIZED:
+        printed = printed[printed.index(command) :]  # in the page's order
+        found = subprocess.run(
+            ["bash", "-c", command], cwd=clone, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert found.returncode == 0, f"{command}\n{found.stdout[-2000:]}{found.stderr[-2000:]}"
 
 
 def test_the_readme_has_commands() -> None:

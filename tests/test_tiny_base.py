@@ -15,6 +15,7 @@ from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import make_tiny_base
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, reload_check
+from lora_training.prompts import encode_answer, encode_text
 from run_record import ROOT
 
 FAMILY = ROOT / "data" / "family"
@@ -78,6 +79,17 @@ def test_recall_says_each_fact_once_more_nearby(family: KnowledgeGraph) -> None:
             orders.add(tuple(group.index(line) for line in again))
         assert sorted(facts) == sorted(once.pop(title))
     assert not once and len(orders) > 50, "in many orders"
+
+
+def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:
+    texts = make_tiny_base.with_prompt_words([f"text {i}" for i in range(7)], 3)
+    assert [i for i, text in enumerate(texts) if not text.startswith("text")] == [3, 7] and len(texts) == 9
+    tokenizer = load_tokenizer(str(made))
+    for text, answer in zip((texts[3], texts[7]), ("False", "True"), strict=True):
+        prompt = text.removesuffix(f" {answer}")
+        assert prompt.endswith("### Response:\n")
+        ids = [*encode_text(prompt, tokenizer), *encode_answer(answer, tokenizer, end=False)]
+        assert encode_text(text, tokenizer) == ids
 
 
 def test_names_and_descriptions_of_the_bundled_graph_name_no_relative(family: KnowledgeGraph) -> None:
