@@ -45,7 +45,7 @@ from Class.instructions import (
 from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, write_json
 
 
-def triple_keys(row: Row) -> list[int]:
+def hashed_triples(row: Row) -> list[int]:
     """A 64-bit key per triple that the row rests on."""
     texts = ("\t".join(triple) for triple in row_triples(row))
     return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in texts]
@@ -59,7 +59,7 @@ def scan(path: Path, forbidden: set[int], facts: set[int], rng: np.random.Genera
     """
     offsets, false, dropped, true_rows, true_dropped = [], [], 0, 0, 0
     for at, row in read_lines(path):
-        keys = triple_keys(row) if states_facts(row) else []
+        keys = hashed_triples(row) if states_facts(row) else []
         is_true = row.get("truth") == ["True"]
         true_rows += is_true
         if forbidden and not forbidden.isdisjoint(keys):

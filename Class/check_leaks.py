@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.build_mix import triple_keys
+from Class.build_mix import hashed_triples
 from Class.instructions import (
     FILE_STEMS,
     OUT_FOLDER,
@@ -116,7 +116,7 @@ def count_row(row: Row, split: Split) -> None:
         stated, mentioned = answer_in_prompt(prompt, output)
         task.stated += stated
         task.mentioned += mentioned
-    (split.facts if states_facts(row) else split.negatives).update(triple_keys(row))
+    (split.facts if states_facts(row) else split.negatives).update(hashed_triples(row))
     split.repeated_ids += row["id"] in split.ids
     split.ids.add(row["id"])
 

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class import prompts
 from Class.codes import escape_name
-from Class.gen_fb_data_rq import make_splits, triple_keys
+from Class.gen_fb_data_rq import make_splits
 from Class.gen_lp_data_rq import Parts, disjoint_parts
-from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, write_task
+from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
 from data.knowledge_graph import Answers, KnowledgeGraph
 from run_record import CommandParser, run_command
 
@@ -139,9 +139,10 @@ def guessing_control(codes: Ints, parts: dict[str, Ints], num_code: int) -> dict
 # ---------------------------------------------------------------- facts
 
 
-def fact_kinds(source: Source, kg: KnowledgeGraph, split: str, triples: Ints, judged: Ints, labels: Ints) -> list[Kind]:
+def fact_kinds(source: Source, triples: Ints, judged: Ints, labels: Ints) -> list[Kind]:
     """Predict, complete and validate over ``triples`` [n, 3]; ``judged`` [m, 3] hold where ``labels`` [m] is 1."""
-    shown, texts, relations, coded = source.shown, source.entity_texts, source.relations, source.with_codes
+    kg, coded = source.kg, source.with_codes
+    shown, texts, relations = source.shown, source.entity_texts, source.relations
 
     def fact(number: int, prompt: str, output: str, answers: list[str], truth: str, direction: str | None) -> Row:
         return {"instruction": prompt, "output": output, "answers": answers, "truth": [truth],
@@ -344,7 +345,7 @@ def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callabl
 
     def reasoning() -> dict[str, list[Kind]]:
         judged = judged_triples(kg, facts, seed)
-        return {split: fact_kinds(source, kg, split, triples[split], *judged[split]) for split in SPLITS}
+        return {split: fact_kinds(source, triples[split], *judged[split]) for split in SPLITS}
 
     def questions() -> dict[str, list[Kind]]:
         own = {split: answers_of(kg, triples[split]) for split in SPLITS}

@@ -34,6 +34,7 @@ from Class.instructions import (
     fill_top,
     make_row,
     open_source,
+    triple_keys,
     write_task,
 )
 from Class.prompts import FALSE, TRUE, classification
@@ -66,11 +67,6 @@ class Split(NamedTuple):
     rows: Labelled
     outside: int
     sampled: bool
-
-
-def triple_keys(triples: Ints, kg: KnowledgeGraph) -> Ints:
-    """One integer per triple [n, 3] -> [n]."""
-    return (triples[:, 0] * kg.num_relations + triples[:, 1]) * kg.num_entities + triples[:, 2]
 
 
 def member(keys: Ints, sorted_keys: Ints) -> NDArray[np.bool_]:
@@ -162,7 +158,7 @@ def make_splits(kg: KnowledgeGraph, ratio: int, neg_sampling: str, seed: int) ->
         if given is None:
             rng = np.random.default_rng([seed, number])
             given, outside = sample_negatives(positives, 1, np.unique(known), kg, ranges, rng)
-            known = np.concatenate([known, triple_keys(given, kg)])
+        known = np.concatenate([known, triple_keys(given, kg)])
         order = np.argsort(np.concatenate([np.arange(len(positives)), np.arange(len(given))]), kind="stable")
         rows = Labelled(np.concatenate([positives, given])[order], order < len(positives))
         splits[split] = Split(rows, outside, kg.negatives(name) is None)

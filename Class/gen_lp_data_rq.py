@@ -32,8 +32,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
-from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, write_task
-from Class.prompts import link_prediction, numbered, relation_text
+from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
+from Class.prompts import ANSWERS, link_prediction, numbered, relation_text
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 from run_record import CommandParser, InputError, run_command
 
@@ -57,12 +57,9 @@ class Parts(NamedTuple):
 
 def disjoint_parts(kg: KnowledgeGraph, seed: int) -> Parts:
     """Cut valid 9:1 by pairs of entities; what test holds leaves the others, and what valid holds leaves train."""
-
-    def keys(triples: Ints) -> Ints:
-        return (triples[:, 0] * kg.num_relations + triples[:, 1]) * kg.num_entities + triples[:, 2]
-
-    valid = kg.valid[~np.isin(keys(kg.valid), keys(kg.test))]
-    train = kg.train[~np.isin(keys(kg.train), np.concatenate([keys(valid), keys(kg.test)]))]
+    held_out = triple_keys(kg.test, kg)
+    valid = kg.valid[~np.isin(triple_keys(kg.valid, kg), held_out)]
+    train = kg.train[~np.isin(triple_keys(kg.train, kg), np.concatenate([triple_keys(valid, kg), held_out]))]
     ends = np.sort(valid[:, [0, 2]], axis=1)
     _, pair, size = np.unique(ends[:, 0] * kg.num_entities + ends[:, 1], return_inverse=True, return_counts=True)
     order = np.random.default_rng([seed, 9]).permutation(len(size))
@@ -191,7 +188,7 @@ def rows_of(
                 count.dropped += 1
                 continue
             shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
-            best = [t, *(entity for entity in ranked if entity != t)][:3]
+            best = [t, *(entity for entity in ranked if entity != t)][:ANSWERS]
             direction = "tail" if r < R else "head"
             triple = (h, r, t) if r < R else (t, r - R, h)
             yield make_row(

@@ -66,7 +66,6 @@ def make_row(
     candidates: Sequence[str] | None = None,
     truth: Sequence[str] | None = None,
     candidate_rank: float | None = None,
-    input: str = "",
 ) -> Row:
     """One row: the Alpaca fields and what scoring needs. Every row has every key, None where it does not apply.
 
@@ -78,7 +77,7 @@ def make_row(
     """
     return {
         "instruction": instruction,
-        "input": input,
+        "input": "",
         "output": output,
         "id": id,
         "task_type": task_type,
@@ -583,6 +582,11 @@ def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, fol
     }
 
 
+def triple_keys(triples: Ints, kg: KnowledgeGraph) -> Ints:
+    """One integer per triple [n, 3] -> [n]."""
+    return (triples[:, 0] * kg.num_relations + triples[:, 1]) * kg.num_entities + triples[:, 2]
+
+
 def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
     """How many of ``kg``'s valid and test triples stand, by name, in the training split of ``other``.
 
@@ -590,17 +594,17 @@ def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
     """
     entity = {name: i for i, name in enumerate(kg.entities)}
     relation = {name: i for i, name in enumerate(kg.relations)}
-    M, R = kg.num_entities, kg.num_relations
+    M = kg.num_entities
     e = np.array([entity.get(name, -1) for name in other.entities], dtype=np.int64)
     r = np.array([relation.get(name, -1) for name in other.relations], dtype=np.int64)
     h, p, t = e[other.train[:, 0]], r[other.train[:, 1]], e[other.train[:, 2]]
     linked = (h >= 0) & (t >= 0)
     known = linked & (p >= 0)
-    triples = (h[known] * R + p[known]) * M + t[known]
+    triples = triple_keys(np.stack([h, p, t], axis=1)[known], kg)
     pairs = np.concatenate([h[linked] * M + t[linked], t[linked] * M + h[linked]])
 
     def among(split: Ints) -> int:
-        return int(np.isin((split[:, 0] * R + split[:, 1]) * M + split[:, 2], triples).sum())
+        return int(np.isin(triple_keys(split, kg), triples).sum())
 
     return {
         "valid_triples": among(kg.valid),

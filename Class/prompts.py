@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 TRUE, FALSE = "True", "False"
+ANSWERS = 3  # that a link prediction prompt asks for, as in the paper
 
 
 def relation_text(label: str, direction: str = "tail") -> str:
@@ -31,10 +32,8 @@ def classification(head: str, relation: str, tail: str, head_text: str, tail_tex
     )
 
 
-def link_prediction(
-    head: str, relation: str, head_text: str, candidate_texts: Sequence[str], with_codes: bool, answers: int = 3
-) -> str:
-    """The paper's Table 1: complete (h, r, ?) from a list of candidates, best ``answers`` first."""
+def link_prediction(head: str, relation: str, head_text: str, candidate_texts: Sequence[str], with_codes: bool) -> str:
+    """The paper's Table 1: complete (h, r, ?) from a list of candidates, best first."""
     codes = " with its quantized codes" if with_codes else ""
     return (
         "Knowledge graph completion: predict the tail of an incomplete triple by choosing among the candidates below, "
@@ -43,7 +42,7 @@ def link_prediction(
         + (f"Head: {head_text}\n" if with_codes else "")
         + "Candidates:\n"
         + "\n".join(candidate_texts)
-        + f"\nGive the {'codes' if with_codes else 'names'} of the {answers} most plausible candidates, best first, "
+        + f"\nGive the {'codes' if with_codes else 'names'} of the {ANSWERS} most plausible candidates, best first, "
         "one numbered line each."
     )
 
