@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch takes a second to import: only the functions that nee
     import torch
 
 ROOT = Path(__file__).resolve().parent
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 RECORDED_PACKAGES = ("torch", "dgl", "numpy", "numba", "transformers", "peft", "accelerate")
 
 
@@ -45,13 +46,16 @@ class InputError(Exception):
 class CommandParser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line on stderr and exit code 2; its help shows every default."""
 
+    origin = ""  # said before an error: the file that the flags stand in, where they come from one
+
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see: python {self.prog} --help)\n")
+        message = message if len(message) < 600 else f"{message[:600]} ..."
+        self.exit(2, f"error: {self.origin}{message} (see: python {self.prog} --help)\n")
 
 
 class Terminated(BaseException):
@@ -317,6 +321,32 @@ def read_json(path: str | Path, what: str) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{what} file {path} cannot be read as JSON: {reason}") from error
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A UTF-8 text file; InputError names ``what`` the file is."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{what} {path} cannot be read as text: {reason}") from error
+
+
+@contextmanager
+def content_of(path: str | Path, what: str, remedy: str = "repeat its run") -> Iterator[None]:
+    """Around the use of what was read from ``path``: where it does not fit, one line names the file, what it should be
+    (as in "run record") and the remedy."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        line = (str(error).strip() or "?").splitlines()[0][:160]
+        raise InputError(f"{path} is no complete {what} ({type(error).__name__}: {line}); {remedy}") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name has the form of a hub id; out/merged, where out/ exists, is a mistyped path."""
+    parts = Path(name).parts
+    return bool(HUB_ID.fullmatch(name)) and not (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
 def sha256_file(path: str | Path) -> str:

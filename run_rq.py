@@ -65,7 +65,7 @@ class FlagsFromFile(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         try:
-            words = shlex.split(values.read_text(encoding="utf-8"), comments=True)
+            words = shlex.split(values.read_text(encoding="utf-8-sig"), comments=True)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             parser.error(f"--config {values} cannot be read as flags: {reason}; there are examples in configs/")
@@ -75,7 +75,9 @@ class FlagsFromFile(argparse.Action):
         unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
         if unknown:
             parser.error(f"--config {values} holds {unknown[0]}, which is no flag")
-        parser.parse_args(words, namespace)
+        inner = build_parser()
+        inner.origin = f"--config {values}: "
+        inner.parse_args(words, namespace)
         setattr(namespace, self.dest, values)
 
 

@@ -32,7 +32,7 @@ from model.losses import gather_targets
 from model.precision import keep_freed_memory
 from model.RQGCN import RQGCN
 from model.trainer import Trainer
-from run_record import ROOT, InputError, read_json, run_command
+from run_record import ROOT, InputError, content_of, read_json, run_command
 from run_rq import parse_args
 
 # The recommended CPU recipe, as flags of run_rq.py
@@ -159,7 +159,8 @@ def main() -> int:
         if args.only != "original":
             record = read_json(args.record, "record") if args.record else train_ours(
                 args.dataset, flags, args.minutes, args.threads, Path(name))  # fmt: skip
-            rows.append(ours_row(record, args.marks))
+            with content_of(args.record or args.dataset, "run record"):
+                rows.append(ours_row(record, args.marks))
         if args.only != "ours":
             rows.append(train_original(kg, flags, args.minutes, Path(name)))
     if len(rows) == 2:

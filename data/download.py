@@ -142,6 +142,9 @@ def fetch(
         missing = [file for file, public in wanted.items() if public.path and not (source / file).is_file()]
         if missing:
             raise InputError(f"--source {source} has no {', '.join(missing)}; expected the files of {name}")
+        for file, public in wanted.items():  # all of them before the first is copied
+            if (source / file).is_file():
+                _check(name, file, str(source / file), source / file, public.sha256)
     for file, public in wanted.items():
         path = target / file
         if public.path is None and (source is None or not (source / file).is_file()):
@@ -156,14 +159,19 @@ def fetch(
             else:
                 origin = f"{base_url.rstrip('/')}/{public.path}"
                 _download(origin, temporary, pause)
-            found = sha256_file(temporary)
-            if found != public.sha256:
-                raise InputError(
-                    f"{name}/{file} from {origin}: found sha256 {found} ({temporary.stat().st_size} bytes), "
-                    f"expected {public.sha256}; nothing was written"
-                )
+            _check(name, file, origin, temporary, public.sha256)
         say(f"{name}/{file}: {path.stat().st_size / 1e6:.1f} MB, verified")
     return target
+
+
+def _check(name: str, file: str, origin: str, path: Path, expected: str) -> None:
+    """InputError unless the bytes at ``path``, which came from ``origin``, have the sha256 of the data set's file."""
+    found = sha256_file(path)
+    if found != expected:
+        raise InputError(
+            f"{name}/{file} from {origin}: found sha256 {found} ({path.stat().st_size} bytes), "
+            f"expected {expected}; nothing was written"
+        )
 
 
 def _download(url: str, path: Path, pause: float) -> None:

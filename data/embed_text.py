@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import struct
 import sys
 import zlib
@@ -32,7 +31,17 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.knowledge_graph import KnowledgeGraph
-from run_record import CommandParser, InputError, atomic_path, make_record, run_command, sha256_file, write_json
+from run_record import (
+    CommandParser,
+    InputError,
+    atomic_path,
+    is_hub_id,
+    make_record,
+    parse_json,
+    run_command,
+    sha256_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import requests
@@ -44,7 +53,6 @@ Array = NDArray[Any]
 
 TFIDF_DIM = 256
 NAME_FILES = {"entity2label.txt", "FB15k_mid2name.txt", "entity2definition.txt"}  # beside entity2text.txt
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of configuration, tokenizer and weights
 TRIES = 6  # per request to an endpoint, for faults that may pass
 RETRY_SECONDS = 1.0  # before the second try, doubled for each further one
@@ -124,8 +132,7 @@ def model_folder(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name} holds no config.json, expected a folder in Hugging Face form or a hub id")
         return path
-    # out/minilm has the form of a hub id, but where the folder out/ exists it is a mistyped path
-    if not HUB_ID.fullmatch(name) or (len(path.parts) == 2 and Path(path.parts[0]).is_dir()):
+    if not is_hub_id(name):
         raise InputError(f"--model {name} does not exist; expected a folder in Hugging Face form or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -160,9 +167,12 @@ class ModelEncoder:
         # RoBERTa and its kin count positions from 2
         positions = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         max_length = min(max_length, self.tokenizer.model_max_length, max(positions - 2, 1))
-        full = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+        try:
+            full = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+            self.tokens = self.tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+        except (TypeError, ValueError, OverflowError) as error:  # its settings are no settings
+            raise _unreadable(folder, error) from error
         self.cut_texts = sum(len(tokens) > max_length for tokens in full)
-        self.tokens = self.tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
         empty = [text for text, tokens in zip(texts, self.tokens, strict=True) if not tokens]
         if empty:
             raise InputError(f"the tokenizer of --model {folder} finds no token in the text {empty[0][:60]!r}")
@@ -349,14 +359,17 @@ class Part:
         self.blocks: list[Array] = []  # [B, T] each
         self.seconds = 0.0
         self.width: int | None = None
+        self.good = 0  # bytes up to the end of the last whole batch
         if path.exists() and self._is_ours(discard):
             self._read()
 
     def _is_ours(self, discard: bool) -> bool:
         try:
             with open(self.path, "rb") as file:
-                head = json.loads(file.readline())
-            found, self.width = head["plan"], int(head["width"])
+                head = parse_json(file.readline())
+            found, self.width = head["plan"], head["width"]
+            if not isinstance(found, dict) or type(self.width) is not int or self.width < 1:
+                raise ValueError("no plan or no width")
         except (OSError, ValueError, KeyError, TypeError) as error:
             if discard:
                 self.path.unlink(missing_ok=True)
@@ -380,16 +393,17 @@ class Part:
             good = file.tell()
             for number, size in enumerate(self.sizes):
                 head = file.read(FRAME.size)
-                body = file.read(size * (self.width or 0) * self.dtype.itemsize)
-                if len(head) < FRAME.size:
+                length = size * (self.width or 0) * self.dtype.itemsize
+                if file.tell() + length > os.fstat(file.fileno()).st_size:  # cut, or a width that is none
                     break
+                body = file.read(length)
                 frame = Frame(*FRAME.unpack(head))
                 if frame.number != number or frame.crc != zlib.crc32(body):
                     break
                 self.blocks.append(np.frombuffer(body, self.dtype).reshape(size, -1))
                 self.seconds += frame.seconds
                 good = file.tell()
-        os.truncate(self.path, good)
+        self.good = good  # what stands behind is overwritten by the next batch, and by nothing before
 
     @property
     def rows(self) -> int:
@@ -399,7 +413,8 @@ class Part:
     def add(self, block: Array, seconds: float) -> None:
         """Append the next batch ``[B, T]`` that took ``seconds``. InputError for another T, or a full disk."""
         if self.width not in (None, block.shape[1]):
-            raise InputError(f"embeddings of {block.shape[1]} numbers came after others of {self.width}")
+            others = f"{self.width} in {self.path}"
+            raise InputError(f"embeddings of {block.shape[1]} numbers came after others of {others}; give --overwrite")
         block = np.ascontiguousarray(block, dtype=self.dtype)
         body = block.tobytes()
         data = FRAME.pack(*Frame(len(self.blocks), seconds, zlib.crc32(body))) + body
@@ -407,8 +422,11 @@ class Part:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.width is None:
                 data = json.dumps({"plan": self.plan, "width": block.shape[1]}).encode() + b"\n" + data
-            with open(self.path, "wb" if self.width is None else "ab") as file:
+            with open(self.path, "wb" if self.width is None else "r+b") as file:
+                file.truncate(self.good)
+                file.seek(self.good)
                 file.write(data)
+                self.good = file.tell()
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}; make room, then the same command") from error
         self.width = block.shape[1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CODE_FORMATS, MARKS, code_tokens
 from Class.instructions import STATS
-from run_record import InputError, read_json
+from run_record import InputError, is_hub_id, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "run_record.json"  # beside an adapter and a merged model
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MOST_TOKENS = 10_000_000  # codes that a vocabulary may be asked to hold
 WEIGHTS = "adapter_model.safetensors"
 PASSED_ON = ("MemoryError", "OutOfMemoryError")  # the file is not to blame
@@ -129,9 +128,7 @@ def check_model_name(name: str) -> None:
         return
     if path.is_file():
         raise InputError(f"model {name} is a file, expected a folder in Hugging Face form or a hub id")
-    # out/merged has the form of a hub id, but where the folder out/ exists it is more likely a mistyped path
-    local = not HUB_ID.fullmatch(name) or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
-    if local:
+    if not is_hub_id(name):
         raise InputError(
             f"model folder {name} does not exist; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or make a "
             "small base: python lora_training/make_tiny_base.py"

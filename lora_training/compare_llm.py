@@ -41,7 +41,17 @@ from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.instructions import Row, existing_split, read_rows, split_path
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Metrics, ranking_metrics
-from run_record import ROOT, CommandParser, InputError, make_record, read_json, run_command, write_json, write_text
+from run_record import (
+    ROOT,
+    CommandParser,
+    InputError,
+    content_of,
+    make_record,
+    read_json,
+    run_command,
+    write_json,
+    write_text,
+)
 from tables.results import stat
 from tables.sanity import RANKING, check_ranking
 
@@ -85,6 +95,7 @@ REFITTED = "the candidate model, refitted with the tuning part of valid"
 COPIED = "copies the first candidate"
 ROWS = (CANDIDATE_MODEL, REFITTED, COPIED, *(variant.row for variant in VARIANTS))
 RESULTS = "inference_results.json"
+REPEATED = "remove it and repeat the command: its step runs again"
 
 
 # ---------------------------------------------------------------- steps
@@ -290,29 +301,34 @@ def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path) -> dict[str, Found]:
     """The six rows of one seed. InputError where the three LLMs were not asked the same queries."""
-    records = {variant: read_json(places.results(variant), "answers' record") for variant in VARIANTS}
-    queries = {variant: asked(record) for variant, record in records.items()}
+    queries, tests = {}, {}
+    for variant in VARIANTS:
+        record = read_json(places.results(variant), "answers' record")
+        with content_of(places.results(variant), "answers' record", REPEATED):
+            queries[variant], tests[variant] = asked(record), record["metrics"][TASK]["test"]
     for variant in VARIANTS:
         if queries[variant] != queries[WITH]:
             raise InputError(
                 f"{places.results(variant)} answers other queries than {places.results(WITH)}; remove {places.marks} "
                 "and repeat the command"
             )
-    tests = {variant: record["metrics"][TASK]["test"] for variant, record in records.items()}
     test_rows = existing_split(places.rows(WITH), "test")
     if test_rows is None:
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
     refit = ranking_metrics(ranks_of(places.candidates("refit"), read_rows(test_rows), kg))
     count, with_codes = len(queries[WITH]), places.results(WITH)
+    with content_of(with_codes, "answers' record", REPEATED):
+        before, copied = (tests[WITH][part] for part in ("candidate_model", "as_listed"))
     rows = {
-        CANDIDATE_MODEL: (with_codes, tests[WITH]["candidate_model"]),
+        CANDIDATE_MODEL: (with_codes, before),
         REFITTED: (refit_record, refit),
-        COPIED: (with_codes, tests[WITH]["as_listed"]),
+        COPIED: (with_codes, copied),
         **{variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS},
     }
     found = {}
     for name, (path, metrics) in rows.items():
-        kept = {key: metrics[key] for key in RANKING} | {"count": count}
+        with content_of(path, "answers' record", REPEATED):
+            kept = {key: metrics[key] for key in RANKING} | {"count": count}
         check_ranking(path, name, kept)
         found[name] = Found(str(path.relative_to(out)), kept)
     return found
@@ -415,7 +431,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def seconds_of(marks: Path) -> dict[str, float]:
     """Seconds per step of one seed, as its marks have it."""
-    return {path.stem: read_json(path, "mark")["seconds"] for path in sorted(marks.glob("*.json"))}
+    found = {}
+    for path in sorted(marks.glob("*.json")):
+        with content_of(path, "mark of a step", REPEATED):
+            found[path.stem] = float(read_json(path, "mark")["seconds"])
+    return found
 
 
 if __name__ == "__main__":

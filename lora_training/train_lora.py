@@ -57,6 +57,7 @@ from lora_training.prompts import Example, encode_examples, pad_batch
 from run_record import (
     CommandParser,
     InputError,
+    content_of,
     is_disk_full,
     make_record,
     memory_wanted,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 ADAPTERS, CHECKPOINTS, PLAN, SECONDS = "lora_adapters", "checkpoints", "plan.json", "seconds.json"
+STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
 FAR = 50  # steps' worth of rows that are sorted by length together
 # what two runs must share for one to go on from the other's checkpoint
 PLANNED = (
@@ -292,7 +294,7 @@ def make_trainer(
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_record({"seconds": time.monotonic() - began}, folder / SECONDS)
+                write_record({"seconds": time.monotonic() - began, "sha256": saved_sums(folder)}, folder / SECONDS)
             if stop.agreed:
                 raise Stopped(state.global_step)
 
@@ -519,6 +521,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_plan(args)
+        check_checkpoint(checkpoint)
     shape = code_shape(codes)
     config = load_config(args.model_name)
     model = model_shape(config)
@@ -635,13 +638,30 @@ def explained(args: argparse.Namespace, plan: Plan, folder: Path) -> Iterator[No
         raise InputError(f"cannot go on from {plan.checkpoint}: {reason}; give an earlier checkpoint") from error
 
 
-def seconds_before(checkpoint: Path) -> float:
-    """The time that the run had taken when it wrote a checkpoint."""
+def saved_sums(checkpoint: Path) -> dict[str, str]:
+    """sha256 of a checkpoint's files as far as this process has seen them written: not the other processes' ones."""
+    names = [path.name for path in checkpoint.iterdir() if path.is_file()] if sharding() == "ddp" else [STATE]
+    own = sorted(name for name in names if name != SECONDS and not name.startswith("rng_state_"))
+    return {name: sha256_file(checkpoint / name) for name in own}
+
+
+def check_checkpoint(checkpoint: Path) -> float:
+    """The seconds that the run had taken when it wrote a checkpoint, all of whose files are still those.
+
+    InputError otherwise: transformers checks no sums, and where a file is gone it goes on without it, to other weights.
+    """
     found = read_json(checkpoint / SECONDS, "time")
-    seconds = found.get("seconds") if isinstance(found, dict) else None
-    if type(seconds) not in (int, float):
-        raise InputError(f"{checkpoint / SECONDS} holds no seconds; give an earlier checkpoint")
-    return float(seconds)  # type: ignore[arg-type]
+    with content_of(checkpoint / SECONDS, "mark of a checkpoint", OTHER_CHECKPOINT):
+        seconds, before = float(found["seconds"]), dict(found["sha256"])
+    count = os.environ.get("WORLD_SIZE", "1")
+    state = "rng_state.pth" if count == "1" else f"rng_state_{os.environ.get('RANK', '0')}.pth"
+    now = saved_sums(checkpoint)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if not (checkpoint / state).is_file():
+        raise InputError(f"{checkpoint} holds no {state}, for one of {count} processes; {OTHER_CHECKPOINT}")
+    if changed or STATE not in before:
+        raise InputError(f"{checkpoint / (changed or [STATE])[0]} is not the file that was saved; {OTHER_CHECKPOINT}")
+    return seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -676,7 +696,7 @@ def tune(args: argparse.Namespace) -> None:
                 shutil.rmtree(half, ignore_errors=True)
     collate = Collate(plan.tokenizer.pad_token_id)
     if plan.checkpoint is not None:
-        started -= seconds_before(plan.checkpoint)
+        started -= check_checkpoint(plan.checkpoint)
     stop = Stop()
     trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed, started, stop)
     say(

@@ -2,6 +2,7 @@
 
     python tables/levels.py                              print the table
     python tables/levels.py --page docs/MIGRATION.md     write it anew between the page's marks
+    python tables/levels.py --records codes_new          of your own runs
 
 A run decoded up to level q is not a run trained with q levels: see the page.
 """
@@ -16,7 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_text
+from run_record import ROOT, CommandParser, InputError, content_of, read_json, read_text, run_command, write_text
+from tables.rows import shown
+from tables.sanity import share
 
 RECORDS = ROOT / "tables" / "records"
 GRAPHS = ("family", "FB15k-237", "WN18RR")  # a graph without a record has a blank line
@@ -32,7 +35,9 @@ def level_lines(records: Path = RECORDS) -> list[str]:
     for path in sorted(records.glob("*.json")):
         record = read_json(path, "record")
         if isinstance(record, dict) and record.get("valid_mrr_by_levels"):
-            found.setdefault(record["dataset"], []).append((path, record))
+            with content_of(path, "run record"):
+                _line(path, record, 0)
+                found.setdefault(record["dataset"], []).append((path, record))
     deepest = max((len(record["valid_mrr_by_levels"]) for runs in found.values() for _, record in runs), default=1)
     levels = [str(level) for level in range(1, deepest + 1)]
     lines = [
@@ -48,20 +53,20 @@ def level_lines(records: Path = RECORDS) -> list[str]:
 
 def _line(path: Path, record: dict[str, Any], deepest: int) -> str:
     entities, positions, levels = record["shape"]
-    scores = record["valid_mrr_by_levels"]
+    scores = [share(path, "valid_mrr_by_levels", score) for score in record["valid_mrr_by_levels"]]
     if len(scores) != levels:
         raise InputError(
             f"{path} has {len(scores)} scores by level, its codes have {levels} levels; run run_rq.py again"
         )
     cells = [f"{score:.3f}".removeprefix("0") for score in scores] + [""] * (deepest - levels)
     size = f"{positions} x {levels} of {record['args']['num_code']:,}"
-    return f"| {record['dataset']} | {entities:,} | {size} | {' | '.join(cells)} | `tables/records/{path.name}` |"
+    return f"| {record['dataset']} | {entities:,} | {size} | {' | '.join(cells)} | `{shown(path)}` |"
 
 
-def with_levels(page: str, records: Path = RECORDS) -> str:
-    """The page with the table between ``<!-- levels -->`` and ``<!-- end -->`` written anew."""
+def with_levels(page: str, records: Path = RECORDS, name: object = "the page") -> str:
+    """The page with the table between ``<!-- levels -->`` and ``<!-- end -->`` written anew. Raises InputError."""
     if not BLOCK.search(page):
-        raise InputError("the page has no <!-- levels --> ... <!-- end -->; --page docs/MIGRATION.md has them")
+        raise InputError(f"{name} has no <!-- levels --> ... <!-- end -->; --page docs/MIGRATION.md has them")
     table = "\n".join(level_lines(records))
     return BLOCK.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", page)
 
@@ -71,17 +76,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--page", type=Path, metavar="PAGE.md", help="rewrite the table of this page instead of printing"
     )
+    parser.add_argument("--records", type=Path, metavar="DIR", default=RECORDS, help="folder of run records")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse_args()
+    if not args.records.is_dir():
+        raise InputError(f"--records {args.records} is no folder; run records are written by run_rq.py")
     if args.page is None:
-        print("\n".join(level_lines()))
+        print("\n".join(level_lines(args.records)))
         return
     if not args.page.is_file():
         raise InputError(f"--page {args.page} does not exist, expected a page such as docs/MIGRATION.md")
-    write_text(with_levels(args.page.read_text(encoding="utf-8")), args.page)
+    write_text(with_levels(read_text(args.page, "page"), args.records, args.page), args.page)
     print(f"wrote {args.page}")
 
 

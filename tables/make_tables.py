@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_text
+from run_record import ROOT, CommandParser, InputError, read_json, read_text, run_command, write_text
 from tables.results import (
     CODES,
     KEPT,
@@ -219,7 +219,7 @@ def render(tables: list[Table], form: str) -> str:
     return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in tables)
 
 
-def reproduced(text: str, data: Path = ROOT / "data") -> str:
+def reproduced(text: str, data: Path = ROOT / "data", name: object = "the page") -> str:
     """A page with the blocks between ``<!-- table N -->`` and ``<!-- end -->`` written anew from tables/records.
 
     Only what the repository itself holds goes in (its records, its graph), so that every machine writes the same.
@@ -227,7 +227,7 @@ def reproduced(text: str, data: Path = ROOT / "data") -> str:
     pattern = re.compile(r"(<!-- table (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
     found = {int(number) for _, number, _ in pattern.findall(text)}
     if not found or not found <= set(NUMBERS):
-        raise InputError(f"the page has blocks of tables {sorted(found)}, expected <!-- table N --> ... <!-- end -->")
+        raise InputError(f"{name} has blocks of tables {sorted(found)}, expected <!-- table N --> ... <!-- end -->")
     blocks = {number: render(make_tables([number], [KEPT], data, BUNDLED), "md") for number in found}
     return pattern.sub(lambda match: match[1] + "\n" + blocks[int(match[2])] + "\n" + match[3], text)
 
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.reproduce:
         if not args.reproduce.is_file():
             raise InputError(f"--reproduce {args.reproduce} does not exist, expected a page such as docs/REPRODUCE.md")
-        write_text(reproduced(args.reproduce.read_text(encoding="utf-8"), args.data), args.reproduce)
+        write_text(reproduced(read_text(args.reproduce, "page"), args.data, args.reproduce), args.reproduce)
         print(f"wrote {args.reproduce}")
         return
     numbers = NUMBERS if args.table == "all" else [int(args.table)]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_rq
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Answer, report
-from run_record import ROOT, InputError, read_json, sha256_file
+from run_record import ROOT, InputError, content_of, read_json, sha256_file
 from tables.sanity import JUDGING, RANKING, SLACK, check_all_rankings, check_count, check_judging, number, refuse, share
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
@@ -77,14 +77,11 @@ def rows_of(path: Path, content: Any, data: Path) -> list[Row]:
     """The rows of one file; none for files that are no record of a result (adapters, merges, statistics)."""
     if not isinstance(content, dict) or any(name not in content for name in RECORD_FIELDS):
         return []
-    try:
+    with content_of(path, "run record"):
         if "metrics" in content and "model" in content:
             return answer_rows(path, content, data)
         if "valid" in content and "dataset" in content:
             return stage1_rows(path, content, data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise InputError(f"{path} is no complete run record ({reason}); repeat its run") from error
     return []
 
 

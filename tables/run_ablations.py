@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_json
+from run_record import ROOT, CommandParser, InputError, content_of, read_json, run_command, write_json
+from tables.sanity import RANKING, check_ranking, number
 
 Z_WIDTH = 256  # L * code_dim of every setting of equal budget: the codes differ, what they stand for does not
 
@@ -120,26 +121,28 @@ def run(args: argparse.Namespace, name: str, setting: Setting, seed: int) -> Pat
 def row(name: str, setting: Setting, record_path: Path) -> dict[str, Any]:
     """What the results file says of one run; all of it from its record."""
     record = read_json(record_path, "record")
-    args, metrics = record["args"], record["valid"]
-    tokens = args["seq_len"] * args["num_quantizers"]
-    coded = args["control"] != "unquantized"
-    return {
-        "name": name,
-        "group": setting.group,
-        "flags": setting.flags,
-        "dataset": record["dataset"],
-        "seed": record["seed"],
-        "epochs": record["epochs"],
-        "best_epoch": record["best_epoch"],
-        "tokens": tokens if coded else None,
-        "bits": round(tokens * math.log2(args["num_code"]), 1) if coded else None,
-        "parameters_behind_codes": record["parameters"]["behind_codes"],
-        **{key: metrics[key] for key in ("mrr", "hits@1", "hits@3", "hits@10")},
-        "mrr_by_levels": record.get("valid_mrr_by_levels"),
-        "minutes": record["wall_seconds"] / 60,
-        "git_commit": record["git_commit"],
-        "record": f"{record_path.parent.name}/{record_path.name}",
-    }
+    with content_of(record_path, "run record", f"remove {record_path.parent}, then the same command"):
+        args, metrics = record["args"], record["valid"]
+        check_ranking(record_path, "valid", metrics)
+        tokens = args["seq_len"] * args["num_quantizers"]
+        coded = args["control"] != "unquantized"
+        return {
+            "name": name,
+            "group": setting.group,
+            "flags": setting.flags,
+            "dataset": record["dataset"],
+            "seed": int(record["seed"]),
+            "epochs": record["epochs"],
+            "best_epoch": record["best_epoch"],
+            "tokens": tokens if coded else None,
+            "bits": round(tokens * math.log2(args["num_code"]), 1) if coded else None,
+            "parameters_behind_codes": record["parameters"]["behind_codes"],
+            **{key: metrics[key] for key in RANKING},
+            "mrr_by_levels": record.get("valid_mrr_by_levels"),
+            "minutes": number(record_path, "wall_seconds", record["wall_seconds"]) / 60,
+            "git_commit": record["git_commit"],
+            "record": f"{record_path.parent.name}/{record_path.name}",
+        }
 
 
 def show(rows: list[dict[str, Any]]) -> None:

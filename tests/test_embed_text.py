@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import M, Outcome, arguments, small_flags  # type: ignore[import-not-found]
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 import run_record
@@ -20,6 +19,7 @@ from data import embed_text
 from data.embed_text import ModelEncoder, embed_tfidf, entity_texts, model_folder
 from data.knowledge_graph import KnowledgeGraph
 from run_record import InputError, read_json, sha256_file
+from tests.conftest import M, Outcome, arguments, small_flags
 
 Embed = Callable[..., Outcome]
 WORDS = ["entity", "a", "b", "c", ":", *"0123456789", *(f"##{digit}" for digit in range(10))]
@@ -47,10 +47,8 @@ def refused(outcome: Outcome, *words: str) -> None:
     assert all(word in lines[0] for word in ("error: ", *words)), lines[0]
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_bert(folder: Path) -> Path:
     """A BERT with wide random weights, so that different texts are far apart."""
-    folder = tmp_path_factory.mktemp("bert")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     BertTokenizer(vocab={word: i for i, word in enumerate(vocab)}).save_pretrained(folder)
     torch.manual_seed(0)
@@ -60,6 +58,11 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

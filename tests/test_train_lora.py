@@ -25,7 +25,7 @@ import run_record
 from lora_training import code_tokens, memory, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
 from lora_training.prompts import Example, encode_examples
-from run_record import ROOT, InputError, write_json
+from run_record import ROOT, InputError, read_json, write_json
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
 
 CODES = {"file": "ring_2_16_2_rq.pt", "sha256": "a" * 64, "num_code": 16, "num_quantizers": 2, "shuffled": False}
@@ -225,7 +225,8 @@ def test_the_time_before_an_interruption_counts(
         interrupt_after(3, patch)
         with pytest.raises(KeyboardInterrupt):
             train_lora.main(words(base, data, tmp_path))
-    (tmp_path / "checkpoints" / "checkpoint-2" / "seconds.json").write_text('{"seconds": 5000.0}')
+    mark = tmp_path / "checkpoints" / "checkpoint-2" / "seconds.json"
+    write_json(read_json(mark, "mark") | {"seconds": 5000.0}, mark)
     train_lora.main(words(base, data, tmp_path, resume_from_checkpoint="last"))
     assert 5000 < record(tmp_path)["wall_seconds"] < 5100
 

@@ -5,7 +5,6 @@ Figure 8 has the first model, figure 13 the others (such as the base next to the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,7 @@ from lora_training.code_tokens import (
     quiet_libraries,
     read_saved,
 )
-from run_record import InputError
+from run_record import InputError, content_of, read_json
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import COLOURS, MARKERS, new_figure, save, short
 
@@ -42,21 +41,24 @@ class Tokens(NamedTuple):
 
 def read_embedding(folder: Path) -> torch.Tensor:
     """The input embedding [vocabulary, D] of a saved model, without the rest of its weights."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
+    files = {folder / "model.safetensors"}
     if index.is_file():
-        files = {folder / name for key, name in json.loads(index.read_text())["weight_map"].items()
-                 if key.endswith(EMBEDDING)}  # fmt: skip
-    else:
-        files = {folder / "model.safetensors"}
+        with content_of(index, "index of weights", "fetch the model again"):
+            names = read_json(index, "index of weights")["weight_map"].items()
+            files = {folder / name for key, name in names if key.endswith(EMBEDDING)}
     for file in files:
         if file.is_file():
-            with safe_open(str(file), "pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - a file handle, no mapping
-                    if key.endswith(EMBEDDING):
-                        found: torch.Tensor = weights.get_tensor(key)
-                        return found.float()
+            try:
+                with safe_open(str(file), "pt") as weights:
+                    for key in weights.keys():  # noqa: SIM118 - a file handle, no mapping
+                        if key.endswith(EMBEDDING):
+                            found: torch.Tensor = weights.get_tensor(key)
+                            return found.float()
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"--model {file} cannot be read as safetensors: {error}; make it again") from error
     raise InputError(f"--model {folder} has no {EMBEDDING} in model.safetensors; merge it: python merge_adapter.py")
 
 
@@ -75,7 +77,8 @@ def tokens_of(folder: Path, seed: int) -> Tokens:
     else:
         check_model_name(str(folder))
         weights = read_embedding(folder)
-        if (folder / RECORD).is_file() and "codes" in json.loads((folder / RECORD).read_text()):
+        known = read_json(folder / RECORD, "record") if (folder / RECORD).is_file() else {}
+        if isinstance(known, dict) and "codes" in known:
             saved = read_saved(folder, "config.json")
             tokenizer, shape = saved.tokenizer, saved.shape
         else:

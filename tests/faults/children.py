@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+LORA = ("transformers", "peft", "accelerate", "lora_training.train_lora")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["run_rq", "model.trainer", "model.RQGCN", "tests.faults.children"])
+CONTEXT.set_forkserver_preload(["run_rq", "model.trainer", "model.RQGCN", "tests.faults.children", *LORA])
 
 
 def run_script(module: str, arguments: Sequence[str], output: str) -> None:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 MUST, MAY, SAME = "must refuse", "may refuse", "must read the same"
-MISSING, FOLDER = b"(missing)", b"(folder)"  # in place of a file's bytes
+MISSING, FOLDER, FORBIDDEN = b"(missing)", b"(folder)", b"(forbidden)"  # in place of a file's bytes
 DEEP = 100_000  # brackets
 TERA = 1 << 42
+NO_PERMISSION = "no permission"
 WITNESS = "code-was-run"  # a pickle that runs makes this file in the working folder
 
 Bytes = Callable[[bytes, Random], bytes]
@@ -42,7 +43,10 @@ class Attack:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Replace the file (or leave it out, or make it a folder)."""
+    """Replace the file (or leave it out, make it a folder, take everyone's right to read it)."""
+    if content == FORBIDDEN:
+        path.chmod(0)
+        return
     path.unlink()
     if content == FOLDER:
         path.mkdir()
@@ -86,6 +90,7 @@ def anything(cut_is: str = MUST, flip_is: str = MAY, missing_is: str = MUST) -> 
         Damage("empty", MUST, constant(b"")),
         Damage("missing", missing_is, constant(MISSING)),
         Damage("a folder", MUST, constant(FOLDER)),
+        Damage(NO_PERMISSION, MUST, constant(FORBIDDEN)),
         Damage("noise", MUST, noise),
         *(Damage(f"cut {i}", cut_is, cut) for i in range(3)),
         *(Damage(f"bit {i}", flip_is, flip) for i in range(2)),
@@ -163,6 +168,42 @@ DICT = [
     ),
     Damage("an id twice", MUST, line(lambda old, _: [old, old.partition(b"\t")[0] + b"\tanother"])),
     Damage("no name", MUST, line(lambda old, _: [old.partition(b"\t")[0]])),
+]
+
+
+EXACT = anything(flip_is=MUST)  # known by its hash
+NEGATIVES = [damage._replace(expect=MAY) if damage.name == "missing" else damage for damage in TRIPLES]
+PAGE = [*anything(cut_is=MAY), *(damage._replace(expect=MAY) if damage.name == "NUL" else damage for damage in TEXT)]
+
+
+def further(text: str) -> Bytes:
+    """More flags behind those of a file."""
+    return lambda content, _: content + f"{text}\n".encode()
+
+
+FLAGS = [
+    *anything(cut_is=MAY),
+    *(damage._replace(expect=MAY) if damage.name == "NUL" else damage for damage in TEXT),
+    *(
+        Damage(f"holds {text[:24]}", MUST, further(text))
+        for text in (
+            "--no_such_flag 1",
+            "--lr fast",
+            "--lr nan",
+            "--lr",
+            "words alone",
+            "--batch -3",
+            "--num_code 4398046511104",
+            "--gcn_dim 4398046511104",
+            "--seed " + "9" * 5000,
+            "--decoder " + "x" * 100_000,
+            "--name 'a quote",
+            "--name ../../escape",
+            "--config flags.txt",
+            "--text_emb nowhere.npy",
+            "--device toaster",
+        )
+    ),
 ]
 
 
@@ -279,6 +320,10 @@ JSON = [
     *(Damage(f"an odd value {i}", MAY, odd_json) for i in range(8)),
     *(Damage(f"a lost key {i}", MAY, lost_key) for i in range(4)),
 ]
+
+
+# where a file that is gone would only be made again
+THERE = [damage for damage in JSON if damage.name not in ("missing", "a folder")]
 
 
 def odd_row(content: bytes, rng: Random) -> bytes:
@@ -412,6 +457,7 @@ PT = [
     Damage("decompression bomb", MUST, bomb),
     Damage("a zip of nothing", MUST, lambda _, __: zipped({})),
 ]
+STATE = [damage for damage in PT if damage.name != "a zip of nothing"]  # of a trainer: without our sums
 CODES = [
     *PT,
     Damage("float32", MUST, tensor(lambda t: t.float())),
@@ -539,6 +585,29 @@ NPY = [
     Damage("an archive", MUST, lambda _, __: zipped({"a.npy": npy(np.zeros((43, 6), np.float32))})),
     Damage("attack", MUST, lambda _, __: npy(np.array([[Attack()]]), allow_pickle=True)),
     Damage("attack, plain pickle", MUST, lambda _, __: pickle.dumps(Attack())),
+]
+
+
+def part_head(key: str, text: str) -> Bytes:
+    """Another value in the first line of the file of finished batches."""
+
+    def make(content: bytes, rng: Random) -> bytes:
+        head, _, rest = content.partition(b"\n")
+        value = json.loads(head) | {key: HOLE}
+        return json.dumps(value).replace(json.dumps(HOLE), text).encode() + b"\n" + rest
+
+    return make
+
+
+PART = [
+    *anything(cut_is=MAY, missing_is=MAY),
+    *(
+        Damage(f"{key} {text[:8]} of {len(text)}", MUST, part_head(key, text))
+        for key in ("width", "plan")
+        for text in ("null", "-1", "0", "1e999", "[]", '"x"', "[" * DEEP + "]" * DEEP, "9" * 5000)
+    ),
+    Damage("width of terabytes", MAY, part_head("width", str(TERA))),
+    Damage("another width", MAY, part_head("width", "3")),
 ]
 
 

@@ -1,117 +1,27 @@
-"""The scripts, with arguments over the world, and which kind of damage fits each file that they read."""
+"""The stages' scripts: graph, codes, instruction data, language model. ``ALL_TARGETS`` has the others too."""
 
 from __future__ import annotations
 
-import importlib
-import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from random import Random
-from typing import NamedTuple
-
 from tests.faults import damage
-from tests.faults.damage import MAY, Damage
+from tests.faults.cases import (
+    ADAPTER,
+    CHECKPOINT,
+    CODES,
+    ENTITIES,
+    GENERATE,
+    RECORD,
+    TIED,
+    File,
+    Target,
+    graph,
+    model,
+    of_another,
+    over,
+    rows,
+    stats,
+    tied_graph,
+)
 from tests.faults.world import STEM, answering, merging, scored, stage_one, tuning
-
-
-class File(NamedTuple):
-    """A file that a script reads."""
-
-    path: str  # below the world
-    damages: Sequence[Damage]
-    named: tuple[str, ...] = ()  # what may stand for it in the message, beside its own name
-    may: tuple[str, ...] = ()  # damages that this script may take
-
-
-class Target(NamedTuple):
-    """One way to call one script."""
-
-    name: str
-    script: str
-    arguments: Callable[[Path], list[str]]
-    files: list[File]
-    heavy: bool = False  # a good call loads a language model
-    codes: tuple[int, ...] = (0, 2)  # exit codes; 1 is check_leaks.py's verdict
-
-
-class Case(NamedTuple):
-    target: Target
-    file: File
-    damage: Damage
-
-    @property
-    def id(self) -> str:
-        return f"{self.target.name}-{self.file.path}-{self.damage.name}"
-
-    @property
-    def expect(self) -> str:
-        loose = any(self.damage.name.startswith(name) for name in self.file.may)
-        return MAY if loose and self.damage.expect != MAY else self.damage.expect
-
-    def spoil(self, content: bytes) -> bytes:
-        return self.damage.make(content, Random(zlib.crc32(self.id.encode())))
-
-
-# ---------------------------------------------------------------- files
-
-
-def graph(folder: str = "data/ring", splits: Sequence[str] = ("train", "valid", "test")) -> list[File]:
-    # a name's letters may change to another name's; entities of valid and test alone are known by the dict
-    # a bit may turn a name of one file into another's
-    return [
-        *(File(f"{folder}/{split}.txt", damage.TRIPLES, (folder,)) for split in splits),
-        File(f"{folder}/entities.dict", damage.DICT, (folder, "lists other entities")),
-        File(f"{folder}/relations.dict", damage.DICT, (folder,), ("a name twice",)),
-        File(f"{folder}/entity2label.txt", damage.NAMES, (folder,), ("noise",)),
-    ]
-
-
-def tied_graph() -> list[File]:
-    """Where a record holds the files' hashes, other line ends are another data set."""
-    return [
-        file._replace(may=(*file.may, "CRLF", "BOM"), named=(*file.named, "codes", "checkpoints")) for file in graph()
-    ]
-
-
-ENTITIES = File(f"codes/{STEM}.entities.txt", damage.ENTITIES, (f"codes/{STEM}",))
-CODES = File(f"codes/{STEM}.pt", damage.CODES)
-RECORD = File(f"codes/{STEM}.json", damage.JSON, (f"codes/{STEM}", "data set", "trained on"))
-# hashes tie these to the record, so that nothing else may be in them
-TIED = [CODES._replace(damages=damage.PT), RECORD, ENTITIES]
-CHECKPOINT = File(f"checkpoints/{STEM}.pt", damage.CHECKPOINT)
-
-
-def rows(name: str) -> File:
-    return File(f"lora_data/{name}.json", damage.ROWS, ("row ",), ("no rows",) if name == "validation" else ())
-
-
-def stats(folder: str = "lora_data") -> File:
-    return File(f"{folder}/dataset_stats.json", damage.JSON, ("train.json", "test_tasks.json", folder))
-
-
-def model(folder: str, weights: str = "model.safetensors") -> list[File]:
-    named = (folder, "tokenizer", "codes", "row ")
-    return [
-        File(f"{folder}/config.json", damage.JSON, named),
-        File(f"{folder}/tokenizer.json", damage.JSON, named),
-        File(f"{folder}/tokenizer_config.json", damage.JSON, named, ("missing", "a folder", "the value {} ")),
-        File(f"{folder}/{weights}", damage.SAFETENSORS, named),
-    ]
-
-
-ADAPTER = [
-    File("adapter/run_record.json", damage.JSON, ("adapter", "base model", "codes", "model ")),
-    File("adapter/adapter_config.json", damage.JSON, ("adapter",)),
-    *model("adapter", "adapter_model.safetensors")[1:],
-]
-
-
-def over(*words: str) -> Callable[[Path], list[str]]:
-    """Arguments in which ``W/`` stands for the world's folder."""
-    return lambda folder: [word.replace("W/", f"{folder}/") for word in words]
-
-
-GENERATE = ("--codes", f"W/codes/{STEM}.pt", "--dataset", "W/data/ring", "--out_dir", "W/lora_data", "--limit", "12")
 
 TARGETS = [
     Target("graph", "data/knowledge_graph.py", over("W/data/ring"), graph()),
@@ -164,7 +74,11 @@ TARGETS = [
         "gen_lp",
         "Class/gen_lp_data_rq.py",
         over(*GENERATE, "--candidates", "W/lists/valid.npz", "W/lists/test.npz"),
-        [File("lists/valid.npz", damage.NPZ), File("lists/test.npz", damage.NPZ), *TIED],
+        [
+            File("lists/valid.npz", [*damage.NPZ, of_another("other/lists/valid.npz")]),
+            File("lists/test.npz", damage.NPZ),
+            *TIED,
+        ],
     ),
     Target(
         "gen_lp_json",
@@ -292,16 +206,3 @@ TARGETS = [
         [File("answers/answers.jsonl", damage.ANSWERS)],
     ),
 ]
-
-
-def module_of(script: str) -> str:
-    return script.removesuffix(".py").replace("/", ".")
-
-
-def main_of(target: Target) -> Callable[[], int | None]:
-    found: Callable[[], int | None] = importlib.import_module(module_of(target.script)).main
-    return found
-
-
-def all_cases() -> list[Case]:
-    return [Case(target, file, each) for target in TARGETS for file in target.files for each in file.damages]

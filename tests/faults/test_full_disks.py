@@ -18,7 +18,9 @@ from lora_training import train_lora
 from lora_training.score_answers import read_answers
 from model.sizes import smaller_batch
 from run_record import load_torch, memory_wanted, only_run
-from tests.faults.targets import TARGETS, Target
+from tests.faults.cases import Target
+from tests.faults.permissions import modes_count
+from tests.faults.targets import TARGETS
 from tests.faults.test_bad_input import Outcome, call
 from tests.faults.world import STEM, pristine, restore, snapshot
 
@@ -77,6 +79,23 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(world: Path, name: str
     assert not [key for key in after if key.endswith(".tmp") or ".part" in key or key.endswith(".lock")]
     ended = call(BY_NAME[name], world) if name != "tune" else None  # its first checkpoint asks for --overwrite
     assert ended is None or ended.code == 0, ended
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_folders_that_may_not_be_written_are_one_line(world: Path, name: str) -> None:
+    before = snapshot(world)
+    folders = [path for path in [world, *world.rglob("*")] if path.is_dir()]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        with modes_count() as counted:
+            if not counted:
+                pytest.skip("root here, and the kernel does not let it give up its right to write everywhere")
+            one_line(call(BY_NAME[name], world), "cannot write", "Permission denied")
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert snapshot(world) == before
 
 
 @pytest.mark.parametrize("limit", [0, 20_000, 60_000, 90_000])

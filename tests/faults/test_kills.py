@@ -175,21 +175,40 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert_same_adapter(straight, tmp_path)
 
 
-@pytest.mark.slow
-def test_lora_killed_at_five_moments(tmp_path: Path) -> None:
-    """SIGKILL somewhere between the first checkpoint and the end."""
+def last_step(out: Path) -> int:
+    """The step of the newest whole checkpoint, 0 where there is none."""
+    found = [path.parent.name for path in out.glob("checkpoints/checkpoint-*/seconds.json")]
+    return max((int(name.removeprefix("checkpoint-")) for name in found), default=0)
+
+
+def lora_moments(folder: Path, count: int, seed: int) -> None:
+    """SIGKILL somewhere between the first checkpoint and the end, then --resume_from_checkpoint."""
+    module = "lora_training.train_lora"
     began = time.monotonic()
-    assert finish("lora_training.train_lora", lora_flags(tmp_path / "straight", 30), tmp_path / "straight.txt") == 0
-    length, rng = time.monotonic() - began, random.Random(3)
-    for i in range(5):
-        out, log = tmp_path / str(i), tmp_path / f"{i}.txt"
-        process = start("lora_training.train_lora", lora_flags(out, 30), log)
-        while process.is_alive() and not list(out.glob("checkpoints/checkpoint-*/seconds.json")):
+    straight = folder / "straight"
+    assert finish(module, lora_flags(straight, 30), folder / "straight.txt") == 0, (folder / "straight.txt").read_text()
+    length, rng, killed = time.monotonic() - began, random.Random(seed), 0
+    for i in range(count):
+        out, log = folder / str(i), folder / f"{i}.txt"
+        process = start(module, lora_flags(out, 30), log)
+        step = rng.randrange(2, 28, 2)  # by steps, not by seconds: other programs may keep either run waiting
+        while process.is_alive() and last_step(out) < step:
             time.sleep(0.005)
-        time.sleep(rng.random() * length / 3)
+        time.sleep(rng.random() * length / 30)
         process.kill()
         process.join()
         if not (out / "lora_adapters").is_dir():
+            killed += 1
             go_on = [*lora_flags(out, 30), "--resume_from_checkpoint", "last"]
-            assert finish("lora_training.train_lora", go_on, log) == 0, log.read_text()
-        assert_same_adapter(tmp_path / "straight", out)
+            assert finish(module, go_on, log) == 0, log.read_text()
+        assert_same_adapter(straight, out)
+    assert killed > count / 2, f"only {killed} of {count} were killed before their end"
+
+
+def test_lora_killed_at_two_moments(tmp_path: Path) -> None:
+    lora_moments(tmp_path, 2, seed=3)
+
+
+@pytest.mark.slow
+def test_lora_killed_at_twenty_moments(tmp_path: Path) -> None:
+    lora_moments(tmp_path, 20, seed=4)

@@ -25,11 +25,12 @@ REQUIREMENTS = [
     if line.split("#")[0].strip()
 ]  # fmt: skip
 DOCUMENT = (ROOT / "docs" / "ROBUSTNESS.md").read_text(encoding="utf-8")
-FOLDERS = ("", "data", "model", "Class", "lora_training", "tables", "benchmarks")
 ABSENT = {"fused_gpu.py"} if importlib.util.find_spec("triton") is None else set()  # it comes with torch for GPUs
+# every file of the toolkit, wherever it is: a new one is tested without being named here
 FILES = sorted(
-    path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
+    path.relative_to(ROOT) for path in ROOT.rglob("*.py")
     if path.name not in {"__init__.py"} | ABSENT
+    and not any(part.startswith(".") or part == "tests" for part in path.relative_to(ROOT).parts)
 )  # fmt: skip
 SCRIPTS = [path for path in FILES if re.search(r"^def main\(", (ROOT / path).read_text(), re.MULTILINE)]
 NAMES = sorted({re.split(r"[=;\[ ]", line)[0] for line in REQUIREMENTS})

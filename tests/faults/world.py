@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph
+from run_record import read_json, write_json
 from tests.conftest import M, flags_of, small_flags, write_graph
+from tests.faults.furnish import furnish
 
 STEM = "ring_3_8_2_rq"
 EPOCHS = 3
@@ -83,6 +85,12 @@ def pristine() -> Path:
         other = other_graph(folder / "data" / "other")
         flags = small_flags(other, folder / "other", epoch=2, graph_backend="torch", batch=4)
         run_rq.train(run_rq.parse_args(flags))
+        pair = {"eval_codes": folder / "other" / "codes" / "other_3_8_2_rq.pt", "dataset": other, "device": "cpu",
+                "checkpoint": folder / "other" / "checkpoints" / "other_3_8_2_rq.pt"}  # fmt: skip
+        exported = folder / "other" / "lists" / "valid.npz"
+        run_rq.eval_codes(
+            run_rq.parse_args([*flags_of(pair), "--split", "valid", "--export_candidates", str(exported)])
+        )
         for split, ending in (("valid", "npz"), ("test", "npz"), ("valid", "json"), ("test", "json")):
             run_rq.eval_codes(
                 run_rq.parse_args([
@@ -105,8 +113,18 @@ def pristine() -> Path:
         save_file(
             {name: value / 8 for name, value in weights.items()}, folder / "adapter" / "adapter_model.safetensors"
         )
+        record = read_json(folder / "adapter" / "run_record.json", "record")
+        args = {"lora_r": 4, "epochs": 1.0, "max_steps": 0}
+        write_json(
+            record | {"args": args, "seed": 0, "wall_seconds": 9.0, "rows": {"train": 8}},
+            folder / "adapter" / "run_record.json",
+        )
         merge_adapter.main(merging(folder, folder / "merged"))
         inference.main(answering(folder))
+        ranked = mix / "link_prediction" / "test_tasks.json"
+        results = folder / "ranked" / "inference_results.json"
+        inference.main(answering(folder, "--test_data", str(ranked), "--output", str(results)))
+        furnish(folder, codes, tuning(folder, folder / "half"))
     shutil.copytree(folder, home / "backup")
     return folder
 
@@ -154,7 +172,9 @@ def snapshot(folder: Path) -> dict[str, str]:
     """Every file and folder below ``folder`` with its hash: what a refused command must leave as it was."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or path.is_file():
+        if path.is_file() and not path.stat().st_mode & 0o400:
+            found[str(path.relative_to(folder))] = "may not be read"
+        elif path.is_symlink() or path.is_file():
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             found[str(path.relative_to(folder))] = "folder"

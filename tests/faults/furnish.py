@@ -1,0 +1,109 @@
+"""What the scripts around the stages read: unfinished runs, a comparison of LLMs, pages, files to copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from data import embed_text
+from data.knowledge_graph import KnowledgeGraph
+from lora_training import compare_llm, train_lora
+from run_record import InputError, write_json
+from tests.conftest import arguments
+
+SOURCE = {"train.txt": "a\tr\tb\n" * 40, "valid.txt": "b\tr\tc\n" * 5}
+RECIPE = {"stage1": {"epoch": 3}}
+FLAGS = """# a small run
+--seq_len 3 --num_code 8 --num_quantizers 2 --code_dim 4
+--init_dim 12 --gcn_dim 12 --gcn_layers 1 --att_head 2
+--decoder distmult --batch 32 --lr 0.01 --device cpu
+"""
+PAGE = "# A page\n\nText.\n\n<!-- {} -->\n<!-- end -->\n\nMore text.\n"
+
+
+def told_graph(ring: Path, folder: Path) -> None:
+    """The ring with every other file that a graph may have."""
+    shutil.copytree(ring, folder)
+    kg = KnowledgeGraph.load(ring)
+    for name in ("entity2text.txt", "entity2definition.txt", "FB15k_mid2name.txt"):
+        (folder / name).write_text("".join(f"{entity}\tthe {entity} of {name}\n" for entity in kg.entities))
+    (folder / "relation2text.txt").write_text("".join(f"{relation}\tgoes {relation}\n" for relation in kg.relations))
+    for split in ("valid", "test"):
+        rows = kg.split(split).tolist()
+        names = [(kg.entities[t], kg.relations[(r + 1) % 3], kg.entities[h]) for h, r, t in rows]
+        (folder / f"{split}_neg.txt").write_text("".join("\t".join(row) + "\n" for row in names))
+
+
+def half_embedded(folder: Path) -> None:
+    """Two batches of embeddings by a tiny BERT, then an end."""
+    from tests.test_embed_text import save_bert
+
+    save_bert(folder / "bert")
+    words = ["--dataset", folder / "data" / "ring", "--out", folder / "rows.npy", "--model", folder / "bert"]
+    encode, calls = embed_text.ModelEncoder.encode, []
+
+    def ending(self: embed_text.ModelEncoder, rows: list[int]) -> embed_text.Array:
+        calls.append(rows)
+        if len(calls) > 2:
+            raise InputError("the end")
+        return encode(self, rows)
+
+    with (
+        patch.object(embed_text.ModelEncoder, "encode", ending),
+        arguments([*map(str, words), "--batch", "8", "--device", "cpu"]),
+        pytest.raises(InputError, match="the end"),
+    ):
+        embed_text.main()
+
+
+def half_tuned(folder: Path, words: list[str]) -> None:
+    """A tuning of two steps that was killed while it wrote the second one's checkpoint."""
+    write = train_lora.write_record
+
+    def dying(value: object, path: Path) -> None:
+        if path.parent.name == "checkpoint-2":
+            raise KeyboardInterrupt
+        write(value, path)
+
+    with patch.object(train_lora, "write_record", dying), pytest.raises(KeyboardInterrupt):
+        train_lora.main([*words, "--max_steps", "2"])
+    shutil.rmtree(folder / "half" / "checkpoints" / "checkpoint-2")
+
+
+def compared(folder: Path) -> None:
+    """What every step of a comparison with one seed leaves, as far as its rows need it."""
+    from tests.test_compare_llm import fill
+
+    dataset, out = folder / "data" / "ring", folder / "comparison"
+    kg, places = KnowledgeGraph.load(dataset), compare_llm.Places(out / "seed_0")
+    write_json(RECIPE, folder / "recipe.json")
+    recipe = compare_llm.read_recipe(folder / "recipe.json", quick=False)
+    fill(kg, places)
+    for step in compare_llm.seed_steps(kg, dataset, places.root / "ring_refit", places, recipe, 0):
+        for path in step.made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        write_json({"command": step.words, "seconds": 1.0}, places.marks / f"{step.name}.json")
+    compare_llm.main([
+        "--dataset", str(dataset), "--out", str(out), "--seeds", "0", "--recipe", str(folder / "recipe.json"),
+    ])  # fmt: skip
+
+
+def furnish(folder: Path, codes: Path, tuning: list[str]) -> None:
+    """Add all of it to the world. ``codes``: those of its stage 1. ``tuning``: flags of a LoRA into ``half``."""
+    told_graph(folder / "data" / "ring", folder / "data" / "told")
+    half_embedded(folder)
+    half_tuned(folder, tuning)
+    compared(folder)
+    (folder / "ablations" / "4x4_seed0").mkdir(parents=True)
+    shutil.copy(codes.with_suffix(".json"), folder / "ablations" / "4x4_seed0" / "run.json")
+    for name, mark in (("tables", "table 2"), ("levels", "levels")):
+        (folder / f"{name}.md").write_text(PAGE.format(mark))
+    (folder / "flags.txt").write_text(FLAGS)
+    for where, content in (("source", "{}"), ("fetched/toy", "of an earlier day\n")):
+        (folder / where).mkdir(parents=True)
+        for name, text in SOURCE.items():
+            (folder / where / name).write_text(content.format(text) if where == "source" else content)
