@@ -24,7 +24,7 @@ from run_record import ROOT, CommandParser, InputError, run_command, write_text
 from tables.code_quality import CodeSet, quality
 from tables.figures.inputs import Inputs
 from tables.make_figures import FIGURES, OUT, draw_all
-from tables.make_tables import make_tables
+from tables.make_tables import CHOICES, CONTROL, OURS, RIVAL, make_tables
 from tables.results import Collection, Row, collect
 from tables.sanity import JUDGING, RANKING
 from tables.table_formats import NAMES, Table, cell_text, is_best, marks
@@ -112,7 +112,7 @@ def table_html(table: Table) -> str:
             text = escape(cell_text(line.cells[column])) if column in line.cells else ""
             cells.append(f"<b>{text}</b>" if is_best(table, line, column) else text)
         rows.append(cells)
-    ours = frozenset(place for place, line in enumerate(table.lines) if line.block in ("ours", "control"))
+    ours = frozenset(place for place, line in enumerate(table.lines) if line.block in (OURS, RIVAL, CONTROL))
     notes = [f"[{mark}] {escape(note)}" for note, mark in found.items()] + [escape(note) for note in table.notes]
     return f"<h3>Table {table.number}: {escape(table.title)}</h3>\n{html_table(heads, rows, 2, ours)}" + "".join(
         f'<div class="note">{note}</div>\n' for note in notes
@@ -193,8 +193,7 @@ def page(runs: Sequence[Path], data: Path, models: Sequence[Path] | None, title:
         drawn = draw_all(inputs, Path(folder), [name for name in FIGURES if name not in left_out])
         figures = figures_html(drawn)
     tasks = {row.task for row in rows}
-    numbers = [number for number, task in ((2, "codes"), (3, "link_prediction"), (4, "triple_classification"),
-                                           (5, "link_prediction")) if task in tasks]  # fmt: skip
+    numbers = [number for number, choice in CHOICES.items() if choice.task in tasks]
     refused = "".join(f'<div class="note">refused: {escape(line)}</div>\n' for line in collection.refused)
     sections = [
         ("Runs", runs_html(rows) + refused),

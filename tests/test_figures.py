@@ -192,6 +192,26 @@ def test_labels_keep_what_differs() -> None:
     assert runs.tell_apart(["RQ, ConvE"]) == ["RQ, ConvE"] and runs.tell_apart(["a, b", "a, b"]) == ["a, b", "a, b"]
 
 
+def test_training_curves_keep_the_warm_up_apart_and_count_a_seed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = ("warm-up", "warm-up", "codes", "frozen")
+    history = [{"epoch": n, "phase": phase, "structure": 9.0 - n, "valid": {"mrr": n / 10}}
+               for n, phase in enumerate(phases, 1)]  # fmt: skip
+    runs_made = [row(2, 8, 0.4, history=history), row(2, 8, 0.4, history=history[:1])]
+    for finished, made in zip(("2026", "2025"), runs_made, strict=True):
+        made.task, made.variant, made.dataset, made.seed, made.finished = "codes", "", "ring", 0, finished
+    drawn: list[Any] = []
+    monkeypatch.setattr(runs, "save", lambda figure, *_: drawn.append(figure) or [])
+    fake: Any = SimpleNamespace(rows=runs_made, kinds=("png",))
+    runs.draw_training(fake, tmp_path)
+    losses, scores = drawn[0].axes
+    assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2, 3, 4]], "the later of two runs with one seed"
+    warm, codes, frozen = scores.lines
+    assert (list(warm.get_xdata()), list(codes.get_xdata())) == ([1, 2], [3, 4]) and frozen.get_xdata()[0] == 4
+    assert warm.get_markerfacecolor() == "white" != codes.get_markerfacecolor()
+
+
 def test_figure_5_needs_two_sizes(inputs: Inputs, swept: Path, tmp_path: Path) -> None:
     one = Inputs(records=[swept / "ring_3_8_2_rq.json"], data=inputs.data)
     with pytest.raises(Missing, match="two sizes"):
@@ -229,19 +249,34 @@ def test_usage_is_sorted_counts_in_bins(inputs: Inputs) -> None:
 # ---------------------------------------------------------------- 7, 11
 
 
-def test_grids_of_answers_are_means_by_size(tmp_path: Path) -> None:
-    def answered(L: int, K: int, accuracy: float) -> Any:
-        codes = {"seq_len": L, "num_code": K}
-        return SimpleNamespace(task="triple_classification", dataset="family", variant="", codes="with",
-                               metrics={"accuracy": accuracy, "f1": 0.5}, record={"codes": codes})  # fmt: skip
+def test_grids_of_answers_are_means_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(L: int, K: int, accuracy: float, base: str = "tiny", seed: int = 0, Q: int = 2) -> Any:
+        codes = {"seq_len": L, "num_code": K, "num_quantizers": Q}
+        setting = f"{base}, LoRA r 8, {K} rows, lr 0.1, codes {L} x {Q} of {K:,}, 20 test rows at most"
+        return SimpleNamespace(task="triple_classification", dataset="family", variant="", codes="with", seed=seed,
+                               metrics={"accuracy": accuracy, "f1": 0.5}, record={"codes": codes}, setting=setting,
+                               finished="2026")  # fmt: skip
 
-    rows = [answered(4, 8, 0.5), answered(4, 8, 0.7), answered(2, 16, 0.9)]
+    rows = [answered(4, 8, 0.5), answered(4, 8, 0.7, seed=1), answered(2, 16, 0.9)]
     lengths, sizes, values = answers.grid(rows, "accuracy")
     assert (lengths, sizes) == ([2, 4], [8, 16])
     assert np.array_equal(values, [[np.nan, 0.9], [0.6, np.nan]], equal_nan=True)
     assert answers.grid(rows, "recall")[2].size == 0
-    fake: Any = SimpleNamespace(rows=rows, kinds=("png",))
-    assert all(is_image(path) for path in answers.draw(fake, tmp_path, 11))
+    assert answers.others(rows[0]) == answers.others(rows[2]) == "tiny, LoRA r 8, lr 0.1, 20 test rows at most"
+    seen: list[list[float]] = []
+
+    def grid(rows: list[Any], metric: str) -> Any:
+        if metric == "accuracy":
+            seen.append([row.metrics[metric] for row in rows])
+        return grid_of(rows, metric)
+
+    grid_of = answers.grid
+    monkeypatch.setattr(answers, "grid", grid)
+    again = answered(4, 8, 0.1)
+    again.finished = "2025"  # the same seed, before the one that counts
+    more = [*rows, again, answered(4, 8, 0.3, base="large"), answered(4, 8, 0.2, Q=1)]
+    assert all(is_image(path) for path in answers.draw(SimpleNamespace(rows=more, kinds=("png",)), tmp_path, 11))  # type: ignore[arg-type]
+    assert seen == [[0.5, 0.7, 0.9], [0.3], [0.2]], "other bases and other Q are not averaged in, a seed counts once"
 
 
 # ---------------------------------------------------------------- 8, 13

@@ -1,6 +1,7 @@
 """Figures 7 and 11: metrics of the LLM's answers over (L, K), from the records of inference.py.
 
-Figure 7 has link prediction, figure 11 triple classification; a cell is the mean over the runs of that size.
+Figure 7 has link prediction, figure 11 triple classification; a cell is the mean over the seeds of that size. Settings
+that differ in more than the codes' L and K, or in how many training rows came of it, have panels of their own.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tables.figures.inputs import Inputs, Missing
-from tables.figures.style import heat_map, new_figure, save
-from tables.results import LINKS, TRIPLES, Row
+from tables.figures.style import heat_map, new_figure, save, short
+from tables.results import LINKS, TRIPLES, Row, groups
 from tables.sanity import JUDGING, RANKING
 
 TASKS = {7: (LINKS, RANKING), 11: (TRIPLES, JUDGING)}
@@ -30,23 +31,34 @@ def grid(rows: list[Row], metric: str) -> tuple[list[int], list[int], np.ndarray
     return lengths, sizes, np.array(values, dtype=float).reshape(len(lengths), len(sizes))
 
 
+def others(row: Row) -> str:
+    """The run's setting without the codes' size and the number of training rows: equal where runs are compared."""
+    return ", ".join(
+        word for word in row.setting.split(", ") if not word.startswith("codes ") and not word.endswith(" rows")
+    )
+
+
 def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
-    """One row of panels per data set, one panel per metric."""
+    """One row of panels per data set, Q and setting, one panel per metric."""
     task, metrics = TASKS[number]
-    found: dict[str, list[Row]] = {}
-    for row in inputs.rows:
+    found: dict[tuple[str, int, str], list[Row]] = {}
+    for row in (row for group in groups(inputs.rows) for row in group.rows):
         if row.task == task and not row.variant and row.codes == "with" and row.metrics:
-            found.setdefault(row.dataset, []).append(row)
+            key = row.dataset, int(row.record["codes"]["num_quantizers"]), others(row)
+            found.setdefault(key, []).append(row)
     if not found:
         raise Missing(
             f"no record of answers to {task.replace('_', ' ')}; make one: cd lora_training && python train_lora.py, "
             "then python inference.py"
         )
     figure, axes = new_figure(len(found), len(metrics), 2.7, 2.4)
-    for panels, (dataset, rows) in zip(axes, found.items(), strict=True):
+    for panels, ((dataset, Q, setting), rows) in zip(axes, found.items(), strict=True):
         for panel, metric in zip(panels, metrics, strict=True):
             lengths, sizes, values = grid(rows, metric)
             if values.size:
                 heat_map(panel, values, [str(L) for L in lengths], [f"{K:,}" for K in sizes], text=".3f")
-            panel.set(title=f"{dataset}: {SHOWN.get(metric, metric)}", xlabel="K, codes per codebook", ylabel="L")
+            title = f"{dataset}, Q = {Q}: {SHOWN.get(metric, metric)}"
+            panel.set(title=title, xlabel="K, codes per codebook", ylabel="L")
+        if len(found) > 1:
+            panels[0].set_ylabel(f"{short(setting, 40)}\nL", fontsize=7)
     return save(figure, out, f"figure_{number}", inputs.kinds)

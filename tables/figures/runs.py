@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import from_zero, line, new_figure, save, short, whole_ticks
-from tables.results import CODES, Row
+from tables.results import CODES, Row, groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +21,9 @@ MRR = "valid MRR"
 
 
 def stage1(inputs: Inputs) -> dict[str, list[Row]]:
-    """Data set -> stage 1's rows that have codes; Missing where there is no record."""
+    """Data set -> stage 1's rows that have codes, a seed of a setting once; Missing where there is no record."""
     found: dict[str, list[Row]] = {}
-    for row in inputs.rows:
+    for row in (row for group in groups(inputs.rows) for row in group.rows):
         if row.task == CODES and not row.variant and "mrr" in row.valid:
             found.setdefault(row.dataset, []).append(row)
     if not found:
@@ -112,7 +112,10 @@ def varied(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_training(inputs: Inputs, out: Path) -> list[Path]:
-    """Figure 10: loss of the structure (Eq. 7) and MRR by epoch, one line per run."""
+    """Figure 10: loss of the structure (Eq. 7) and MRR by epoch, one line per run.
+
+    The warm-up has no codes: its MRR, that of the unquantized vectors, is drawn hollow and not joined to the codes'.
+    """
     found = {dataset: [row for row in rows if row.record.get("history")] for dataset, rows in stage1(inputs).items()}
     found = {dataset: rows for dataset, rows in found.items() if rows}
     if not found:
@@ -125,13 +128,15 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
             style = line(number) | {"markersize": 2.5}
             losses.plot([epoch["epoch"] for epoch in history], [epoch["structure"] for epoch in history],
                         label=labels[number], **style)  # fmt: skip
-            scored = [epoch for epoch in history if "valid" in epoch]
-            scores.plot([epoch["epoch"] for epoch in scored], [epoch["valid"]["mrr"] for epoch in scored], **style)
+            for warm, fill in ((True, "white"), (False, style["color"])):
+                scored = [epoch for epoch in history if "valid" in epoch and (epoch["phase"] == "warm-up") == warm]
+                scores.plot([epoch["epoch"] for epoch in scored], [epoch["valid"]["mrr"] for epoch in scored],
+                            **style, markerfacecolor=fill)  # fmt: skip
             frozen = next((epoch["epoch"] for epoch in history if epoch["phase"] == "frozen"), None)
             if frozen is not None:
                 scores.axvline(frozen, color=style["color"], linewidth=0.8, linestyle=":")
         losses.set(xlabel="epoch", ylabel="structure loss", title=dataset)
-        scores.set(xlabel="epoch (dotted: codes frozen from here)", ylabel=MRR, title=dataset)
+        scores.set(xlabel="epoch (hollow: no codes yet; dotted: codes frozen from here)", ylabel=MRR, title=dataset)
         losses.legend(loc="upper right", fontsize=6)
         whole_ticks(losses)
         whole_ticks(scores)

@@ -86,6 +86,6 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             panel.axhline(edge - 0.5, color="white", linewidth=2)
             panel.axvline(edge - 0.5, color="white", linewidth=2)
     figure.colorbar(image, ax=axes[0], label="cosine similarity of decoded codes", shrink=0.8)
-    facts = "; ".join(f"({short(kg.relation_labels[r], 40)}, {short(names[t])})" for r, t in sample.facts)
-    figure.supxlabel(f"{kg.name}: groups share {facts}", fontsize=6)
+    facts = "\n".join(f"({short(kg.relation_labels[r], 40)}, {short(names[t])})" for r, t in sample.facts)
+    figure.supxlabel(f"{kg.name}: the groups share\n{facts}", fontsize=6)  # a line each: one panel is narrow
     return save(figure, out, f"figure_{number}", inputs.kinds)
