@@ -90,7 +90,10 @@ def expected_lines(content: dict[str, Any]) -> list[Line]:
 
 
 def our_lines(number: int, found: Iterable[Group], columns: list[Column]) -> list[Line]:
-    """One line per setting and variant, over the data sets of ``columns``; results first, then controls."""
+    """One line per setting and variant, over the data sets of ``columns``: results, rivals, controls.
+
+    Controls and runs that answered a part of the test split alone do not compete for the best.
+    """
     by_label: dict[tuple[str, str], dict[str, Group]] = {}
     datasets = {column.dataset for column in columns}
     for group in found:
@@ -105,15 +108,18 @@ def our_lines(number: int, found: Iterable[Group], columns: list[Column]) -> lis
             if value:
                 cells[column] = Cell(value.mean, value.std, value.n)
         if cells:
-            control = variant.startswith(CONTROL)
+            rows = [row for group in per_dataset.values() for row in group.rows]
+            control = variant.startswith(CONTROL) or rows[0].codes == "shuffled"
             block = CONTROL if control else RIVAL if variant else OURS
             note = "; ".join(provenance(group) for group in per_dataset.values() if has_test(group, columns))
             method = setting + (f" ({variant})" if variant else "")
-            lines.append(Line(block, method, cells, note, not control))
+            competes = not control and not any(row.limited for row in rows)
+            lines.append(Line(block, method, cells, note, competes))
     return sorted(lines, key=lambda line: (OURS, RIVAL, CONTROL).index(line.block))
 
 
 def has_test(group: Group, columns: list[Column]) -> bool:
+    """Whether a group has a number in one of the columns."""
     return any(group.stat(column.metric) for column in columns if column.dataset == group.first.dataset)
 
 
@@ -134,6 +140,7 @@ def provenance(group: Group) -> str:
 
 
 def unique(words: Iterable[str]) -> str:
+    """The distinct words in order, joined by "and"."""
     return " and ".join(dict.fromkeys(words))
 
 

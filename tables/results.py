@@ -153,7 +153,10 @@ def keep(path: Path, folder: Path = KEPT, data: Path = ROOT / "data", name: str 
         more = {"training": training_record(path, content), "data": answered_data(path, content)}
         content = {key: value for key, value in content.items() if key != "answers"} | more
     content = relative(content)
-    target = folder / f"{name or content.get('name') or path.parent.name + '_' + path.stem}.json"
+    stem = str(name or content.get("name") or f"{path.parent.name}_{path.stem}")
+    if Path(stem).name != stem or "\0" in stem:
+        raise InputError(f"{path}: its name {stem[:60]!r} is no plain file name; give --name")
+    target = folder / f"{stem}.json"
     if target.exists() and read_json(target, "record") != content:
         raise InputError(f"{target} is another run's record; give --name")
     write_json(content, target)

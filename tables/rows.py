@@ -63,6 +63,7 @@ class Row:
     valid: dict[str, float]
     path: Path  # of the record, relative to the repository where it lies inside
     record: Record = field(repr=False)  # its whole content
+    limited: bool = False  # not all of the test split was asked
 
 
 def lacks_record(content: Any) -> str:
@@ -210,11 +211,13 @@ def stage1_setting(record: Record) -> str:
 
 @functools.lru_cache(maxsize=1)
 def stage1_defaults() -> Record:
+    """run_rq.py's flags at their defaults."""
     return {action.dest: action.default for action in run_rq.build_parser()._actions}
 
 
 @functools.lru_cache(maxsize=1)
 def training_defaults() -> Record:
+    """train_lora.py's flags at their defaults."""
     from lora_training.train_lora import parse_args
 
     return vars(parse_args([]))
@@ -260,7 +263,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         check_answers(path, task, splits, limit, known_counts(dataset, data))
         check_scored(path, task, splits, record.get("answers"))
         test, setting = splits.get("test", {}), answer_setting(record, training, given, dataset, limit)
-        what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, **base}
+        what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, "limited": bool(limit), **base}
         rows.append(
             Row(variant="", metrics=numbers(test, names), valid=numbers(splits.get("validation"), names), **what)
         )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, content_of, read_json, run_command, write_json
+from run_record import ROOT, CommandParser, InputError, content_of, only_run, read_json, run_command, write_json
 from tables.sanity import RANKING, check_ranking, number
 
 Z_WIDTH = 256  # L * code_dim of every setting of equal budget: the codes differ, what they stand for does not
@@ -172,10 +172,11 @@ def main() -> None:
             raise InputError(f"{flag} {path} is not there; configs/ holds recipes, data/embed_text.py makes embeddings")
     args.out, args.config = args.out.resolve(), args.config.resolve()
     rows = []
-    for name in args.only or settings:
-        for seed in args.seeds:
-            rows.append(row(name, settings[name], run(args, name, settings[name], seed)))
-            write_json({"rows": rows}, args.out / "ablations.json")
+    with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
+        for name in args.only or settings:
+            for seed in args.seeds:
+                rows.append(row(name, settings[name], run(args, name, settings[name], seed)))
+                write_json({"rows": rows}, args.out / "ablations.json")
     show(rows)
     print(f"wrote {args.out / 'ablations.json'}")
 

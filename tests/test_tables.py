@@ -413,7 +413,11 @@ def test_a_limited_run_says_so(tmp_path: Path, ring: Path) -> None:
     chain = Chain(tmp_path)
     chain.record["args"]["limit"] = 30
     write_json(chain.record, chain.path)
-    assert all(row.setting.endswith("30 test rows at most") for row in read_chain(chain, ring))
+    rows = read_chain(chain, ring)
+    assert all(row.setting.endswith("30 test rows at most") and row.limited for row in rows)
+    tables = make_tables.make_tables([3, 4], [chain.path], ring.parent)
+    found = [line for table in tables if table.title.endswith("on ring") for line in table.lines]
+    assert len(found) == 4 and not any(line.competes for line in found), "other queries than the full runs'"
 
 
 def test_a_kept_record_gives_the_same_rows_alone(tmp_path: Path, ring: Path) -> None:
@@ -460,6 +464,9 @@ def test_tables_of_the_llm(tmp_path: Path, ring: Path) -> None:
     assert sum("without codes" in line.method for line in fifth[0].lines) == 1
     assert all(cell.n == 2 and cell.std is not None for line in fifth[0].lines for cell in line.cells.values())
     assert "seeds 0, 1" in fifth[0].lines[0].note
+    for table in (fourth[0], fifth[0]):
+        assert [line.block for line in table.lines] == ["ours", "ours", "control"]
+        assert [line.competes for line in table.lines] == [True, True, False], "shuffled codes win nothing"
 
 
 # ---------------------------------------------------------------- Table 6
