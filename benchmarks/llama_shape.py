@@ -3,17 +3,17 @@
     OUT=DIR python3 benchmarks/llama_shape.py             on a machine with a GPU, in a few minutes
     python benchmarks/llama_shape.py --quick              the same code on a tiny shape, on the CPU too
 
-Nothing is fetched: configuration and tokenizer are built here, the weights are drawn on the device in bfloat16. The rest
-is lora_training/train_lora.py's own: code tokens, rows of embedding and head, LoRA r = 16 on every linear layer,
+Nothing is fetched: configuration and tokenizer are built here, the weights are drawn on the device in bfloat16. The
+rest is lora_training/train_lora.py's own: code tokens, rows of embedding and head, LoRA r = 16 on every linear layer,
 non-reentrant gradient checkpointing, collation, loss, optimizer, transformers' Trainer.
 
 One measurement per micro-batch; each is kept in --work as it ends, and the same command goes on where it was stopped.
 --out (or OUT) gets llama_shape.json and llama_shape.txt.
 
-FLOPs are those of matrix products that a step executes (``step_flops``): forward, the layers' recomputation, gradients of
-inputs and of what is trained. What the gradient of the whole head costs beyond the trained rows is not counted: PEFT
-computes it, nobody needs it. The rate they are held against is that of a bfloat16 product of two square matrices in the
-same process.
+FLOPs are those of the matrix products that a step executes (``step_flops``): forward, the layers' recomputation, the
+gradients of inputs and of what is trained. What the gradient of the whole head costs beyond the trained rows is not
+counted: PEFT computes it, nobody needs it. The rate they are held against is that of a bfloat16 product of two square
+matrices in the same process.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def step_flops(
 ) -> StepFlops:  # fmt: skip
     """What LoRA on all linear layers executes for ``rows`` rows of ``length`` tokens, ``answer`` of them supervised.
 
-    ``vocabulary`` counts the added tokens, ``trained_rows`` are those of the head that are trained. Attention is causal:
-    length * (length + 1) / 2 pairs, two products forward, five backward (the scores are computed again).
+    ``vocabulary`` counts the added tokens, ``trained_rows`` are the head's trained ones. Attention is causal: length *
+    (length + 1) / 2 pairs, two products forward, five backward (the scores are computed again).
     """
     tokens, again = rows * length, 2 if checkpointing else 1
     D, supervised = shape.width, rows * answer
@@ -217,7 +217,6 @@ def measure(args: argparse.Namespace, rows: int, tokenizer: Any, code_ids: list[
     )
     trainer.add_callback(Steps())
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained, added = row_parameters(plan.model, len(code_ids)), len(tokenizer) - plan.model.vocabulary
     flops = step_flops(plan.model, lora.lora_r, rows, args.sequence, args.answer, len(tokenizer), len(code_ids))
     expected = expected_memory(
@@ -228,7 +227,7 @@ def measure(args: argparse.Namespace, rows: int, tokenizer: Any, code_ids: list[
         "rows": rows, "tokens/s": rows * args.sequence / per_step, "s/step": per_step,
         "TFLOP/step": flops.counted / 1e12, "TFLOP/s": flops.counted / per_step / 1e12,
         "ratio": flops.counted / per_step / rate, "expected_GB": expected / 1e9, "matmul_rate": rate,
-        "flops": flops._asdict(), "loss": losses[-1] if losses else None,
+        "flops": flops._asdict(),
     }  # fmt: skip
     if device.type == "cuda":
         row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
