@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import math
 import os
 import shutil
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 ADAPTERS, CHECKPOINTS, PLAN, SECONDS = "lora_adapters", "checkpoints", "plan.json", "seconds.json"
 STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
+OLDEST = (5, 23)  # of transformers
 FAR = 50  # steps' worth of rows that are sorted by length together
 # what two runs must share for one to go on from the other's checkpoint
 PLANNED = (
@@ -446,8 +448,20 @@ class Plan(NamedTuple):
     checkpoint: Path | None
 
 
+def check_version() -> None:
+    """InputError where transformers is too old: before 5.23 no model takes a mask [B, T] as ``logits_to_keep``."""
+    found = importlib.metadata.version("transformers")
+    if tuple(int(number) for number in found.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise InputError(
+            f"transformers {found} is installed, training needs {oldest} or later: "
+            "python -m pip install -r requirements.txt"
+        )
+
+
 def check_device(args: argparse.Namespace) -> torch.device:
     """The device of this process; settles --bf16 and --gradient_checkpointing where they were not given."""
+    check_version()
     import torch
 
     cuda = torch.cuda.is_available()
