@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,35 @@ def test_the_chinese_readme_has_the_same_tables() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read_page(page)):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def our_imports(path: Path) -> set[Path]:
+    """The files of ours that a file imports, in functions and for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+    return {file for file in found if file.is_file()}
+
+
+def test_arrows_run_down() -> None:
+    """docs/ARCHITECTURE.md: every file of ours is in one line of the table and imports nothing of a line above."""
+    line_of: dict[Path, int] = {}
+    for number, line in enumerate(re.findall(r"^\| (`.*?) \|", read_page("docs/ARCHITECTURE.md"), re.MULTILINE)):
+        folder = ROOT
+        for name in re.findall(r"`([^`]+)`", line):
+            folder = ROOT / Path(name).parent if "/" in name.rstrip("/") else folder
+            pattern = f"{Path(name).name}/*.py" if name.endswith("/") else Path(name).name
+            for file in folder.glob(pattern):
+                line_of.setdefault(file, number)
+    rooms = ("Class", "benchmarks", "data", "lora_training", "model", "tables")
+    files = [file for room in rooms for file in (ROOT / room).rglob("*.py") if file.name != "__init__.py"]
+    files += ROOT.glob("*.py")
+    assert [file for file in files if file not in line_of] == []
+    up = [(a, b) for a in files for b in our_imports(a) if b in line_of and line_of[b] < line_of[a]]
+    assert not up, [f"{a.relative_to(ROOT)} imports {b.relative_to(ROOT)}" for a, b in up]
 
 
 def test_the_levels_are_those_of_the_records() -> None:
