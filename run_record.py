@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # torch takes a second to import: only the functions that need it do so
     import torch
+    from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -218,6 +219,21 @@ def save_torch(value: Any, path: str | Path) -> None:
                 torch.save(value, file)
         except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
             raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
+
+
+class _Writer:
+    """A file for numpy, which does not see a full disk where it writes a real one past Python."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
+
+
+def save_array(array: NDArray[Any], path: str | Path) -> None:
+    """np.save through a temporary file (see ``atomic_path``)."""
+    import numpy as np
+
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(_Writer(file), array)
 
 
 def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:

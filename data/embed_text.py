@@ -34,11 +34,12 @@ from data.knowledge_graph import KnowledgeGraph
 from run_record import (
     CommandParser,
     InputError,
-    atomic_path,
     is_hub_id,
     make_record,
+    only_run,
     parse_json,
     run_command,
+    save_array,
     sha256_file,
     write_json,
 )
@@ -556,13 +557,18 @@ def by_batches(args: argparse.Namespace, texts: list[str], folder: Path | None) 
 
 def main() -> None:
     args = parse_args()
+    with only_run(args.out.with_suffix(".lock"), "--out"):
+        embed(args)
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Make --out and the record beside it."""
     started = monotonic()
     folder = model_folder(args.model) if args.model and not args.endpoint else None
     kg = KnowledgeGraph.load(args.dataset)
     texts = entity_texts(kg)
     made = by_batches(args, texts, folder) if args.model else by_tfidf(args, texts)
-    with atomic_path(args.out) as temporary, open(temporary, "wb") as file:
-        np.save(file, made.rows)
+    save_array(made.rows, args.out)
     wall = monotonic() - started + made.earlier
     facts = {
         "shape": list(made.rows.shape), "sha256": sha256_file(args.out), "texts_sha256": digest(texts),

@@ -47,6 +47,7 @@ from run_record import (
     InputError,
     content_of,
     make_record,
+    only_run,
     read_json,
     run_command,
     write_json,
@@ -409,6 +410,15 @@ def main(argv: list[str] | None = None) -> None:
     recipe = read_recipe(args.recipe, args.quick)
     dataset, out = args.dataset.resolve(), args.out.resolve()
     kg = KnowledgeGraph.load(dataset)
+    with only_run(out.with_name(f"{out.name}.lock"), "--out"):
+        compare(args, kg, dataset, out, recipe, started)
+    print(f"next: python tables/make_tables.py --records {args.out}")
+
+
+def compare(
+    args: argparse.Namespace, kg: KnowledgeGraph, dataset: Path, out: Path, recipe: Recipe, started: float
+) -> None:
+    """All steps of all seeds that are not done, and the rows that come of them. ``started``: monotonic seconds."""
     check_plan(out, {"data set": kg.input_hashes, "recipe": recipe})
     by_seed = {}
     for seed in args.seeds:
@@ -426,7 +436,6 @@ def main(argv: list[str] | None = None) -> None:
     write_json(record, out / "comparison.json")
     print_rows(rows)
     print(f"wrote {out / 'comparison.json'}")
-    print(f"next: python tables/make_tables.py --records {args.out}")
 
 
 def seconds_of(marks: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ FLAGS = """# a small run
 --init_dim 12 --gcn_dim 12 --gcn_layers 1 --att_head 2
 --decoder distmult --batch 32 --lr 0.01 --device cpu
 """
-PAGE = "# A page\n\nText.\n\n<!-- {} -->\n<!-- end -->\n\nMore text.\n"
+PAGE = "# A page\n\nText.\n\n<!-- {} -->\n<!-- end -->\n\n" + 20 * "More text, so that no disk is too small.\n"
 
 
 def told_graph(ring: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq
 from Class.instructions import read_rows
 from lora_training.code_tokens import load_config, load_tokenizer
 from run_record import ROOT, InputError, load_torch, run_command
+from tables.results import keep
 from tests.conftest import M, graph_triples, small_flags
 from tests.faults.damage import WITNESS, Attack, attack, legacy_attack
 from tests.faults.targets import TARGETS
@@ -196,6 +197,16 @@ def test_the_name_of_a_run_is_no_path(world: Path, name: str) -> None:
     before = snapshot(world)
     outcome = call(target._replace(arguments=lambda w: [*target.arguments(w), "--name", name]), world)
     assert outcome.code == 2 and "must be a plain file name" in outcome.err and snapshot(world) == before
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "x\0y"])
+def test_the_name_in_a_record_is_no_path(world: Path, tmp_path: Path, name: str) -> None:
+    path = world / "codes" / f"{STEM}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": name}))
+    with pytest.raises(InputError, match="is no plain file name; give --name"):
+        keep(path, tmp_path / "kept", world / "data")
+    assert not list(tmp_path.iterdir())
+    assert keep(path, tmp_path / "kept", world / "data", "own").name == "own.json"
 
 
 @pytest.mark.parametrize("task", ["..", "../lora_data/link_prediction", "/etc", "link_prediction/../..", ""])
