@@ -82,8 +82,8 @@ class Trainer:
     """Trains ``model`` on ``kg`` and keeps ``checkpoint`` (one file with ``last`` and ``best``).
 
     ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored.
-    ``text``: [M, T] for Eq. 8
-    or None. ``report`` receives one line per epoch.
+    ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that share the
+    work, by default this one alone. Raises InputError for a batch of fewer queries than there are processes.
     """
 
     def __init__(
@@ -204,12 +204,13 @@ class Trainer:
         targets = gather_targets(self.indptr, self.targets, batch)
         return draw_sample(self.heads[batch], targets, self.kg.num_entities, count, self.generator)
 
-    def _refresh(self, phase: Phase) -> None:
+    def _refresh(self, phase: Phase, z: Tensor | None = None) -> None:
         """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on.
 
-        A run that is made longer may warm up again: the codes that it had are those of other vectors by then.
+        ``z``: [M, L, code_dim] as ``clean_z`` gives it now, where the caller has it. A run that is made longer may warm
+        up again: the codes that it had are those of other vectors by then.
         """
-        z = self.model.clean_z(self.graph, self.text)
+        z = self.model.clean_z(self.graph, self.text) if z is None else z
         if phase.name == "warm-up":
             self.z, self.codes = z, None
         else:
@@ -224,14 +225,14 @@ class Trainer:
             codes = codebook.random_codes(self.kg.num_entities, self.model.seq_len, self.generator)
             self.codes = codes.to(self.device)
             return
+        z = self.model.clean_z(self.graph, self.text)
         if phase.name != "warm-up":
-            z = self.model.clean_z(self.graph, self.text)
             self.world.copy_from_first([z])
             if self.codes is None:
                 codebook.init_from_data(z, generator=self.generator)
             else:
                 codebook.revive_dead_codes(z, self.codes, generator=self.generator)
-        self._refresh(phase)
+        self._refresh(phase, z)
 
     def _scorer_step(self, batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of L_st + L_se. Returns (L_st, L_se, their gradient with respect to z [M, L, code_dim]).

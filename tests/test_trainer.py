@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,16 @@ def test_the_queries_are_the_distinct_training_pairs_of_both_directions(trainer_
     assert triples == {(*pair, tail) for pair, tails in known.items() for tail in tails}
 
 
+@pytest.mark.parametrize("phase", [WARM_UP, CODES])
+def test_an_epoch_starts_with_one_pass_of_the_encoder(trainer_of: TrainerMaker, phase: Phase) -> None:
+    trainer, passes = trainer_of(), []
+    encode = trainer.model.encode
+    trainer.model.encode = lambda *words: (passes.append(1), encode(*words))[1]  # type: ignore[method-assign]
+    for count in (1, 2):  # codebooks begun, then revived
+        trainer._start_epoch(phase)
+        assert len(passes) == count
+
+
 def test_the_encoder_has_a_rate_of_its_own(trainer_of: TrainerMaker) -> None:
     trainer = trainer_of(lr=0.01, encoder_lr=0.003, encoder_every=4, lr_schedule="constant")
     before = state_of(trainer)
@@ -325,15 +336,28 @@ def test_patience_counts_epochs_since_the_best(trainer_of: TrainerMaker) -> None
     assert trainer.epoch == trainer.best["epoch"] + 3 < 40
 
 
-def test_max_minutes_fits_the_schedule_to_the_clock(trainer_of: TrainerMaker) -> None:
-    trainer = trainer_of(epoch=10**6, max_minutes=1.5 / 60)
-    start = time.monotonic()
-    trainer.fit()
-    assert time.monotonic() - start < 20
-    phases = [row["phase"] for row in trainer.history]
-    assert phases[0] == "warm-up" and phases[-1] == "frozen" and "codes" in phases
-    assert trainer.history[-1]["lr"] < 0.2 * trainer.history[0]["lr"]
-    assert "valid" in trainer.history[-1]
+def test_max_minutes_fits_the_schedule_to_the_clock(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of a second per step, a limit of as many seconds as 10 epochs have steps: a run of 10 epochs."""
+    now, settings = [100.0], {"eval_every": 3}
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    by_epochs = trainer_of(epoch=10, **settings)
+    steps = -(-len(by_epochs.heads) // by_epochs.settings.batch)
+    by_clock = trainer_of(epoch=10**6, max_minutes=10 * steps / 60, **settings)
+    step = by_clock._scorer_step
+
+    def timed(batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
+        now[0] += 1
+        return step(batch, phase)
+
+    by_clock._scorer_step = timed  # type: ignore[method-assign]
+    by_clock.fit()
+    by_epochs.fit()
+    assert by_clock.seconds == 10 * steps
+    assert [row["phase"] for row in by_clock.history] == ["warm-up"] + ["codes"] * 8 + ["frozen"]
+    for ours, theirs in zip(by_clock.history, by_epochs.history, strict=True):
+        assert ours["phase"] == theirs["phase"] and ("valid" in ours) == ("valid" in theirs)
+        assert ours["lr"] == pytest.approx(theirs["lr"])
+    assert "valid" in by_clock.history[-1]  # though no third epoch: it is the last
 
 
 @pytest.mark.parametrize("shape", [{"warmup_epochs": 0.5, "freeze_at": 0.5}, {"warmup_epochs": 0.5, "freeze_at": 0.75}])
