@@ -9,7 +9,7 @@ mean is over elements, sg stops the gradient. What each gradient reaches follows
 
     d loss / d z   = beta * 2/n * sum over q of r_{q+1}     the commitment terms alone, each level's own error once
     d loss / d c_q = 2/n * (c_q - r_q), summed per code     the codebook term alone; nothing from deeper levels
-    d z_q / d z    = identity (straight-through), or the rotation that takes z to z_q; d z_q / d c = 0
+    d z_q / d z    = identity (straight-through);  d z_q / d c = 0
 
 Both loss gradients are sums of residuals, so one pass over the data yields values, gradients and the statistics
 that EMA needs; no autograd graph of size Q * n is kept.
@@ -35,7 +35,7 @@ LANES = 32  # scores are reduced as [rows, K / LANES, LANES]: torch's amin over 
 class RQOutput(NamedTuple):
     """What ``RQCodebook.forward`` returns."""
 
-    z_q: Tensor  # [B, L, D], the decoded codes, with the estimator's gradient to z
+    z_q: Tensor  # [B, L, D], the decoded codes bit for bit, in training too; its gradient goes straight to z
     all_indices: Tensor  # int64 [B, L, Q]
     total_loss: Tensor  # scalar, summed over levels
 
@@ -46,8 +46,6 @@ class RQCodebook(nn.Module):
     num_codes: K; latent_dim: D; num_quantizers: Q; beta: weight of the commitment term.
     chunk_size: rows searched at a time, which bounds the search's memory to chunk_size * K floats (ties aside); None
       means 1024 rows on CPU (the scores stay in cache) and 32768 elsewhere. It never changes a result.
-    gradient: how z_q's gradient reaches z: "straight-through" copies it, "rotation" turns and scales it with z -> z_q
-      (Fifty et al. 2024, arXiv 2410.06424). z_q itself is the decoded codes, bit for bit, in training and in eval.
     ema_decay: None trains the codes by the codebook term; a value in [0, 1) drops that term, and every training
       forward moves each code towards the mean of its residuals instead (van den Oord et al. 2017, appendix A.1).
     revive_after: calls of ``revive_dead_codes`` in a row that must find a code unused before it is replaced.
@@ -74,7 +72,6 @@ class RQCodebook(nn.Module):
         beta: float = 0.25,
         *,
         chunk_size: int | None = None,
-        gradient: str = "straight-through",
         ema_decay: float | None = None,
         revive_after: int = 1,
         kmeans_init: bool = True,
@@ -89,12 +86,10 @@ class RQCodebook(nn.Module):
         ]:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if gradient not in ("straight-through", "rotation"):
-            raise ValueError(f'gradient must be "straight-through" or "rotation", not {gradient!r}')
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1) or None, not {ema_decay}")
         self.num_codes, self.latent_dim, self.num_quantizers = num_codes, latent_dim, num_quantizers
-        self.beta, self.chunk_size, self.gradient = beta, chunk_size, gradient
+        self.beta, self.chunk_size = beta, chunk_size
         self.world = World()
         self.ema_decay, self.revive_after = ema_decay, revive_after
         self.codebooks = nn.ModuleList(nn.Embedding(num_codes, latent_dim) for _ in range(num_quantizers))
@@ -135,7 +130,6 @@ class RQCodebook(nn.Module):
             left,
             code_sums,
             (2 * self.beta / rows.numel(), -2 * learns / rows.numel()),
-            self.gradient == "rotation",
             *weights,
         )
         if self.training:
@@ -311,39 +305,21 @@ class _WithGradients(torch.autograd.Function):
         left: Tensor,
         code_sums: Tensor,
         scales: tuple[float, float],
-        rotation: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.rotation, ctx.scales = rotation, scales
-        ctx.save_for_backward(left, code_sums, *((rows, quantized) if rotation else ()))
+        ctx.scales = scales
+        ctx.save_for_backward(left, code_sums)
         return quantized.view_as(quantized), loss.view_as(loss)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_quantized: Tensor, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        left, code_sums, *pair = ctx.saved_tensors
+        left, code_sums = ctx.saved_tensors
         z_scale, code_scale = (d_loss * scale for scale in ctx.scales)
-        d_rows = None
-        if ctx.needs_input_grad[0]:
-            d_rows = torch.addcmul(_rotate_back(d_quantized, *pair) if ctx.rotation else d_quantized, left, z_scale)
+        d_rows = torch.addcmul(d_quantized, left, z_scale) if ctx.needs_input_grad[0] else None
         wanted = ctx.needs_input_grad[-len(code_sums) :]
         d_weights = [code_scale * total if wants else None for total, wants in zip(code_sums, wanted, strict=True)]
-        return d_rows, None, None, None, None, None, None, *d_weights
-
-
-def _rotate_back(gradient: Tensor, rows: Tensor, quantized: Tensor) -> Tensor:
-    """gradient [N, D] times the Jacobian of x -> |q|/|e| R x, R the rotation in the plane of e and q that takes e to q.
-
-    With unit vectors e, q and s = e + q: R = I - 2 s s^T / |s|^2 + 2 q e^T. Rows without such a rotation
-    (a zero vector, or opposite ones) fall back to straight-through.
-    """
-    length, goal = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (rows, quantized))
-    e, q = rows / length, quantized / goal
-    s = e + q
-    norm = s.square().sum(1, keepdim=True)
-    turned = gradient - 2 * s * (s * gradient).sum(1, keepdim=True) / norm + 2 * e * (q * gradient).sum(1, keepdim=True)
-    fine = (length > 0) & (goal > 0) & (norm > torch.finfo(norm.dtype).eps)
-    return torch.where(fine, turned * (goal / length), gradient)
+        return d_rows, None, None, None, None, None, *d_weights
 
 
 # ---------------------------------------------------------------- nearest codes
@@ -411,9 +387,8 @@ def _nearest_in_chunk(rows: Tensor, table: _Table, scores: Tensor) -> Tensor:
     unsure = (runner_up <= limit).nonzero().squeeze(1)
     if len(unsure):
         row, code = (scores[unsure] <= limit[unsure].unsqueeze(1)).nonzero(as_tuple=True)  # sorted by row, then code
-        budget = max(
-            1, scores.numel() // (2 * width)
-        )  # pairs at a time, so that their differences fit the scratch's size
+        # pairs at a time, so that their differences fit the scratch's size
+        budget = max(1, scores.numel() // (2 * width))
         exact = torch.cat(
             [
                 (rows[unsure[r]].double() - table.codes[c].double()).square().sum(1)

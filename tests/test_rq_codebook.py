@@ -156,9 +156,8 @@ def test_indices_equal_vector_quantize_pytorch() -> None:
 
 
 @pytest.mark.parametrize("num_quantizers", [1, Q])
-@pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
-def test_every_path_to_z_q_agrees_bitwise(num_quantizers: int, gradient: str) -> None:
-    book, z = codebook(num_quantizers, gradient=gradient), vectors()
+def test_every_path_to_z_q_agrees_bitwise(num_quantizers: int) -> None:
+    book, z = codebook(num_quantizers), vectors()
     for mode in (True, False):
         book.train(mode)
         output = book(z.clone().requires_grad_())
@@ -268,33 +267,6 @@ def test_straight_through_gradient_is_the_identity() -> None:
     book(z).z_q.backward(gradient)
     assert torch.equal(z.grad, gradient)  # type: ignore[arg-type]
     assert all(w.grad is None or not w.grad.any() for w in weights(book))
-
-
-def test_rotation_turns_and_scales_the_gradient_as_z_turns_into_z_q() -> None:
-    book, z = codebook(gradient="rotation").double(), vectors(dtype=torch.float64).requires_grad_()
-    output = book(z)
-    gradient = torch.randn(B, L, D, generator=generator(4), dtype=torch.float64)
-    output.z_q.backward(gradient, retain_graph=True)
-    scale = output.z_q.detach().norm(dim=2) / z.detach().norm(dim=2)
-    assert z.grad is not None
-    torch.testing.assert_close(z.grad.norm(dim=2), scale * gradient.norm(dim=2))
-    assert not torch.allclose(z.grad, gradient)
-    z.grad = None
-    # J z = z_q, so J^T z_q = |q|^2 / |z|^2 z: the map itself, not only its scale
-    output.z_q.backward(output.z_q.detach())
-    torch.testing.assert_close(z.grad, scale.square().unsqueeze(2) * z.detach())
-
-
-def test_rotation_falls_back_where_none_is_defined() -> None:
-    book = RQCodebook(1, 2, 1, kmeans_init=False, gradient="rotation")
-    with torch.no_grad():
-        weights(book)[0].copy_(torch.tensor([[1.0, 0.0]]))
-    z = torch.tensor([[[0.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
-    gradient = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
-    book(z).z_q.backward(gradient)
-    assert z.grad is not None
-    assert torch.equal(z.grad[0, :2], gradient[0, :2])
-    torch.testing.assert_close(z.grad[0, 2], torch.tensor([-6.0, 5.0]))  # (0, 1) -> (1, 0) turns by -90 degrees
 
 
 def test_no_gradient_reaches_z_that_asks_for_none_and_bfloat16_z_works() -> None:
@@ -528,7 +500,6 @@ def test_statistics_by_hand() -> None:
         {"num_quantizers": 0},
         {"chunk_size": 0},
         {"revive_after": 0},
-        {"gradient": "none"},
         {"ema_decay": 1.0},
     ],
 )
