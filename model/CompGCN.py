@@ -87,7 +87,7 @@ class CompGCNLayer(nn.Module):
 class CompGCN(nn.Module):
     """``num_layers`` layers, widths ``in_dim -> hidden_dim -> ... -> out_dim``; none is the identity ("w/o GCN").
 
-    ``dropout``: on the neighbour sums within a layer; ``hidden_dropout``: on the entities between two layers.
+    ``dropout``: on the neighbour sums within a layer. Raises InputError for numbers and names that do not fit.
     """
 
     def __init__(
@@ -99,7 +99,6 @@ class CompGCN(nn.Module):
         num_relations: int,
         composition: str = "mult",
         dropout: float = 0.2,
-        hidden_dropout: float = 0.0,
         act: str = "tanh",
         backend: str = "auto",
     ) -> None:
@@ -114,12 +113,11 @@ class CompGCN(nn.Module):
             CompGCNLayer(width, next_width, num_relations, composition, dropout, act, backend)
             for width, next_width in pairwise(widths)
         )
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
 
     def forward(self, x: Tensor, v: Tensor, graph: RelationalGraph) -> Encoded:
         """``x`` [M, in_dim], ``v`` [2R, in_dim] -> x [M, out_dim], v [2R, out_dim]."""
-        for depth, layer in enumerate(self.layers):
-            x, v = layer(self.hidden_dropout(x) if depth else x, v, graph)
+        for layer in self.layers:
+            x, v = layer(x, v, graph)
         return Encoded(x, v)
 
     def relation_weights(self) -> list[Tensor]:

@@ -10,7 +10,6 @@ indexed by entities, a bias per entity included: what is known of an entity stan
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -21,23 +20,21 @@ from torch import Tensor, nn
 class Decoder(nn.Module, ABC):
     """Base: ``query`` is what a decoder defines.
 
-    dim: D, the width of q_h, q_t and the query. relation_dim: the width that v_r must have.
-    Raises ValueError for widths that the decoder cannot take.
+    dim: D, the width of q_h, v_r, q_t and the query. Raises ValueError for a width that the decoder cannot take.
     """
 
-    def __init__(self, dim: int, relation_dim: int | None = None) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim < 1 or (relation_dim is not None and relation_dim < 1):
-            raise ValueError(f"widths must be positive, found D = {dim} and relation_dim = {relation_dim}")
+        if dim < 1:
+            raise ValueError(f"the width must be positive, found D = {dim}")
         self.dim = dim
-        self.relation_dim = dim if relation_dim is None else relation_dim
 
     @abstractmethod
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
-        """q_h [B, D], v_r [B, relation_dim] -> [B, D]."""
+        """q_h [B, D], v_r [B, D] -> [B, D]."""
 
     def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
-        """The vectors [B, relation_dim] whose product with v_r is s(h, r, t), for q_h, q_t [B, D].
+        """The vectors [B, D] whose product with v_r is s(h, r, t), for q_h, q_t [B, D].
 
         Raises NotImplementedError for a decoder whose score is not linear in v_r.
         """
@@ -90,21 +87,20 @@ class ComplEx(Decoder):
 class TuckER(Decoder):
     """s = W x_1 q_h x_2 v_r x_3 q_t (Balazevic et al., EMNLP 2019, arXiv 1901.09590).
 
-    The core W is [D, relation_dim, D]. Batch norm and dropout on q_h, dropout on the matrix of r, batch norm and
+    The core W is [D, D, D]. Batch norm and dropout on q_h, dropout on the matrix of r, batch norm and
     dropout on the query, as in the paper's code. The matrices of r take B * D * D numbers.
     """
 
     def __init__(
         self,
         dim: int,
-        relation_dim: int | None = None,
         input_dropout: float = 0.3,
         relation_dropout: float = 0.4,
         hidden_dropout: float = 0.5,
     ) -> None:
-        super().__init__(dim, relation_dim)
-        scale = 1 / math.sqrt(dim * self.relation_dim)  # q_h and v_r of unit variance give a query of unit variance
-        self.core = nn.Parameter(torch.randn(dim, self.relation_dim, dim) * scale)
+        super().__init__(dim)
+        # q_h and v_r of unit variance give a query of unit variance
+        self.core = nn.Parameter(torch.randn(dim, dim, dim) * (1 / dim))
         self.input_norm, self.hidden_norm = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)
         self.input_dropout = nn.Dropout(input_dropout)
         self.relation_dropout = nn.Dropout(relation_dropout)
@@ -148,9 +144,8 @@ class ConvE(Decoder):
 
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         x = torch.cat([q_h, v_r], dim=1).view(-1, 1, 2 * self.height, self.width)
-        x = self.conv(
-            self.input_dropout(self.input_norm(x))
-        )  # [B, channels, 2 height - kernel + 1, width - kernel + 1]
+        # [B, channels, 2 height - kernel + 1, width - kernel + 1]
+        x = self.conv(self.input_dropout(self.input_norm(x)))
         x = self.feature_dropout(torch.relu(self.feature_norm(x)))
         x = self.hidden_dropout(self.project(x.flatten(1)))
         return torch.relu(self.hidden_norm(x))
@@ -168,11 +163,9 @@ class MLP(Decoder):
     ) -> None:
         super().__init__(dim)
         hidden = 2 * dim if hidden is None else hidden
-        self.expand, self.hidden_norm, self.project = (
-            nn.Linear(3 * dim, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.Linear(hidden, dim),
-        )
+        self.expand = nn.Linear(3 * dim, hidden)
+        self.hidden_norm = nn.BatchNorm1d(hidden)
+        self.project = nn.Linear(hidden, dim)
         self.input_dropout, self.hidden_dropout = nn.Dropout(input_dropout), nn.Dropout(hidden_dropout)
 
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:

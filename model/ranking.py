@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 HITS = (1, 3, 10)
 # Scores compared at once. On a CPU: in cache, and below the 2**15 at which torch splits an operation over threads,
@@ -74,7 +73,6 @@ def filtered_ranks(
     num_entities: int | None = None,
     chunk: int | None = None,
     device: str | torch.device = "cpu",
-    progress: bool = False,
 ) -> np.ndarray:
     """Rank of t for every triple (h, r, t), filtered by the known ``answers`` of (h, r) -> float64 [n].
 
@@ -98,7 +96,7 @@ def filtered_ranks(
     order = np.argsort(query_of, kind="stable")
     first = np.searchsorted(query_of[order], np.arange(len(queries) + 1))  # triples order[first[q]:first[q + 1]]
     ranks = np.empty(len(triples))
-    for start in tqdm(range(0, len(queries), batch), desc="rank", unit="batch", disable=not progress, leave=False):
+    for start in range(0, len(queries), batch):
         keys = queries[start : start + batch]
         heads, relations = (torch.from_numpy(x).to(device) for x in np.divmod(keys, 2 * num_relations))
         if chunk is None:
@@ -114,19 +112,14 @@ def filtered_ranks(
     return ranks
 
 
-def summarize(ranks: np.ndarray, is_head_query: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+def summarize(ranks: np.ndarray, is_head_query: np.ndarray) -> dict[str, Any]:
     """Metrics of ``ranks`` [n] -> {"mrr", "mr", "hits@1", "hits@3", "hits@10", "count", "head": {...}, "tail": {...}}.
 
     is_head_query: bool [n], true for inverse queries (t, r + R, ?), which ask for the head; "head" and "tail" hold the
-    same metrics over either half. mask: bool [n], the subset to report (e.g. triples with an entity unseen in
-    training). hits@k is the share of ranks <= k. Metrics of no ranks at all are None, their count 0.
+    same metrics over either half. hits@k is the share of ranks <= k. Metrics of no ranks are None, their count 0.
     """
     ranks, head = np.asarray(ranks, dtype=np.float64), np.asarray(is_head_query, dtype=bool)
-    chosen = np.ones(len(ranks), dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
-    return _metrics(ranks[chosen]) | {
-        "head": _metrics(ranks[chosen & head]),
-        "tail": _metrics(ranks[chosen & ~head]),
-    }
+    return _metrics(ranks) | {"head": _metrics(ranks[head]), "tail": _metrics(ranks[~head])}
 
 
 def _metrics(ranks: np.ndarray) -> dict[str, Any]:

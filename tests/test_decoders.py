@@ -10,11 +10,11 @@ from model.decoders import DECODERS, ComplEx, ConvE, Decoder, DistMult, TuckER, 
 B, N, D = 5, 9, 12
 
 
-def vectors(dim: int = D, relation_dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """q_h [B, D], v_r [B, relation_dim], q_t [N, D], float64."""
+def vectors() -> tuple[Tensor, Tensor, Tensor]:
+    """q_h [B, D], v_r [B, D], q_t [N, D], float64."""
     generator = torch.Generator().manual_seed(3)
-    sizes = (B, dim), (B, relation_dim or dim), (N, dim)
-    return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)  # type: ignore[return-value]
+    q_h, v_r, q_t = (torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (B, B, N))
+    return q_h, v_r, q_t
 
 
 def ready(decoder: Decoder) -> Decoder:
@@ -102,9 +102,8 @@ def test_complex_equals_complex_arithmetic() -> None:
 
 
 def test_tucker_equals_einsum() -> None:
-    q_h, v_r, q_t = vectors(relation_dim=7)
-    decoder = TuckER(D, relation_dim=7)
-    assert decoder.relation_dim == 7
+    q_h, v_r, q_t = vectors()
+    decoder = TuckER(D)
     ready(decoder)
     x = normed(q_h.numpy(), decoder.input_norm)
     x = np.einsum("bi,bj,ijk->bk", x, v_r.numpy(), decoder.core.detach().numpy())
@@ -175,6 +174,5 @@ def test_make_decoder() -> None:
     decoder = make_decoder("conve", D, dropout=0.7, channels=2)
     rates = [m.p for m in decoder.modules() if isinstance(m, nn.Dropout | nn.Dropout2d)]
     assert rates == [0.7] * 3 and isinstance(decoder, ConvE) and decoder.conv.out_channels == 2
-    assert make_decoder("distmult", D).relation_dim == D
     with pytest.raises(ValueError, match="positive"):
         make_decoder("distmult", 0)

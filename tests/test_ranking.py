@@ -186,13 +186,11 @@ def test_a_tie_for_the_first_place_is_no_hit_at_1() -> None:
     assert (found["hits@1"], found["hits@3"]) == (0.5, 1.0)
 
 
-def test_mask_reports_a_subset_and_none_for_nothing() -> None:
-    ranks, head = np.array([1.0, 2.0, 4.0, 8.0]), np.array([True, False, True, False])
-    mask = np.array([False, True, True, False])
-    found = summarize(ranks, head, mask)
-    assert found == summarize(ranks[mask], head[mask])
+def test_halves_apart_and_none_for_nothing() -> None:
+    found = summarize(np.array([2.0, 4.0]), np.array([False, True]))
     assert (found["mr"], found["head"]["mr"], found["tail"]["mr"]) == (3.0, 4.0, 2.0)
-    empty = summarize(ranks, head, np.zeros(4, dtype=bool))
+    assert found["head"]["count"] == found["tail"]["count"] == 1
+    empty = summarize(np.zeros(0), np.zeros(0, dtype=bool))
     assert (empty["mrr"], empty["hits@1"], empty["count"], empty["head"]["count"]) == (None, None, 0, 0)
 
 
