@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import losses
 from model.losses import LOSSES, Targets, binary_cross_entropy, gather_targets, softmax_cross_entropy
 from model.precision import matmul_precision
 
@@ -88,6 +89,27 @@ def test_reduced_precision_moves_the_gradients_by_its_rounding_alone() -> None:
         fast = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
     for ours, theirs in zip(fast, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-6 * float(theirs.abs().max()))
+
+
+def test_reduced_precision_has_a_floor_where_the_gradient_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a perfect model the gradient is rounding alone: bounded as ``_product_dtype`` says, and not below a share of
+    that (so the bound is of the right size)."""
+    monkeypatch.setattr(losses, "has_bfloat16", lambda device: True)  # torch emulates it where it is missing
+    generator = torch.Generator().manual_seed(0)
+    q_all = torch.nn.functional.normalize(torch.randn(500, 32, generator=generator), dim=1).requires_grad_()
+    tails = torch.arange(0, 500, 5)
+    query = (60 * q_all[tails]).detach().requires_grad_()  # P is 1 at the tail up to e^-20
+    targets = Targets(torch.arange(len(tails)), tails)
+    exact = torch.autograd.grad(softmax_cross_entropy(query, q_all, targets), (query, q_all))
+    with matmul_precision("medium"):
+        fast = torch.autograd.grad(softmax_cross_entropy(query, q_all, targets), (query, q_all))
+    probabilities = torch.softmax(query @ q_all.T, 1).detach()
+    sizes = probabilities @ q_all.detach().abs(), probabilities.T @ query.detach().abs()
+    for own, ours, size in zip(exact, fast, sizes, strict=True):
+        floor = size / len(tails)
+        assert float(own.abs().max()) < 2**-12 * float(floor.max())
+        share = (ours - own).abs() / (floor + 1e-9)
+        assert 2**-11 < float(share.max()) < 2**-7
 
 
 def test_gather_targets_equals_a_loop() -> None:
