@@ -209,7 +209,8 @@ def split_triples(triples: list[Triple], rng: random.Random) -> dict[str, list[T
     derivable = derive(train)
     seen = {entity for h, _, t in train for entity in (h, t)}
     back = [triple for triple in held if triple not in derivable or not {triple[0], triple[2]} <= seen]
-    held = [triple for triple in held if triple not in set(back)]
+    returned = set(back)
+    held = [triple for triple in held if triple not in returned]
     half = len(held) // 2
     return {"train": train + back, "valid": held[:half], "test": held[half:]}
 

@@ -36,7 +36,9 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     Of the entities that share a code the closest to it (the lowest id on a tie) keeps it. The others move one by one,
     ordered by the cost of their cheapest move, then id: each takes the free code of least extra distance. That is one
     position's next-nearest last-level code wherever one is free; several positions change only where that costs less
-    than any free single change. Deterministic.
+    than any free single change. Deterministic. The n entities of one code each walk past the codes that those before
+    them took, so the time grows with n squared: 6 s of one core for 2,000 of one code (L = 4, K = 256), by that rule
+    40 minutes for 40,000. Trained codes leave groups of a few; codebooks that collapsed do not.
     Raises TooFewCodes where more entities share the codes above the last level than K^L codes can tell apart.
     """
     decoded = codebook.decode_from_codes(codes)  # checks codes

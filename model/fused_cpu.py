@@ -94,11 +94,10 @@ def gradient_rows(grad_x, grad_v, grad, x, v, indptr, relation, destination, wei
 
 
 class FusedSum(torch.autograd.Function):
-    """message_passing.compose_sum over ``sum_rows`` and ``gradient_rows``; float32 and float64."""
+    """message_passing.compose_sum over ``sum_rows`` and ``gradient_rows``; x and v contiguous, float32 or float64."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, edges: EdgeSet, mult: bool) -> Tensor:
-        x, v = x.contiguous(), v.contiguous()
         ctx.save_for_backward(x, v)
         ctx.edges, ctx.mult = edges, mult
         rows = edges.by_destination

@@ -66,6 +66,7 @@ class Segments(NamedTuple):
 
 
 def cut(rows: Rows) -> Segments:
+    """Every group in segments of at most SEGMENT edges; one without edges has none."""
     counts = (rows.indptr.diff() + SEGMENT - 1) // SEGMENT  # segments per group
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     total = int(indptr[-1])
@@ -97,11 +98,10 @@ def _launch(a: Tensor, b: Tensor, bounds: Tensor, a_row: Tensor, b_row: Tensor, 
 
 
 class FusedSum(torch.autograd.Function):
-    """message_passing.compose_sum over ``sum_groups``; float32 and float64."""
+    """message_passing.compose_sum over ``sum_groups``; x and v contiguous, float32 or float64."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, edges: EdgeSet, mult: bool) -> Tensor:
-        x, v = x.contiguous(), v.contiguous()
         ctx.save_for_backward(x, v)
         ctx.edges, ctx.mult = edges, mult
         rows = edges.rows("destination")

@@ -58,7 +58,7 @@ def compose_sum(x: Tensor, v: Tensor, edges: EdgeSet, backend: str = "auto", com
     if chosen == "dgl":
         return _dgl_sum(x, v, edges, composition)
     if chosen == "fused":
-        return _fused(x.device.type).apply(x, v, edges, composition == "mult")
+        return _fused(x.device.type).apply(x.contiguous(), v.contiguous(), edges, composition == "mult")
     return _TorchSum.apply(x, v, edges, composition == "mult")
 
 

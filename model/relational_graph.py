@@ -185,7 +185,7 @@ def _grouped(key: Tensor, ties: tuple[Tensor, ...], num_groups: int, *columns: T
     return Rows(indptr, source.int(), relation.int(), destination.int(), weight.double())
 
 
-# ---------------------------------------------------------------- the operation
+# ---------------------------------------------------------------- dgl
 
 
 def import_dgl() -> Any:

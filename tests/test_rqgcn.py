@@ -159,7 +159,7 @@ def test_semantic_loss_by_hand(ring_kg: KnowledgeGraph) -> None:
     assert model.W_s is not None
     mapped = q @ model.W_s.weight.T + model.W_s.bias
     expected = sum(float(((mapped[i] - text[i]) ** 2).sum().detach()) for i in range(7)) / 7
-    assert float(model.semantic_loss(q, text)) == pytest.approx(expected, rel=1e-5)
+    assert float(model.semantic_loss(q, text).detach()) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="text_dim"):
         make_model(ring_kg).semantic_loss(q, text)
 
