@@ -380,6 +380,8 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
             trainable_token_indices=trainable_rows(model, code_ids) if code_ids else None,
         ),
     )  # fmt: skip
+    if recomputation()["use_reentrant"]:
+        adapted.enable_input_require_grads()  # else the first layer has no gradient to pass on
     save = adapted.save_pretrained
 
     def save_small(*words: Any, **more: Any) -> None:
@@ -598,6 +600,12 @@ def sharding() -> str:
 # ---------------------------------------------------------------- the command
 
 
+def recomputation() -> dict[str, Any]:
+    """Settings of torch's checkpoint. DeepSpeed up to 0.19.2 takes frozen weights away while a layer is computed again
+    (its pull request 8148), which the non-reentrant form refuses and the reentrant one does not notice."""
+    return {"use_reentrant": sharding() == "zero3"}
+
+
 def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainingArguments:
     from transformers import TrainingArguments
 
@@ -618,7 +626,7 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
         per_device_eval_batch_size=args.eval_batch_size or plan.micro_batch, learning_rate=args.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=args.warmup_ratio, weight_decay=args.weight_decay, max_grad_norm=1.0,
         optim="adamw_torch", bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
-        activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs=recomputation(),
         ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
         save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
         seed=args.seed, remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True,

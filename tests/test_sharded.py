@@ -1,0 +1,94 @@
+"""FSDP2 against plain processes: the same losses, the same adapter, also when stopped and resumed. Old libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_training import train_lora
+from run_record import ROOT, InputError
+from tests.test_train_lora import ENVIRONMENT, adapter, base, data, record, words  # noqa: F401 (fixtures)
+
+FLAGS = {"lora_dropout": 0, "max_steps": 4, "eval_steps": 2, "batch_size": 2, "gradient_checkpointing": True}
+
+
+def two_processes(script: str, flags: list[str], port: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
+         str(ROOT / script), *flags],
+        env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_plain_processes(base: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    plain = two_processes("lora_training/train_lora.py", words(base, data, tmp_path / "plain", **FLAGS), 29621)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    flags = words(base, data, tmp_path / "sharded", **FLAGS)
+    stopped = two_processes("tests/fsdp_on_cpu.py", flags, 29622, STOP_AT="3")
+    assert "stopped: step 3 is saved" in stopped.stderr, stopped.stderr[-2000:]
+    resumed = two_processes("tests/fsdp_on_cpu.py", [*flags, "--resume_from_checkpoint", "last"], 29623)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    for done in (stopped, resumed):
+        line = next(line for line in done.stdout.splitlines() if "parameters are sharded" in line).split()
+        assert line[0] == line[2] and int(line[0]) > 40, "every parameter is split"
+    expected, found = adapter(tmp_path / "plain"), adapter(tmp_path / "sharded")
+    assert expected.keys() == found.keys() and sum("trainable_tokens" in name for name in found) == 2
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-5
+    assert record(tmp_path / "sharded")["sharding"] == "fsdp" and record(tmp_path / "plain")["sharding"] == "ddp"
+    losses = [[e[key] for e in record(tmp_path / name)["history"] if key in e]
+              for name in ("plain", "sharded") for key in ("loss", "eval_loss")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4) and losses[1] == pytest.approx(losses[3], abs=1e-4)
+
+
+def test_zero3_recomputes_reentrantly_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train_lora.recomputation() == {"use_reentrant": False}
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert train_lora.recomputation() == {"use_reentrant": False}
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert train_lora.recomputation() == {"use_reentrant": True}
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_reentrant_recomputation_has_the_same_gradients(
+    rows: bool,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    """With and without trained rows: without them nothing that enters the first layer has a gradient of its own."""
+    from lora_training.code_tokens import add_code_tokens, load_tokenizer
+    from lora_training.prompts import encode_examples
+    from tests.test_prompts_tokens import SHAPE
+    from tests.test_prompts_tokens import rows as task_rows
+
+    tokenizer = load_tokenizer(str(base))
+    ids = add_code_tokens(tokenizer, SHAPE)
+    batch = train_lora.Collate(0)(list(encode_examples(task_rows().values(), tokenizer)))
+    labels = batch.pop("labels")
+    found: list[dict[str, torch.Tensor]] = []
+    for kind in ("ddp", "zero3"):
+        monkeypatch.setattr(train_lora, "sharding", lambda kind=kind: kind)
+        args = train_lora.parse_args(["--model_name", str(base), "--lora_dropout", "0"])
+        grown = train_lora.grown_base(args, tokenizer, torch.float32, 0)
+        model: Any = train_lora.add_adapter(grown, args, ids if rows else [])
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=train_lora.recomputation())
+        train_lora.mean_loss(model.train()(**batch), labels).backward()
+        found.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    assert found[0].keys() == found[1].keys() and all(value is not None for value in found[1].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+    assert any(float(value.abs().max()) > 0 for name, value in found[1].items() if "layers.0." in name)
+
+
+def test_an_old_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.23.0", "5.24.0.dev0", "6.0.1"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        train_lora.check_version()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.17.0")
+    with pytest.raises(InputError, match=r"transformers 5.17.0 is installed, training needs 5.23 or later"):
+        train_lora.check_device(train_lora.parse_args([]))
