@@ -225,7 +225,7 @@ def test_the_queries_are_the_distinct_training_pairs_of_both_directions(trainer_
 def test_an_epoch_starts_with_one_pass_of_the_encoder(trainer_of: TrainerMaker, phase: Phase) -> None:
     trainer, passes = trainer_of(), []
     encode = trainer.model.encode
-    trainer.model.encode = lambda *words: (passes.append(1), encode(*words))[1]  # type: ignore[method-assign]
+    trainer.model.encode = lambda *words: (passes.append(1), encode(*words))[1]  # type: ignore
     for count in (1, 2):  # codebooks begun, then revived
         trainer._start_epoch(phase)
         assert len(passes) == count
