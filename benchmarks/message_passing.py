@@ -3,9 +3,9 @@
     python benchmarks/message_passing.py [--quick] [--json F] [--dataset DIR]
 
 On FB15k-237 (a random graph of its size where the folder is not there; --quick: a quarter of the triples), equal
-parameters, no dropout. The reference is
-the original's way: DGL with a user-defined message function and a matrix product per edge. The ways take turns, and
-each keeps its best time; errors are relative to the same layer in float64, the largest over output and gradients.
+parameters, no dropout. The reference is the original's way: DGL with a user-defined message function and a matrix
+product per edge. The ways take turns, and each keeps its best time; errors are relative to the same layer in float64,
+the largest over output and gradients.
 Below the layer stand its parts: its matrix products alone, and the sum alone (forward, and with both gradients).
 """
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from benchmarks.measure import DATASET, Row, benchmark_parser, print_table, write_rows
 from benchmarks.random_graph import real_or_random
-from data.knowledge_graph import Answers, with_inverse
+from Class.candidates import known_pairs
+from data.knowledge_graph import with_inverse
 from model.ranking import filtered_ranks, rank_scores
 from run_record import run_command
 
@@ -52,15 +53,9 @@ def masked_scores(scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor])
     return scores.masked_fill(mask, -torch.inf), scores[torch.arange(len(targets)), targets]
 
 
-def known_rows(answers: Answers, triples: np.ndarray) -> tuple[Tensor, Tensor]:
-    """CSR of the known tails of each triple's query."""
-    rows = answers.rows(triples[:, 0], triples[:, 1])
-    tails = [answers.targets[answers.indptr[i] : answers.indptr[i + 1]] for i in rows]
-    return torch.from_numpy(np.cumsum([0, *map(len, tails)])), torch.from_numpy(np.concatenate(tails))
-
-
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what the block takes to ``seconds[name]``."""
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -98,7 +93,8 @@ def main() -> int:
     for batch in range(-(-len(queries) // BATCH)):
         members = np.flatnonzero(query_of // BATCH == batch)
         scores = pool[query_of[members] - batch * BATCH]
-        targets, known = torch.from_numpy(triples[members, 2]), known_rows(answers, triples[members])
+        indptr, tails = map(torch.from_numpy, known_pairs(answers, *triples[members, :2].T))
+        targets, known = torch.from_numpy(triples[members, 2]), (indptr, tails)
         for name, way in ways.items():
             with timed(seconds, name):
                 ranks[name][members] = way(scores, targets, known).numpy()

@@ -207,6 +207,7 @@ def block(text: str) -> str:
 
 
 def rank_text(rank: float) -> str:
+    """A rank, which is infinite for a truth that was not found."""
     return "never found" if math.isinf(rank) else f"{rank:,g}"
 
 

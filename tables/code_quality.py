@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KS = tuple(range(200, 1001, 100))  # the paper's k
-CHUNK = 1024  # entities at a time: a chunk holds CHUNK * M distances of 8 bytes
+CHUNK = 1024  # entities at a time: 24 * CHUNK * M bytes (``nearest_entities``)
 
 
 class CodeSet(NamedTuple):

@@ -82,6 +82,7 @@ def is_best(table: Table, line: Line, column: Column) -> bool:
 
 
 def shown_value(cell: Cell) -> float:
+    """The number as it is printed: what nobody can tell apart is equally good."""
     return round(cell.value, cell.decimals)
 
 
@@ -125,6 +126,7 @@ def escape_latex(text: str) -> str:
 
 
 def latex_cell(table: Table, line: Line, column: Column) -> str:
+    """A number, bold where it is the best; blank where there is none."""
     if column not in line.cells:
         return ""
     text = escape_latex(cell_text(line.cells[column]))

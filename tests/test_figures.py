@@ -202,7 +202,7 @@ def test_training_curves_keep_the_warm_up_apart_and_count_a_seed_once(
     for finished, made in zip(("2026", "2025"), runs_made, strict=True):
         made.task, made.variant, made.dataset, made.seed, made.finished = "codes", "", "ring", 0, finished
     drawn: list[Any] = []
-    monkeypatch.setattr(runs, "save", lambda figure, *_: drawn.append(figure) or [])
+    monkeypatch.setattr(runs, "save", lambda figure, *_: drawn.append(figure))
     fake: Any = SimpleNamespace(rows=runs_made, kinds=("png",))
     runs.draw_training(fake, tmp_path)
     losses, scores = drawn[0].axes
