@@ -316,8 +316,12 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path)
     test_rows = existing_split(places.rows(WITH), "test")
     if test_rows is None:
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
-    refit = ranking_metrics(ranks_of(places.candidates("refit"), read_rows(test_rows), kg))
     count, with_codes = len(queries[WITH]), places.results(WITH)
+    with content_of(test_rows, "file of the answered rows", REPEATED):
+        ranks = ranks_of(places.candidates("refit"), read_rows(test_rows), kg)
+        if len(ranks) != count:
+            raise ValueError(f"{len(ranks)} rows, {count} answers")
+        refit = ranking_metrics(ranks)
     with content_of(with_codes, "answers' record", REPEATED):
         before, copied = (tests[WITH][part] for part in ("candidate_model", "as_listed"))
     rows = {
