@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class CompGCNLayer(nn.Module):
 class CompGCN(nn.Module):
     """``num_layers`` layers, widths ``in_dim -> hidden_dim -> ... -> out_dim``; none is the identity ("w/o GCN").
 
-    ``dropout``: on the neighbour sums within a layer. Raises InputError for numbers and names that do not fit.
+    ``options``: every layer's composition, dropout, act and backend. Raises InputError for what does not fit.
     """
 
     def __init__(
@@ -97,10 +97,7 @@ class CompGCN(nn.Module):
         hidden_dim: int,
         out_dim: int,
         num_relations: int,
-        composition: str = "mult",
-        dropout: float = 0.2,
-        act: str = "tanh",
-        backend: str = "auto",
+        **options: Any,
     ) -> None:
         super().__init__()
         if num_layers < 0 or (num_layers == 0 and in_dim != out_dim):
@@ -110,8 +107,7 @@ class CompGCN(nn.Module):
             )
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim][: num_layers + 1]
         self.layers = nn.ModuleList(
-            CompGCNLayer(width, next_width, num_relations, composition, dropout, act, backend)
-            for width, next_width in pairwise(widths)
+            CompGCNLayer(width, next_width, num_relations, **options) for width, next_width in pairwise(widths)
         )
 
     def forward(self, x: Tensor, v: Tensor, graph: RelationalGraph) -> Encoded:

@@ -72,7 +72,7 @@ def test_backends_agree_in_float32(composition: str) -> None:
     _, graph = small_graph()
     torch.manual_seed(0)
     x, v, direction = torch.randn(M, D), torch.randn(2 * R, D), torch.randn(M, D)
-    encoder = CompGCN(2, D, 9, D, R, composition, dropout=0.0)
+    encoder = CompGCN(2, D, 9, D, R, composition=composition, dropout=0.0)
     found = {}
     for backend in INSTALLED:
         for layer in layers_of(encoder):
