@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,8 +19,10 @@ NAMES = {
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "±": r"$\pm$",
+    "±": r"$\pm$", "|": r"\textbar{}", '"': "''",
 }  # fmt: skip
+MANY = 4  # columns; more are set smaller
+WIDE = 40  # letters; longer names of methods are broken into lines
 FIELDS = ("table", "title", "dataset", "metric", "block", "method", "value", "std", "n", "decimals", "best", "competes",
           "note")  # fmt: skip
 
@@ -121,8 +124,8 @@ def to_markdown(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it is."""
-    return "".join(LATEX.get(letter, letter) for letter in text)
+    """Text that LaTeX sets as it is: ``--`` of a flag does not become a dash."""
+    return re.sub(r"-(?=-)", "-{}", "".join(LATEX.get(letter, letter) for letter in text))
 
 
 def latex_cell(table: Table, line: Line, column: Column) -> str:
@@ -160,12 +163,14 @@ def to_latex(table: Table) -> str:
             block = line.block
         name = escape_latex(line.method) + (rf"\textsuperscript{{{found[line.note]}}}" if line.note else "")
         rows.append(" & ".join([name, *(latex_cell(table, line, column) for column in table.columns)]) + r" \\")
+    long = max((len(line.method) for line in table.lines), default=0) > WIDE
+    first = r"p{0.5\linewidth}" if long else "l"
     notes = [rf"\textsuperscript{{{mark}}} {escape_latex(note)}" for note, mark in found.items()]
     notes += [escape_latex(note) for note in table.notes]
     return "\n".join([
-        r"\begin{table}", r"\centering",
+        r"\begin{table}", r"\centering" + (r"\footnotesize\setlength{\tabcolsep}{3pt}" if len(table.columns) > MANY else ""),
         rf"\caption{{{escape_latex(table.title)}. Compare the paper's Table {table.number}.}}",
-        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule", *latex_heads(table.columns), *rows,
+        rf"\begin{{tabular}}{{{first}{'r' * len(table.columns)}}}", r"\toprule", *latex_heads(table.columns), *rows,
         r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {note}" for note in notes), r"\end{table}", "",
     ])  # fmt: skip
 
