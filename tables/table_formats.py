@@ -164,11 +164,12 @@ def to_latex(table: Table) -> str:
         name = escape_latex(line.method) + (rf"\textsuperscript{{{found[line.note]}}}" if line.note else "")
         rows.append(" & ".join([name, *(latex_cell(table, line, column) for column in table.columns)]) + r" \\")
     long = max((len(line.method) for line in table.lines), default=0) > WIDE
-    first = r"p{0.5\linewidth}" if long else "l"
+    first = r"p{0.45\linewidth}" if long else "l"
+    small = r"\footnotesize\setlength{\tabcolsep}{3pt}" if len(table.columns) > MANY else ""
     notes = [rf"\textsuperscript{{{mark}}} {escape_latex(note)}" for note, mark in found.items()]
     notes += [escape_latex(note) for note in table.notes]
     return "\n".join([
-        r"\begin{table}", r"\centering" + (r"\footnotesize\setlength{\tabcolsep}{3pt}" if len(table.columns) > MANY else ""),
+        r"\begin{table}", r"\centering" + small,
         rf"\caption{{{escape_latex(table.title)}. Compare the paper's Table {table.number}.}}",
         rf"\begin{{tabular}}{{{first}{'r' * len(table.columns)}}}", r"\toprule", *latex_heads(table.columns), *rows,
         r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {note}" for note in notes), r"\end{table}", "",

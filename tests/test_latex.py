@@ -82,7 +82,7 @@ def test_every_table_is_well_formed() -> None:
 
 @pytest.mark.parametrize(
     "old, new",
-    [(r"\end{table}", ""), (r"\%", "%"), (r"\_", "_"), (r"\&", "&"), ("{p{0.5", "{lp{0.5"), (r" & \textbf", " "),
+    [(r"\end{table}", ""), (r"\%", "%"), (r"\_", "_"), (r"\&", "&"), ("{p{0.45", "{lp{0.45"), (r" & \textbf", " "),
      (r"\textbar{}", "|"), ("-{}-", "--"), (r"\midrule", r"\midrul"), (r"\bottomrule", "}" + r"\bottomrule")],
 )  # fmt: skip
 def test_the_parser_sees_what_is_wrong(old: str, new: str) -> None:
@@ -102,7 +102,7 @@ def test_flags_and_bars_are_set_as_they_are() -> None:
 
 
 def test_long_names_break_into_lines() -> None:
-    assert r"\begin{tabular}{p{0.5\linewidth}rrr}" in to_latex(odd_table())
+    assert r"\begin{tabular}{p{0.45\linewidth}rrr}" in to_latex(odd_table())
     short = odd_table()._replace(lines=[Line("ours", "short", {})])
     assert r"\begin{tabular}{lrrr}" in to_latex(short)
 
