@@ -214,15 +214,8 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
                 raise ValueError(f"{unpacked:,} bytes when unpacked, which no list is")
             arrays = {name: archive[name] for name in archive.files}
     except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"candidates file {path} cannot be read as an .npz archive: {reason}") from error
     missing = [name for name in ("query", "direction", "candidates") if name not in arrays]

@@ -222,11 +222,11 @@ def main() -> int:
     args.data = args.data or (FAMILY if args.dry_run else DATASET)
     args.work = args.work or ROOT / "checkpoints" / ("gpu_checklist_dry" if args.dry_run else "gpu_checklist")
     args.out = args.out or args.work / "out"
+    kg = KnowledgeGraph.load(args.data)
     for folder in (args.out, args.work):
         folder.mkdir(parents=True, exist_ok=True)
     flags, width, repeats = (TOY, 32, 1) if args.dry_run else (PAPER, 200, 10)
     size, block = (256, 2**22) if args.dry_run else (8192, 2**30)
-    kg = KnowledgeGraph.load(args.data)
     bandwidth = copy_bandwidth(args.device, block)
     rates = {precision: matmul_rate(precision, args.device, size) for precision in ("medium", FULL)}
     backend = resolve_backend("auto", args.device)

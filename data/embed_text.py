@@ -55,6 +55,8 @@ Array = NDArray[Any]
 TFIDF_DIM = 256
 NAME_FILES = {"entity2label.txt", "FB15k_mid2name.txt", "entity2definition.txt"}  # beside entity2text.txt
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of configuration, tokenizer and weights
+# without any of them transformers invents an empty tokenizer
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TRIES = 6  # per request to an endpoint, for faults that may pass
 RETRY_SECONDS = 1.0  # before the second try, doubled for each further one
 LONGEST_WAIT = 60.0
@@ -174,6 +176,12 @@ class ModelEncoder:
         except (TypeError, ValueError, OverflowError) as error:  # its settings are no settings
             raise _unreadable(folder, error) from error
         self.cut_texts = sum(len(tokens) > max_length for tokens in full)
+        rows = self.model.get_input_embeddings().num_embeddings
+        largest = max(map(max, filter(None, self.tokens)), default=0)
+        if largest >= rows:
+            raise InputError(
+                f"--model {folder}: its tokenizer gives token {largest}, the model has {rows}; fetch it again"
+            )
         empty = [text for text, tokens in zip(texts, self.tokens, strict=True) if not tokens]
         if empty:
             raise InputError(f"the tokenizer of --model {folder} finds no token in the text {empty[0][:60]!r}")
@@ -219,6 +227,8 @@ def _load_model(folder: Path) -> PreTrainedModel:
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        raise InputError(f"--model {folder} holds no tokenizer, such as tokenizer.json; fetch it again")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True, padding_side="right"

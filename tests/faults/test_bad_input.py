@@ -34,7 +34,7 @@ from tests.faults.world import pristine, restore, snapshot
 
 SECONDS = 10.0
 MEMORY = 2 * 2**30
-FAST, FAST_HEAVY = 100, 12  # cases of the default suite
+FAST, FAST_HEAVY = 130, 24  # cases of the default suite
 ALL = [*TARGETS, *LATER]
 CASES = cases_of(ALL)
 
