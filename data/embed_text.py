@@ -177,7 +177,7 @@ class ModelEncoder:
             raise _unreadable(folder, error) from error
         self.cut_texts = sum(len(tokens) > max_length for tokens in full)
         rows = self.model.get_input_embeddings().num_embeddings
-        largest = max(map(max, filter(None, self.tokens)), default=0)
+        largest = max(map(max, filter(None, [*self.tokens, [self.tokenizer.pad_token_id or 0]])))
         if largest >= rows:
             raise InputError(
                 f"--model {folder}: its tokenizer gives token {largest}, the model has {rows}; fetch it again"
