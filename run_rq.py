@@ -146,6 +146,8 @@ def build_parser() -> CommandParser:
                        help="epochs before the codebooks are initialised; below 1: part of the run")  # fmt: skip
     group.add_argument("--z_noise", type=float, default=0.0, metavar="S",
                        help="noise on the vectors while they warm up, in their standard deviations")  # fmt: skip
+    group.add_argument("--frozen_noise", type=float, default=0.0, metavar="S",
+                       help="noise on the decoded codes once they are frozen, in their standard deviations")  # fmt: skip
     group.add_argument("--freeze_at", type=float, default=0.85,
                        help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
@@ -218,7 +220,8 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
     for flag in ["gcn_layers", "tf_layers", "max_minutes", "l2", "patience", "num_workers", "vq_weight", "text_weight",
-                 "seed", "warmup_epochs", "num_negatives", "z_noise", "relation_weight"]:  # fmt: skip
+                 "seed", "warmup_epochs", "num_negatives", "z_noise", "frozen_noise",
+                 "relation_weight"]:  # fmt: skip
         if not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 or more")
     for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:

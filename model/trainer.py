@@ -59,6 +59,7 @@ class TrainSettings:
     relation_weight: float = 0.0
     warmup_epochs: float = 1  # below 1: a part of the run
     z_noise: float = 0.0
+    frozen_noise: float = 0.0
     freeze_at: float = 0.85
     encoder_every: int = 8
     assign_every: int = 8
@@ -245,15 +246,17 @@ class Trainer:
         sample = self._draw(batch)
         if phase.name == "warm-up":
             assert self.z is not None
-            z_q = self._blurred(self.z if sample is None else self.z[sample.entities]).requires_grad_()
+            z_q = self.z if sample is None else self.z[sample.entities]
+            seen = z_q = _blurred(z_q, self.settings.z_noise).requires_grad_()
         else:
             assert self.codes is not None
             z_q = self.model.rq_codebook.decode_from_codes(
                 self.codes if sample is None else self.codes[sample.entities]
             )
             z_q.requires_grad_().retain_grad()  # codes that follow averages (EMA) have none of their own
+            seen = _blurred(z_q, self.settings.frozen_noise) if phase.name == "frozen" else z_q
         with self.world.own_randomness():
-            structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(z_q), batch, sample)
+            structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(seen), batch, sample)
         structure, semantic = structure * triples, semantic * queries
         (structure + self.settings.text_weight * semantic).backward()
         gradient = z_q.grad
@@ -265,12 +268,6 @@ class Trainer:
                 sample.entities[None], gradient, shape, is_coalesced=True, check_invariants=False
             )
         return structure.detach(), semantic.detach(), gradient
-
-    def _blurred(self, z: Tensor) -> Tensor:
-        """A warming-up z [., L, code_dim] with ``z_noise``: the model learns to do with what codes will keep of it."""
-        if not self.settings.z_noise:
-            return z
-        return torch.addcmul(z, z.std(dim=0, keepdim=True), torch.randn_like(z), value=self.settings.z_noise)
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
@@ -535,6 +532,17 @@ class Trainer:
 def mrr_as_trained(best: dict[str, Any]) -> float:
     """Valid MRR of a best epoch before the collision pass, as other epochs are scored."""
     return float(best.get("valid_before_collision_pass", best["valid"])["mrr"])
+
+
+def _blurred(z: Tensor, noise: float) -> Tensor:
+    """z [., L, code_dim] with normal noise of ``noise`` of its standard deviations over entities.
+
+    While z warms up the model so learns to do with what codes will keep of it; once codes are frozen, to do without
+    telling entities of near codes apart.
+    """
+    if not noise:
+        return z
+    return torch.addcmul(z, z.detach().std(dim=0, keepdim=True), torch.randn_like(z), value=noise)
 
 
 def codes_hash(codes: Tensor) -> str:

@@ -277,12 +277,11 @@ def test_codes_kept_are_those_of_the_model_kept(trainer_of: TrainerMaker) -> Non
 
 
 def test_noise_blurs_the_warm_up_alone_and_by_its_share(trainer_of: TrainerMaker) -> None:
-    trainer = trainer_of(z_noise=0.5)
     z = torch.randn(4000, L, 3) * torch.tensor([0.1, 1.0, 10.0]) + 2
-    blur = trainer._blurred(z) - z
+    blur = trainer_module._blurred(z, 0.5) - z
     torch.testing.assert_close(blur.std(0) / z.std(0), torch.full((L, 3), 0.5), rtol=0.05, atol=0)
     assert float((blur.mean(0) / z.std(0)).abs().max()) < 0.05
-    assert trainer_of()._blurred(z) is z
+    assert trainer_module._blurred(z, 0.0) is z
     runs = [trainer_of(epoch=3, warmup_epochs=2, freeze_at=1.0, z_noise=noise) for noise in (0.0, 0.5)]
     for run in runs:
         run.fit()
@@ -291,6 +290,22 @@ def test_noise_blurs_the_warm_up_alone_and_by_its_share(trainer_of: TrainerMaker
     trainer = in_codes(trainer_of(z_noise=0.5))
     trainer.model.eval()  # no dropout
     assert len({float(trainer._scorer_step(torch.arange(5), CODES)[0]) for _ in range(2)}) == 1
+
+
+def test_frozen_noise_blurs_the_frozen_codes_alone(trainer_of: TrainerMaker) -> None:
+    """Other losses at every step of the frozen phase, the same before it; the codes' vectors still learn."""
+    losses = []
+    for noise in (0.0, 0.5):
+        torch.manual_seed(0)
+        run = trainer_of(epoch=4, warmup_epochs=1, freeze_at=0.5, frozen_noise=noise)
+        run.fit()
+        losses.append([row["structure"] for row in run.history])
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
+    trainer = in_codes(trainer_of(frozen_noise=0.5))
+    trainer.model.eval()  # no dropout
+    once, again = (float(trainer._scorer_step(torch.arange(5), FROZEN)[0]) for _ in range(2))
+    assert once != again
+    assert all(bool(book.weight.grad.any()) for book in trainer.model.rq_codebook.codebooks)
 
 
 def test_warm_up_below_one_is_a_part_of_the_run(trainer_of: TrainerMaker) -> None:
