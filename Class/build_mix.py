@@ -114,13 +114,18 @@ def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, A
         info, order = known.get("codes"), known.get("candidate_order", {})
         if not isinstance(info, dict) or not isinstance(known.get("dataset"), str) or not isinstance(order, dict):
             raise InputError(f"{folder / name / STATS} does not say whose codes its rows have; write it anew")
-        if not isinstance(info.get("sha256", ""), str) or type(info.get("shuffled", False)) is not bool:
+        kinds = type(info.get("shuffled", False)), type(info.get("shuffle_seed", 0))
+        if not isinstance(info.get("sha256", ""), str) or kinds != (bool, int):
             raise InputError(f"{folder / name / STATS}: codes is damaged; write it anew")
     codes = {
-        name: (stats["codes"].get("sha256"), stats["codes"].get("shuffled", False)) for name, stats in tasks.items()
+        name: (info.get("sha256"), shuffled := bool(info.get("shuffled")), shuffled and info.get("shuffle_seed", 0))
+        for name, info in ((name, stats["codes"]) for name, stats in tasks.items())
     }
     if len(set(codes.values())) > 1:
-        shown = ", ".join(f"{name}: {tasks[name]['codes'].get('file')}" for name in codes)
+        shown = ", ".join(
+            f"{name}: {tasks[name]['codes'].get('file')}" + (f", shuffled by seed {seed}" if shuffled else "")
+            for name, (_, shuffled, seed) in codes.items()
+        )
         raise InputError(f"the tasks rest on different codes, whose tokens clash ({shown}); make them from one file")
     return tasks
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CODE_FORMATS, MARKS, code_tokens
 from Class.instructions import STATS
-from run_record import InputError, is_hub_id, read_json
+from run_record import InputError, is_hub_id, load_torch, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -306,6 +306,60 @@ def resize_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, see
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def read_codebooks(path: str | Path, shape: CodeShape) -> torch.Tensor:
+    """The vectors [Q, K, code_dim] that the codes stand for: float32, of the best epoch in stage 1's checkpoint.
+
+    InputError where the file is no checkpoint of run_rq.py, or has codebooks of other sizes than ``shape``.
+    """
+    import torch
+
+    K, Q = shape
+    stored = load_torch(path, "checkpoint")
+    if not isinstance(stored, Mapping):
+        raise InputError(f"checkpoint {path} is a {type(stored).__name__}; give the one that run_rq.py wrote")
+    try:
+        weights = stored["best"]["model"]
+        found = [weights[name] for q in range(Q + 1) if (name := f"scorer.rq_codebook.codebooks.{q}.weight") in weights]
+        codebooks: torch.Tensor = torch.stack(found).float()
+        sizes = list(codebooks.shape)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"checkpoint {path} holds no codebooks; give the one that run_rq.py wrote") from error
+    if len(sizes) != 3 or sizes[:2] != [Q, K] or not bool(codebooks.isfinite().all()):
+        raise InputError(
+            f"checkpoint {path} has codebooks {sizes}{' and more' if len(found) > Q else ''}, the rows hold codes of "
+            f"{Q} levels of {K}: give the checkpoint of the run that made them"
+        )
+    return codebooks
+
+
+def set_code_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codebooks: torch.Tensor, seed: int
+) -> None:
+    """Put codebooks [Q, K, code_dim] into the rows of their tokens in embedding and head.
+
+    One random orthogonal matrix, drawn under ``seed``, turns all of them into the model's width D: their products stay
+    what stage 1 learned (of code_dim above D, D random directions are kept). One factor per matrix gives them the mean
+    length of its other rows. The rows of the marks and of the base's own tokens keep their bits.
+    """
+    import torch
+
+    Q, K, C = codebooks.shape
+    ids = torch.tensor(token_ids(tokenizer, CodeShape(K, Q)))[len(MARKS) :]
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    D = parts[0].weight.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(max(C, D), max(C, D), generator=generator))[0][:C, :D]
+    rows = codebooks.reshape(Q * K, C) @ turn
+    rows = rows / rows.norm(dim=1).mean()
+    with torch.no_grad():
+        for matrix in [part.weight for part in parts[: 1 if tied else 2]]:
+            others = torch.ones(len(matrix), dtype=torch.bool)
+            others[ids] = False
+            length = matrix[others.to(matrix.device)].float().norm(dim=1).mean()
+            matrix[ids.to(matrix.device)] = (rows.to(matrix.device) * length).to(matrix.dtype)
 
 
 def trainable_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]]:

@@ -46,11 +46,13 @@ from lora_training.code_tokens import (
     load_config,
     load_tokenizer,
     quiet_libraries,
+    read_codebooks,
     read_codes_info,
     refuse_other_codes,
     reload_check,
     resize_model,
     save_tokenizer,
+    set_code_rows,
     trainable_rows,
 )
 from lora_training.memory import GIB, Shape, expected_memory, lora_parameters, model_shape, row_parameters
@@ -349,11 +351,17 @@ def quantization(args: argparse.Namespace, dtype: torch.dtype) -> Any:
 
 
 def grown_base(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, local_rank: int
-) -> PreTrainedModel:
-    """The base model with rows for the code tokens: the same on every process and in every run of one seed."""
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, local_rank: int,
+    codebooks: torch.Tensor | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """The base model with rows for the code tokens: the same on every process and in every run of one seed.
+
+    They are random, or ``codebooks`` [Q, K, code_dim] in the model's width.
+    """
     model = load_base(args.model_name, dtype, quantization(args, dtype), {"": local_rank})
     resize_model(model, tokenizer, args.seed)
+    if codebooks is not None:
+        set_code_rows(model, tokenizer, codebooks, args.seed)
     model.config.use_cache = False
     return model
 
@@ -448,6 +456,7 @@ class Plan(NamedTuple):
     validation: TokenRows
     micro_batch: int
     checkpoint: Path | None
+    codebooks: torch.Tensor | None = None  # [Q, K, code_dim] that new rows start from
 
 
 def check_version() -> None:
@@ -511,6 +520,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from."""
     plan: dict[str, Any] = {key: getattr(args, key) for key in PLANNED}
     plan |= {"train_sha256": sha256_file(args.train_data), "validation_sha256": sha256_file(args.val_data)}
+    plan |= {"code_init_sha256": sha256_file(args.code_init) if args.code_init else None}
     return plan | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
@@ -522,6 +532,19 @@ def check_plan(args: argparse.Namespace) -> None:
     differing = [f"{key} {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
     if differing:
         raise InputError(f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}")
+
+
+def first_codebooks(args: argparse.Namespace, shape: CodeShape | None, is_new: bool) -> torch.Tensor | None:
+    """What --code_init names; InputError where there are no new rows to put it into."""
+    if args.code_init is None:
+        return None
+    if shape is None:
+        raise InputError(f"--code_init {args.code_init}: the rows hold no codes; leave the flag out")
+    if not is_new:
+        raise InputError(
+            f"--code_init {args.code_init}: {args.model_name} has rows of these codes, which were trained; leave it out"
+        )
+    return read_codebooks(args.code_init, shape)
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
@@ -542,7 +565,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     config = load_config(args.model_name)
     model = model_shape(config)
     tokenizer = load_tokenizer(args.model_name)
+    size = len(tokenizer)
     code_ids = add_code_tokens(tokenizer, shape)
+    codebooks = first_codebooks(args, shape, len(tokenizer) > size)
     if shape is not None:
         reload_check(tokenizer, shape)
     wanted = targets(args)
@@ -585,7 +610,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
             say("that is more than it has: configs/fsdp2.yaml, --load_in_4bit or a lower --max_length with --skip_long")
     else:
         say(f"expected memory: {need(micro) / GIB:.1f} GiB at {micro} x {longest} tokens, on the CPU")
-    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint)
+    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks)
 
 
 def sharding() -> str:
@@ -708,7 +733,7 @@ def tune(args: argparse.Namespace) -> None:
     arguments = training_arguments(args, plan, device)  # opens the process group
     main_process = arguments.process_index == 0
     checkpoints = args.output_dir / CHECKPOINTS
-    model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0), args, plan.code_ids)
+    model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0, plan.codebooks), args, plan.code_ids)
     if main_process:
         if plan.checkpoint is None:
             shutil.rmtree(checkpoints, ignore_errors=True)
@@ -767,7 +792,7 @@ def tune(args: argparse.Namespace) -> None:
                 f"the adapter in {folder} does not reload: its logits differ by {difference:.2e}; keep it not"
             )
     record = make_record(
-        vars(args), {path.name: sha256_file(path) for path in (args.train_data, args.val_data)},
+        vars(args), {path.name: sha256_file(path) for path in (args.train_data, args.val_data, args.code_init) if path},
         time.monotonic() - started, device, base_model=args.model_name, base_vocabulary=plan.model.vocabulary,
         vocabulary=len(plan.tokenizer), codes=plan.codes, processes=arguments.world_size, sharding=sharding(),
         trained_parameters={
@@ -826,6 +851,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lora_r", type=int, default=16, help="rank")
     group.add_argument("--lora_alpha", type=int, default=32, help="scale times rank")
     group.add_argument("--lora_dropout", type=float, default=0.05, help="on the adapters' inputs")
+    group.add_argument("--code_init", type=Path, metavar="CK.pt", help="stage 1's checkpoint: the code tokens' rows "
+                       "start from its codebooks (default: random rows)")  # fmt: skip
     group.add_argument("--lora_target", default="all-linear", help="all-linear, or names: q_proj,v_proj")
     group = parser.add_argument_group("precision and memory")
     kind = group.add_mutually_exclusive_group()

@@ -417,6 +417,12 @@ def test_a_mix_of_different_codes_is_refused(tmp_path: Path) -> None:
     task(tmp_path, "c", {"train": [fact("c", "train", "q r s")]}, sha="other")
     with pytest.raises(InputError, match=r"different codes.*a: same, b: same, c: other"):
         build_mix.main(["--out_dir", str(tmp_path)])
+    codes = {"file": "same", "sha256": "same", "shuffled": True}
+    for name, seed in (("a", 0), ("b", 0), ("c", 5)):
+        write_json({"dataset": "g", "codes": codes | {"shuffle_seed": seed}}, tmp_path / name / "dataset_stats.json")
+    with pytest.raises(InputError, match=r"b: same, shuffled by seed 0, c: same, shuffled by seed 5"):
+        build_mix.main(["--out_dir", str(tmp_path)])
+    assert build_mix.read_tasks(tmp_path, {"a": 1.0, "b": 1.0}).keys() == {"a", "b"}
     with pytest.raises(InputError, match=r"no data of task d in .*; there: a, b, c"):
         build_mix.main(["d=2", "--out_dir", str(tmp_path)])
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from Class import prompts as tasks
-from Class.codes import entity_text, parse_codes, print_codes
+from Class.codes import MARKS, entity_text, parse_codes, print_codes
 from lora_training import code_tokens
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, token_ids
 from lora_training.prompts import (
@@ -28,7 +28,7 @@ from lora_training.prompts import (
     pad_batch,
     prompt_text,
 )
-from run_record import ROOT, InputError, write_json
+from run_record import ROOT, InputError, save_torch, write_json
 
 SHAPE = CodeShape(16, 2)
 TEXT = """Instruction Response Triple classification judge whether following triple knowledge graph holds itself
@@ -311,6 +311,58 @@ def test_growing_keeps_the_old_rows_and_the_callers_generator(tokenizer: Any) ->
     assert torch.equal(grown[0], grown[1]) and not torch.equal(grown[0], grown[2])
     code_tokens.resize_model(model, tokenizer, 5)
     assert torch.equal(grown[2], torch.cat([weight[446:] for weight in after])), "nothing to grow, nothing changes"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("code_dim", [8, 32, 50])
+def test_code_rows_start_from_the_codebooks(tokenizer: Any, tied: bool, code_dim: int) -> None:
+    """Turned, not bent: products between codes are stage 1's, up to one factor per matrix; all other rows stay."""
+    Q, K = SHAPE.num_quantizers, SHAPE.num_code
+    codebooks = (
+        torch.randn(Q, K, code_dim, generator=torch.Generator().manual_seed(1))
+        * torch.tensor([3.0, 1.0])[:, None, None]
+    )
+    made = []
+    for seed in (3, 3, 4):
+        model = small_model(tied=tied)
+        code_tokens.resize_model(model, tokenizer, 0)
+        before = [matrix.clone() for matrix in two_matrices(model)]
+        code_tokens.set_code_rows(model, tokenizer, codebooks, seed)
+        ids = token_ids(tokenizer, SHAPE)[len(MARKS) :]
+        others = [i for i in range(len(before[0])) if i not in set(ids)]
+        for old, new in zip(before, two_matrices(model), strict=True):
+            assert torch.equal(old[others], new[others])
+            rows = new[ids].detach()
+            assert rows.norm(dim=1).mean() == pytest.approx(float(old[others].norm(dim=1).mean().detach()), rel=1e-5)
+            if code_dim <= 32:  # the model's width: nothing is lost
+                flat = codebooks.reshape(Q * K, code_dim)
+                factor = rows.norm() / flat.norm()
+                assert torch.allclose(rows @ rows.T, flat @ flat.T * factor**2, atol=1e-5)
+        made.append(two_matrices(model)[0][ids].detach())
+    assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2])
+
+
+def test_codebooks_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    Q, K = SHAPE.num_quantizers, SHAPE.num_code
+    codebooks = torch.randn(Q, K, 5)
+    weights = {f"scorer.rq_codebook.codebooks.{q}.weight": codebooks[q] for q in range(Q)}
+    save_torch({"best": {"model": weights}}, tmp_path / "ck.pt")
+    assert torch.equal(code_tokens.read_codebooks(tmp_path / "ck.pt", SHAPE), codebooks)
+    for stored, shape, problem in (
+        ({"best": {"model": weights}}, CodeShape(K + 1, Q), rf"has codebooks \[{Q}, {K}, 5\], the rows hold codes"),
+        ({"best": {"model": weights}}, CodeShape(K, Q - 1), "and more, the rows hold codes"),
+        ({"best": {"model": weights}}, CodeShape(K, Q + 1), "the rows hold codes of 3 levels"),
+        ({"best": {"model": {}}}, SHAPE, "holds no codebooks"),
+        ({"best": None}, SHAPE, "holds no codebooks"),
+        (codebooks, SHAPE, "is a Tensor; give the one that run_rq.py wrote"),
+        ({"best": {"model": {name: w * torch.nan for name, w in weights.items()}}}, SHAPE, "the rows hold codes"),
+    ):
+        save_torch(stored, tmp_path / "ck.pt")
+        with pytest.raises(InputError, match=problem) as error:
+            code_tokens.read_codebooks(tmp_path / "ck.pt", shape)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="does not exist"):
+        code_tokens.read_codebooks(tmp_path / "nowhere.pt", SHAPE)
 
 
 def test_which_rows_are_trained() -> None:

@@ -25,7 +25,7 @@ import run_record
 from lora_training import code_tokens, memory, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
 from lora_training.prompts import Example, encode_examples
-from run_record import ROOT, InputError, read_json, write_json
+from run_record import ROOT, InputError, read_json, save_torch, write_json
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
 
 CODES = {"file": "ring_2_16_2_rq.pt", "sha256": "a" * 64, "num_code": 16, "num_quantizers": 2, "shuffled": False}
@@ -94,6 +94,19 @@ def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("trained")
     train_lora.main(words(base, data, out))
     return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codebooks of SHAPE's sizes, as stage 1 keeps them."""
+    path = tmp_path_factory.mktemp("stage1") / "ck.pt"
+    draw = torch.Generator().manual_seed(9)
+    weights = {
+        f"scorer.rq_codebook.codebooks.{q}.weight": torch.randn(SHAPE.num_code, 6, generator=draw)
+        for q in range(SHAPE.num_quantizers)
+    }
+    save_torch({"best": {"model": weights}}, path)
+    return path
 
 
 # ---------------------------------------------------------------- what training leaves
@@ -456,6 +469,41 @@ def test_a_base_that_knows_other_codes(refused: Callable[..., str], base: Path, 
     shutil.copytree(base, tmp_path / "other_base")
     tokenizer.save_pretrained(str(tmp_path / "other_base"))
     assert "tokens of other codes, such as" in refused(model_name=tmp_path / "other_base")
+
+
+def test_codes_start_from_their_codebooks(base: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Rows that no example uses are, in the embedding, what they began with; the others moved from there."""
+    train_lora.main(words(base, data, tmp_path, code_init=checkpoint, max_steps=2, weight_decay=0))
+    saved = read_saved(tmp_path / "lora_adapters")
+    used = {number for row in encoded(base) for number in row.input_ids}
+    codes = code_tokens.token_ids(saved.tokenizer, SHAPE)[4:]
+    unused = [number for number in codes if number not in used]
+    assert len(unused) >= 8
+    weights = code_tokens.load_adapted(saved, str(base), torch.float32).merge_and_unload()
+    started = load_base(str(base), torch.float32)
+    code_tokens.resize_model(started, saved.tokenizer, seed=0)
+    code_tokens.set_code_rows(started, saved.tokenizer, code_tokens.read_codebooks(checkpoint, SHAPE), seed=0)
+    for after, before in zip(two_matrices(weights), two_matrices(started), strict=True):
+        assert (after - before)[codes].abs().max() > 1e-4
+    embedding = (two_matrices(weights)[0] - two_matrices(started)[0]).abs().amax(1)
+    assert embedding[unused].max() == 0, "no gradient, no decay"
+    assert record(tmp_path)["inputs"][checkpoint.name] == run_record.sha256_file(checkpoint)
+    plans = [train_lora.run_plan(train_lora.parse_args(words(base, data, tmp_path, code_init=c)))
+             for c in (None, checkpoint)]  # fmt: skip
+    assert plans[0] != plans[1], "a resumed run must begin with the same rows"
+
+
+def test_bad_codebooks(refused: Callable[..., str], base: Path, data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused(code_init=tmp_path / "nowhere.pt")
+    other = write_data(tmp_path / "more", codes=CODES | {"num_quantizers": 3})
+    assert "has codebooks [2, 16, 6], the rows hold codes of 3 levels of 16" in refused(other, code_init=checkpoint)
+    plain = write_data(tmp_path / "plain", codes={"file": None})
+    assert "the rows hold no codes" in refused(plain, code_init=checkpoint)
+    tokenizer = hand_made_tokenizer()
+    add_code_tokens(tokenizer, SHAPE)
+    shutil.copytree(base, tmp_path / "tuned")
+    tokenizer.save_pretrained(str(tmp_path / "tuned"))
+    assert "has rows of these codes, which were trained" in refused(model_name=tmp_path / "tuned", code_init=checkpoint)
 
 
 def test_skip_long_leaves_rows_out(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
