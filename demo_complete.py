@@ -1,7 +1,9 @@
-"""From graph to instruction data on the bundled graph, through the stages' own commands: `python demo_complete.py`.
+"""Every stage on the bundled graph, through the stages' own commands: `python demo_complete.py`.
 
-Trains, dumps the codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), and turns
-the codes into instruction data. Each step prints its command, which does the same alone.
+Trains, dumps the codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), turns the
+codes into instruction data, teaches them to a small LLM made on the spot, has it choose among candidates, and draws
+figures. Each step prints what it did, what it wrote and the command that does the same alone; the table at the end and
+PROJECT_SUMMARY.md are read off what the steps recorded.
 """
 
 from __future__ import annotations
@@ -10,33 +12,180 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from run_record import ROOT, CommandParser, InputError, read_json, run_command
+from run_record import ROOT, CommandParser, InputError, make_record, read_json, run_command, write_json, write_text
 
-SHAPE = ["--seq_len", "4", "--num_code", "256", "--num_quantizers", "4"]  # L, K, Q
+GRAPH = "data/family"
 STEM = "family_4_256_4_rq"
+TASK = "link_prediction"
+SUMMARY, RECORD = "PROJECT_SUMMARY.md", "demo.json"
+COLUMNS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
+CANDIDATES = 8  # that a prompt lists
 
 
-def steps(out: Path, epochs: int) -> list[tuple[str, list[str]]]:
-    """(what the step does, its command) in order; every file goes below ``out``."""
+class Size(NamedTuple):
+    """The flags in which the demo and its quick form differ."""
+
+    stage1: str
+    rows: int  # that the LLM learns from
+    base: str
+    tuning: str
+    figures: str
+
+
+FULL = Size(
+    stage1="--epoch 40 --eval_every 5",
+    rows=3000,
+    base="--epochs 1",
+    tuning="--epochs 1",
+    figures="2 4 6 8 10 levels tokens usage",
+)
+QUICK = FULL._replace(stage1="--epoch 12 --eval_every 6", rows=160, base="--epochs 0.3", figures="6 10 levels usage")
+STAGE1 = "--seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 --encoder_every 2"
+BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 8 --lr 0.003"
+LORA = "--batch_size 8 --learning_rate 0.003 --lora_dropout 0 --logging_steps 50 --overwrite"
+
+
+class Step(NamedTuple):
+    """A command of another script."""
+
+    does: str
+    words: list[str]  # the script, then its flags
+    made: list[Path]  # what it leaves
+
+
+def steps(out: Path, size: Size) -> list[Step]:
+    """Everything in order; every file goes below ``out``."""
     codes, checkpoint = out / f"{STEM}.pt", out / "checkpoints" / f"{STEM}.pt"
-    from_codes = ["run_rq.py", "--dataset", "data/family", "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
-    return [
-        ("train RQGCN on the family graph, dump its codes and score the dump",
-         ["run_rq.py", "--dataset", "data/family", *SHAPE, "--decoder", "distmult", "--epoch", str(epochs),
-          "--lr", "0.005", "--batch", "256", "--encoder_every", "2", "--eval_every", "5", "--out_dir", str(out),
-          "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]),
-        ("rank the test split from the dumped integers alone: no graph, no encoder",
-         [*from_codes, "--metrics_out", str(out / "from_codes.json")]),
-        ("the control: give every entity the codes of another one and rank again",
-         [*from_codes, "--shuffle_codes", "--metrics_out", str(out / "shuffled.json")]),
-        ("ask a question of the codes", [*from_codes, "--predict", "ada_ashley", "mother", "--top", "3"]),
-        ("turn the codes into instruction data (triple classification)",
-         ["Class/gen_fb_data_rq.py", "--codes", str(codes), "--dataset", "data/family",
-          "--out_dir", str(out / "lora_data")]),
-        ("look for leaks in it", ["Class/check_leaks.py", str(out / "lora_data")]),
+    data, base, tuned = out / "lora_data" / TASK, out / "tiny_base", out / "lora_outputs"
+    adapter, answers, figures = tuned / "lora_adapters", out / "inference_results.json", out / "figures"
+
+    def step(does: str, script: str, *parts: str | Path, made: Sequence[Path] = ()) -> Step:
+        words = [word for part in parts for word in (shlex.split(part) if isinstance(part, str) else [str(part)])]
+        return Step(does, [script, *words], list(made))
+
+    stage1 = ("run_rq.py", f"--dataset {GRAPH}")
+    ranking = (*stage1, "--eval_codes", codes, "--checkpoint", checkpoint)
+    lists = {split: out / "candidates" / f"{split}.npz" for split in ("train", "valid", "test")}
+    exports = [
+        step(f"list stage 1's candidates for the queries of {split}",
+             *ranking, f"--split {split} --export_candidates", path, made=[path])
+        for split, path in lists.items()
     ]  # fmt: skip
+    return [
+        step("train RQGCN on the family graph, dump the codes of its 1,000 people and score the dump",
+             *stage1, STAGE1, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent, "--overwrite",
+             made=[codes, codes.with_suffix(".json"), checkpoint]),
+        step("rank the test split from the dumped integers alone: no graph, no encoder",
+             *ranking, "--metrics_out", out / "from_codes.json", made=[out / "from_codes.json"]),
+        step("the control: give every entity the codes of another one and rank again",
+             *ranking, "--shuffle_codes --metrics_out", out / "shuffled.json", made=[out / "shuffled.json"]),
+        step("ask a question of the codes", *ranking, "--predict ada_ashley mother --top 3"),
+        *exports,
+        step(f"turn codes and candidates into questions: which of {CANDIDATES}, listed at random, is the answer?",
+             "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists.values(),
+             "--from train --candidate_order shuffled --code_format compact", f"--num_candidates {CANDIDATES}",
+             f"--limit {size.rows} --out_dir", out / "lora_data",
+             made=[data / "train.json", data / "validation.json", data / "test_tasks.json"]),
+        step("look for leaks in it", "Class/check_leaks.py", data),
+        step("make a small LLM from what the training split says in words (LLaMA2 takes its place on a GPU)",
+             "lora_training/make_tiny_base.py", f"--dataset {GRAPH} --out", base, BASE, size.base, made=[base]),
+        step("LoRA: teach it the codes as tokens, and to choose",
+             "lora_training/train_lora.py", "--model_name", base, "--train_data", data / "train.json", "--val_data",
+             data / "validation.json", "--output_dir", tuned, LORA, size.tuning, made=[adapter]),
+        step("have it answer the test queries",
+             "lora_training/inference.py", "--lora_adapter", adapter, "--test_data", data / "test_tasks.json",
+             "--output", answers, "--overwrite", made=[answers, out / "answers.jsonl"]),
+        step("score its answers, from the answers alone",
+             "lora_training/score_answers.py", "--answers", out / "answers.jsonl", "--output", out / "answered.json",
+             made=[out / "answered.json"]),
+        step("draw figures of the codes and of the training",
+             "tables/make_figures.py", "--codes", codes, "--records", out, f"--dataset {GRAPH} --model", adapter,
+             "--out", figures, f"--figure {size.figures}", made=[figures]),
+    ]  # fmt: skip
+
+
+def run(step: Step, place: str) -> float:
+    """Run a step in a process of its own; returns its seconds. InputError where it fails."""
+    print(f"\n[{place}] {step.does}\n$ python {shlex.join(step.words)}", flush=True)
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, *step.words], cwd=ROOT, check=False).returncode
+    if code:
+        raise InputError(f"step {place} ended with exit code {code}; see above, and run its command alone")
+    seconds = time.monotonic() - started
+    wrote = ", ".join(map(str, step.made))
+    print(f"[{place}] done in {seconds:.0f} s{': wrote ' if wrote else ''}{wrote}", flush=True)
+    return seconds
+
+
+# ---------------------------------------------------------------- what came out
+
+
+class Line(NamedTuple):
+    """One line of the table: what was measured, and the file below the output folder that says so."""
+
+    label: str
+    metrics: dict[str, Any]
+    path: str
+
+
+def table(out: Path) -> list[Line]:
+    """The lines of the table, from the files that the steps left below ``out``."""
+    answered = read_json(out / "answered.json", "metrics")["metrics"][TASK]["test"]
+    return [
+        Line("stage 1, recorded at the dump", read_json(out / f"{STEM}.json", "record")["test"], f"{STEM}.json"),
+        Line("the dumped integers alone", read_json(out / "from_codes.json", "metrics"), "from_codes.json"),
+        Line("shuffled codes (control)", read_json(out / "shuffled.json", "metrics"), "shuffled.json"),
+        Line(f"the LLM, choosing among {CANDIDATES}", answered, "answered.json"),
+        Line(f"those {CANDIDATES} as listed, at random (control)", answered["as_listed"], "answered.json"),
+    ]
+
+
+def fault(lines: Sequence[Line]) -> str | None:
+    """Why the table does not show what it should: the integers carry the score, and other integers do not."""
+    recorded, again, shuffled = (line.metrics for line in lines[:3])
+    if any(abs(recorded[name] - again[name]) > 1e-6 for name in ("mrr", "hits@1", "hits@3", "hits@10")):
+        return f"the dumped integers give MRR {again['mrr']:.4f}, {recorded['mrr']:.4f} was recorded"
+    if shuffled["mrr"] > 0.1 * recorded["mrr"]:
+        return f"shuffled codes still give MRR {shuffled['mrr']:.4f}: the score does not come from the codes"
+    return None
+
+
+def cells(line: Line) -> list[str]:
+    """The line's numbers as text."""
+    return [f"{line.metrics[name]:.3f}" for name in COLUMNS]
+
+
+def printed(lines: Sequence[Line]) -> str:
+    """The table for a terminal."""
+    heads = f"{'test split of the family graph':46}" + "".join(f"{name:>10}" for name in COLUMNS.values())
+    return "\n".join([heads, *(f"{line.label:46}" + "".join(f"{cell:>10}" for cell in cells(line)) for line in lines)])
+
+
+def summary(lines: Sequence[Line], done: Sequence[tuple[Step, float]], record: dict[str, Any]) -> str:
+    """PROJECT_SUMMARY.md: the table, the steps with their commands, seconds and files, where to go from here."""
+    rows = [f"| {line.label} | {' | '.join(cells(line))} | `{line.path}` |" for line in lines]
+    taken = [
+        f"| {step.does} | {seconds:.0f} | {', '.join(f'`{path.name}`' for path in step.made)} |"
+        for step, seconds in done
+    ]
+    commands = [f"    python {shlex.join(step.words)}" for step, _ in done]
+    return "\n".join([
+        "# Codes of the family graph, and a small LLM that reads them", "",
+        f"Written by `{record['command']}` on {record['finished']}: commit {record['git_commit']}, {record['device']}, "
+        f"{record['wall_seconds']:.0f} s. Every number is read off the file beside it.", "",
+        f"| test split | {' | '.join(COLUMNS.values())} | from |", "|---|---:|---:|---:|---:|---|", *rows, "",
+        f"Filtered ranks, both directions, over all entities; the LLM's over the {CANDIDATES} that it was given.", "",
+        "| step | seconds | wrote |", "|---|---:|---|", *taken, "",
+        "Each step alone, from the repository root:", "", *commands, "",
+        "The LLM is a LLaMA of a few hundred thousand parameters: it shows that every step runs, not what codes bring "
+        'a large one. Next in README.md: "Stage 1" for a graph of your own, "Instruction data -> LoRA -> answers" for '
+        "LLaMA2.",
+        "",
+    ])  # fmt: skip
 
 
 def main() -> int:
@@ -44,33 +193,28 @@ def main() -> int:
     parser.add_argument(
         "--out_dir", type=Path, default=Path("demo_output"), help="folder for everything the demo writes"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer epochs: half a minute in place of two")
+    parser.add_argument("--quick", action="store_true", help="fewer epochs, rows and figures: shows that all steps run")
     args = parser.parse_args()
     out = args.out_dir.resolve()
     out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # the steps run in the repository
-    plan = steps(out, 12 if args.quick else 40)
-    start = time.monotonic()
-    for number, (title, command) in enumerate(plan, start=1):
-        print(f"\n[{number}/{len(plan)}] {title}\n$ python {shlex.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
-        if code:
-            raise InputError(f"step {number} ended with exit code {code}; run its command alone to see why")
-
-    out = ROOT / out
-    record = read_json(out / f"{STEM}.json", "record")
-    rows = {
-        "recorded when the codes were dumped": record["test"],
-        "from the dumped integers alone": read_json(out / "from_codes.json", "metrics"),
-        "from shuffled codes (control)": read_json(out / "shuffled.json", "metrics"),
-    }
-    print(f"\n{'test, filtered':38s}   MRR   H@1   H@10")
-    for label, metrics in rows.items():
-        print(f"{label:38s} {metrics['mrr']:.3f} {metrics['hits@1']:.3f}  {metrics['hits@10']:.3f}")
-    recorded, again, shuffled = (metrics["mrr"] for metrics in rows.values())
-    if abs(recorded - again) > 1e-6 or shuffled > 0.1 * recorded:
-        print("error: the dumped integers do not carry the recorded score", file=sys.stderr)
+    started, done = time.monotonic(), []
+    plan = steps(out, QUICK if args.quick else FULL)
+    for number, step in enumerate(plan, start=1):
+        done.append((step, run(step, f"{number}/{len(plan)}")))
+    lines = table(ROOT / out)
+    record = make_record(
+        vars(args) | {"seed": 0}, {}, time.monotonic() - started,
+        seconds={step.does: round(seconds, 1) for step, seconds in done},
+    )  # fmt: skip
+    write_json(record, ROOT / out / RECORD)
+    write_text(summary(lines, done, record), ROOT / out / SUMMARY)
+    print(f"\n{printed(lines)}")
+    problem = fault(lines)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 1
-    print(f"the integers alone carry the graph ({time.monotonic() - start:.0f} s); everything is in {args.out_dir}")
+    print(f"the integers alone carry the graph ({record['wall_seconds']:.0f} s)")
+    print(f"wrote {out / SUMMARY}, figures in {out / 'figures'}, everything else in {out}")
     print("next: python data/download.py FB15k-237 && python run_rq.py --dataset data/FB15k-237 --max_minutes 60")
     return 0
 

@@ -1,0 +1,117 @@
+"""demo_complete.py --quick, as CI runs it: every step, the table from the records, and what makes it fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import demo_complete as demo
+from lora_training.score_answers import read_answers, report
+from run_record import ROOT, read_json
+from tests.pages import check_command
+
+RECORDS = (f"{demo.STEM}.json", "from_codes.json", "shuffled.json", "answered.json")
+SIZES = {"full": demo.FULL, "quick": demo.QUICK}
+
+
+class Done(NamedTuple):
+    out: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out = tmp_path_factory.mktemp("demo") / "a folder"  # with a blank: commands must quote it
+    command = [sys.executable, "demo_complete.py", "--quick", "--out_dir", str(out)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    return Done(out, found.stdout)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_command_is_one_that_its_script_takes(name: str, tmp_path: Path) -> None:
+    plan = demo.steps(tmp_path, SIZES[name])
+    assert [Path(step.words[0]).name for step in plan] == [
+        *["run_rq.py"] * 7, "gen_lp_data_rq.py", "check_leaks.py", "make_tiny_base.py", "train_lora.py",
+        "inference.py", "score_answers.py", "make_figures.py",
+    ]  # fmt: skip
+    for step in plan:
+        check_command(f"python {' '.join(step.words)}")
+        assert all(path.is_relative_to(tmp_path) for path in step.made)
+
+
+def test_each_step_prints_its_command_and_what_it_wrote(done: Done) -> None:
+    plan = demo.steps(done.out, demo.QUICK)
+    for number, step in enumerate(plan, 1):
+        assert f"[{number}/{len(plan)}] {step.does}\n$ python {step.words[0]}" in done.printed
+        assert re.search(rf"^\[{number}/{len(plan)}\] done in \d+ s", done.printed, re.MULTILINE)
+        for path in step.made:
+            assert path.exists() and str(path) in done.printed
+    assert done.printed.count("--out_dir '") >= 2  # the blank in the folder's name is quoted
+
+
+def test_the_printed_table_is_that_of_the_records(done: Done) -> None:
+    lines = {line.label: line.metrics for line in demo.table(done.out)}
+    record = read_json(done.out / f"{demo.STEM}.json", "record")
+    rows = [re.split(r"\s{2,}", line) for line in done.printed.splitlines() if line.startswith(tuple(lines))]
+    assert [row[0] for row in rows] == list(lines) and len(rows) == 5
+    answered = report(read_answers(done.out / "answers.jsonl").answers)[demo.TASK]["test"]
+    assert answered["count"] == demo.QUICK.rows  # the limit is per file
+    for row, metrics in zip(rows, (record["test"], record["test"], None, answered, answered["as_listed"]), strict=True):
+        if metrics:
+            assert row[1:] == [f"{metrics[name]:.3f}" for name in ("mrr", "hits@1", "hits@3", "hits@10")]
+
+
+def test_the_integers_carry_the_score_and_others_do_not(done: Done) -> None:
+    recorded, again, shuffled = (line.metrics for line in demo.table(done.out)[:3])
+    assert again == recorded and again["count"] == 952
+    assert recorded["mrr"] > 0.3 and shuffled["mrr"] < 0.02
+
+
+def test_the_lists_tell_the_llm_nothing_by_their_order(done: Done) -> None:
+    """Where the truth stands in a list is drawn: the order alone gets what chance gets, within four standard errors."""
+    listed = demo.table(done.out)[4].metrics
+    ranks = np.array([1 / rank for rank in range(1, demo.CANDIDATES + 1)])
+    assert abs(listed["mrr"] - ranks.mean()) < 4 * ranks.std() / demo.QUICK.rows**0.5
+
+
+def test_the_summary_holds_the_table_the_commands_and_the_files(done: Done) -> None:
+    text = (done.out / demo.SUMMARY).read_text(encoding="utf-8")
+    for line in demo.table(done.out):
+        assert f"| {line.label} | {' | '.join(demo.cells(line))} | `{line.path}` |" in text
+        assert (done.out / line.path).is_file()
+    record = json.loads((done.out / demo.RECORD).read_text())
+    assert len(record["seconds"]) == 14 and sum(record["seconds"].values()) <= record["wall_seconds"] + 1
+    assert record["git_commit"] in text and text.count("\n    python ") == 14
+    assert {path.suffix for path in (done.out / "figures").iterdir()} == {".png", ".pdf"}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("from_codes.json", lambda metrics: metrics | {"hits@3": metrics["hits@3"] - 0.001}, "was recorded"),
+        ("shuffled.json", lambda metrics: metrics | {"mrr": 0.9}, "shuffled codes still give MRR 0.9000"),
+    ],
+    ids=["another score from the integers", "a score without the codes"],
+)
+def test_a_score_that_is_not_the_codes_is_a_fault(
+    done: Done, tmp_path: Path, file: str, change: Any, words: str
+) -> None:
+    for name in RECORDS:
+        shutil.copy(done.out / name, tmp_path / name)
+    assert demo.fault(demo.table(tmp_path)) is None
+    (tmp_path / file).write_text(json.dumps(change(read_json(tmp_path / file, "metrics"))))
+    assert words in str(demo.fault(demo.table(tmp_path)))
+
+
+def test_a_step_that_fails_stops_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(demo.InputError, match="step 1/1 ended with exit code 2"):
+        demo.run(demo.Step("nothing", ["run_rq.py", "--dataset", str(tmp_path / "none")], []), "1/1")
