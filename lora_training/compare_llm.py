@@ -12,7 +12,7 @@ the LLM with shuffled codes  every entity has another one's codes, the same in t
 the LLM with codes           the result
 
 The candidate model is a small one on purpose, for all rows alike: few codes and few epochs. The full one of the bundled
-graph (the demo's) has MRR .98, and what it leaves wrong is nearly all a person listed as his own brother.
+graph (the demo's) has MRR .98, which leaves nothing to gain.
 The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too. A base as small as RECIPE's
 does not put the codes above all other rows yet: docs/LOG.md says what was measured and what is missing.
 
