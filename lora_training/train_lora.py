@@ -372,13 +372,13 @@ def targets(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list[int]) -> PeftModel:
-    """LoRA on the linear layers, and the code tokens' rows of embedding and head."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    """LoRA on the linear layers, and the code tokens' rows of embedding and head.
 
-    if args.load_in_4bit:
-        model = prepare_model_for_kbit_training(
-            model, args.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+    No prepare_model_for_kbit_training with 4-bit weights: it makes embedding, head and norms float32 for the training
+    alone, and the saved adapter then gives other logits (and takes 2 GiB more at 7B). What else it does is done here.
+    """
+    from peft import LoraConfig, get_peft_model
+
     seed_everything(args.seed)
     adapted = get_peft_model(
         model,
