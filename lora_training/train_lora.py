@@ -375,7 +375,7 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
     """LoRA on the linear layers, and the code tokens' rows of embedding and head.
 
     No prepare_model_for_kbit_training with 4-bit weights: it makes embedding, head and norms float32 for the training
-    alone, and the saved adapter then gives other logits (and takes 2 GiB more at 7B). What else it does is done here.
+    alone, and the saved adapter then gives other logits. What else it does is done here.
     """
     from peft import LoraConfig, get_peft_model
 
