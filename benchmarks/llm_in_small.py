@@ -4,7 +4,7 @@
     python benchmarks/llm_in_small.py --quick --limit_s 0              the same path on the family graph, without a GPU
 
 It runs lora_training/compare_llm.py with configs/FB15k-237_llm_gpu.json for at most --limit_s seconds; --work keeps
-codes, models and answers between calls, and the same command goes on where it was stopped. --out (or OUT) gets one small
+codes, models and answers between calls, and the same command goes on where it stopped. --out (or OUT) gets one small
 file, llm_in_small.json: the comparison when it is done; until then metrics, losses and seconds of the steps that are.
 """
 
