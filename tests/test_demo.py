@@ -31,7 +31,7 @@ class Done(NamedTuple):
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     out = tmp_path_factory.mktemp("demo") / "a folder"  # with a blank: commands must quote it
     command = [sys.executable, "demo_complete.py", "--quick", "--out_dir", str(out)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return Done(out, found.stdout)
 
