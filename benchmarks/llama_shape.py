@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from lora_training.train_lora import Plan
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "LLaMA2-7B": {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
                   "num_attention_heads": 32, "max_position_embeddings": 4096},
     "tiny": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
@@ -206,11 +206,11 @@ def measure(args: argparse.Namespace, rows: int, tokenizer: Any, code_ids: list[
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model = build_model(args, lora, plan, device)
-    clock = Clock(args.warm, device)
+    clock, last = Clock(args.warm, device), args.warm + args.steps
 
     class Steps(TrainerCallback):
-        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-            clock.step_ends(state.global_step, args.warm + args.steps)
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.step_ends(state.global_step, last)
 
     trainer = train_lora.make_trainer(
         model, arguments, plan.train, plan.validation, train_lora.Collate(plan.tokenizer.pad_token_id), 0, 0.0

@@ -57,9 +57,9 @@ def main() -> None:
     accelerate.state.PartialState.__init__ = renamed
     accelerate.accelerator.fsdp2_prepare_model = counted
     if "STOP_AT" in os.environ:
-        train_lora.make_trainer = stopping
+        train_lora.make_trainer = stopping  # type: ignore[assignment]
     train_lora.main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    run_command(main)  # type: ignore[arg-type]
+    run_command(main)

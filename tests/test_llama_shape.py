@@ -84,7 +84,7 @@ def test_the_model_is_train_loras(vocabulary: tuple[Any, list[int]], tmp_path: P
 
 
 def test_goals_are_held_against_what_was_measured() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"rows": 1, "ratio": 0.40, "reserved_GB": 21.9},
         {"rows": 2, "ratio": 0.46, "reserved_GB": 25.0},
         {"rows": 4, "note": "FAILED: OutOfMemoryError: x"},

@@ -145,7 +145,7 @@ def test_training_reload_and_merge(base: Path, tmp_path: Path) -> None:
         ["--lora_adapter", str(saved.folder), "--output_dir", str(tmp_path / "merged"), "--base_model", str(base)]
     )
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
-    rows_before, rows_after = (model.get_input_embeddings().weight for model in (before, merged))
+    rows_before, rows_after = (model.get_parameter("model.embed_tokens.weight") for model in (before, merged))
     assert len(rows_after) == max(len(rows_before), len(saved.tokenizer))
     assert torch.equal(rows_after[:old], rows_before[:old])
     if len(rows_before) >= len(saved.tokenizer):  # rows that were there: what the data hold has moved

@@ -57,8 +57,8 @@ def test_zero3_recomputes_reentrantly_and_others_do_not(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("rows", [True, False])
 def test_reentrant_recomputation_has_the_same_gradients(
     rows: bool,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    base: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With and without trained rows: without them nothing that enters the first layer has a gradient of its own."""
     from lora_training.code_tokens import add_code_tokens, load_tokenizer
