@@ -32,10 +32,12 @@ def gather_targets(indptr: Tensor, targets: Tensor, queries: Tensor) -> Targets:
 class _SoftmaxCrossEntropy(torch.autograd.Function):
     """Loss and gradients of a chunk of queries while its probabilities are at hand: three products, one softmax.
 
-    What is sparse (the true tails) and what is of rank one (the smoothing) never touches the [B, M] probabilities:
+    The true tails are taken from the probabilities before the products, so that these are of what is left to learn
+    and rounding is a share of it; the smoothing, of rank one, never touches the [B, M] probabilities:
 
-        d loss / d query = c (P E - smoothing * mean E) - (1 - smoothing) * sum of E over the true tails
-        d loss / d E     = P^T (c query) - smoothing / M * sum of c query - (1 - smoothing) * sum of query at true rows
+        P'               = P - (1 - smoothing) / c at the true tails
+        d loss / d query = c (P' E - smoothing * mean E)
+        d loss / d E     = P'^T (c query) - smoothing / M * sum of c query
 
     with c the number of true tails of each query, both divided by n.
     """
@@ -48,28 +50,28 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         small = _product_dtype(query)
         entities = q_all.to(small)
         d_query, d_all = torch.empty_like(query), torch.zeros_like(q_all)
-        log_total = query.new_empty(len(query))
+        log_total, log_odds = query.new_empty(len(query)), query.new_zeros(())  # log_odds: of the true triples
         for start in range(0, len(query), chunk):
             part = slice(start, start + chunk)
+            here = (rows >= start) & (rows < start + chunk)
+            at, tails = rows[here] - start, columns[here]
             scores = query[part] @ q_all.T
+            log_odds += scores[at, tails].sum()
             highest = scores.amax(1)
             probabilities = torch.softmax(scores, dim=1, out=scores)
             log_total[part] = highest - probabilities.amax(1).log()
-            probabilities = probabilities.to(small)
-            d_query[part] = probabilities @ entities
+            probabilities.index_put_((at, tails), (smoothing - 1) / count[part][at], accumulate=True)
+            left = probabilities.to(small)
+            d_query[part] = left @ entities
             weighted = (query[part] * count[part, None]).to(small)
-            d_all += probabilities.T @ weighted
+            d_all += left.T @ weighted
         d_query.mul_(count[:, None])
-        true_tails = q_all.index_select(0, columns)
-        log_odds = (query.index_select(0, rows) * true_tails).sum()  # of the true triples
         loss = (count * log_total).sum() - (1 - smoothing) * log_odds
         if smoothing:
             mean, weighted_sum = q_all.mean(0), count @ query
             loss = loss - smoothing * (weighted_sum @ mean)
             d_query.sub_(smoothing * count[:, None] * mean)
             d_all.sub_(weighted_sum * (smoothing / len(q_all)))
-        d_query.index_add_(0, rows, true_tails, alpha=smoothing - 1)
-        d_all.index_add_(0, columns, query.index_select(0, rows), alpha=smoothing - 1)
         ctx.save_for_backward(d_query.div_(n), d_all.div_(n))
         return loss / n
 
@@ -83,9 +85,8 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
 def _product_dtype(like: Tensor) -> torch.dtype:
     """bfloat16 for the products of probabilities where the precision in force allows it and the processor has it.
 
-    Its 8 bits are a floor under the gradients, not a share of them: near the optimum P E and the sum over the true
-    tails cancel, and the rounding of P E stays. Per query and coordinate it is below 2^-7 of c sum_m P_m |E_m| / n,
-    per entity below 2^-7 of sum_b P_b |c_b query_b| / n (tests/test_losses.py). The loss itself is float32.
+    Its 8 bits round what the gradients sum up: |P'| |E| / n and |P'|^T |c query| / n, each to less than 2^-6 of itself
+    (tests/test_losses.py). The loss itself is float32.
     """
     fast = like.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     return torch.bfloat16 if fast and has_bfloat16(like.device) else like.dtype
