@@ -37,7 +37,7 @@ UNLABELLED = run_rq.NOT_COMPARED | {
 UNLABELLED_TRAINING = {
     "model_name", "train_data", "val_data", "output_dir", "overwrite", "resume_from_checkpoint", "micro_batch_size",
     "eval_batch_size", "logging_steps", "seed", "report_to", "lora_r", "gradient_checkpointing", "epochs", "max_steps",
-    "eval_steps", "max_length",
+    "eval_steps", "max_length", "code_init",
 }  # fmt: skip
 EXPECTED = ROOT / "tables" / "expected"
 KEEP_FIRST = "give --keep before data are replaced, or repeat inference.py"
@@ -286,6 +286,7 @@ def answer_setting(record: Record, training: Record | None, given: str, dataset:
         words.append(f"LoRA r {flags.get('lora_r')}")
         words.append(f"{flags['max_steps']} steps" if flags.get("max_steps") else f"{flags['epochs']:g} epochs")
         words.append(f"{training['rows']['train']:,} rows")
+        words += ["code rows from stage 1"] if flags.get("code_init") else []
         words += other_flags(flags, training_defaults(), UNLABELLED_TRAINING)
     size = f"codes {codes.get('seq_len')} x {codes.get('num_quantizers')} of {codes.get('num_code') or 0:,}"
     words.append({"without": "without codes", "shuffled": f"{size}, shuffled", "with": size}[given])

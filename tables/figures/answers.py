@@ -48,8 +48,8 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             found.setdefault(key, []).append(row)
     if not found:
         raise Missing(
-            f"no record of answers to {task.replace('_', ' ')}; make one: cd lora_training && python train_lora.py, "
-            "then python inference.py"
+            f"no record of answers to {task.replace('_', ' ')}; make some: python tables/run_llm_grid.py --out "
+            "lora_training/lora_outputs/grid"
         )
     figure, axes = new_figure(len(found), len(metrics), 2.7, 2.4)
     for panels, ((dataset, Q, setting), rows) in zip(axes, found.items(), strict=True):

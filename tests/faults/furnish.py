@@ -12,6 +12,7 @@ from data import embed_text
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, train_lora
 from run_record import InputError, write_json
+from tables import run_llm_grid
 from tests.conftest import arguments
 
 SOURCE = {"train.txt": "a\tr\tb\n" * 40, "valid.txt": "b\tr\tc\n" * 5}
@@ -73,6 +74,15 @@ def half_tuned(folder: Path, words: list[str]) -> None:
     shutil.rmtree(folder / "half" / "checkpoints" / "checkpoint-2")
 
 
+def leave(steps: list[compare_llm.Step], marks: Path) -> None:
+    """Marks and (empty) files of steps, as if each had ended well."""
+    for step in steps:
+        for path in step.made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        write_json({"command": step.words, "seconds": 1.0}, marks / f"{step.name}.json")
+
+
 def compared(folder: Path) -> None:
     """What every step of a comparison with one seed leaves, as far as its rows need it."""
     from tests.test_compare_llm import fill
@@ -82,14 +92,22 @@ def compared(folder: Path) -> None:
     write_json(RECIPE, folder / "recipe.json")
     recipe = compare_llm.read_recipe(folder / "recipe.json", quick=False)
     fill(kg, places)
-    for step in compare_llm.seed_steps(kg, dataset, places.root / "ring_refit", places, recipe, 0):
-        for path in step.made:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        write_json({"command": step.words, "seconds": 1.0}, places.marks / f"{step.name}.json")
+    leave(compare_llm.seed_steps(kg, dataset, places.root / "ring_refit", places, recipe, 0), places.marks)
     compare_llm.main([
         "--dataset", str(dataset), "--out", str(out), "--seeds", "0", "--recipe", str(folder / "recipe.json"),
     ])  # fmt: skip
+
+
+def gridded(folder: Path) -> None:
+    """What every step of a grid with one cell leaves, as far as the command needs it."""
+    dataset, out = folder / "data" / "ring", folder / "grid"
+    chains = {
+        out: [run_llm_grid.base_step(dataset, out, run_llm_grid.GRID, 0)],
+        out / "2x8": run_llm_grid.cell_steps(dataset, out, 2, 8, run_llm_grid.TASKS, run_llm_grid.GRID, 0),
+    }
+    for place, steps in chains.items():
+        leave(steps, place / "done")
+    run_llm_grid.main(["--dataset", str(dataset), "--out", str(out), "--L", "2", "--K", "8"])
 
 
 def furnish(folder: Path, codes: Path, tuning: list[str]) -> None:
@@ -98,6 +116,7 @@ def furnish(folder: Path, codes: Path, tuning: list[str]) -> None:
     half_embedded(folder)
     half_tuned(folder, tuning)
     compared(folder)
+    gridded(folder)
     (folder / "ablations" / "4x4_seed0").mkdir(parents=True)
     shutil.copy(codes.with_suffix(".json"), folder / "ablations" / "4x4_seed0" / "run.json")
     for name, mark in (("tables", "table 2"), ("levels", "levels")):

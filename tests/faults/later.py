@@ -149,6 +149,12 @@ LATER = [
         over("--out", "W/ablations", "--only", "4x4", "--seeds", "0"),
         [File("ablations/4x4_seed0/run.json", damage.THERE)],
     ),
+    Target(
+        "llm_grid",
+        "tables/run_llm_grid.py",
+        over("--dataset", "W/data/ring", "--out", "W/grid", "--L", "2", "--K", "8"),
+        [File("grid/plan.json", damage.JSON, ("--out",), ("missing",))],
+    ),
     Target("results", "tables/results.py", over("--records", "W/ranked", *RECORDS[1:]), [ANSWERED, RESULT]),
     Target("tables", "tables/make_tables.py", over("--table", "2", *RECORDS), [RESULT, tied_graph()[0]]),
     Target(
