@@ -27,7 +27,7 @@ PYTHON = [line for line in COMMANDS if re.match(rf"({FOLDER})?python (?!-m)", li
 CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh clone: minutes each, nothing fetched
     "python demo_complete.py --quick --out_dir demo_output/quick",
     "python run_rq.py --dataset data/family --seq_len 4 --num_code 256 --decoder distmult --epoch 40 --lr 0.005 "
-    "--batch 256 --encoder_every 2 --eval_every 5",
+    "--batch 256 --encoder_every 2 --assign_every 2 --eval_every 5",
     "python Class/gen_fb_data_rq.py",
     "python Class/gen_entity_data_rq.py",
     "python Class/build_mix.py triple_classification=1 knowledge_reasoning=2",
