@@ -34,7 +34,7 @@ from run_record import InputError, load_torch, seed_everything
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FAMILY = {
     "dataset": ROOT / "data" / "family", "seq_len": 4, "num_code": 256, "decoder": "distmult", "epoch": 40, "lr": 0.005,
-    "batch": 256, "encoder_every": 2, "eval_every": 5, "device": "cpu",
+    "batch": 256, "encoder_every": 2, "assign_every": 2, "eval_every": 5, "device": "cpu",
 }  # fmt: skip
 
 

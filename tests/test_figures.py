@@ -87,7 +87,7 @@ def test_equal_inputs_give_equal_bytes(name: str, inputs: Inputs, tmp_path: Path
 
 def test_a_figure_asked_for_without_its_inputs_is_an_error(swept: Path, ring: Path, tmp_path: Path) -> None:
     words = ["--records", str(swept), "--data", str(ring.parent), "--out", str(tmp_path)]
-    for number, hint in (("7", "inference.py"), ("11", "inference.py")):
+    for number, hint in (("7", "run_llm_grid.py"), ("11", "run_llm_grid.py")):
         with pytest.raises(InputError, match=hint):
             make_figures.main(["--figure", number, *words])
     with pytest.raises(InputError, match=r"data/download\.py"):
