@@ -155,7 +155,12 @@ LATER = [
         over("--dataset", "W/data/ring", "--out", "W/grid", "--L", "2", "--K", "8"),
         [File("grid/plan.json", damage.JSON, ("--out",), ("missing",))],
     ),
-    Target("results", "tables/results.py", over("--records", "W/ranked", *RECORDS[1:]), [ANSWERED, RESULT]),
+    Target(
+        "results",
+        "tables/results.py",
+        over("--records", "W/ranked", *RECORDS[1:]),
+        [ANSWERED._replace(may=LOOSE), RESULT],
+    ),
     Target("tables", "tables/make_tables.py", over("--table", "2", *RECORDS), [RESULT, tied_graph()[0]]),
     Target(
         "counts",
