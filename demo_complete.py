@@ -44,7 +44,10 @@ FULL = Size(
     figures="2 4 6 8 10 levels tokens usage",
 )
 QUICK = FULL._replace(stage1="--epoch 12 --eval_every 6", rows=160, base="--epochs 0.3", figures="6 10 levels usage")
-STAGE1 = "--seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 --encoder_every 2 --assign_every 2"
+STAGE1 = (
+    "--seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 --encoder_every 2 "
+    "--assign_every 2"
+)
 BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 8 --lr 0.003"
 LORA = "--batch_size 8 --learning_rate 0.003 --lora_dropout 0 --logging_steps 50 --overwrite"
 
