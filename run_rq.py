@@ -141,7 +141,7 @@ def build_parser() -> CommandParser:
     group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
     group.add_argument("--relation_weight", type=float, default=0.0, metavar="W",
-                       help="weight of telling the relation from head and tail (--decoder distmult, complex)")  # fmt: skip
+                       help="weight of telling r from head and tail (--decoder distmult or complex)")  # fmt: skip
     group.add_argument("--warmup_epochs", type=float, default=1, metavar="N",
                        help="epochs before the codebooks are initialised; below 1: part of the run")  # fmt: skip
     group.add_argument("--z_noise", type=float, default=0.0, metavar="S",
