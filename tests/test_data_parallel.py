@@ -121,7 +121,7 @@ def fixed_assignments(kg: KnowledgeGraph, world: World, folder: Path) -> dict[st
     trainer = make_trainer(kg, world, folder / "fixed" / "run.pt", {"decoder": "conve"}, warmup_epochs=0, freeze_at=1.0)
     trainer.codes = trainer.model.rq_codebook.random_codes(M, SHAPE["seq_len"], torch.Generator().manual_seed(3))
     trainer.model.rq_codebook.initialized.fill_(True)
-    trainer._refresh = lambda phase, z=None: None  # type: ignore[method-assign, misc]
+    trainer._refresh = lambda phase, z=None: None  # type: ignore[method-assign]
     trainer._start_epoch = lambda phase: None  # type: ignore[method-assign]
     trainer.fit()
     return result_of(trainer)
