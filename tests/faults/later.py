@@ -227,7 +227,7 @@ LATER = [
         "report",
         "tables/make_report.py",
         over(f"W/codes/{STEM}.json", "--out", "W/report.html", "--data", "W/data"),
-        [RECORD, TIED[0], ENTITIES],
+        [RECORD, TIED[0]._replace(may=("missing", "a folder")), ENTITIES],  # the page is of what is there
         True,
     ),
     *(
