@@ -190,6 +190,8 @@ def usable(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizer
     """The tokenizer with a pad token; InputError where it has no end token or its settings are no settings."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token: no answer could ever end")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer.json
+        raise InputError(f"{name} holds no tokenizer, such as tokenizer.json: no words but special ones; fetch it anew")
     if not isinstance(tokenizer.model_max_length, int | float):
         raise InputError(f"the tokenizer of {name} has model_max_length {tokenizer.model_max_length!r}; fetch it anew")
     if tokenizer.pad_token_id is None:  # padding is masked by position, so any id serves; a new one would cost a row
