@@ -227,6 +227,8 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
+    if args.relation_weight and args.loss != "ce":  # several processes share a batch out by what its loss averages
+        parser.error(f"--relation_weight {args.relation_weight} averages over triples: it goes with --loss ce alone")
     if args.relation_weight and args.decoder not in ("distmult", "complex"):
         parser.error(f"--relation_weight {args.relation_weight} goes with --decoder distmult or complex, whose scores "
                      f"are linear in the relation; --decoder {args.decoder} is not")  # fmt: skip

@@ -188,6 +188,8 @@ def test_negatives_go_with_the_softmax(ring: Any, tmp_path: Any, rq: Any) -> Non
     outcome = rq(*small_flags(ring, tmp_path, num_negatives=8, loss="bce"))
     assert outcome.code == 2 and "--num_negatives" in outcome.err and len(outcome.err.splitlines()) == 1
     assert rq(*small_flags(ring, tmp_path, num_negatives=-1)).code == 2
+    outcome = rq(*small_flags(ring, tmp_path, relation_weight=1, decoder="distmult", loss="bce"))
+    assert outcome.code == 2 and "--relation_weight" in outcome.err and len(outcome.err.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- ranking in chunks over entities
