@@ -173,7 +173,12 @@ DICT = [
 
 EXACT = anything(flip_is=MUST)  # known by its hash
 NEGATIVES = [damage._replace(expect=MAY) if damage.name == "missing" else damage for damage in TRIPLES]
-PAGE = [*anything(cut_is=MAY), *(damage._replace(expect=MAY) if damage.name == "NUL" else damage for damage in TEXT)]
+PAGE = [
+    *anything(cut_is=MAY),
+    *(damage._replace(expect=MAY) if damage.name == "NUL" else damage for damage in TEXT),
+    Damage("no end marks", MUST, lambda content, _: content.replace(b"<!-- end -->", b"")),
+    Damage("marks misspelt", MUST, lambda content, _: content.replace(b"<!--", b"<!-")),
+]
 
 
 def further(text: str) -> Bytes:
