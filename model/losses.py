@@ -140,21 +140,23 @@ def sampled_softmax_cross_entropy(
 ) -> Tensor:
     """``softmax_cross_entropy`` with the sum over all M entities estimated, query [B, D], q_some [U, D] of the sample.
 
-    With own_b the n_b true tails of query b and S the drawn set:
+    With own_b the n_b true tails of query b and its head, and S the drawn set:
 
-        Z_b = sum over own_b of exp(s) + (M - n_b) / |S \\ own_b| * sum over S \\ own_b of exp(s)
+        Z_b = sum over own_b of exp(s) + (M - |own_b|) / |S \\ own_b| * sum over S \\ own_b of exp(s)
 
     an unbiased estimate of the sum over all entities, and the sum itself where S is all of them (log Z_b is low on
-    average, less so the larger S). Where S holds true tails only, the second term is zero. The true tails' scores are
-    exact; ``label_smoothing`` spreads its share over S instead of over all entities, ``chunk`` bounds the scores
-    [chunk, S] that are held at once.
+    average, less so the larger S). The head's term is exact because bilinear scores put it on top where it is seldom
+    among the negatives. Where S holds own_b only, the second term is zero. ``label_smoothing`` spreads its
+    share over S instead of over all entities, ``chunk`` bounds the scores [chunk, S] that are held at once.
     """
-    B, rows = len(query), sample.targets.rows
+    B, true = len(query), sample.targets
     chunk = chunk or max(1, SCORES_AT_ONCE // len(sample.drawn))
-    count = torch.bincount(rows, minlength=B)
-    place = torch.searchsorted(sample.drawn, sample.targets.columns).clamp_max_(len(sample.drawn) - 1)
-    hit = sample.drawn[place] == sample.targets.columns
-    hits = Targets(rows[hit], place[hit])  # drawn entities that are true tails of the query
+    known = torch.bincount(true.rows[sample.heads[true.rows] == true.columns], minlength=B) > 0  # h is a tail of (h, r)
+    others = (~known).nonzero().flatten()
+    rows, columns = torch.cat([true.rows, others]), torch.cat([true.columns, sample.heads[others]])  # own_b
+    place = torch.searchsorted(sample.drawn, columns).clamp_max_(len(sample.drawn) - 1)
+    hit = sample.drawn[place] == columns
+    hits = Targets(rows[hit], place[hit])  # drawn entities that are in own_b
     negatives = q_some.index_select(0, sample.drawn)
     parts = []
     for start in range(0, B, chunk):
@@ -162,14 +164,15 @@ def sampled_softmax_cross_entropy(
         inputs = (query[start : start + chunk], negatives, hits.rows[here] - start, hits.columns[here])
         parts.append(_log_total(*inputs) if chunk >= B else checkpoint(_log_total, *inputs, use_reentrant=False))
     free = len(sample.drawn) - torch.bincount(hits.rows, minlength=B)
-    scale = (num_entities - count).clamp_min(1).to(query.dtype) / free.clamp_min(1)
+    scale = (num_entities - torch.bincount(rows, minlength=B)).clamp_min(1).to(query.dtype) / free.clamp_min(1)
     log_negative = torch.cat(parts) + scale.log()
-    own = (query.index_select(0, rows) * q_some.index_select(0, sample.targets.columns)).sum(1)
+    own = (query.index_select(0, rows) * q_some.index_select(0, columns)).sum(1)
     highest = log_negative.detach().scatter_reduce(0, rows, own.detach(), "amax")
     total = (log_negative - highest).exp().index_add(0, rows, (own - highest[rows]).exp())
-    weight = count.to(query.dtype)
-    loss = weight @ (highest + total.log()) - (1 - label_smoothing) * own.sum()
-    return (loss - label_smoothing * ((weight @ query) @ negatives.mean(0))) / len(rows)
+    n = len(true.rows)
+    weight = torch.bincount(true.rows, minlength=B).to(query.dtype)
+    loss = weight @ (highest + total.log()) - (1 - label_smoothing) * own[:n].sum()
+    return (loss - label_smoothing * ((weight @ query) @ negatives.mean(0))) / n
 
 
 def _log_total(query: Tensor, negatives: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ def test_a_sample_of_all_entities_is_the_exact_loss(smoothing: float, chunk: int
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [5, 9])
+@pytest.mark.parametrize("size", [6, 9])
 def test_mean_over_all_samples_of_z_is_z(size: int) -> None:
-    """Over every subset S of a size above the number of tails: mean Z_b = the sum over all entities; biased without
+    """Over every subset S of a size above the number of tails and the head: mean Z_b = the sum over all entities; biased without
     the correction, as the control shows."""
     heads, query, q_all, targets = problem(1)
     for row in range(B):
@@ -74,7 +74,7 @@ def test_mean_over_all_samples_of_z_is_z(size: int) -> None:
             sample = sample_of(heads[:1], own, list(drawn))
             loss = sampled_softmax_cross_entropy(query[row : row + 1], q_all[sample.entities], sample, N)
             found.append(float((loss.detach() + of_tails).exp()))
-            uncorrected.append(float(scores[sorted({*drawn, *own.columns.tolist()})].exp().sum()))
+            uncorrected.append(float(scores[sorted({*drawn, *own.columns.tolist(), int(heads[0])})].exp().sum()))
         assert np.mean(found) == pytest.approx(float(scores.exp().sum()), rel=1e-10)
         assert np.mean(uncorrected) < 0.995 * float(scores.exp().sum())
 
@@ -90,11 +90,14 @@ def test_gradients_by_finite_differences(smoothing: float, drawn: list[int]) -> 
         )
 
 
-def test_sample_of_true_tails_alone_stays_finite() -> None:
-    heads, query, q_all, _ = problem()
+@pytest.mark.parametrize("head", [0, 5])
+def test_sample_of_own_entities_alone_is_a_softmax_over_them(head: int) -> None:
+    """The head takes part though it was not drawn, once where it is a true tail of itself."""
+    _, query, q_all, _ = problem()
     targets = Targets(torch.zeros(3, dtype=torch.int64), torch.tensor([2, 5, 6]))
-    loss = sampled_softmax_cross_entropy(query[:1], q_all, sample_of(heads[:1], targets, [2, 6]), N)
-    expected = softmax_cross_entropy(query[:1], q_all[[2, 5, 6]], Targets(targets.rows, torch.arange(3)))
+    loss = sampled_softmax_cross_entropy(query[:1], q_all, sample_of(torch.tensor([head]), targets, [2, 6]), N)
+    own = q_all[[2, 5, 6] if head == 5 else [2, 5, 6, head]]
+    expected = softmax_cross_entropy(query[:1], own, Targets(targets.rows, torch.arange(3)))
     torch.testing.assert_close(loss, expected)
     for gradient in torch.autograd.grad(loss, (query, q_all)):
         assert bool(gradient.isfinite().all())
