@@ -3,6 +3,7 @@
     python run_rq.py --dataset data/FB15k-237            train, dump codes_new/FB15k-237_16_1024_4_rq.pt, score the dump
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt           rank from the dumped integers alone
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --predict HEAD RELATION       top tails by name
+    python run_rq.py --dataset D --codes_from C.pt --name OTHER            another scorer of the same integers
 
 The encoder of Eq. 1-3 is in model/RQGCN.py, the quantizer of Eq. 3 and 5 in model/RQCodebook.py, one training step
 of Eq. 9 in model/trainer.py.
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     import torch
 
     from data.knowledge_graph import KnowledgeGraph
+    from model.ensemble import JointScorer
     from model.RQGCN import RQGCN, CodeScorer
+    from model.teacher import Trained
     from model.trainer import Trainer
 
 AUTO = "auto"
@@ -51,6 +54,7 @@ LIMITS = {"epoch", "max_minutes", "patience"}  # when to stop: may differ with -
 NOT_COMPARED = {
     "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
     "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend", "config",
+    "teacher", "codes_from",
 }  # fmt: skip
 
 
@@ -108,6 +112,8 @@ def build_parser() -> CommandParser:
                        help="residual levels; auto: by the graph's size and what kept runs measured")  # fmt: skip
     group.add_argument("--code_dim", type=int, default=32, help="width of a code vector")
     group.add_argument("--vq_weight", type=float, default=1.0, help="weight of the quantization loss in Eq. 9")
+    group.add_argument("--codes_from", type=Path, metavar="CODES.pt",
+                       help="learn no codes but a scorer of these: codebooks, relations, decoder")  # fmt: skip
 
     group = parser.add_argument_group("encoder and decoder")
     group.add_argument("--init_dim", type=int, default=200, help="width of the learned entity and relation inputs")
@@ -142,6 +148,10 @@ def build_parser() -> CommandParser:
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
     group.add_argument("--relation_weight", type=float, default=0.0, metavar="W",
                        help="weight of telling r from head and tail (--decoder distmult or complex)")  # fmt: skip
+    group.add_argument("--teacher", type=Path, nargs="+", metavar="CK.pt",
+                       help="trained runs: their answers to training queries are learned too")  # fmt: skip
+    group.add_argument("--teacher_weight", type=float, default=0.7, metavar="W",
+                       help="weight of the teacher's answers; the rest is the true tails'")  # fmt: skip
     group.add_argument("--warmup_epochs", type=float, default=1, metavar="N",
                        help="epochs before the codebooks are initialised; below 1: part of the run")  # fmt: skip
     group.add_argument("--z_noise", type=float, default=0.0, metavar="S",
@@ -177,8 +187,9 @@ def build_parser() -> CommandParser:
     group = parser.add_argument_group("from codes, without training")
     group.add_argument("--eval_codes", type=Path, metavar="CODES.pt", help="rank from these integers alone")
     group.add_argument(
-        "--checkpoint", type=Path, metavar="CK.pt", help="codebooks, relations and decoder for --eval_codes"
-    )
+        "--checkpoint", type=Path, nargs="+", metavar="CK.pt",
+        help="codebooks, relations and decoder for --eval_codes; the scores of several are added",
+    )  # fmt: skip
     group.add_argument("--split", choices=["train", "valid", "test"], default="test", help="split to rank")
     group.add_argument("--metrics_out", type=Path, metavar="FILE.json", help="write the metrics there")
     group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
@@ -234,6 +245,12 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
                      f"are linear in the relation; --decoder {args.decoder} is not")  # fmt: skip
     if args.num_negatives and args.loss != "ce":
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
+    if args.teacher and (args.loss != "ce" or args.num_negatives):
+        parser.error("--teacher goes with the exact softmax: --loss ce without --num_negatives")
+    if not 0 <= args.teacher_weight <= 1:
+        parser.error(f"--teacher_weight {args.teacher_weight} is out of range, expected 0 to 1")
+    if args.codes_from and (args.control or args.eval_codes):
+        parser.error(f"--codes_from trains on given codes: leave --{'control' if args.control else 'eval_codes'} out")
     for flag in ["lr", "encoder_lr"]:
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < float("inf"):
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected more than 0")
@@ -249,7 +266,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--num_quantizers {args.num_quantizers} is too small, expected 1 or more")
     if args.tf_layers and args.code_dim % args.att_head:
         parser.error(f"--code_dim {args.code_dim} is no multiple of --att_head {args.att_head}")
-    if args.warmup_epochs >= args.epoch:
+    if args.warmup_epochs >= args.epoch and not args.codes_from:
         parser.error(f"--warmup_epochs {args.warmup_epochs} leaves no epoch with codes, --epoch is {args.epoch}")
     if args.text_init and not args.text_emb:
         parser.error("--text_init starts from text embeddings: give --text_emb FILE.npy")
@@ -445,6 +462,7 @@ class Prepared(NamedTuple):
     checkpoint: Path
     inputs: dict[str, str]
     plain: dict[str, Any]
+    codes: torch.Tensor | None  # those of --codes_from
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
@@ -458,9 +476,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
     text = load_text(args.text_emb, kg.num_entities)
     choose_levels(args, kg)
     stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)
-    if args.control:
-        stem = f"{stem}_{args.control}"
+    if args.control or args.codes_from:
+        stem = f"{stem}_{args.control or 'scorer'}"
     args.name = args.name or stem
+    if args.codes_from:
+        stem = args.name  # there may be several scorers of the same codes
     if Path(args.name).name != args.name:
         raise InputError(f"--name {args.name} must be a plain file name; folders go to --checkpoint_dir and --out_dir")
     files = code_files(args.out_dir or ROOT / "codes_new", stem)
@@ -472,7 +492,13 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
     inputs = dict(kg.input_hashes)
     if args.text_emb is not None:
         inputs[args.text_emb.name] = sha256_file(args.text_emb)
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    for place, teacher in enumerate(args.teacher or (), start=1):
+        inputs[f"teacher {place}"] = sha256_file(teacher)
+    codes = None
+    if args.codes_from is not None:
+        codes = load_given_codes(args, kg)
+        inputs["codes"] = sha256_file(args.codes_from)
+    plain = {key: as_plain(value) for key, value in vars(args).items()}
     seed_everything(args.seed)
     try:
         model = RQGCN(kg.num_entities, kg.num_relations, **model_arguments(args, text))
@@ -483,7 +509,54 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
         f"neighbours summed by {resolve_backend(args.graph_backend, device)}"
     )
 
-    return Prepared(kg, text, model, files, checkpoint, inputs, plain)
+    return Prepared(kg, text, model, files, checkpoint, inputs, plain, codes)
+
+
+def as_plain(value: Any) -> Any:
+    """A flag's value as records and checkpoints hold it."""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_given_codes(args: argparse.Namespace, kg: KnowledgeGraph) -> torch.Tensor:
+    """The integers [M, L, Q] of --codes_from. Raises InputError where they are not of this graph or of these flags."""
+    codes = load_codes(args.codes_from, kg.num_entities, args.num_code)
+    if list(codes.shape[1:]) != [args.seq_len, args.num_quantizers]:
+        raise InputError(
+            f"--codes_from {args.codes_from} has [L, Q] = {list(codes.shape[1:])}, the flags say "
+            f"{[args.seq_len, args.num_quantizers]}: give --seq_len {codes.shape[1]} --num_quantizers {codes.shape[2]}"
+        )
+    check_entities(args.codes_from, kg)
+    return codes
+
+
+def check_entities(codes: Path, kg: KnowledgeGraph) -> None:
+    """InputError where the names beside the codes are not the graph's entities."""
+    names = codes.with_suffix(".entities.txt")
+    if names.exists() and load_entities(names) != kg.entities:
+        raise InputError(
+            f"{names} lists other entities than --dataset {kg.name}; take the data set of the codes' record"
+        )
+
+
+def load_teachers(
+    args: argparse.Namespace, kg: KnowledgeGraph, text: torch.Tensor | None, device: torch.device
+) -> list[Trained]:
+    """The models of --teacher, each with its own codes."""
+    from model.teacher import trained_model
+
+    models = []
+    for path in args.teacher or ():
+        stored = load_checkpoint(path)
+        if stored["best"] is None:
+            raise InputError(f"--teacher {path} has no scored epoch yet; train on with --restore")
+        try:
+            models.append(trained_model(stored["config"], stored["best"], kg, text, device))
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"--teacher {path} cannot be asked: {reason}") from error
+    return models
 
 
 def train(args: argparse.Namespace) -> None:
@@ -498,7 +571,8 @@ def train(args: argparse.Namespace) -> None:
     world = World.start(device)
     with world.quiet(), ExitStack() as locks:
         with world.together():
-            kg, text, model, files, checkpoint, inputs, plain = prepare(args, device)
+            kg, text, model, files, checkpoint, inputs, plain, codes = prepare(args, device)
+            teachers = load_teachers(args, kg, text, device)
             if world.first:
                 locks.enter_context(only_run(checkpoint.with_suffix(".lock")))
                 locks.enter_context(only_run(files.codes.with_suffix(".lock")))
@@ -509,7 +583,8 @@ def train(args: argparse.Namespace) -> None:
             stored = check_existing(args, checkpoint, files, now)
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
         trainer = Trainer(
-            kg, model, settings, checkpoint, model_arguments(args, text), now, text, device, world=world
+            kg, model, settings, checkpoint, model_arguments(args, text), now, text, device, world=world, codes=codes,
+            teachers=teachers,
         )  # fmt: skip
         if stored is not None:
             with world.together():
@@ -524,6 +599,9 @@ def train(args: argparse.Namespace) -> None:
             raise InputError(f"{checkpoint.name} has no {wanted} yet; train on with --restore")
         if args.control:
             dump_control(args, kg, trainer, files, plain, inputs)
+            return
+        if codes is not None:
+            dump_scorer(args, kg, trainer, files, plain, inputs, codes)
             return
         dump(args, kg, trainer, files, plain, inputs)
     print(
@@ -578,7 +656,6 @@ def dump(
 ) -> None:
     """Write the best epoch's codes and score what was written, from the file."""
     from model.collisions import TooFewCodes
-    from model.evaluation import evaluate_codes, shuffled
     from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
     from model.RQGCN import scorer_of
     from model.trainer import mrr_as_trained
@@ -601,17 +678,8 @@ def dump(
     written = save_codes(files, codes.squeeze(-1) if args.quantizer == "vq" else codes, kg.entities, embeddings)
     codes = load_codes(files.codes, kg.num_entities, args.num_code).to(device)
 
-    def rank(split: str, **how: Any) -> dict[str, Any]:
-        return evaluate_codes(scorer, relations, codes, kg, split, **how)
-
-    metrics: dict[str, Any] = {"valid": rank("valid")}
-    metrics["valid_mrr_by_levels"] = [rank("valid", levels=level)["mrr"] for level in range(1, args.num_quantizers)] + [
-        metrics["valid"]["mrr"]
-    ]
+    metrics = score_codes(args, kg, scorer, relations, codes)
     metrics["mrr_before_collision_pass"] = mrr_as_trained(best)
-    if not args.no_test:
-        metrics["test"] = rank("test")
-        metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")
     record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start) | metrics | {
         "shape": list(codes.shape),
         "outputs": written,
@@ -627,15 +695,65 @@ def dump(
         f"wrote {', '.join([*sorted(written), files.record.name])} to {files.codes.parent} "
         f"(best epoch {best['epoch']} of {trainer.epoch})"
     )
+    print_scores(metrics)
+    print(
+        f"codes: usage {' '.join(f'{x:.3f}' for x in record['codes']['usage'])}, "
+        f"{record['codes']['collisions']} entities share their code with another, "
+        f"entropy {record['codes']['entropy_bits']:.2f} bits"
+    )
+
+
+def score_codes(
+    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer, relations: torch.Tensor, codes: torch.Tensor
+) -> dict[str, Any]:
+    """What a record says of integers: valid, its MRR by levels decoded; without --no_test, test and its control."""
+    from model.evaluation import evaluate_codes, shuffled
+
+    def rank(split: str, **how: Any) -> dict[str, Any]:
+        return evaluate_codes(scorer, relations, codes, kg, split, **how)
+
+    metrics: dict[str, Any] = {"valid": rank("valid")}
+    metrics["valid_mrr_by_levels"] = [rank("valid", levels=level)["mrr"] for level in range(1, args.num_quantizers)] + [
+        metrics["valid"]["mrr"]
+    ]
+    if not args.no_test:
+        metrics["test"] = rank("test")
+        metrics["test_shuffled_codes"] = evaluate_codes(scorer, relations, shuffled(codes, args.seed), kg, "test")
+    return metrics
+
+
+def print_scores(metrics: dict[str, Any]) -> None:
+    """What ``score_codes`` found."""
     print(f"valid from the dumped codes: {format_metrics(metrics['valid'])}")
     print("valid MRR by levels decoded: " + " ".join(f"{value:.4f}" for value in metrics["valid_mrr_by_levels"]))
     if "test" in metrics:
         print(f"test from the dumped codes:  {format_metrics(metrics['test'])}")
         print(f"control, shuffled codes:     {format_metrics(metrics['test_shuffled_codes'])}")
+
+
+def dump_scorer(
+    args: argparse.Namespace,
+    kg: KnowledgeGraph,
+    trainer: Trainer,
+    files: CodeFiles,
+    plain: dict[str, Any],
+    inputs: dict[str, str],
+    codes: torch.Tensor,
+) -> None:
+    """Score the integers of --codes_from with what was trained for them, and write the record; they have a file."""
+    from model.RQGCN import scorer_of
+
+    assert trainer.best is not None
+    start = time.monotonic()
+    scorer, relations = scorer_of(trainer.config, trainer.best, trainer.device)
+    metrics = score_codes(args, kg, scorer, relations, codes.to(trainer.device))
+    record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start)
+    write_json(record | metrics | {"shape": list(codes.shape)}, files.record)
+    print(f"wrote {files.record} (best epoch {record['best_epoch']} of {trainer.epoch}), no codes: they were given")
+    print_scores(metrics)
     print(
-        f"codes: usage {' '.join(f'{x:.3f}' for x in record['codes']['usage'])}, "
-        f"{record['codes']['collisions']} entities share their code with another, "
-        f"entropy {record['codes']['entropy_bits']:.2f} bits"
+        f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {args.codes_from} "
+        f"--checkpoint {trainer.checkpoint}"
     )
 
 
@@ -684,43 +802,69 @@ def dump_control(
 
 def load_scored_codes(
     args: argparse.Namespace, kg: KnowledgeGraph, device: torch.device
-) -> tuple[CodeScorer, torch.Tensor, torch.Tensor]:
+) -> tuple[CodeScorer | JointScorer, torch.Tensor, torch.Tensor]:
     """(scorer, relations [2R, D], codes [M, L, Q]) from --checkpoint and --eval_codes, checked against each other."""
+    import torch
+
+    from model.ensemble import JointScorer
     from model.evaluation import shuffled
-    from model.RQGCN import scorer_of
     from model.trainer import codes_hash
 
-    stored = load_checkpoint(args.checkpoint)
-    if stored["best"] is None:
-        raise InputError(f"checkpoint {args.checkpoint} has no epoch with codes yet; train on with --restore")
-    try:
-        scorer, relations = scorer_of(stored["config"], stored["best"], device)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint {args.checkpoint} holds no complete scorer: {reason}") from error
-    codebook = scorer.rq_codebook
+    loaded = [load_scorer(path, kg, device) for path in args.checkpoint]
+    codebook = loaded[0].scorer.rq_codebook
     codes = load_codes(args.eval_codes, kg.num_entities, codebook.num_codes)
-    wanted = [stored["config"]["seq_len"], codebook.num_quantizers]
-    if list(codes.shape[1:]) != wanted:
-        raise InputError(
-            f"--eval_codes {args.eval_codes} has [L, Q] = {list(codes.shape[1:])}, the checkpoint expects {wanted}"
-        )
-    if relations.shape[1:] != (scorer.W_q.out_features,) or not bool(relations.isfinite().all()):
-        raise InputError(f"--checkpoint {args.checkpoint} holds damaged relation vectors {list(relations.shape)}")
-    if len(relations) != 2 * kg.num_relations:
-        raise InputError(
-            f"--checkpoint {args.checkpoint} knows {len(relations) // 2} relations, {kg.name} has {kg.num_relations}"
-        )
-    names = args.eval_codes.with_suffix(".entities.txt")
-    if names.exists() and load_entities(names) != kg.entities:
-        raise InputError(
-            f"{names} lists other entities than --dataset {kg.name}; take the data set of the codes' record"
-        )
-    if codes_hash(codes) != stored["best"].get("codes_sha256"):
-        print(f"warning: {args.eval_codes} are not the codes of {args.checkpoint}'s best epoch", file=sys.stderr)
+    for path, one in zip(args.checkpoint, loaded, strict=True):
+        there = one.scorer.rq_codebook
+        wanted = [one.seq_len, there.num_quantizers]
+        if list(codes.shape[1:]) != wanted:
+            raise InputError(
+                f"--eval_codes {args.eval_codes} has [L, Q] = {list(codes.shape[1:])}, the checkpoint {path.name} "
+                f"expects {wanted}"
+            )
+        if there.num_codes != codebook.num_codes:
+            raise InputError(
+                f"--checkpoint {path} has {there.num_codes} codes a level, {args.checkpoint[0].name} has "
+                f"{codebook.num_codes}; give checkpoints of the same codes"
+            )
+    check_entities(args.eval_codes, kg)
+    for path, one in zip(args.checkpoint, loaded, strict=True):
+        if codes_hash(codes) != one.codes_sha256:
+            print(f"warning: {args.eval_codes} are not the codes of {path}'s best epoch", file=sys.stderr)
     if args.shuffle_codes:
         codes = shuffled(codes, args.seed)
-    return scorer, relations, codes.to(device)
+    if len(loaded) == 1:
+        return loaded[0].scorer, loaded[0].relations, codes.to(device)
+    joint = JointScorer([one.scorer for one in loaded]).eval()
+    return joint, torch.cat([one.relations for one in loaded], dim=1), codes.to(device)
+
+
+class LoadedScorer(NamedTuple):
+    """What a checkpoint has to rank with."""
+
+    scorer: CodeScorer
+    relations: torch.Tensor
+    seq_len: int
+    codes_sha256: str | None  # of the codes that it was scored with
+
+
+def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedScorer:
+    """The scorer of a --checkpoint; InputError where it has none, or another graph's."""
+    from model.RQGCN import scorer_of
+
+    stored = load_checkpoint(path)
+    if stored["best"] is None:
+        raise InputError(f"checkpoint {path} has no epoch with codes yet; train on with --restore")
+    try:
+        scorer, relations = scorer_of(stored["config"], stored["best"], device)
+        seq_len = int(stored["config"]["seq_len"])
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint {path} holds no complete scorer: {reason}") from error
+    if relations.shape[1:] != (scorer.W_q.out_features,) or not bool(relations.isfinite().all()):
+        raise InputError(f"--checkpoint {path} holds damaged relation vectors {list(relations.shape)}")
+    if len(relations) != 2 * kg.num_relations:
+        raise InputError(f"--checkpoint {path} knows {len(relations) // 2} relations, {kg.name} has {kg.num_relations}")
+    return LoadedScorer(scorer, relations, seq_len, stored["best"].get("codes_sha256"))
 
 
 def eval_codes(args: argparse.Namespace) -> None:
@@ -752,8 +896,9 @@ def eval_codes(args: argparse.Namespace) -> None:
 
 
 def export_candidates(
-    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer, relations: torch.Tensor, codes: torch.Tensor
-) -> None:
+    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer | JointScorer,
+    relations: torch.Tensor, codes: torch.Tensor,
+) -> None:  # fmt: skip
     """Write the --top candidates of every query of --split, both directions, for Class/gen_lp_data_rq.py.
 
     Other answers known from train and valid are left out of the lists; the truth's own rank filters all splits.
@@ -765,7 +910,12 @@ def export_candidates(
         scorer, relations, codes, kg, args.split, count=args.top or 20, filter_splits=("train", "valid")
     )
     write_candidates(
-        args.export_candidates, found, kg, model=args.checkpoint.name, codes=args.eval_codes.name, split=args.split
+        args.export_candidates,
+        found,
+        kg,
+        model=" + ".join(path.name for path in args.checkpoint),
+        codes=args.eval_codes.name,
+        split=args.split,
     )
     print(
         f"wrote {args.export_candidates}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries "
@@ -778,8 +928,9 @@ def export_candidates(
 
 
 def predict(
-    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer, relations: torch.Tensor, codes: torch.Tensor
-) -> None:
+    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer | JointScorer,
+    relations: torch.Tensor, codes: torch.Tensor,
+) -> None:  # fmt: skip
     """Print the --top tails of (HEAD, RELATION), known answers marked with their split."""
     import torch
 

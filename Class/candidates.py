@@ -44,6 +44,7 @@ from run_record import InputError, atomic_path, parse_json, read_json, write_tex
 if TYPE_CHECKING:
     import torch
 
+    from model.ensemble import JointScorer
     from model.RQGCN import CodeScorer
 
 Ints = NDArray[np.int64]
@@ -382,7 +383,7 @@ def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph
 
 
 def top_candidates(
-    scorer: CodeScorer,
+    scorer: CodeScorer | JointScorer,
     relations: torch.Tensor,
     codes: torch.Tensor,
     kg: KnowledgeGraph,

@@ -29,79 +29,101 @@ def gather_targets(indptr: Tensor, targets: Tensor, queries: Tensor) -> Targets:
     return Targets(rows, targets[start[rows] + offset])
 
 
+class SoftTargets(NamedTuple):
+    """What a teacher answers to a batch: ``columns[i]`` to query ``rows[i]`` with probability ``mass[i]``."""
+
+    rows: Tensor  # int64 [n], in [0, B)
+    columns: Tensor  # int64 [n], in [0, M)
+    mass: Tensor  # [n], sums to 1 over each query's rows
+    weight: float  # of the teacher's answers, in [0, 1]; the rest is the true tails'
+
+
 class _SoftmaxCrossEntropy(torch.autograd.Function):
     """Loss and gradients of a chunk of queries while its probabilities are at hand: three products, one softmax.
 
-    The true tails are taken from the probabilities before the products, so that these are of what is left to learn
-    and rounding is a share of it; the smoothing, of rank one, never touches the [B, M] probabilities:
+    The targets are taken from the probabilities before the products, so that these are of what is left to learn and
+    rounding is a share of it; the smoothing, of rank one, never touches the [B, M] probabilities:
 
-        P'               = P - (1 - smoothing) / c at the true tails
-        d loss / d query = c (P' E - smoothing * mean E)
-        d loss / d E     = P'^T (c query) - smoothing / M * sum of c query
+        P'               = P - (1 - smoothing) * mass at the targets
+        d loss / d query = share (P' E - smoothing * mean E)
+        d loss / d E     = P'^T (share query) - smoothing / M * sum of share query
 
-    with c the number of true tails of each query, both divided by n.
+    with mass [n] the targets' probabilities, 1 in sum for each query, and share [B] what a query weighs in the loss.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, q_all: Tensor, rows: Tensor, columns: Tensor, smoothing: float, chunk: int
-    ) -> Tensor:
-        n, count = len(rows), torch.bincount(rows, minlength=len(query)).to(query.dtype)  # true tails per query
+        ctx: Any, query: Tensor, q_all: Tensor, rows: Tensor, columns: Tensor, mass: Tensor, share: Tensor,
+        smoothing: float, chunk: int,
+    ) -> Tensor:  # fmt: skip
         small = _product_dtype(query)
         entities = q_all.to(small)
         d_query, d_all = torch.empty_like(query), torch.zeros_like(q_all)
-        log_total, log_odds = query.new_empty(len(query)), query.new_zeros(())  # log_odds: of the true triples
+        log_total, of_targets = query.new_empty(len(query)), query.new_zeros(())  # of_targets: their scores, weighted
         for start in range(0, len(query), chunk):
             part = slice(start, start + chunk)
             here = (rows >= start) & (rows < start + chunk)
-            at, tails = rows[here] - start, columns[here]
+            at, tails, masses = rows[here] - start, columns[here], mass[here]
             scores = query[part] @ q_all.T
-            log_odds += scores[at, tails].sum()
+            of_targets += (share[part][at] * masses * scores[at, tails]).sum()
             highest = scores.amax(1)
             probabilities = torch.softmax(scores, dim=1, out=scores)
             log_total[part] = highest - probabilities.amax(1).log()
-            probabilities.index_put_((at, tails), (smoothing - 1) / count[part][at], accumulate=True)
+            probabilities.index_put_((at, tails), (smoothing - 1) * masses, accumulate=True)
             left = probabilities.to(small)
             d_query[part] = left @ entities
-            weighted = (query[part] * count[part, None]).to(small)
+            weighted = (query[part] * share[part, None]).to(small)
             d_all += left.T @ weighted
-        d_query.mul_(count[:, None])
-        loss = (count * log_total).sum() - (1 - smoothing) * log_odds
+        d_query.mul_(share[:, None])
+        loss = share @ log_total - (1 - smoothing) * of_targets
         if smoothing:
-            mean, weighted_sum = q_all.mean(0), count @ query
+            mean, weighted_sum = q_all.mean(0), share @ query
             loss = loss - smoothing * (weighted_sum @ mean)
-            d_query.sub_(smoothing * count[:, None] * mean)
+            d_query.sub_(smoothing * share[:, None] * mean)
             d_all.sub_(weighted_sum * (smoothing / len(q_all)))
-        ctx.save_for_backward(d_query.div_(n), d_all.div_(n))
-        return loss / n
+        ctx.save_for_backward(d_query, d_all)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_query, d_all = ctx.saved_tensors
-        return d_query * grad_outputs[0], d_all * grad_outputs[0], None, None, None, None
+        return d_query * grad_outputs[0], d_all * grad_outputs[0], *[None] * 6
 
 
 def _product_dtype(like: Tensor) -> torch.dtype:
     """bfloat16 for the products of probabilities where the precision in force allows it and the processor has it.
 
-    Its 8 bits round what the gradients sum up: |P'| |E| / n and |P'|^T |c query| / n, each to less than 2^-6 of itself
-    (tests/test_losses.py). The loss itself is float32.
+    Its 8 bits round what the gradients sum up: share |P'| |E| and |P'|^T |share query|, each to less than 2^-6 of
+    itself (tests/test_losses.py). The loss itself is float32.
     """
     fast = like.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     return torch.bfloat16 if fast and has_bfloat16(like.device) else like.dtype
 
 
 def softmax_cross_entropy(
-    query: Tensor, q_all: Tensor, targets: Targets, label_smoothing: float = 0.0, chunk: int | None = None
+    query: Tensor,
+    q_all: Tensor,
+    targets: Targets,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+    teacher: SoftTargets | None = None,
 ) -> Tensor:
     """Mean over the n true triples of the batch of -log softmax(query q_all^T) at the tail, query [B, D], q_all [M, D].
 
     Every triple counts once, so a query weighs as much as it has tails. ``label_smoothing``: share of the target law
-    spread over all entities; ``chunk``: queries at a time (by default what keeps the scores under 256 MB).
+    spread over all entities; ``chunk``: queries at a time (by default what keeps the scores under 256 MB);
+    ``teacher``: its answers take ``weight`` of each query's target law from the true tails (Hinton, Vinyals and Dean
+    2015, arXiv 1503.02531, at temperature 1).
     """
     chunk = chunk or max(1, SCORES_AT_ONCE // len(q_all))
-    loss: Tensor = _SoftmaxCrossEntropy.apply(query, q_all, targets.rows, targets.columns, label_smoothing, chunk)
+    rows, columns = targets
+    count = torch.bincount(rows, minlength=len(query)).to(query.dtype)  # true tails per query
+    mass, share = 1 / count[rows], count / len(rows)
+    if teacher is not None:
+        mass = torch.cat([(1 - teacher.weight) * mass, teacher.weight * teacher.mass.to(mass.dtype)])
+        rows, columns = torch.cat([rows, teacher.rows]), torch.cat([columns, teacher.columns])
+    loss: Tensor = _SoftmaxCrossEntropy.apply(query, q_all, rows, columns, mass, share, label_smoothing, chunk)
     return loss
 
 

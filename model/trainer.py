@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
 from model.stored import check_fits, check_optimizer, settings_of
+from model.teacher import Teacher, Trained, ask
 from run_record import InputError, save_torch
 
 
@@ -67,6 +68,7 @@ class TrainSettings:
     eval_every: int = 1
     patience: int = 0
     max_minutes: float = 0
+    teacher_weight: float = 0.7
     control: str | None = None
     matmul_precision: str = "medium"
     seed: int = 0
@@ -84,7 +86,9 @@ class Trainer:
 
     ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored.
     ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that share the
-    work, by default this one alone. Raises InputError for a batch of fewer queries than there are processes.
+    work, by default this one alone. ``codes`` [M, L, Q] are given ones, for which codebooks, relations and decoder are
+    trained; ``teachers``: models whose answers to the training queries take ``teacher_weight`` of the softmax loss's
+    targets. Raises InputError for a batch of fewer queries than there are processes.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class Trainer:
         device: torch.device | str = "cpu",
         report: Callable[[str], None] = print,
         world: World | None = None,
+        codes: Tensor | None = None,
+        teachers: Sequence[Trained] = (),
     ) -> None:
         self.world = world = world or World()
         self.kg, self.model, self.settings, self.report = kg, model.to(device), settings, report
@@ -119,7 +125,11 @@ class Trainer:
         world.copy_from_first(model.state_dict().values())
         self.optimizer = self._make_optimizer()
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.codes: Tensor | None = None  # [M, L, Q], the assignments in use
+        self.teacher: Teacher | None = None
+        if teachers:
+            self.teacher = ask(teachers, self.heads, self.rels, settings.teacher_weight)
+        self.codes_given = codes is not None
+        self.codes: Tensor | None = None if codes is None else codes.to(self.device)  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use while warming up
         self.epoch = 0
         self.saved_epoch = 0  # the last one in the checkpoint; 0: this run has none
@@ -154,7 +164,7 @@ class Trainer:
         progress = epoch / self.settings.epoch
         if self.settings.max_minutes:
             progress = max(progress, self._elapsed() / (60 * self.settings.max_minutes))
-        if self.settings.control == "random_codes":
+        if self.codes_given or self.settings.control == "random_codes":
             return Phase(progress, "frozen")
         until = self.settings.warmup_epochs
         if self.settings.control in ("unquantized", "posthoc") or (progress if until < 1 else epoch) < until:
@@ -183,7 +193,11 @@ class Trainer:
         query = self.model.scorer.decoder.query(q_head, relations[self.rels[batch]])
         if sample is None:
             targets = gather_targets(self.indptr, self.targets, batch)
-            structure = LOSSES[self.settings.loss](query, q_all, targets, smoothing)
+            if self.teacher is None:
+                structure = LOSSES[self.settings.loss](query, q_all, targets, smoothing)
+            else:
+                taught = self.teacher.answers(batch)
+                structure = softmax_cross_entropy(query, q_all, targets, smoothing, teacher=taught)
         else:
             targets = sample.targets
             structure = sampled_softmax_cross_entropy(query, q_all, sample, self.kg.num_entities, smoothing)

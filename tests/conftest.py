@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,14 @@ M, R, L, K, Q, CODE_DIM, D = 43, 3, 3, 8, 2, 4, 12
 SHAPE: dict[str, Any] = {
     "init_dim": D, "gcn_dim": D, "gcn_layers": 1, "seq_len": L, "num_code": K, "num_quantizers": Q,
     "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult",
+}  # fmt: skip
+
+
+RING = "ring_3_8_2_rq"
+FAMILY_FLAGS: dict[str, Any] = {
+    "seq_len": 4, "num_code": 32, "num_quantizers": 2, "code_dim": 16, "init_dim": 48, "gcn_dim": 48, "gcn_layers": 1,
+    "tf_layers": 0, "decoder": "distmult", "decoder_drop": 0, "gcn_drop": 0, "epoch": 8, "batch": 256, "lr": 0.01,
+    "lbl_smooth": 0,
 }  # fmt: skip
 
 
@@ -68,6 +77,11 @@ def ring_kg(ring: Path) -> KnowledgeGraph:
     return KnowledgeGraph.load(ring)
 
 
+@pytest.fixture(scope="session")
+def family_kg() -> KnowledgeGraph:
+    return KnowledgeGraph.load(ROOT / "data" / "family")
+
+
 def flags_of(values: dict[str, Any]) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
@@ -106,6 +120,49 @@ def rq(capsys: pytest.CaptureFixture[str]) -> Command:
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+class Run(NamedTuple):
+    """A finished run and its files."""
+
+    dataset: Path
+    folder: Path
+    stem: str
+    flags: list[str]
+
+    @property
+    def codes(self) -> Path:
+        return self.folder / "codes" / f"{self.stem}.pt"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / f"{self.stem}.pt"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.codes.with_suffix(".json").read_text())
+
+    def scored(self, codes: Path | None = None, checkpoint: Path | None = None, *more: str) -> list[str]:
+        """The flags that rank from codes."""
+        pair = {"dataset": self.dataset, "eval_codes": codes or self.codes, "checkpoint": checkpoint or self.checkpoint}
+        return [*flags_of(pair), "--device", "cpu", *more]
+
+
+def finished(dataset: Path, folder: Path, stem: str, **changes: Any) -> Run:
+    flags = small_flags(dataset, folder, **changes)
+    run_rq.train(run_rq.parse_args(flags))
+    return Run(dataset, folder, stem, flags)
+
+
+@pytest.fixture(scope="session")
+def ring_run(ring: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished(ring, tmp_path_factory.mktemp("rq"), RING)
+
+
+@pytest.fixture(scope="session")
+def family_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run on the bundled graph that learns: 4 s on one core."""
+    return finished(ROOT / "data" / "family", tmp_path_factory.mktemp("family"), "family_4_32_2_rq", **FAMILY_FLAGS)
 
 
 TrainerMaker = Callable[..., Trainer]

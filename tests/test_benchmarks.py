@@ -17,7 +17,7 @@ from benchmarks.gpu_checklist import keep_results, parity
 from benchmarks.measure import PartTimes, around_parts, make_trainer, print_table, run_steps
 from benchmarks.time_to_quality import original_model, original_step, ours_row, train_original
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, load_torch, read_json, save_torch
+from run_record import ROOT, InputError, load_torch, read_json, save_torch
 
 SMALL = [*flags_of(SHAPE), "--device", "cpu", "--batch", "32"]
 # what a bare machine with CUDA torch does not have
@@ -84,9 +84,15 @@ def test_marks_are_read_from_a_record() -> None:
         {"phase": "codes", "valid": {"mrr": 0.31}, "seconds": 3.0},
         {"phase": "frozen", "valid": {"mrr": 0.29}, "seconds": 4.0},
     ]
-    row = ours_row({"history": history}, [0.30, 0.33])
+    record = {"name": "run", "args": {"max_minutes": 0}, "history": history}
+    row = ours_row(record, [0.30, 0.33], minutes=1)
     assert (row["s_to_0.30"], row["s_to_0.33"], row["mrr"]) == (3.0, None, 0.31)
     assert (row["epochs"], row["s_per_epoch"]) == (4, 1.0)
+    assert ours_row(record, [0.30], minutes=2.5 / 60)["mrr"] is None, "only what was there in the same minutes"
+    limited = record | {"args": {"max_minutes": 3.5 / 60}}
+    assert ours_row(limited, [0.30], minutes=3.5 / 60)["epochs"] == 4, "the last epoch of a limited run ends past it"
+    with pytest.raises(InputError, match=r"no epoch of run was over after --minutes 0\.01"):
+        ours_row(record, [0.30], minutes=0.01)
 
 
 def test_original_step_is_the_trainers_loss_by_the_other_way(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import losses
-from model.losses import LOSSES, Targets, binary_cross_entropy, gather_targets, softmax_cross_entropy
+from model.losses import LOSSES, SoftTargets, Targets, binary_cross_entropy, gather_targets, softmax_cross_entropy
 from model.precision import matmul_precision
 
 B, M, D = 6, 11, 4
@@ -122,3 +122,25 @@ def test_gather_targets_equals_a_loop() -> None:
     expected = [(row, tails[i]) for row, query in enumerate(queries) for i in range(indptr[query], indptr[query + 1])]
     found = gather_targets(torch.from_numpy(indptr), torch.from_numpy(tails), torch.from_numpy(queries))
     assert list(zip(found.rows.tolist(), found.columns.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_a_teachers_answers_are_torchs_soft_labels(smoothing: float, weight: float, chunk: int | None) -> None:
+    data = batch()
+    generator = torch.Generator().manual_seed(1)
+    columns = torch.cat([torch.randperm(M, generator=generator)[:3] for _ in range(B)])  # true tails among them
+    mass = torch.softmax(torch.randn(B, 3, generator=generator, dtype=torch.float64), 1)
+    soft = torch.zeros(B, M, dtype=torch.float64)
+    rows = torch.arange(B).repeat_interleave(3)
+    soft[rows, columns] = mass.flatten()
+    count = data.labels.sum(1)
+    law = (1 - weight) * data.labels / count[:, None] + weight * soft
+    law = (1 - smoothing) * law + smoothing / M
+    dense = -(count[:, None] * law * torch.log_softmax(data.query @ data.q_all.T, 1)).sum() / count.sum()
+    expected = data.value_and_gradients(dense)
+    teacher = SoftTargets(rows, columns, mass.flatten(), weight)
+    found = data.value_and_gradients(softmax_cross_entropy(*data[:3], smoothing, chunk, teacher))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -12,12 +12,26 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CODE_DIM, ROOT, SHAPE, K, L, M, Outcome, Q, R, flags_of, small_flags  # type: ignore[import-not-found]
+from conftest import (  # type: ignore[import-not-found]
+    CODE_DIM,
+    RING,
+    ROOT,
+    SHAPE,
+    K,
+    L,
+    M,
+    Outcome,
+    Q,
+    R,
+    Run,
+    flags_of,
+    small_flags,
+)  # fmt: skip
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
@@ -27,60 +41,6 @@ from model.trainer import Trainer
 from run_record import InputError, load_torch
 
 Command = Callable[..., Outcome]
-RING = "ring_3_8_2_rq"
-FAMILY_FLAGS: dict[str, Any] = {
-    "seq_len": 4, "num_code": 32, "num_quantizers": 2, "code_dim": 16, "init_dim": 48, "gcn_dim": 48, "gcn_layers": 1,
-    "tf_layers": 0, "decoder": "distmult", "decoder_drop": 0, "gcn_drop": 0, "epoch": 8, "batch": 256, "lr": 0.01,
-    "lbl_smooth": 0,
-}  # fmt: skip
-
-
-class Run(NamedTuple):
-    """A finished run and its files."""
-
-    dataset: Path
-    folder: Path
-    stem: str
-    flags: list[str]
-
-    @property
-    def codes(self) -> Path:
-        return self.folder / "codes" / f"{self.stem}.pt"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / f"{self.stem}.pt"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return json.loads(self.codes.with_suffix(".json").read_text())
-
-    def scored(self, codes: Path | None = None, checkpoint: Path | None = None, *more: str) -> list[str]:
-        """The flags that rank from codes."""
-        pair = {"dataset": self.dataset, "eval_codes": codes or self.codes, "checkpoint": checkpoint or self.checkpoint}
-        return [*flags_of(pair), "--device", "cpu", *more]
-
-
-def finished(dataset: Path, folder: Path, stem: str, **changes: Any) -> Run:
-    flags = small_flags(dataset, folder, **changes)
-    run_rq.train(run_rq.parse_args(flags))
-    return Run(dataset, folder, stem, flags)
-
-
-@pytest.fixture(scope="session")
-def ring_run(ring: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished(ring, tmp_path_factory.mktemp("rq"), RING)
-
-
-@pytest.fixture(scope="session")
-def family_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A small run on the bundled graph that learns: 4 s on one core."""
-    return finished(ROOT / "data" / "family", tmp_path_factory.mktemp("family"), "family_4_32_2_rq", **FAMILY_FLAGS)
-
-
-@pytest.fixture(scope="session")
-def family_kg() -> KnowledgeGraph:
-    return KnowledgeGraph.load(ROOT / "data" / "family")
 
 
 def sha256(path: Path) -> str:

@@ -61,8 +61,8 @@ def test_a_sample_of_all_entities_is_the_exact_loss(smoothing: float, chunk: int
 
 @pytest.mark.parametrize("size", [6, 9])
 def test_mean_over_all_samples_of_z_is_z(size: int) -> None:
-    """Over every subset S of a size above the number of tails and the head: mean Z_b = the sum over all entities; biased without
-    the correction, as the control shows."""
+    """Over every subset S of a size above the number of tails and the head: mean Z_b = the sum over all entities;
+    biased without the correction, as the control shows."""
     heads, query, q_all, targets = problem(1)
     for row in range(B):
         mine = targets.rows == row
