@@ -127,6 +127,8 @@ def build_parser() -> CommandParser:
     group.add_argument("--decoder", choices=["conve", "distmult", "complex", "tucker", "mlp"], default="conve",
                        help="how codes of head, relation and tail make a score (Eq. 6)")  # fmt: skip
     group.add_argument("--decoder_drop", type=float, help="dropout of the decoder (default: the decoder's own)")
+    group.add_argument("--ensemble", type=int, default=1, metavar="N",
+                       help="members that share positions and widths out, learn apart and add scores")  # fmt: skip
     group.add_argument("--graph_backend", choices=["auto", "fused", "dgl", "torch"], default="auto",
                        help="who sums over neighbours; all give the same result")  # fmt: skip
 
@@ -226,7 +228,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     if args.batch < 2:
         parser.error(f"--batch {args.batch} is too small, expected 2 or more (batch norm)")
     at_least_one = ["seq_len", "num_code", "code_dim", "init_dim", "gcn_dim", "att_head", "epoch", "encoder_every",
-                    "assign_every", "eval_every"]  # fmt: skip
+                    "assign_every", "eval_every", "ensemble"]  # fmt: skip
     for flag in at_least_one:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
@@ -243,6 +245,8 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     if args.relation_weight and args.decoder not in ("distmult", "complex"):
         parser.error(f"--relation_weight {args.relation_weight} goes with --decoder distmult or complex, whose scores "
                      f"are linear in the relation; --decoder {args.decoder} is not")  # fmt: skip
+    if args.relation_weight and args.ensemble > 1:
+        parser.error(f"--relation_weight {args.relation_weight} goes with a single model: leave --ensemble out")
     if args.num_negatives and args.loss != "ce":
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
     if args.teacher and (args.loss != "ce" or args.num_negatives):
@@ -384,7 +388,7 @@ def choose_levels(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
 def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict[str, Any]:
     """The flags that shape RQGCN."""
     names = ["init_dim", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
-             "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend"]  # fmt: skip
+             "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend", "ensemble"]  # fmt: skip
     return {name: getattr(args, name) for name in names} | {
         "composition": args.opn,
         "text_dim": None if text is None else text.shape[1],

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import DATASET, FAMILY, Row, benchmark_parser, print_table, write_rows
 from data.knowledge_graph import KnowledgeGraph
+from model.CompGCN import CompGCN
 from model.losses import gather_targets
 from model.precision import keep_freed_memory
 from model.RQGCN import RQGCN
@@ -94,7 +95,9 @@ def original_model(kg: KnowledgeGraph, flags: list[str], folder: Path) -> Traine
     recipe = parse_args(flags)
     size = [f"--{name}={getattr(recipe, name)}" for name in ("seq_len", "num_code", "num_quantizers")]
     trainer = make_trainer(kg, [*size, *ORIGINAL], folder / "unused.pt")
-    for layer in trainer.model.encoder.layers:
+    encoder = trainer.model.encoder
+    assert isinstance(encoder, CompGCN)
+    for layer in encoder.layers:
         layer.__class__ = PerEdgeLayer
     return trainer
 

@@ -116,8 +116,14 @@ class CompGCN(nn.Module):
             x, v = layer(x, v, graph)
         return Encoded(x, v)
 
+    def relations(self, v: Tensor) -> Tensor:
+        """v [2R, in_dim] after all layers, [2R, out_dim] (v' = W_rel v); no entity takes part."""
+        for weight in self.relation_weights():
+            v = v @ weight
+        return v
+
     def relation_weights(self) -> list[Tensor]:
-        """W_rel of every layer: their product takes the input relations to the output's, without any entity."""
+        """W_rel of every layer, the parameters of ``relations``."""
         return [layer.w_rel for layer in self.layers]  # type: ignore[misc]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from model.CompGCN import CompGCN
-from model.decoders import make_decoder
+from model.decoders import JointDecoder, make_decoder
+from model.members import MemberCompGCN, linear
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
 
@@ -32,7 +33,8 @@ def scorer_of(config: dict[str, Any], best: dict[str, Any], device: torch.device
     """
     dim = config["gcn_dim"] if config["gcn_layers"] else config["init_dim"]
     names = ("seq_len", "num_code", "num_quantizers", "code_dim", "decoder", "decoder_drop", "codebook")
-    scorer = CodeScorer(dim=dim, **{name: config[name] for name in names})
+    members = config.get("ensemble", 1)  # checkpoints of before have no such entry
+    scorer = CodeScorer(dim=dim, ensemble=members, **{name: config[name] for name in names})
     prefix = "scorer."
     scorer.load_state_dict(
         {name.removeprefix(prefix): value for name, value in best["model"].items() if name.startswith(prefix)}
@@ -43,7 +45,9 @@ def scorer_of(config: dict[str, Any], best: dict[str, Any], device: torch.device
 class CodeScorer(nn.Module):
     """Codes [*, L, Q] -> entity vectors q_e (Eq. 4) -> scores (Eq. 6). No parameter of it is indexed by an entity.
 
-    ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``.
+    ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``;
+    ``ensemble``: members, each of which decodes its own L / members positions to its own D / members numbers and
+    scores by these; the score is the sum of theirs.
     """
 
     def __init__(
@@ -56,13 +60,18 @@ class CodeScorer(nn.Module):
         decoder: str = "conve",
         decoder_drop: float | None = None,
         codebook: dict[str, Any] | None = None,
+        ensemble: int = 1,
     ) -> None:
         super().__init__()
+        if ensemble < 1 or seq_len % ensemble or dim % ensemble:
+            raise ValueError(f"{ensemble} members cannot share L = {seq_len} positions and D = {dim} equally")
+        self.members = ensemble
         self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers, **(codebook or {}))
-        self.W_q = nn.Linear(seq_len * code_dim, dim, bias=False)
+        self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
         # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
-        nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim) ** 0.5)
-        self.decoder = make_decoder(decoder, dim, dropout=decoder_drop)
+        nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)
+        decoders = [make_decoder(decoder, dim // ensemble, dropout=decoder_drop) for _ in range(ensemble)]
+        self.decoder = decoders[0] if ensemble == 1 else JointDecoder(decoders)
 
     def entity_vectors(self, z_q: Tensor) -> Tensor:
         """q_e = W_q [x_q1 ... x_qL] (Eq. 4): quantized vectors [N, L, code_dim] -> [N, D]."""
@@ -84,7 +93,8 @@ class RQGCN(nn.Module):
     ``init_dim``: width of the learned inputs; ``gcn_dim``: D; ``gcn_layers`` 0 leaves the graph out (the ablation
     "w/o GCN"); ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
     ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
-    of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them).
+    of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
+    ``ensemble``: members that share all widths and the L positions out among them, and the codebooks alone in common.
     """
 
     def __init__(
@@ -110,10 +120,13 @@ class RQGCN(nn.Module):
         text_dim: int | None = None,
         codebook: dict[str, Any] | None = None,
         text_init: bool = False,
+        ensemble: int = 1,
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
-        self.seq_len, self.code_dim = seq_len, code_dim
+        if ensemble < 1 or init_dim % ensemble or gcn_dim % ensemble:
+            raise ValueError(f"{ensemble} members cannot share the widths {init_dim} and {gcn_dim} equally")
+        self.seq_len, self.code_dim, self.members = seq_len, code_dim, ensemble
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
         nn.init.xavier_normal_(self.entity_embedding)
@@ -121,11 +134,15 @@ class RQGCN(nn.Module):
         if text_init and not text_dim:
             raise ValueError("text_init starts from text embeddings: give text_dim")
         self.text_projection = nn.Linear(text_dim or 0, init_dim, bias=False) if text_init else None
-        self.encoder = CompGCN(
-            gcn_layers, init_dim, gcn_dim, width, num_relations, composition=composition, dropout=gcn_drop, act=act,
-            backend=graph_backend,
-        )  # fmt: skip
-        self.ffn = nn.Linear(width, seq_len * code_dim)
+        encoders = [
+            CompGCN(
+                gcn_layers, init_dim // ensemble, gcn_dim // ensemble, width // ensemble, num_relations,
+                composition=composition, dropout=gcn_drop, act=act, backend=graph_backend,
+            )
+            for _ in range(ensemble)
+        ]  # fmt: skip
+        self.encoder = encoders[0] if ensemble == 1 else MemberCompGCN(encoders)
+        self.ffn = linear(ensemble, width, seq_len * code_dim)
         self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
         self.transformer = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -136,9 +153,9 @@ class RQGCN(nn.Module):
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
         self.scorer = CodeScorer(
-            seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, codebook
+            seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, codebook, ensemble
         )  # fmt: skip
-        self.W_s = nn.Linear(width, text_dim) if text_dim else None
+        self.W_s = linear(ensemble, width, ensemble * text_dim) if text_dim else None
 
     @property
     def rq_codebook(self) -> RQCodebook:
@@ -151,10 +168,7 @@ class RQGCN(nn.Module):
 
     def relation_vectors(self) -> Tensor:
         """[2R, D]: the relations after the encoder's layers (v' = W_rel v); no entity takes part."""
-        v: Tensor = self.relation_embedding
-        for weight in self.encoder.relation_weights():
-            v = v @ weight
-        return v
+        return self.encoder.relations(self.relation_embedding)
 
     def encode(self, g: RelationalGraph, text: Tensor | None = None) -> Encoded:
         """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim.
@@ -169,17 +183,19 @@ class RQGCN(nn.Module):
         e, relations = self.encoder(e, self.relation_embedding, g)
         z = self.ffn(e).view(-1, self.seq_len, self.code_dim)  # (M, L, code_dim)
         if len(self.transformer):
-            z = z + self.position
+            z = (z + self.position).view(-1, self.seq_len // self.members, self.code_dim)  # a member's positions meet
             for block in self.transformer:
                 z = block(z)
-        z = self.norm(z.flatten(1)).view_as(z)
+        z = self.norm(z.reshape(len(e), -1)).view(-1, self.seq_len, self.code_dim)
         return Encoded(z, relations)
 
     def semantic_loss(self, q: Tensor, text: Tensor) -> Tensor:
-        """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities."""
+        """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities (and
+        over the members of an ensemble, each of which has to tell the text)."""
         if self.W_s is None:
             raise ValueError("the model was built without text_dim, so it has no W_s for the semantic loss")
-        return (self.W_s(q) - text).square().sum(dim=1).mean()
+        told = self.W_s(q).view(len(q), self.members, -1)
+        return (told - text.unsqueeze(1)).square().sum(dim=2).mean()
 
     @torch.no_grad()
     def clean_z(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ indexed by entities, a bias per entity included: what is known of an entity stan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +173,22 @@ class MLP(Decoder):
         both = q_h * v_r
         x = self.expand(self.input_dropout(torch.cat([q_h, v_r, both], dim=1)))
         return self.project(self.hidden_dropout(torch.relu(self.hidden_norm(x)))) + both
+
+
+class JointDecoder(Decoder):
+    """Decoders side by side: q_h, v_r, q_t and the query are theirs in one row, so s(h, r, t) is the sum of theirs.
+
+    A softmax over the tails turns that sum into the product of their probabilities.
+    """
+
+    def __init__(self, decoders: Sequence[Decoder]) -> None:
+        super().__init__(sum(decoder.dim for decoder in decoders))
+        self.decoders: Iterable[Decoder] = nn.ModuleList(decoders)  # type: ignore[assignment]
+        self.dims = [decoder.dim for decoder in decoders]
+
+    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
+        parts = zip(self.decoders, q_h.split(self.dims, dim=-1), v_r.split(self.dims, dim=-1), strict=True)
+        return torch.cat([decoder.query(h, r) for decoder, h, r in parts], dim=-1)
 
 
 def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Several scorers as one: of the same integers when they rank, of their own when they teach."""
+"""Scorers that were trained apart on the same integers, as one."""
 
 from __future__ import annotations
 
@@ -7,25 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.decoders import Decoder
+from model.decoders import JointDecoder
 from model.RQCodebook import RQCodebook
 from model.RQGCN import CodeScorer
-
-
-class JointDecoder(Decoder):
-    """Decoders side by side: q_h, v_r, q_t and the query are theirs in one row, so s(h, r, t) is the sum of theirs.
-
-    A softmax over the tails turns that sum into the product of their probabilities.
-    """
-
-    def __init__(self, decoders: Sequence[Decoder]) -> None:
-        super().__init__(sum(decoder.dim for decoder in decoders))
-        self.decoders: Iterable[Decoder] = nn.ModuleList(decoders)  # type: ignore[assignment]
-        self.dims = [decoder.dim for decoder in decoders]
-
-    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
-        parts = zip(self.decoders, q_h.split(self.dims, dim=-1), v_r.split(self.dims, dim=-1), strict=True)
-        return torch.cat([decoder.query(h, r) for decoder, h, r in parts], dim=-1)
 
 
 class JointScorer(nn.Module):

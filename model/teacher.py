@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.knowledge_graph import KnowledgeGraph
-from model.decoders import Decoder
-from model.ensemble import JointDecoder
+from model.decoders import Decoder, JointDecoder
 from model.losses import SoftTargets
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, scorer_of

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,14 +194,16 @@ class Trainer:
         query = self.model.scorer.decoder.query(q_head, relations[self.rels[batch]])
         if sample is None:
             targets = gather_targets(self.indptr, self.targets, batch)
-            if self.teacher is None:
-                structure = LOSSES[self.settings.loss](query, q_all, targets, smoothing)
-            else:
-                taught = self.teacher.answers(batch)
-                structure = softmax_cross_entropy(query, q_all, targets, smoothing, teacher=taught)
+            loss = partial(LOSSES[self.settings.loss], targets=targets, label_smoothing=smoothing)
+            if self.teacher is not None:
+                loss = partial(loss, teacher=self.teacher.answers(batch))
         else:
             targets = sample.targets
-            structure = sampled_softmax_cross_entropy(query, q_all, sample, self.kg.num_entities, smoothing)
+            loss = partial(
+                sampled_softmax_cross_entropy, sample=sample, num_entities=self.kg.num_entities,
+                label_smoothing=smoothing,
+            )  # fmt: skip
+        structure = self._of_members(loss, query, q_all)
         if self.settings.relation_weight:
             pairs = self.model.scorer.decoder.relation_query(q_head[targets.rows], q_all[targets.columns])
             own = Targets(torch.arange(len(pairs), device=self.device), self.rels[batch][targets.rows])
@@ -210,6 +213,14 @@ class Trainer:
         if self.text is None:
             return structure, structure.new_zeros(())
         return structure, self.model.semantic_loss(q_head, self.text[heads])
+
+    def _of_members(self, loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, q_all: Tensor) -> Tensor:
+        """``loss`` of each member's own scores, their mean: what members learn apart, they get wrong apart."""
+        members = self.model.members
+        if members == 1:
+            return loss(query, q_all)
+        slices = zip(query.chunk(members, dim=1), q_all.chunk(members, dim=1), strict=True)
+        return torch.stack([loss(q.contiguous(), e.contiguous()) for q, e in slices]).mean()
 
     def _draw(self, batch: Tensor) -> Sample | None:
         """With ``num_negatives``: a fresh set of negatives, and which entities the batch needs with it."""
