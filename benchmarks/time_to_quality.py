@@ -164,6 +164,7 @@ def main() -> int:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     rows: list[Row] = []
+    ours = "run_rq.py " + " ".join(flags)
     kg = KnowledgeGraph.load(args.dataset)
     with tempfile.TemporaryDirectory() as name:
         if args.only != "original":
@@ -171,17 +172,18 @@ def main() -> int:
                 args.dataset, flags, args.minutes, args.threads, Path(name))  # fmt: skip
             with content_of(args.record or args.dataset, "run record"):
                 rows.append(ours_row(record, args.marks, args.minutes))
+                ours = record["command"]
         if args.only != "ours":
             rows.append(train_original(kg, flags, args.minutes, Path(name)))
     if len(rows) == 2:
         rows[0]["ratio"], rows[1]["ratio"] = rows[0]["mrr"] / rows[1]["mrr"] if rows[0]["mrr"] else None, 1.0
-    print(f"{kg.name}, CPU, {args.threads} threads, {args.minutes:g} minutes each; ours: {' '.join(flags)}")
+    print(f"{kg.name}, CPU, {args.threads} threads, {args.minutes:g} minutes each; ours: {ours}")
     print_table(rows, {
         "recipe": "<", **{f"s_to_{mark:.2f}": ".0f" for mark in args.marks}, "minutes": ".1f", "epochs": ".2f",
         "s_per_epoch": ".1f", "s_per_step": ".2f", "mrr": ".4f", "ratio": ".1f",
     })  # fmt: skip
     print("mrr: valid, from codes alone (ours: the best epoch's); ratio: of the MRRs; blank: not reached, not run")
-    write_rows(args, rows, begun, inputs=kg.input_hashes, flags=flags, original=ORIGINAL)
+    write_rows(args, rows, begun, inputs=kg.input_hashes, ours=ours, original=ORIGINAL)
     return 0
 
 
