@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_rq
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Answer, report
+from model.flags import build_parser
 from run_record import ROOT, InputError, content_of, read_json, sha256_file
 from tables.sanity import JUDGING, RANKING, SLACK, check_all_rankings, check_count, check_judging, number, refuse, share
 
@@ -212,7 +213,7 @@ def stage1_setting(record: Record) -> str:
 @functools.lru_cache(maxsize=1)
 def stage1_defaults() -> Record:
     """run_rq.py's flags at their defaults."""
-    return {action.dest: action.default for action in run_rq.build_parser()._actions}
+    return {action.dest: action.default for action in build_parser()._actions}
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ import pytest
 import run_rq
 from lora_training.memory import GIB, expected_memory, lora_parameters, model_shape, row_parameters
 from model.decoders import DECODERS
+from model.flags import build_parser
 from run_record import ROOT, read_json
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -105,5 +106,5 @@ def test_the_memory_table_is_computed() -> None:
 
 
 def test_the_parser_offers_every_decoder() -> None:
-    help_text = next(action for action in run_rq.build_parser()._actions if "--decoder" in action.option_strings)
+    help_text = next(action for action in build_parser()._actions if "--decoder" in action.option_strings)
     assert list(help_text.choices or []) == list(DECODERS)

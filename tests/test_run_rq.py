@@ -35,6 +35,8 @@ from conftest import (  # type: ignore[import-not-found]
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
+from model import inputs
+from model.from_codes import load_scored_codes
 from model.sizes import sizes_named
 from model.stored import fault_of
 from model.trainer import Trainer
@@ -247,7 +249,7 @@ def test_controls_leave_a_record_and_no_codes(rq: Command, ring: Path, tmp_path:
 def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family_kg: KnowledgeGraph) -> None:
     """The stated tie rule is for equal scores: a matrix product must not tell two equal rows apart."""
     args = run_rq.parse_args(family_run.scored())
-    scorer, relations, codes = run_rq.load_scored_codes(args, family_kg, torch.device("cpu"))
+    scorer, relations, codes = load_scored_codes(args, family_kg, torch.device("cpu"))
     codes[:500:9] = codes[500:][: len(codes[:500:9])]  # the collision pass left none
     whole, inverse, counts = torch.unique(codes.flatten(1), dim=0, return_inverse=True, return_counts=True)
     first = torch.full((len(whole),), len(codes)).scatter_reduce_(0, inverse, torch.arange(len(codes)), "amin")[inverse]
@@ -361,9 +363,7 @@ def test_one_changed_row_changes_the_ranking(rq: Command, ring_run: Run, tmp_pat
 def test_predict_prints_the_best_tails_by_name(rq: Command, family_run: Run, family_kg: KnowledgeGraph) -> None:
     head = int(family_kg.test[0, 0])
     relation = int(family_kg.test[0, 1])
-    scorer, relations, codes = run_rq.load_scored_codes(
-        run_rq.parse_args(family_run.scored()), family_kg, torch.device("cpu")
-    )
+    scorer, relations, codes = load_scored_codes(run_rq.parse_args(family_run.scored()), family_kg, torch.device("cpu"))
     q_all = scorer.entity_vectors_from_codes(codes)
     words = {
         relation: family_kg.relations[relation],
@@ -548,7 +548,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_device_wins(rq: Command, ring: P
 
 
 def test_a_missing_data_set_names_the_download(rq: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_rq, "ROOT", tmp_path)
+    monkeypatch.setattr(inputs, "ROOT", tmp_path)
     assert_refused(rq("--device", "cpu"), "python data/download.py FB15k-237")
     assert_refused(rq("--dataset", str(tmp_path / "WN18RR"), "--device", "cpu"), "python data/download.py WN18RR")
 
