@@ -207,6 +207,9 @@ def stage1_setting(record: Record) -> str:
     ]
     words += ["text"] if args.get("text_emb") else []
     words += ["text init"] if args.get("text_init") else []
+    words += ["given codes"] if args.get("codes_from") else []
+    teachers = sum(name.startswith("teacher ") for name in record.get("inputs", {}))
+    words += [f"taught by {teachers}"] if teachers else []
     return ", ".join([*words, *other_flags(args, stage1_defaults(), UNLABELLED)])
 
 

@@ -225,7 +225,8 @@ def test_a_run_and_a_seed_count_once(tmp_path: Path) -> None:
     [
         (("quantizer", "vq"), "VQ 4 of 256"), (("gcn_layers", 0), "no GCN"), (("tf_layers", 0), "tf_layers 0"),
         (("lr", 0.01), "lr 0.01"), (("text_emb", "some/file.npy"), "text"), (("text_init", "svd"), "text init"),
-        (("decoder", "complex"), "ComplEx"), (("some_new_flag", 3), "some_new_flag 3"),
+        (("decoder", "complex"), "ComplEx"), (("some_new_flag", 3), "some_new_flag 3"), (("ensemble", 2), "ensemble 2"),
+        (("codes_from", "codes.pt"), "given codes"),
     ],
 )  # fmt: skip
 def test_what_is_learned_differently_is_another_setting(change: tuple[str, Any], word: str, tmp_path: Path) -> None:
@@ -235,6 +236,15 @@ def test_what_is_learned_differently_is_another_setting(change: tuple[str, Any],
     saved(other, tmp_path, "b.json")
     labels = [group.first.setting for group in groups(collect([tmp_path]).rows) if not group.first.variant]
     assert len(set(labels)) == 2 and word in labels[1].split(", ")[0] + ", " + labels[1] and word not in labels[0]
+
+
+def test_teachers_make_a_setting(tmp_path: Path) -> None:
+    for count in range(3):
+        record = with_seed(0)
+        record["inputs"] |= {f"teacher {place}": "0" * 64 for place in range(1, count + 1)}
+        saved(record, tmp_path, f"{count}.json")
+    labels = [group.first.setting for group in groups(collect([tmp_path]).rows) if not group.first.variant]
+    assert len(labels) == 3 and "taught by 1" in labels[1] and "taught by 2" in labels[2]
 
 
 @pytest.mark.parametrize(
