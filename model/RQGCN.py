@@ -94,7 +94,8 @@ class RQGCN(nn.Module):
     "w/o GCN"); ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
     ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
     of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
-    ``ensemble``: members that share all widths and the L positions out among them, and the codebooks alone in common.
+    ``ensemble``: members that share all widths and the L positions out among them; codebooks and transformer blocks
+    are common to all.
     """
 
     def __init__(
@@ -124,8 +125,10 @@ class RQGCN(nn.Module):
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
-        if ensemble < 1 or init_dim % ensemble or gcn_dim % ensemble:
-            raise ValueError(f"{ensemble} members cannot share the widths {init_dim} and {gcn_dim} equally")
+        if ensemble < 1 or any(size % ensemble for size in (seq_len, init_dim, width)):
+            raise ValueError(
+                f"{ensemble} members cannot share L = {seq_len} positions and the widths {init_dim} and {width} equally"
+            )
         self.seq_len, self.code_dim, self.members = seq_len, code_dim, ensemble
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))

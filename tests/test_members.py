@@ -143,11 +143,12 @@ def test_an_ensembles_record_is_what_its_integers_rank(
     ("changes", "words"),
     [
         ({"ensemble": 2}, ["2 members", "L = 3"]),
+        ({"ensemble": G, "seq_len": 4}, ["3 members", "L = 4"]),
         ({"ensemble": G, "init_dim": 13, "gcn_layers": 0}, ["3 members", "13"]),
         ({"ensemble": 0}, ["--ensemble 0", "1 or more"]),
         ({"ensemble": G, "relation_weight": 1}, ["--relation_weight", "--ensemble"]),
     ],
-    ids=["positions", "width", "none", "relations"],
+    ids=["positions", "outputs", "width", "none", "relations"],
 )
 def test_members_that_cannot_share_are_refused(
     rq: Command, ring: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
@@ -156,3 +157,8 @@ def test_members_that_cannot_share_are_refused(
     assert found.code == 2 and len(found.err.strip().splitlines()) == 1, found.err
     for word in words:
         assert word in found.err
+
+
+def test_a_width_that_nothing_has_need_not_be_shared() -> None:
+    model = RQGCN(M, R, **(SHAPE | {"gcn_layers": 0, "gcn_dim": 13}), ensemble=G)
+    assert model.scorer.W_q.out_features == D
