@@ -33,7 +33,7 @@ def sizes_named(args: argparse.Namespace) -> Iterator[None]:
             raise InputError(f"out of memory ({reason}); close other programs, or rank with --device cpu") from error
         # how much the encoder keeps, whatever the batch, is not known here: a quarter of what was used is assumed
         batch = smaller_batch(args.batch, memory.used, memory.wanted, memory.total, memory.used / 4)
-        sampled = args.num_negatives or args.loss != "ce"
+        sampled = args.num_negatives or args.loss != "ce" or args.teacher
         negatives = "" if sampled else f" (or keep it and score --num_negatives {8 * batch} at a time)"
         # a number by then, unless reading the graph itself was too much
         levels = args.num_quantizers // 2 if isinstance(args.num_quantizers, int) else 1

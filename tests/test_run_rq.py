@@ -748,7 +748,8 @@ def test_a_damaged_score_before_the_collision_pass_is_named(ring_run: Run) -> No
 
 
 @pytest.mark.parametrize(
-    ("flags", "offered"), [([], True), (["--loss", "bce"], False), (["--num_negatives", "9"], False)]
+    ("flags", "offered"),
+    [([], True), (["--loss", "bce"], False), (["--num_negatives", "9"], False), (["--teacher", "t.pt"], False)],
 )
 def test_out_of_memory_offers_negatives_only_where_they_go(flags: list[str], offered: bool) -> None:
     with pytest.raises(InputError) as error, sizes_named(run_rq.parse_args(flags)):
