@@ -28,6 +28,7 @@ from model import trainer as trainer_module
 from model.data_parallel import SharedBatchNorm, World
 from model.evaluation import evaluate_vectors
 from model.RQCodebook import RQCodebook
+from model.teacher import Teacher
 from model.trainer import Trainer, TrainSettings
 from run_record import InputError, load_torch, seed_everything
 
@@ -91,11 +92,21 @@ def trained(model: dict[str, Any], double: bool = True, **settings: Any) -> Scen
     return scenario
 
 
+def taught_members(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, Any]:
+    """An ensemble, whose members have batch norms of their own, and a teacher of arbitrary answers."""
+    trainer = make_trainer(kg, world, folder / "taught" / "run.pt", {"decoder": "mlp", "ensemble": 3})
+    answers = torch.randint(M, (len(trainer.heads), 4), generator=torch.Generator().manual_seed(4)).int()
+    trainer.teacher = Teacher(answers, torch.full(answers.shape, 0.25), 0.4)
+    trainer.fit()
+    return result_of(trainer)
+
+
 EQUAL: dict[str, Scenario] = {
     "distmult": trained({"decoder": "distmult"}),
     "conve": trained({"decoder": "conve"}),
     "tucker": trained({"decoder": "tucker"}, loss="bce"),
     "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),
+    "taught members": taught_members,
     "sampled softmax": trained({"decoder": "distmult"}, num_negatives=9),
 }
 
