@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.knowledge_graph import KnowledgeGraph
 from model.decoders import Decoder, JointDecoder
-from model.losses import SoftTargets
+from model.losses import SCORES_AT_ONCE, SoftTargets
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, scorer_of
 
@@ -62,6 +62,8 @@ def trained_model(
         model.load_state_dict(best["model"])
         graph = RelationalGraph.from_triples(kg.train, kg.num_entities, kg.num_relations).to(torch.device(device))
         entities = scorer.entity_vectors(model.clean_z(graph, None if text is None else text.to(device)))
+    if relations.shape[1:] != entities.shape[1:]:
+        raise ValueError(f"its relations {list(relations.shape)} and entities {list(entities.shape)} differ in width")
     if len(entities) != kg.num_entities or len(relations) != 2 * kg.num_relations:
         raise ValueError(
             f"it knows {len(entities)} entities and {len(relations) // 2} relations, {kg.name} has "
@@ -72,15 +74,16 @@ def trained_model(
 
 @torch.no_grad()
 def ask(
-    models: Sequence[Trained], heads: Tensor, relations: Tensor, weight: float, top: int = TOP, batch: int = 1024
+    models: Sequence[Trained], heads: Tensor, relations: Tensor, weight: float, top: int = TOP, batch: int | None = None
 ) -> Teacher:
     """The ``top`` answers of the models' mean score (the geometric mean of their probabilities) to the queries
-    (heads [n], relations [n]); what the others had is shared out among them.
+    (heads [n], relations [n]); what the others had is shared out among them. ``batch``: queries at a time (by default
+    1024, or what keeps the scores under 256 MB).
     """
     decoder = JointDecoder([model.decoder for model in models]).eval()
     of_relations = torch.cat([model.relations for model in models], dim=1)
     of_entities = torch.cat([model.entities for model in models], dim=1)
-    top = min(top, len(of_entities))
+    top, batch = min(top, len(of_entities)), batch or max(1, min(1024, SCORES_AT_ONCE // len(of_entities)))
     entities = torch.empty(len(heads), top, dtype=torch.int32, device=heads.device)
     mass = torch.empty(len(heads), top, device=heads.device)
     for start in tqdm(range(0, len(heads), batch), desc="asking the teacher", leave=False, unit="batch", disable=None):

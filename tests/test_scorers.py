@@ -25,6 +25,7 @@ from conftest import (  # type: ignore[import-not-found]
     small_flags,
 )  # fmt: skip
 
+import model.teacher as teacher_module
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.ensemble import JointScorer
@@ -211,6 +212,25 @@ def test_a_teachers_answers_are_the_best_of_the_mean_score(ring_run: Run, other:
     torch.testing.assert_close(torch.zeros(2).index_add_(0, soft.rows, soft.mass), torch.ones(2))
 
 
+def test_a_large_graphs_scores_are_asked_for_in_parts(
+    ring_run: Run, ring_kg: KnowledgeGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models_of(ring_run, ring_kg)
+    query, sizes = model.decoder.query, list[int]()
+
+    def counted(q_h: torch.Tensor, v_r: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(q_h))
+        return query(q_h, v_r)
+
+    monkeypatch.setattr(model.decoder, "query", counted)
+    heads, rels = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    whole = ask([model], heads, rels, 1.0)
+    monkeypatch.setattr(teacher_module, "SCORES_AT_ONCE", 3 * M)
+    parts = ask([model], heads, rels, 1.0)
+    assert sizes == [8, 3, 3, 2]
+    torch.testing.assert_close(parts.mass, whole.mass)
+
+
 def test_an_unquantized_teacher_answers_by_its_vectors(ring: Path, ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     run = finished(ring, tmp_path, "ring_3_8_2_rq_unquantized", control="unquantized", epoch=2)
     stored = load_torch(run.checkpoint, "checkpoint")
@@ -268,6 +288,13 @@ def test_a_taught_run_continues_to_the_same_bits(ring: Path, ring_run: Run, tmp_
     run_rq.train(run_rq.parse_args([*small_flags(ring, tmp_path / "half", epoch=4, **changes), "--restore"]))
     one, two = (load_torch(run.checkpoint, "checkpoint")["last"]["model"] for run in (whole, half))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_teacher_of_mixed_widths_is_refused(rq: Command, ring: Path, ring_run: Run, tmp_path: Path) -> None:
+    stored = load_torch(ring_run.checkpoint, "checkpoint")
+    stored["best"]["relations"] = torch.zeros(2 * R, 13)
+    torch.save(stored, tmp_path / "mixed.pt")
+    refused(rq(*small_flags(ring, tmp_path, teacher=tmp_path / "mixed.pt")), "mixed.pt", "differ in width")
 
 
 @pytest.mark.parametrize(
