@@ -63,6 +63,9 @@ def choose_levels(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
 
     if args.num_quantizers != AUTO:
         return
+    if args.codes_from is not None:
+        args.num_quantizers = load_codes(args.codes_from).shape[2]
+        return
     args.num_quantizers, reasons = recommend(kg.num_entities, args.seq_len, args.num_code, measured())
     for reason in reasons:
         print(f"--num_quantizers {AUTO}: {reason}")
@@ -165,6 +168,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
         raise InputError(
             f"codes and checkpoint would both be {checkpoint}; give --out_dir and --checkpoint_dir two folders"
         )
+    if args.codes_from is not None and files.codes.exists():
+        raise InputError(f"{files.codes} has a record, --codes_from would write over it; give another --name")
+    if checkpoint.resolve() in [teacher.resolve() for teacher in args.teacher or ()]:
+        raise InputError(f"--teacher {checkpoint} is the checkpoint that this run writes; give another --name")
     inputs = dict(kg.input_hashes)
     if args.text_emb is not None:
         inputs[args.text_emb.name] = sha256_file(args.text_emb)
@@ -208,7 +215,7 @@ def train(args: argparse.Namespace) -> None:
     with world.quiet(), ExitStack() as locks:
         with world.together():
             kg, text, model, files, checkpoint, inputs, plain, codes = prepare(args, device)
-            teachers = load_teachers(args, kg, text, device)
+            teachers = [] if args.dump_only else load_teachers(args, kg, text, device)
             if world.first:
                 locks.enter_context(only_run(checkpoint.with_suffix(".lock")))
                 locks.enter_context(only_run(files.codes.with_suffix(".lock")))

@@ -13,6 +13,7 @@ import torch
 from conftest import (  # type: ignore[import-not-found]
     CODE_DIM,
     FAMILY_FLAGS,
+    RING,
     ROOT,
     K,
     L,
@@ -109,6 +110,22 @@ def test_codes_that_do_not_fit_are_refused(
     found = rq(*small_flags(ring, tmp_path, **({"codes_from": ring_run.codes} | changes)))
     refused(found, *words)
     assert not (tmp_path / "codes").exists()
+
+
+def test_the_number_of_levels_is_the_given_codes(rq: Command, ring: Path, ring_run: Run, tmp_path: Path) -> None:
+    found = rq(*small_flags(ring, tmp_path, codes_from=ring_run.codes, num_quantizers="auto", name="own", epoch=1))
+    assert found.code == 0, found.err
+    assert json.loads((tmp_path / "codes" / "own.json").read_text())["args"]["num_quantizers"] == Q
+
+
+def test_what_a_run_rests_on_is_not_written_over(rq: Command, ring: Path, tmp_path: Path) -> None:
+    """Neither the given codes' record nor a teacher, though --overwrite may take any other run's place."""
+    run = finished(ring, tmp_path, RING, epoch=2)
+    before = [path.read_bytes() for path in (run.codes.with_suffix(".json"), run.checkpoint)]
+    flags = [*run.flags, "--name", RING, "--overwrite"]
+    refused(rq(*flags, "--codes_from", str(run.codes)), "--codes_from", "another --name")
+    refused(rq(*flags, "--teacher", str(run.checkpoint)), "--teacher", "another --name")
+    assert before == [path.read_bytes() for path in (run.codes.with_suffix(".json"), run.checkpoint)]
 
 
 # ---------------------------------------------------------------- several scorers
@@ -281,13 +298,18 @@ def test_a_student_comes_near_its_teacher(family_run: Run, family_kg: KnowledgeG
     assert apart["taught"] < 0.8 * apart["alone"], apart
 
 
-def test_a_taught_run_continues_to_the_same_bits(ring: Path, ring_run: Run, tmp_path: Path) -> None:
+def test_a_taught_run_continues_to_the_same_bits(
+    ring: Path, ring_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"teacher": ring_run.checkpoint, "lr_schedule": "constant", "freeze_at": 1.0}
     whole = finished(ring, tmp_path / "whole", "ring_3_8_2_rq", epoch=4, **changes)
     half = finished(ring, tmp_path / "half", "ring_3_8_2_rq", epoch=2, **changes)
     run_rq.train(run_rq.parse_args([*small_flags(ring, tmp_path / "half", epoch=4, **changes), "--restore"]))
     one, two = (load_torch(run.checkpoint, "checkpoint")["last"]["model"] for run in (whole, half))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+    monkeypatch.delattr(run_rq, "load_teachers")  # what is only dumped needs no answers
+    again = [*small_flags(ring, tmp_path / "half", epoch=4, **changes), "--restore", "--dump_only"]
+    run_rq.train(run_rq.parse_args(again))
 
 
 def test_a_teacher_of_mixed_widths_is_refused(rq: Command, ring: Path, ring_run: Run, tmp_path: Path) -> None:
