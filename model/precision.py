@@ -33,11 +33,24 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def return_freed_memory() -> bool:
+    """Give the system what is free in the C library's heap now. True where that could be done (glibc).
+
+    Kept memory splinters when blocks of changing sizes come and go, sampled batches and rankings: 80 epochs of WN18RR
+    had grown a process of 1.5 GB to 12.
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
 def keep_freed_memory() -> bool:
     """Let the C library hand freed blocks out again, whatever their size. True where it could be told so (glibc).
 
     By default it returns every block above 32 MB to the system and gets the next one page by page, zeroed: six times
-    the time of the product that fills a [1024, 14541] score matrix. Costs no memory beyond the process's own peak.
+    the time of the product that fills a [1024, 14541] score matrix. ``return_freed_memory`` now and then undoes what
+    it costs.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     try:

@@ -35,7 +35,7 @@ from model.losses import (
     sampled_softmax_cross_entropy,
     softmax_cross_entropy,
 )
-from model.precision import matmul_precision
+from model.precision import matmul_precision, return_freed_memory
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
@@ -401,6 +401,7 @@ class Trainer:
             done = done or self._out_of_patience()
             self.report(format_epoch(row))
             self.save()
+            return_freed_memory()
         without_codes = self.best is None or self.codes is None
         if without_codes and self._finished() and self.settings.control != "unquantized":
             if self.settings.control == "posthoc":
