@@ -150,7 +150,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
     from model.precision import keep_freed_memory
     from model.RQGCN import RQGCN
 
-    keep_freed_memory()
+    if not args.num_negatives:  # a sampled step has no block that is worth it, and sizes that splinter the heap
+        keep_freed_memory()
     kg = load_graph(args)
     text = load_text(args.text_emb, kg.num_entities)
     choose_levels(args, kg)
