@@ -3,9 +3,10 @@
     python benchmarks/growth.py [--quick] [--json F] [--sizes M ...]
 
 Random graphs by the law of benchmarks/random_graph.py. Each row is a process of its own, so that its peak memory is its
-own: the graph is drawn, the trainer built, codebooks initialised, then as many steps run as --steps says, by the
-trainer's own loop. The epoch's time is the start of an epoch plus these steps scaled to all of an epoch's: a sample
-of steps stands for the epoch. Ranking is that of 1,024 queries from codes.
+own: the graph is drawn, the trainer built, codebooks initialised, then as many steps run as --steps says, or as stand
+between two passes of the encoder where these are more, by the trainer's own loop. A pass reads the whole graph, so
+above 10^5 entities the passes grow apart with it. The epoch's time is the start of an epoch plus these steps scaled to
+all of an epoch's: a sample of steps stands for the epoch. Ranking is that of 1,024 queries from codes.
 Model: D = 128, one graph layer, L x Q = 4 x 4 codes of K = 256, DistMult, no transformer block; loss exact or sampled.
 """
 
@@ -62,7 +63,7 @@ def measure(args: argparse.Namespace) -> Row:
     flags = [*MODEL, "--batch", str(args.batch), "--encoder_every", str(args.encoder_every), "--seed", str(args.seed)]
     trainer = make_trainer(kg, [*flags, "--num_negatives", str(negatives)], Path("unused"))
     trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
-    steps = min(args.steps, steps_per_epoch(trainer))
+    steps = min(max(args.steps, args.encoder_every), steps_per_epoch(trainer))
     if args.warm_steps:
         run_steps(trainer, args.warm_steps)
     parts = PartTimes()
@@ -82,6 +83,7 @@ def measure(args: argparse.Namespace) -> Row:
         "loss": f"sampled, N = {negatives:,}" if negatives else "exact",
         "steps": all_steps,
         "sampled_steps": steps,
+        "encoder_every": args.encoder_every,
         "draw_seconds": draw_seconds,
         "ms_scorer": 1e3 * parts.seconds["_scorer_step"] / parts.calls["_scorer_step"],
         "s_encoder": parts.seconds["_encoder_step"] / parts.calls["_encoder_step"],
@@ -99,7 +101,8 @@ def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"
         words = [sys.executable, __file__, "--one", str(M), str(negatives), "--json", str(result)]
-        for flag in ("threads", "steps", "warm_steps", "batch", "encoder_every", "seed"):
+        words += ["--encoder_every", str(args.encoder_every or max(64, 64 * M // EXACT_UP_TO))]
+        for flag in ("threads", "steps", "warm_steps", "batch", "seed"):
             words += [f"--{flag}", str(getattr(args, flag))]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
@@ -137,12 +140,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64, help="steps that stand for the epoch")
     parser.add_argument("--warm_steps", type=int, default=1, help="steps before those")
     parser.add_argument("--batch", type=int, default=1024, help="B, queries per step")
-    parser.add_argument("--encoder_every", type=int, default=64, help="steps per pass of the encoder")
+    parser.add_argument(
+        "--encoder_every", type=int, help="steps per pass of the encoder (default: 64; above 10^5 entities 64 per 10^5)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the graph and the model")
     parser.add_argument("--one", type=int, nargs=2, metavar=("M", "N"), help="measure this row alone, in this process")
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.one:
+        args.encoder_every = args.encoder_every or 64
         row = measure(args)
         if args.json:
             write_json(make_record(vars(args), {}, time.perf_counter() - begun, row=row), args.json)
@@ -162,14 +168,15 @@ def main() -> int:
             found["us_per_triple"] = 1e6 * found["epoch_seconds"] / found["triples"]
             rows.append(found)
     print_table(rows, {
-        "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "draw_seconds": ".1f",
+        "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "encoder_every": "d",
+        "draw_seconds": ".1f",
         "ms_scorer": ".1f", "s_encoder": ".2f", "s_assign": ".2f", "epoch_seconds": ".1f",
         "us_per_triple": ".0f", "rank_seconds": ".2f", "peak_gb": ".2f", "peak_gb_ranked": ".2f", "ratio": ".2f",
     })  # fmt: skip
     exponents = growth_exponents(rows)
     print(
-        f"epoch_seconds: start of the epoch + {args.steps} steps (an encoder pass per {args.encoder_every}) scaled to "
-        "all of them, not a whole epoch; ratio: the exact loss's epoch over this row's"
+        "epoch_seconds: start of the epoch + sampled_steps (an encoder pass per encoder_every) scaled to all of them, "
+        "not a whole epoch; peaks in GiB; ratio: the exact loss's epoch over this row's"
     )
     if exponents:
         shown = ", ".join(f"{key} M^{value:.2f}" for key, value in exponents.items())

@@ -126,9 +126,11 @@ class Trainer:
         world.copy_from_first(model.state_dict().values())
         self.optimizer = self._make_optimizer()
         self.generator = torch.Generator().manual_seed(settings.seed)
+        begun = time.monotonic()
         self.teacher: Teacher | None = None
         if teachers:
             self.teacher = ask(teachers, self.heads, self.rels, settings.teacher_weight)
+        self.seconds_asking = time.monotonic() - begun  # again each time a run is continued: the answers are not kept
         self.codes_given = codes is not None
         self.codes: Tensor | None = None if codes is None else codes.to(self.device)  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use while warming up
