@@ -412,7 +412,8 @@ def stage_record(
     """What the record of every run of this command holds beside its metrics."""
     assert trainer.best is not None
     return make_record(
-        plain, inputs, trainer.seconds + trainer.seconds_asking + more_seconds, trainer.device, name=args.name, dataset=kg.name,
+        plain, inputs, trainer.seconds + trainer.seconds_asking + more_seconds, trainer.device,
+        name=args.name, dataset=kg.name,
         best_epoch=trainer.best["epoch"], epochs=trainer.epoch, world_size=trainer.world.started,
         history=trainer.history,
         parameters={
