@@ -61,6 +61,19 @@ TARGETS = [
     ),
     Target("predict", "run_rq.py", lambda w: [*scored(w), "--predict", "e1", "next"], [CODES, CHECKPOINT]),
     Target(
+        "taught",
+        "run_rq.py",
+        lambda w: [
+            *stage_one(w),
+            *over("--codes_from", f"W/codes/{STEM}.pt", "--teacher", f"W/checkpoints/{STEM}.pt")(w),
+            "--name",
+            "taught",
+            "--out_dir",
+            str(w / "taught"),
+        ],
+        [CODES, CHECKPOINT, ENTITIES._replace(may=("missing",))],
+    ),
+    Target(
         "export",
         "run_rq.py",
         lambda w: [*scored(w), "--export_candidates", str(w / "lists" / "test.npz")],
