@@ -215,20 +215,21 @@ def train(args: argparse.Namespace) -> None:
     world = World.start(device)
     with world.quiet(), ExitStack() as locks:
         with world.together():
-            kg, text, model, files, checkpoint, inputs, plain, codes = prepare(args, device)
-            teachers = [] if args.dump_only else load_teachers(args, kg, text, device)
+            run = prepare(args, device)
+            files, checkpoint = run.files, run.checkpoint
+            teachers = [] if args.dump_only else load_teachers(args, run.kg, run.text, device)
             if world.first:
                 locks.enter_context(only_run(checkpoint.with_suffix(".lock")))
                 locks.enter_context(only_run(files.codes.with_suffix(".lock")))
                 for path in (checkpoint, *files):
                     for killed in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                         killed.unlink(missing_ok=True)  # what a kill in the middle of writing left
-            now = comparable(plain, inputs)
+            now = comparable(run.plain, run.inputs)
             stored = check_existing(args, checkpoint, files, now)
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
         trainer = Trainer(
-            kg, model, settings, checkpoint, model_arguments(args, text), now, text, device, world=world, codes=codes,
-            teachers=teachers,
+            run.kg, run.model, settings, checkpoint, model_arguments(args, run.text), now, run.text, device,
+            world=world, codes=run.codes, teachers=teachers,
         )  # fmt: skip
         if stored is not None:
             with world.together():
@@ -242,12 +243,12 @@ def train(args: argparse.Namespace) -> None:
             wanted = "scored epoch" if args.control else "epoch with codes"
             raise InputError(f"{checkpoint.name} has no {wanted} yet; train on with --restore")
         if args.control:
-            dump_control(args, kg, trainer, files, plain, inputs)
+            dump_control(args, run, trainer)
             return
-        if codes is not None:
-            dump_scorer(args, kg, trainer, files, plain, inputs, codes)
+        if run.codes is not None:
+            dump_scorer(args, run, trainer)
             return
-        dump(args, kg, trainer, files, plain, inputs)
+        dump(args, run, trainer)
     print(
         f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {files.codes} "
         f"--checkpoint {checkpoint}\n"
@@ -290,14 +291,7 @@ def fit_until_stopped(trainer: Trainer, checkpoint: Path) -> None:
             signal.signal(number, handler)
 
 
-def dump(
-    args: argparse.Namespace,
-    kg: KnowledgeGraph,
-    trainer: Trainer,
-    files: CodeFiles,
-    plain: dict[str, Any],
-    inputs: dict[str, str],
-) -> None:
+def dump(args: argparse.Namespace, run: Prepared, trainer: Trainer) -> None:
     """Write the best epoch's codes and score what was written, from the file."""
     from model.collisions import TooFewCodes
     from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
@@ -311,7 +305,7 @@ def dump(
         print(f"collision pass: {changed} entities got a code of their own")
     except TooFewCodes as error:
         print(f"warning: some entities share their code: {error}", file=sys.stderr)
-    best, device = trainer.best, trainer.device
+    best, device, files = trainer.best, trainer.device, run.files
     scorer, relations = scorer_of(trainer.config, best, device)
     codes = best["codes"].cpu()
     embeddings = None
@@ -319,12 +313,12 @@ def dump(
         embeddings = scorer.rq_codebook.decode_from_codes(codes.to(device)).detach()
     else:
         print(f"{files.embeddings.name} would exceed 2 GiB and is left out; --save_emb writes it")
-    written = save_codes(files, codes.squeeze(-1) if args.quantizer == "vq" else codes, kg.entities, embeddings)
-    codes = load_codes(files.codes, kg.num_entities, args.num_code).to(device)
+    written = save_codes(files, codes.squeeze(-1) if args.quantizer == "vq" else codes, run.kg.entities, embeddings)
+    codes = load_codes(files.codes, run.kg.num_entities, args.num_code).to(device)
 
-    metrics = score_codes(args, kg, scorer, relations, codes)
+    metrics = score_codes(args, run.kg, scorer, relations, codes)
     metrics["mrr_before_collision_pass"] = mrr_as_trained(best)
-    record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start) | metrics | {
+    record = stage_record(args, run, trainer, time.monotonic() - start) | metrics | {
         "shape": list(codes.shape),
         "outputs": written,
         "codes": {
@@ -375,25 +369,17 @@ def print_scores(metrics: dict[str, Any]) -> None:
         print(f"control, shuffled codes:     {format_metrics(metrics['test_shuffled_codes'])}")
 
 
-def dump_scorer(
-    args: argparse.Namespace,
-    kg: KnowledgeGraph,
-    trainer: Trainer,
-    files: CodeFiles,
-    plain: dict[str, Any],
-    inputs: dict[str, str],
-    codes: torch.Tensor,
-) -> None:
+def dump_scorer(args: argparse.Namespace, run: Prepared, trainer: Trainer) -> None:
     """Score the integers of --codes_from with what was trained for them, and write the record; they have a file."""
     from model.RQGCN import scorer_of
 
-    assert trainer.best is not None
+    assert trainer.best is not None and run.codes is not None
     start = time.monotonic()
     scorer, relations = scorer_of(trainer.config, trainer.best, trainer.device)
-    metrics = score_codes(args, kg, scorer, relations, codes.to(trainer.device))
-    record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start)
-    write_json(record | metrics | {"shape": list(codes.shape)}, files.record)
-    print(f"wrote {files.record} (best epoch {record['best_epoch']} of {trainer.epoch}), no codes: they were given")
+    metrics = score_codes(args, run.kg, scorer, relations, run.codes.to(trainer.device))
+    record = stage_record(args, run, trainer, time.monotonic() - start)
+    write_json(record | metrics | {"shape": list(run.codes.shape)}, run.files.record)
+    print(f"wrote {run.files.record} (best epoch {record['best_epoch']} of {trainer.epoch}), no codes: they were given")
     print_scores(metrics)
     print(
         f"next: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} --eval_codes {args.codes_from} "
@@ -401,19 +387,12 @@ def dump_scorer(
     )
 
 
-def stage_record(
-    args: argparse.Namespace,
-    kg: KnowledgeGraph,
-    trainer: Trainer,
-    plain: dict[str, Any],
-    inputs: dict[str, str],
-    more_seconds: float,
-) -> dict[str, Any]:
+def stage_record(args: argparse.Namespace, run: Prepared, trainer: Trainer, more_seconds: float) -> dict[str, Any]:
     """What the record of every run of this command holds beside its metrics."""
     assert trainer.best is not None
     return make_record(
-        plain, inputs, trainer.seconds + trainer.seconds_asking + more_seconds, trainer.device,
-        name=args.name, dataset=kg.name,
+        run.plain, run.inputs, trainer.seconds + trainer.seconds_asking + more_seconds, trainer.device,
+        name=args.name, dataset=run.kg.name,
         best_epoch=trainer.best["epoch"], epochs=trainer.epoch, world_size=trainer.world.started,
         history=trainer.history,
         parameters={
@@ -424,20 +403,13 @@ def stage_record(
     )  # fmt: skip
 
 
-def dump_control(
-    args: argparse.Namespace,
-    kg: KnowledgeGraph,
-    trainer: Trainer,
-    files: CodeFiles,
-    plain: dict[str, Any],
-    inputs: dict[str, str],
-) -> None:
+def dump_control(args: argparse.Namespace, run: Prepared, trainer: Trainer) -> None:
     """Score a rival's best epoch and write its record alone: what it has of codes is never saved as a graph's codes."""
     start = time.monotonic()
     metrics = {split: trainer.score_best(split) for split in ("valid",) + ("test",) * (not args.no_test)}
-    record = stage_record(args, kg, trainer, plain, inputs, time.monotonic() - start)
-    write_json(record | metrics | {"control": args.control}, files.record)
-    print(f"wrote {files.record}: {args.control} (best epoch {record['best_epoch']} of {trainer.epoch}), no codes")
+    record = stage_record(args, run, trainer, time.monotonic() - start)
+    write_json(record | metrics | {"control": args.control}, run.files.record)
+    print(f"wrote {run.files.record}: {args.control} (best epoch {record['best_epoch']} of {trainer.epoch}), no codes")
     for split, found in metrics.items():
         print(f"{split}: {format_metrics(found)}")
 
