@@ -55,6 +55,7 @@ def measure(args: argparse.Namespace) -> Row:
     """One row, in this process: graph, trainer, ``steps`` steps, ranking."""
     torch.set_num_threads(args.threads)
     M, negatives = args.one
+    args.encoder_every = args.encoder_every or max(64, 64 * M // EXACT_UP_TO)
     if not negatives:  # as run_rq.py does
         keep_freed_memory()
     start = time.perf_counter()
@@ -101,9 +102,9 @@ def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"
         words = [sys.executable, __file__, "--one", str(M), str(negatives), "--json", str(result)]
-        words += ["--encoder_every", str(args.encoder_every or max(64, 64 * M // EXACT_UP_TO))]
-        for flag in ("threads", "steps", "warm_steps", "batch", "seed"):
-            words += [f"--{flag}", str(getattr(args, flag))]
+        for flag in ("threads", "steps", "warm_steps", "batch", "encoder_every", "seed"):
+            value = getattr(args, flag)
+            words += [] if value is None else [f"--{flag}", str(value)]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -148,7 +149,6 @@ def main() -> int:
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.one:
-        args.encoder_every = args.encoder_every or 64
         row = measure(args)
         if args.json:
             write_json(make_record(vars(args), {}, time.perf_counter() - begun, row=row), args.json)

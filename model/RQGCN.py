@@ -65,7 +65,6 @@ class CodeScorer(nn.Module):
         super().__init__()
         if ensemble < 1 or seq_len % ensemble or dim % ensemble:
             raise ValueError(f"{ensemble} members cannot share L = {seq_len} positions and D = {dim} equally")
-        self.members = ensemble
         self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers, **(codebook or {}))
         self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
         # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
