@@ -4,6 +4,7 @@
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates test.npz --split test
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz
     python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
+    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --judge      for --decode judge
 
 The paper's protocol tunes twice: first on the training split's queries (--from train, into a folder of its own), then
 on nine tenths of the valid split (--from valid). The last tenth is the validation set and the test split the test set
@@ -15,6 +16,9 @@ by the candidate model: a query whose truth is not listed keeps it. Training may
 never do. ``truth`` starts with the truth; other right answers follow it that are listed because only the test split
 knows them: ranking leaves them out.
 
+--judge turns each training and validation list into one row per candidate, answered by True or False: hard negatives for
+ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions.
+
 A model that was trained on its queries puts their truth first: such lists are always shuffled.
 """
 
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +35,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
+from Class.candidates import Bools, Candidates, Floats, find_rows, known_pairs, other_answers, read_candidates
 from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
-from Class.prompts import ANSWERS, link_prediction, numbered, relation_text
+from Class.prompts import ANSWERS, FALSE, TRUE, asked, judgements, link_prediction, numbered, relation_text
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 from run_record import CommandParser, InputError, run_command
 
-TASK = "link_prediction"
+TASK, JUDGED = "link_prediction", "candidate_judgement"
 ORDERS = ("ranked", "shuffled")
 VALIDATION_PART = 0.1  # of the valid split, as in the paper
 CHUNK = 1024
@@ -99,6 +103,20 @@ def make_lists(
     order = np.argsort(out, axis=1, kind="stable")[:, :count]
     ids = np.take_along_axis(np.where(out, -1, ids), order, axis=1)
     return Lists(ids, np.take_along_axis(filtered & ~out, order, axis=1), rank)
+
+
+def draw_lists(
+    lists: Lists, queries: Ints, num_entities: int, tuning: Answers, part: float, rng: np.random.Generator
+) -> None:
+    """Replace a random ``part`` of ``lists`` by the truth and entities that are no known answer, in random order."""
+    indptr, known = known_pairs(tuning, queries[:, 0], queries[:, 1])
+    for i in np.flatnonzero(rng.random(len(queries)) < part).tolist():
+        truth, size = queries[i, 2], lists.ids.shape[1]
+        wrong = np.delete(np.arange(num_entities), [*known[indptr[i] : indptr[i + 1]], truth])
+        drawn = [truth, *rng.choice(wrong, min(size - 1, len(wrong)), replace=False)]
+        lists.ids[i] = -1
+        lists.ids[i, : len(drawn)] = rng.permutation(drawn)
+        lists.others[i] = False
 
 
 def _rank_in_list(candidates: Candidates, rows: Ints, truth: Ints, filtered: Bools) -> Floats:
@@ -164,6 +182,7 @@ class Plan(NamedTuple):
     rows: Ints  # [n]
     shuffle: bool
     drop_unlisted: bool
+    random_part: float = 0.0  # of the lists: right answer and random entities
 
 
 def rows_of(
@@ -176,6 +195,8 @@ def rows_of(
     for start in range(0, len(plan.queries), CHUNK):
         queries, rows = plan.queries[start : start + CHUNK], plan.rows[start : start + CHUNK]
         lists = make_lists(candidates, rows, queries, kg, answers["tuning"], answers["known"], num_candidates)
+        if plan.random_part:
+            draw_lists(lists, queries, kg.num_entities, answers["tuning"], plan.random_part, rng)
         for (h, r, t), ids, others, rank in zip(queries.tolist(), *lists, strict=True):
             ranked = ids[ids >= 0].tolist()
             also_right = [ranked[i] for i in np.flatnonzero(others)] if plan.split == "test" else []
@@ -208,6 +229,21 @@ def rows_of(
             )  # fmt: skip
 
 
+def judged(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of ``rows_of`` as one row per candidate: does it complete the triple? Their lists hold one right answer."""
+    for row in rows:
+        question = asked(row["instruction"])
+        assert question is not None
+        for place, (prompt, candidate) in enumerate(zip(judgements(question), row["candidates"], strict=True), 1):
+            head, relation, tail = row["triple"]
+            answer = TRUE if candidate == row["truth"][0] else FALSE
+            yield make_row(
+                prompt, answer, id=f"{row['id']}-{place}", task_type=JUDGED, split=row["split"],
+                triple=(head, relation, candidate) if row["direction"] == "tail" else (candidate, relation, tail),
+                direction=row["direction"], truth=[answer],
+            )  # fmt: skip
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -225,10 +261,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "of a model that was trained on their queries are shuffled)")  # fmt: skip
     group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
                        help="leave out training queries whose truth is not listed")  # fmt: skip
+    group.add_argument("--random_part", type=float, default=0.0, metavar="P", help="so much of the training lists: the "
+                       "truth and random entities, which is easier to learn from (0..1)")  # fmt: skip
+    group.add_argument("--judge", action="store_true", help="training and validation rows: one per candidate, answered "
+                       "by True or False")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.num_candidates < 2:
         parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
+    if not 0 <= args.random_part <= 1:
+        parser.error(f"--random_part must be in 0..1, got {args.random_part}")
     return args
 
 
@@ -254,7 +296,8 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
                 'and puts the truth first; leave the flag out, or give lists from K folds ("folds": K in their info)'
             )
         shuffle = args.candidate_order == "shuffled" or memorised
-        plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and split == "train"))
+        training = split == "train"
+        plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and training, args.random_part * training))
     if missing:
         raise InputError(
             f"--candidates {' '.join(map(str, args.candidates))} has no list for {' and '.join(missing)}; make them: "
@@ -274,12 +317,14 @@ def main(argv: list[str] | None = None) -> None:
     counts = {plan.split: Count() for plan in plans}
     orders = {plan.split: ORDERS[plan.shuffle] for plan in plans}
     folder = args.out_dir / TASK
+    rows = {
+        plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, args.seed, counts[plan.split])
+        for plan in plans
+    }
+    if args.judge:
+        rows |= {split: judged(rows[split]) for split in ("train", "validation")}
     write_task(
-        folder, TASK, args, source,
-        {
-            plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, args.seed, counts[plan.split])
-            for plan in plans
-        },
+        folder, TASK, args, source, rows,
         lambda: {
             "candidate_order": orders,
             "candidates": candidates.info,

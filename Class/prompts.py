@@ -7,6 +7,7 @@ codes. Names come escaped (``Source.shown``). All text goes to ``instruction``; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 TRUE, FALSE = "True", "False"
 ANSWERS = 3  # that a link prediction prompt asks for, as in the paper
@@ -45,6 +46,35 @@ def link_prediction(head: str, relation: str, head_text: str, candidate_texts: S
         + f"\nGive the {'codes' if with_codes else 'names'} of the {ANSWERS} most plausible candidates, best first, "
         "one numbered line each."
     )
+
+
+class Asked(NamedTuple):
+    """What a prompt of ``link_prediction`` asks."""
+
+    query: str  # "head relation", the head with its codes where there are any
+    candidates: list[str]  # as listed
+
+
+def asked(instruction: str) -> Asked | None:
+    """The inverse of ``link_prediction``; None for any other text."""
+    top, found, rest = instruction.partition("Candidates:\n")
+    lines = top.split("\n")
+    if not found or len(lines) < 3:
+        return None
+    name, _, relation = lines[1].removeprefix("Query: (").removesuffix(" | ?)").rpartition(" | ")
+    head = lines[2].removeprefix("Head: ") or name
+    return Asked(f"{head} {relation}", rest.split("\n")[:-1])  # the last line says what to do
+
+
+def judgements(question: Asked) -> list[str]:
+    """One prompt per candidate: is the triple true that it completes? They differ from the candidate on.
+
+    Its place in the list ends each, since the list itself is not shown: a ranked list's order is worth knowing.
+    """
+    return [
+        f"Is this true?\n{question.query} {candidate}\n{place}"
+        for place, candidate in enumerate(question.candidates, 1)
+    ]
 
 
 def numbered(answers: Sequence[str]) -> str:

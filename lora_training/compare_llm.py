@@ -13,12 +13,15 @@ the LLM with codes           the result
 
 The candidate model is a small one on purpose, for all rows alike: few codes and few epochs. The full one of the bundled
 graph (the demo's) has MRR .98, which leaves nothing to gain.
-The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too. A base as small as RECIPE's
-does not put the codes above all other rows yet: docs/LOG.md says what was measured and what is missing.
+The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too.
+
+The LLMs judge: each candidate is put into the query's place, and log P(True) - log P(False) ranks them. A base as small
+as RECIPE's does not learn to copy its answer out of a list (docs/LOG.md); judging needs no copying.
 
 Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. As in
 the paper an LLM is tuned twice: on queries of the training split, whose candidates stand in random order (stage 1 has
-learned these answers), then on nine tenths of valid, whose candidates stand as ranked.
+learned these answers) and are random entities for a part of the queries, then on nine tenths of valid, whose candidates
+stand as ranked.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
 stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
@@ -64,22 +67,23 @@ from tables.sanity import RANKING, check_ranking
 Recipe = dict[str, dict[str, Any]]
 
 # flags of each stage
-TUNING = {"batch_size": 8, "learning_rate": 3e-3, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0}
+TUNING = {"batch_size": 32, "eval_batch_size": 64, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0}
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 20,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
-    "base": {"width": 64, "layers": 3, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 5,
-             "lr": 3e-3, "recall": 5},
+    "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
+             "lr": 3e-3, "prompt_words": 2, "init_std": 0.125},
     "data": {"num_candidates": 4},
-    "first_data": {"limit": 3000},
-    "first": TUNING | {"epochs": 1},
-    "second": TUNING | {"epochs": 3, "learning_rate": 1e-3},
+    "first_data": {"random_part": 0.3},
+    "first": TUNING | {"epochs": 4, "learning_rate": 3e-3, "eval_steps": 500},
+    "second": TUNING | {"epochs": 3, "learning_rate": 5e-4},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
 QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
     "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
-    "first_data": {"limit": 48},
+    "first_data": {"limit": 480},
+    "first": RECIPE["first"] | {"epochs": 1},
     "second": RECIPE["second"] | {"epochs": 1},
 }
 
@@ -221,7 +225,7 @@ def llm_steps(
     codes, _, checkpoint = stage1.made
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in kg_splits()]
-    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, *flags(recipe["data"])]
+    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, "--judge", *flags(recipe["data"])]
     data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(codes)])]
 
     def data_step(which: str, words: list[str]) -> Step:
@@ -232,13 +236,19 @@ def llm_steps(
         out, task = folder / which, folder / rows / TASK
         words = ["lora_training/train_lora.py", "--model_name", str(model), "--output_dir", str(out)]
         words += ["--train_data", str(split_path(task, "train")), "--val_data", str(split_path(task, "validation"))]
-        words += [*flags(recipe[which]), "--seed", str(seed)]
+        words += ["--share_prompts", "--rank_loss", *flags(recipe[which]), "--seed", str(seed)]
         words += ["--code_init", str(checkpoint)] if new_rows else []
         return Step(f"{name}_{which}", words, [out / "lora_adapters" / "run_record.json"], out / "checkpoints")
 
     merged = folder / "tuned_on_train"
     merge = ["lora_training/merge_adapter.py", "--lora_adapter", str(folder / "first" / "lora_adapters")]
-    answer = ["lora_training/inference.py", "--lora_adapter", str(folder / "second" / "lora_adapters")]
+    answer = [
+        "lora_training/inference.py",
+        "--decode",
+        "judge",
+        "--lora_adapter",
+        str(folder / "second" / "lora_adapters"),
+    ]
     answer += ["--test_data", str(split_path(places.rows(variant), "test")), "--output", str(places.results(variant))]
     return [
         data_step("first_data", ["--candidates", *lists, "--from", "train", *flags(recipe["first_data"])]),

@@ -6,6 +6,7 @@
 
 --decode says how link prediction is answered:
 score            the likelihood of each candidate's first answer line, exact, over one cache of the prompt
+judge            P(True) against P(False) of each candidate in the query's place, for rows of gen_lp_data_rq.py --judge
 constrained      beam search over the candidates, --beams wide
 constrained_all  beam search over ALL entities; their other known answers are left out
 free             greedy text, read as numbered lines
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.instructions import Row, Source, existing_split, open_source, read_rows
-from Class.prompts import FALSE, TRUE, numbered
+from Class.prompts import FALSE, TRUE, asked, judgements, numbered
 from lora_training.code_tokens import (
     RECORD,
     Saved,
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "inference_results.json"
-DECODES = ("score", "constrained", "constrained_all", "free")
+DECODES = ("score", "judge", "constrained", "constrained_all", "free")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 WINDOW = 256  # rows that are sorted by length and cut into batches together
 BEST = 3  # answers that a prompt of link prediction asks for
@@ -107,6 +108,14 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
         line = numbered([candidate.answer]) + ("\n" if name and len(listed) > 1 else "")
         lines.append(encode_answer(line, tokenizer, end=name and len(listed) == 1))
     return lines
+
+
+def judged_prompts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the question that ``--judge`` asks of each candidate of a row; InputError where it is no list."""
+    question = asked(row["instruction"])
+    if question is None:
+        raise InputError(f"row {row['id']} lists no candidates to judge; write it anew: python Class/gen_lp_data_rq.py")
+    return [encode_prompt({"instruction": prompt}, tokenizer) for prompt in judgements(question)]
 
 
 def read_numbered(text: str, listed: Sequence[Listed]) -> list[float] | None:
@@ -308,6 +317,13 @@ def make_answer(row: Row, decode: str, **found: Any) -> Answer:
     }  # fmt: skip
 
 
+def ranked(row: Row, decode: str, listed: Sequence[Listed], scores: Sequence[float | None], **found: Any) -> Answer:
+    """The answer of a row of link prediction; None are the scores of candidates that a search did not reach."""
+    order = sorted(range(len(listed)), key=lambda i: np.inf if (score := scores[i]) is None else -score)
+    text = numbered([listed[i].answer for i in order[:BEST]])
+    return make_answer(row, decode, scores=list(scores), text=text, **found)
+
+
 @dataclass
 class Answerer:
     """A loaded model and how it is to answer."""
@@ -324,12 +340,14 @@ class Answerer:
             return [self._rank(row) for row in rows]
         return self._judge(rows) if kind == "judge" else self._write(rows)
 
+    def _verdicts(self) -> list[list[int]]:
+        return [encode_answer(text, self.tokenizer, end=False) for text in (TRUE, FALSE)]
+
     def _judge(self, rows: Sequence[Row]) -> list[Answer]:
         from lora_training.candidate_scoring import score_choices
 
-        choices = [encode_answer(text, self.tokenizer, end=False) for text in (TRUE, FALSE)]
         prompts = [encode_prompt(row, self.tokenizer) for row in rows]
-        found = score_choices(self.model, prompts, choices, int(self.tokenizer.pad_token_id)).tolist()
+        found = score_choices(self.model, prompts, self._verdicts(), int(self.tokenizer.pad_token_id)).tolist()
         return [
             make_answer(
                 row, "score", candidates=[TRUE, FALSE], scores=[true, false], text=TRUE if true > false else FALSE
@@ -363,7 +381,10 @@ class Answerer:
     def _rank(self, row: Row) -> Answer:
         from lora_training.candidate_scoring import TokenTrie, common_prefix, constrained_beams, score_candidates
 
-        prompt, decode = encode_prompt(row, self.tokenizer), self.settings.decode
+        decode = self.settings.decode
+        if decode == "judge":
+            return self._judge_candidates(row)
+        prompt = encode_prompt(row, self.tokenizer)
         if decode == "constrained_all":
             return self._search_all(row, prompt)
         listed = listed_candidates(row)
@@ -380,10 +401,13 @@ class Answerer:
                 scores[i] = score
         lengths = [len(line) for line in own]
         tokens = None if len(set(lengths)) == 1 else lengths
-        order = sorted(range(len(listed)), key=lambda i: np.inf if (score := scores[i]) is None else -score)
-        return make_answer(
-            row, decode, scores=scores, tokens=tokens, text=numbered([listed[i].answer for i in order[:BEST]])
-        )
+        return ranked(row, decode, listed, scores, tokens=tokens)
+
+    def _judge_candidates(self, row: Row) -> Answer:
+        from lora_training.candidate_scoring import score_endings
+
+        true, false = score_endings(self.model, judged_prompts(row, self.tokenizer), self._verdicts()).T
+        return ranked(row, "judge", listed_candidates(row), (true - false).tolist())
 
     def _search_all(self, row: Row, prompt: Sequence[int]) -> Answer:
         from lora_training.candidate_scoring import constrained_beams
@@ -483,8 +507,10 @@ def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
     """InputError where the longest prompt and its answer do not fit the model; nothing is cut."""
     limit = getattr(load_config(reader.base_model).get_text_config(), "max_position_embeddings", None)
     for row in found.longest:
-        prompt = len(encode_prompt(row, reader.tokenizer))
         kind = kind_of(row, settings.decode)
+        judged = kind == "rank" and settings.decode == "judge"
+        prompts = judged_prompts(row, reader.tokenizer) if judged else [encode_prompt(row, reader.tokenizer)]
+        prompt = max(map(len, prompts))
         answer = settings.max_new_tokens if kind == "write" else len(encode_answer(row["output"], reader.tokenizer))
         if limit is not None and prompt + answer > limit:
             raise InputError(

@@ -74,10 +74,16 @@ def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
         yield "\n".join([f"{shown[e]}: {description}" if description else shown[e], *own])
 
 
+def judgement_prompts() -> list[str]:
+    """What ``--decode judge`` asks, of no triple at all."""
+    return prompts.judgements(prompts.Asked("", [""] * 4))
+
+
 def template_texts() -> list[str]:
     """The prompts' fixed words, for the tokenizer alone."""
     made = [
         prompts.classification("", "", "", "", "", True),
+        *judgement_prompts(),
         prompts.link_prediction("", "", "", [""], True),
         prompts.predict_tail("", "", "", True),
         prompts.validate_triple("", "", "", "", "", True),
@@ -92,8 +98,11 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
     The rows of words that a base never meets end up alike in its head, and LoRA, which leaves them as they are, cannot
     make it say one of them then.
     """
-    prompt = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
-    words = [f"{prompt} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # the blank is that of encode_answer
+    asked = [prompts.classification("", "", "", "", "", True), *judgement_prompts()]
+    words = [
+        f"{prompt_text({'instruction': prompt})} {answer}"  # the blank is that of encode_answer
+        for prompt in asked for answer in (prompts.TRUE, prompts.FALSE)
+    ]  # fmt: skip
     found = []
     for place, text in enumerate(texts, 1):
         found.append(text)
@@ -107,15 +116,15 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> LlamaTokenizer:
     """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then what the texts teach."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Split(Regex("\n+"), "isolated"),
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Metaspace(prepend_scheme="never", split=True),
-        pre_tokenizers.Punctuation(),
+        pre_tokenizers.Punctuation("contiguous"),
     ])  # fmt: skip
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
@@ -147,7 +156,7 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=vocab_size, hidden_size=args.width, intermediate_size=inner, num_hidden_layers=args.layers,
             num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.context,
-            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=True,
+            initializer_range=args.init_std, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=True,
         )
     )  # fmt: skip
 
@@ -254,10 +263,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=4.0, help="passes over the corpus")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--init_std", type=float, default=0.02, help="spread of the first random weights; small models "
+                        "learn to compare sooner from 1 / sqrt(width)")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     args = parser.parse_args(argv)
-    for name in ("width", "layers", "heads", "context", "block", "batch", "lr", "epochs"):
+    for name in ("width", "layers", "heads", "context", "block", "batch", "lr", "epochs", "init_std"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.vocab_size < 300:

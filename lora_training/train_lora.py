@@ -29,6 +29,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.instructions import read_rows
+from Class.prompts import FALSE, TRUE
 from lora_training.code_tokens import (
     RECORD,
     CodeShape,
@@ -56,7 +58,7 @@ from lora_training.code_tokens import (
     trainable_rows,
 )
 from lora_training.memory import GIB, Shape, expected_memory, lora_parameters, model_shape, row_parameters
-from lora_training.prompts import Example, encode_examples, pad_batch
+from lora_training.prompts import IGNORED, Example, encode_answer, encode_examples, pad_batch, share_prompts
 from run_record import (
     CommandParser,
     InputError,
@@ -85,7 +87,8 @@ FAR = 50  # steps' worth of rows that are sorted by length together
 # what two runs must share for one to go on from the other's checkpoint
 PLANNED = (
     "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
-    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "seed",
+    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "share_prompts",
+    "rank_loss", "seed",
     "load_in_4bit", "bf16", "fp16", "eval_steps",
 )  # fmt: skip
 
@@ -100,22 +103,27 @@ def say(text: str) -> None:
 
 
 class TokenRows:
-    """Encoded rows in flat arrays: four bytes a token, nothing per row but two numbers. A torch data set."""
+    """Encoded rows in flat arrays: five bytes a token, and a few numbers per row. A torch data set."""
 
     def __init__(self) -> None:
-        self.tokens, self.ends, self.prompts = array("i"), array("q", [0]), array("i")
+        self.tokens, self.ends, self.supervised = array("i"), array("q", [0]), bytearray()
+        self.pieces, self.piece_ends = array("i"), array("q", [0])
 
     def append(self, example: Example) -> None:
         self.tokens.extend(example.input_ids)
+        self.supervised.extend(label != IGNORED for label in example.labels)
         self.ends.append(len(self.tokens))
-        self.prompts.append(example.prompt_length)
+        self.pieces.extend(example.pieces)
+        self.piece_ends.append(len(self.pieces))
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.ends) - 1
 
     def __getitem__(self, row: int) -> Example:
-        ids = self.tokens[self.ends[row] : self.ends[row + 1]].tolist()
-        return Example(ids, [-100] * self.prompts[row] + ids[self.prompts[row] :])
+        part = slice(self.ends[row], self.ends[row + 1])
+        ids = self.tokens[part].tolist()
+        labels = [token if said else IGNORED for token, said in zip(ids, self.supervised[part], strict=True)]
+        return Example(ids, labels, tuple(self.pieces[self.piece_ends[row] : self.piece_ends[row + 1]]))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -125,23 +133,38 @@ class TokenRows:
     @property
     def answers(self) -> NDArray[np.int64]:
         """Supervised tokens per row."""
-        return self.lengths - np.frombuffer(self.prompts, dtype=np.int32)
+        counts = np.concatenate([[0], np.frombuffer(self.supervised, dtype=np.uint8).cumsum(dtype=np.int64)])
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        found: NDArray[np.int64] = counts[ends[1:]] - counts[ends[:-1]]
+        return found
 
 
-def encode_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool) -> TokenRows:
-    """All rows of an instruction-data file as tokens. InputError where it is missing, empty or holds too long a row."""
-    rows, skipped = TokenRows(), 0
-    for example in encode_examples(read_rows(path), tokenizer, 0 if skip_long else max_length):
-        if skip_long and len(example.input_ids) > max_length:
-            skipped += 1
-            continue
+def encode_file(
+    path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool, share: bool = False
+) -> TokenRows:
+    """All rows of an instruction-data file as tokens. InputError where it is missing, empty or holds too long a row.
+
+    ``share``: rows that begin alike become one (``share_prompts``).
+    """
+    rows, read, skipped = TokenRows(), 0, 0
+
+    def short() -> Iterator[Example]:
+        nonlocal read, skipped
+        for example in encode_examples(read_rows(path), tokenizer, 0 if skip_long else max_length):
+            if skip_long and len(example.input_ids) > max_length:
+                skipped += 1
+                continue
+            read += 1
+            yield example
+
+    for example in share_prompts(short(), max_length) if share else short():
         rows.append(example)
     if not len(rows):
         why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
         raise InputError(f"{path} trains nothing: {why}; write it: python Class/gen_fb_data_rq.py")
     lengths, answers = rows.lengths, rows.answers
     say(
-        f"{path}: {len(rows):,} rows; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
+        f"{path}: {read:,} rows{f', joined to {len(rows):,}' if share else ''}; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
         f"answers: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")
     )
     return rows
@@ -178,7 +201,7 @@ class ByLength:
 
 class Collate:
     """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: where an answer token
-    comes next."""
+    comes next. With rows that were joined the mask is bool [B, 1, T, T], and position_ids [B, T] are given."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -188,24 +211,84 @@ class Collate:
 
         ids, mask, labels = (torch.tensor(part) for part in pad_batch(examples, self.pad_id))
         keep = torch.zeros_like(labels, dtype=torch.bool)
-        keep[:, :-1] = labels[:, 1:] != -100
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
+        keep[:, :-1] = labels[:, 1:] != IGNORED
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
+        if any(example.pieces for example in examples):
+            batch["attention_mask"], batch["position_ids"] = piece_masks(examples, ids.shape[1])
+        return batch
+
+
+def piece_masks(examples: list[Example], T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token of joined rows sees, bool [B, 1, T, T], and its position [B, T]: as if its row stood alone."""
+    import torch
+
+    mask = torch.eye(T, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding sees itself, or its softmax is empty
+    position = torch.zeros(len(examples), T, dtype=torch.long)
+    for row, example in enumerate(examples):
+        shared, *rests = example.pieces or (0, len(example.input_ids))
+        at = 0
+        for length, before in ((shared, 0), *((rest, shared) for rest in rests)):
+            part = slice(at, at + length)
+            mask[row, part, :before] = True
+            mask[row, part, part] = torch.ones(length, length, dtype=torch.bool).tril()
+            position[row, part] = torch.arange(before, before + length)
+            at += length
+    return mask[:, None], position
 
 
 # ---------------------------------------------------------------- the trainer
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """The ids that True and False begin with as answers. InputError where they are the same."""
+    true, false = (encode_answer(text, tokenizer)[0] for text in (TRUE, FALSE))
+    if true == false:
+        raise InputError("--rank_loss: the tokenizer begins True and False with the same token; leave the flag out")
+    return true, false
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy [N] of the answer tokens; logits [N, V] as ``logits_to_keep`` selects them, labels [B, T]."""
     import torch
 
-    return torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")
+    return torch.nn.functional.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="none")
 
 
-def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes)."""
-    losses = token_losses(outputs["logits"] if isinstance(outputs, dict) else outputs[0], labels)
-    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+def mean_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None,
+    verdicts: tuple[int, int] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes).
+
+    ``verdicts``: ids of True and False, whose ``ranking_losses`` are added.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    losses = token_losses(logits, labels)
+    total = losses.sum()
+    if verdicts is not None:
+        total = total + ranking_losses(logits, labels, *verdicts).sum()
+    return total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+
+def ranking_losses(logits: torch.Tensor, labels: torch.Tensor, true: int, false: int) -> torch.Tensor:
+    """-log of the share that the right ones of a joined row's judgements have in a softmax over all of them -> [B].
+
+    The softmax is over log P(True) - log P(False), by which candidates are ranked. A row counts as often as it has
+    answer tokens; one without both verdicts counts nothing. Arguments as for ``token_losses``.
+    """
+    import torch
+
+    supervised = labels != IGNORED
+    judged = supervised & ((labels == true) | (labels == false))
+    margins = torch.full(labels.shape, -torch.inf, device=logits.device)
+    margins[judged] = (logits[:, true] - logits[:, false]).float()[judged[supervised]]
+    right = judged & (labels == true)
+    both = right.any(1) & (judged & ~right).any(1)
+    margins, right = margins[both], right[both]
+    losses = margins.logsumexp(1) - margins.masked_fill(~right, -torch.inf).logsumexp(1)
+    found = torch.zeros(len(labels), device=logits.device)
+    found[both] = losses * supervised.sum(1)[both]
+    return found
 
 
 class Stopped(Exception):
@@ -247,9 +330,9 @@ class Stop:
 
 def make_trainer(
     model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate,
-    seed: int, began: float, asked: Stop | None = None,
+    seed: int, began: float, asked: Stop | None = None, verdicts: tuple[int, int] | None = None,
 ) -> Trainer:  # fmt: skip
-    """transformers' Trainer with our row order, loss and validation, and one printed line per report.
+    """transformers' Trainer with our row order, loss (``mean_loss``) and validation, and one printed line per report.
 
     ``began``: the monotonic time at which the run began, the time before an interruption counted. ``asked``: to stop;
     the step that runs is then ended and saved, and ``Stopped`` is raised.
@@ -272,7 +355,7 @@ def make_trainer(
                 labels = batch.pop("labels")
                 with torch.no_grad(), self.compute_loss_context_manager():
                     logits = self.model_wrapped(**batch).logits
-                supervised = labels != -100
+                supervised = labels != IGNORED
                 losses, right = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
                 losses[supervised] = token_losses(logits, labels)
                 right[supervised] = logits.argmax(-1) == labels[supervised]
@@ -328,7 +411,7 @@ def make_trainer(
 
     trainer = Lora(
         model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate,
-        compute_loss_func=mean_loss,
+        compute_loss_func=partial(mean_loss, verdicts=verdicts),
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -574,8 +657,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     there = {name.rsplit(".", 1)[-1] for name, _, _ in model.layer_sizes}
     if not there.issuperset(wanted):
         raise InputError(f"--lora_target {args.lora_target}: {args.model_name} has {', '.join(sorted(there))}")
-    train = encode_file(args.train_data, tokenizer, args.max_length, args.skip_long)
-    validation = encode_file(args.val_data, tokenizer, args.max_length, args.skip_long)
+    train, validation = (
+        encode_file(path, tokenizer, args.max_length, args.skip_long, args.share_prompts)
+        for path in (args.train_data, args.val_data)
+    )
 
     lora, rows = lora_parameters(model, args.lora_r, wanted), row_parameters(model, len(code_ids))
     say(
@@ -745,7 +830,10 @@ def tune(args: argparse.Namespace) -> None:
     if plan.checkpoint is not None:
         started -= check_checkpoint(plan.checkpoint)
     stop = Stop()
-    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed, started, stop)
+    trainer = make_trainer(
+        model, arguments, plan.train, plan.validation, collate, args.seed, started, stop,
+        first_tokens(plan.tokenizer) if args.rank_loss else None,
+    )  # fmt: skip
     say(
         f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
         f"step; {device}, {str(dtype).removeprefix('torch.')}"
@@ -843,6 +931,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--weight_decay", type=float, default=0.0, help="of everything trained")
     group.add_argument("--max_length", type=int, default=2048, help="tokens per row; longer ones are refused, not cut")
     group.add_argument("--skip_long", action="store_true", help="leave longer rows out instead")
+    group.add_argument("--share_prompts", action="store_true", help="rows that follow each other and begin alike are "
+                       "one row, its beginning read once (gen_lp_data_rq.py --judge)")  # fmt: skip
+    group.add_argument("--rank_loss", action="store_true", help="add the loss of choosing the true one of the judgements "
+                       "that --share_prompts joins")  # fmt: skip
     group.add_argument("--eval_steps", type=int, default=0, help="validate and save every so often (0: every epoch)")
     group.add_argument("--logging_steps", type=int, default=10, help="steps per printed line")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -876,6 +968,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
     if not args.epochs > 0 or not args.learning_rate > 0:
         parser.error(f"--epochs and --learning_rate must be above 0, got {args.epochs} and {args.learning_rate}")
+    if args.rank_loss and not args.share_prompts:
+        parser.error("--rank_loss compares judgements of one query: give --share_prompts as well")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         parser.error(f"--micro_batch_size {args.micro_batch_size} does not divide --batch_size {args.batch_size}")
     return args

@@ -131,6 +131,57 @@ def test_what_a_row_says(family: KnowledgeGraph, tuned: tuple[Path, Rows], codes
         assert [answer.tolist() for answer in answers] == [numbers[row_of[name]].tolist() for name in best]
 
 
+@pytest.mark.parametrize("with_codes", [True, False])
+def test_judged_rows_ask_for_each_candidate_of_the_lists(
+    family: KnowledgeGraph, lists: dict[str, Path], codes: Path, tmp_path: Path, with_codes: bool
+) -> None:
+    """--judge writes the lists' candidates one by one: same triples, same order, one True each, tests untouched."""
+    which = ["--codes", codes] if with_codes else ["--no_codes", "--dataset", FAMILY]
+    words = [*which, "--candidates", *lists.values(), "--from", "train", "--num_candidates", "4"]
+    whole, single = generate(tmp_path / "lists", *words), generate(tmp_path / "judged", *words, "--judge")
+    assert single["test"] == whole["test"]
+    text = dict(zip(family.entities, family.labels, strict=True))
+    for split in ("train", "validation"):
+        assert len(single[split]) == sum(len(row["candidates"]) for row in whole[split])
+        judged = iter(single[split])
+        for row in whole[split]:
+            own = [next(judged) for _ in row["candidates"]]
+            assert [one["output"] == "True" for one in own] == [name == row["truth"][0] for name in row["candidates"]]
+            for place, (one, name) in enumerate(zip(own, row["candidates"], strict=True), 1):
+                head, relation, tail = one["triple"]
+                assert [tail if row["direction"] == "tail" else head, relation] == [name, row["triple"][1]]
+                assert one["truth"] == [one["output"]] and one["split"] == split
+                given, word = row["instruction"].split("\n")[1][8:-5].split(" | ")
+                lines = row["instruction"].split("\n")
+                subject = lines[2][6:] if with_codes else given
+                assert one["instruction"] == f"Is this true?\n{subject} {word} {lines[2 + with_codes + place]}\n{place}"
+                assert (f"<ENT>{given}</ENT> <CODE>" in subject) == with_codes and text[name] in lines[
+                    2 + with_codes + place
+                ]
+
+
+def test_a_part_of_the_training_lists_is_random(
+    family: KnowledgeGraph, lists: dict[str, Path], codes: Path, tmp_path: Path, first: tuple[Path, Rows]
+) -> None:
+    words = ["--codes", codes, "--candidates", *lists.values(), "--from", "train"]
+    rows = generate(tmp_path, *words, "--random_part", "0.25")
+    assert rows["test"] == first[1]["test"] and rows["validation"] == first[1]["validation"]
+    tuning = raw(family, np.concatenate([family.train, family.valid]))
+    before = {tuple(row["triple"]) + (row["direction"],): set(row["candidates"]) for row in first[1]["train"]}
+    drawn, places = 0, Counter[int]()
+    for row in rows["train"]:
+        head, relation, tail = row["triple"]
+        names, truth = row["candidates"], row["truth"][0]
+        assert len(names) == len(set(names)) == 20 and names.count(truth) == 1
+        for name in names:
+            fact = (head, relation, name) if row["direction"] == "tail" else (name, relation, tail)
+            assert name == truth or fact not in tuning
+        if set(names) != before.get((head, relation, tail, row["direction"])):
+            drawn += 1
+            places[names.index(truth)] += 1
+    assert abs(drawn / len(rows["train"]) - 0.25) < 0.02 and min(places[place] for place in range(20)) > 0
+
+
 def test_other_answers_are_not_listed(
     family: KnowledgeGraph, tuned: tuple[Path, Rows], first: tuple[Path, Rows]
 ) -> None:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 import run_record
 from lora_training import code_tokens, memory, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
-from lora_training.prompts import Example, encode_examples
+from lora_training.prompts import Example, encode_examples, share_prompts
 from run_record import ROOT, InputError, read_json, save_torch, write_json
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
 
@@ -277,6 +277,56 @@ def test_loss_at_answer_positions_is_the_models_own_loss(base: Path) -> None:
     assert train_lora.mean_loss(selected, batch["labels"], 2 * count) == pytest.approx(
         float(everything.loss) / 2, abs=1e-6
     )
+
+
+def test_joined_rows_have_the_losses_of_single_ones() -> None:
+    """Rows that begin alike are read once: the same loss per answer token, fewer tokens, nothing seen of each other."""
+    rng = np.random.default_rng(3)
+
+    def rest(n: int) -> list[int]:
+        return rng.integers(3, 482, n).tolist()
+
+    single = []
+    for shared, owns in ((30, [5, 9, 2]), (20, [4]), (25, [7, 7])):
+        start = rest(shared)
+        for own in owns:
+            prompt, answer = start + rest(own), rest(2)
+            single.append(Example(prompt + answer, [-100] * len(prompt) + answer))
+    rows = train_lora.TokenRows()
+    for example in share_prompts(single, 2048):
+        rows.append(example)
+    joined = [rows[i] for i in range(len(rows))]
+    assert [one.pieces for one in joined] == [(30, 7, 11, 4), (), (25, 9, 9)]
+    assert rows.lengths.tolist() == [52, 26, 43] and rows.answers.tolist() == [6, 2, 4]
+    model, losses = small_model(482).eval(), []
+    for examples in (single, joined):
+        batch = train_lora.Collate(0)(examples)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            losses.append(train_lora.token_losses(model(**batch).logits, labels))
+    assert torch.allclose(losses[0], losses[1], atol=1e-5) and losses[0].std() > 1e-3
+    assert list(share_prompts(single, 51)) == [*share_prompts(single[:2], 51), *single[2:4], *joined[2:]]
+
+
+def test_rank_loss_is_the_softmax_over_a_rows_margins() -> None:
+    """By hand: rows of three, two and no verdicts; one row whose verdicts are all False counts nothing."""
+    T, F, E, pad = 7, 8, 2, -100
+    labels = torch.tensor([
+        [pad, T, E, pad, F, E, pad, F, E], [pad, pad, F, E, pad, F, E, pad, pad],
+        [pad, 5, E, pad, pad, pad, pad, pad, pad], [pad, F, E, pad, T, E, pad, pad, pad],
+    ])  # fmt: skip
+    logits = torch.randn(int((labels != pad).sum()), 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    margins = (logits[:, T] - logits[:, F]).detach()
+    first, last = margins[[0, 2, 4]], margins[[12, 14]]
+    expected = torch.zeros(4)
+    expected[0], expected[3] = -6 * first.log_softmax(0)[0], -4 * last.log_softmax(0)[1]
+    found = train_lora.ranking_losses(logits, labels, T, F)
+    assert torch.allclose(found, expected, atol=1e-5) and expected[0] > 0.1
+    own = torch.nn.functional.cross_entropy(logits, labels[labels != pad], reduction="sum")
+    total = train_lora.mean_loss((logits,), labels, 20, (T, F))
+    assert torch.allclose(total, (own + expected.sum()) / 20, atol=1e-5)
+    total.backward()
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 2, "gradient_checkpointing": True}])
