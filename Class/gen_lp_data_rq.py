@@ -16,8 +16,8 @@ by the candidate model: a query whose truth is not listed keeps it. Training may
 never do. ``truth`` starts with the truth; other right answers follow it that are listed because only the test split
 knows them: ranking leaves them out.
 
---judge turns each training and validation list into one row per candidate, answered by True or False: hard negatives for
-ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions.
+--judge turns each training and validation list into one row per candidate, answered by True or False: hard negatives
+for ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions.
 
 A model that was trained on its queries puts their truth first: such lists are always shuffled.
 """

@@ -19,9 +19,9 @@ The LLMs judge: each candidate is put into the query's place, and log P(True) - 
 as RECIPE's does not learn to copy its answer out of a list (docs/LOG.md); judging needs no copying.
 
 Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. As in
-the paper an LLM is tuned twice: on queries of the training split, whose candidates stand in random order (stage 1 has
-learned these answers) and are random entities for a part of the queries, then on nine tenths of valid, whose candidates
-stand as ranked.
+the paper an LLM is tuned on queries of the training split, whose candidates stand in random order (stage 1 has learned
+these answers), then on nine tenths of valid, whose candidates stand as ranked. Before both it is tuned on lists of
+random entities: what is easy to tell apart is learned first, and the rest much sooner for it.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
 stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
@@ -74,14 +74,17 @@ RECIPE: Recipe = {
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
              "lr": 3e-3, "prompt_words": 2, "init_std": 0.125},
     "data": {"num_candidates": 4},
-    "first_data": {"random_part": 0.3},
+    "warm_data": {"random_part": 1, "limit": 40000},
+    "first_data": {},
+    "warm": TUNING | {"epochs": 1, "learning_rate": 3e-3},
     "first": TUNING | {"epochs": 4, "learning_rate": 3e-3, "eval_steps": 500},
-    "second": TUNING | {"epochs": 3, "learning_rate": 5e-4},
+    "second": TUNING | {"epochs": 4, "learning_rate": 5e-4},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
 QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
     "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
+    "warm_data": RECIPE["warm_data"] | {"limit": 240},
     "first_data": {"limit": 480},
     "first": RECIPE["first"] | {"epochs": 1},
     "second": RECIPE["second"] | {"epochs": 1},
@@ -221,7 +224,7 @@ def kg_splits() -> tuple[str, str, str]:
 def llm_steps(
     variant: Variant, dataset: Path, stage1: Step, base: Path, places: Places, recipe: Recipe, seed: int
 ) -> list[Step]:
-    """Data, first tuning, merge, second tuning and answers of one LLM. ``stage1``: of ``stage1_steps``."""
+    """Data and tuning, three times, merges between, and answers. ``stage1``: of ``stage1_steps``."""
     codes, _, checkpoint = stage1.made
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in kg_splits()]
@@ -240,22 +243,23 @@ def llm_steps(
         words += ["--code_init", str(checkpoint)] if new_rows else []
         return Step(f"{name}_{which}", words, [out / "lora_adapters" / "run_record.json"], out / "checkpoints")
 
-    merged = folder / "tuned_on_train"
-    merge = ["lora_training/merge_adapter.py", "--lora_adapter", str(folder / "first" / "lora_adapters")]
-    answer = [
-        "lora_training/inference.py",
-        "--decode",
-        "judge",
-        "--lora_adapter",
-        str(folder / "second" / "lora_adapters"),
-    ]
+    answer = ["lora_training/inference.py", "--decode", "judge"]
+    answer += ["--lora_adapter", str(folder / "second" / "lora_adapters")]
     answer += ["--test_data", str(split_path(places.rows(variant), "test")), "--output", str(places.results(variant))]
+    steps, model = [], base
+    for which in ("warm", "first"):
+        rows, merged = f"{which}_data", folder / f"tuned_{which}"
+        merge = ["lora_training/merge_adapter.py", "--lora_adapter", str(folder / which / "lora_adapters")]
+        steps += [
+            data_step(rows, ["--candidates", *lists, "--from", "train", *flags(recipe[rows])]),
+            tuning(which, model, rows, new_rows=model is base and variant is not WITHOUT),
+            Step(f"{name}_{which}_merge", [*merge, "--output_dir", str(merged)], [merged / "config.json"]),
+        ]
+        model = merged
     return [
-        data_step("first_data", ["--candidates", *lists, "--from", "train", *flags(recipe["first_data"])]),
+        *steps,
         data_step("data", ["--candidates", *lists[1:]]),
-        tuning("first", base, "first_data", new_rows=variant is not WITHOUT),
-        Step(f"{name}_merge", [*merge, "--output_dir", str(merged)], [merged / "config.json"]),
-        tuning("second", merged, "data", new_rows=False),
+        tuning("second", model, "data", new_rows=False),
         Step(f"{name}_answers", answer, [places.results(variant)]),
     ]
 

@@ -91,7 +91,7 @@ def encode_examples(
 
 
 def share_prompts(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
-    """Examples that follow each other and share at least half of each one's prompt, as one whose beginning is read once.
+    """Examples that follow each other and share at least half of each one's prompt, as one: the beginning is read once.
 
     Their rests stand one after another, and must neither see each other nor count each other's positions. No joined
     example is longer than ``max_length``.

@@ -162,9 +162,9 @@ def encode_file(
     if not len(rows):
         why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
         raise InputError(f"{path} trains nothing: {why}; write it: python Class/gen_fb_data_rq.py")
-    lengths, answers = rows.lengths, rows.answers
+    lengths, answers, joined = rows.lengths, rows.answers, f", joined to {len(rows):,}" if share else ""
     say(
-        f"{path}: {read:,} rows{f', joined to {len(rows):,}' if share else ''}; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
+        f"{path}: {read:,} rows{joined}; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
         f"answers: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")
     )
     return rows
@@ -933,8 +933,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--skip_long", action="store_true", help="leave longer rows out instead")
     group.add_argument("--share_prompts", action="store_true", help="rows that follow each other and begin alike are "
                        "one row, its beginning read once (gen_lp_data_rq.py --judge)")  # fmt: skip
-    group.add_argument("--rank_loss", action="store_true", help="add the loss of choosing the true one of the judgements "
-                       "that --share_prompts joins")  # fmt: skip
+    group.add_argument("--rank_loss", action="store_true", help="add the loss of choosing the true one among the "
+                       "judgements that --share_prompts joins")  # fmt: skip
     group.add_argument("--eval_steps", type=int, default=0, help="validate and save every so often (0: every epoch)")
     group.add_argument("--logging_steps", type=int, default=10, help="steps per printed line")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")

@@ -241,7 +241,7 @@ def test_every_step_has_flags_that_its_script_knows(
             seeded.add(one.name)
     begun = {one.name: one.words[one.words.index("--code_init") + 1] for one in steps if "--code_init" in one.words}
     stage1 = next(one for one in steps if one.name == "stage1")
-    assert begun == {f"{name}_first": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
+    assert begun == {f"{name}_warm": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
     unseeded = {one.name for one in steps} - seeded
     assert all(name.startswith("candidates_") or name.endswith(("_merge", "_answers")) for name in unseeded)
 

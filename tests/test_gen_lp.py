@@ -136,7 +136,7 @@ def test_judged_rows_ask_for_each_candidate_of_the_lists(
     family: KnowledgeGraph, lists: dict[str, Path], codes: Path, tmp_path: Path, with_codes: bool
 ) -> None:
     """--judge writes the lists' candidates one by one: same triples, same order, one True each, tests untouched."""
-    which = ["--codes", codes] if with_codes else ["--no_codes", "--dataset", FAMILY]
+    which: list[str | Path] = ["--codes", codes] if with_codes else ["--no_codes", "--dataset", FAMILY]
     words = [*which, "--candidates", *lists.values(), "--from", "train", "--num_candidates", "4"]
     whole, single = generate(tmp_path / "lists", *words), generate(tmp_path / "judged", *words, "--judge")
     assert single["test"] == whole["test"]
@@ -163,11 +163,11 @@ def test_judged_rows_ask_for_each_candidate_of_the_lists(
 def test_a_part_of_the_training_lists_is_random(
     family: KnowledgeGraph, lists: dict[str, Path], codes: Path, tmp_path: Path, first: tuple[Path, Rows]
 ) -> None:
-    words = ["--codes", codes, "--candidates", *lists.values(), "--from", "train"]
+    words: list[str | Path] = ["--codes", codes, "--candidates", *lists.values(), "--from", "train"]
     rows = generate(tmp_path, *words, "--random_part", "0.25")
     assert rows["test"] == first[1]["test"] and rows["validation"] == first[1]["validation"]
     tuning = raw(family, np.concatenate([family.train, family.valid]))
-    before = {tuple(row["triple"]) + (row["direction"],): set(row["candidates"]) for row in first[1]["train"]}
+    before = {(*row["triple"], row["direction"]): set(row["candidates"]) for row in first[1]["train"]}
     drawn, places = 0, Counter[int]()
     for row in rows["train"]:
         head, relation, tail = row["triple"]

@@ -298,7 +298,7 @@ def test_a_wide_search_over_the_candidates_is_scoring(world: World, scored: tupl
 
 @pytest.mark.parametrize("with_codes", [True, False])
 def test_candidates_are_judged_one_by_one(world: World, tmp_path: Path, with_codes: bool) -> None:
-    """--decode judge: log P(True) - log P(False) of the prompts that --judge writes, by full passes, and nothing else."""
+    """--decode judge: log P(True) - log P(False) of the prompts that --judge writes, by full passes."""
     data = world.mix if with_codes else world.named
     adapter = world.adapter if with_codes else world.named_adapter
     answers = of(run(world, tmp_path / "judged", "--decode", "judge", data=data, adapter=adapter), "link_prediction")
