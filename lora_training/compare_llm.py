@@ -67,7 +67,7 @@ from tables.sanity import RANKING, check_ranking
 Recipe = dict[str, dict[str, Any]]
 
 # flags of each stage
-TUNING = {"batch_size": 32, "eval_batch_size": 64, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0}
+TUNING = {"batch_size": 16, "learning_rate": 1e-3, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0}
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 20,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
@@ -76,8 +76,8 @@ RECIPE: Recipe = {
     "data": {"num_candidates": 4},
     "warm_data": {"random_part": 1, "limit": 40000},
     "first_data": {},
-    "warm": TUNING | {"epochs": 1, "learning_rate": 3e-3},
-    "first": TUNING | {"epochs": 4, "learning_rate": 3e-3, "eval_steps": 500},
+    "warm": TUNING | {"epochs": 1},
+    "first": TUNING | {"epochs": 3, "eval_steps": 1000},
     "second": TUNING | {"epochs": 4, "learning_rate": 5e-4},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
