@@ -91,7 +91,7 @@ def encode_examples(
 
 
 def share_prompts(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
-    """Examples that follow each other and share at least half of each one's prompt, as one: the beginning is read once.
+    """Examples that follow each other and share most of each one's prompt, as one: the beginning is read once.
 
     Their rests stand one after another, and must neither see each other nor count each other's positions. No joined
     example is longer than ``max_length``.
@@ -104,7 +104,7 @@ def share_prompts(examples: Iterable[Example], max_length: int) -> Iterator[Exam
             common = next((i for i in range(room) if first[i] != example.input_ids[i]), room)
             more = [*group, example]
             length = sum(len(one.input_ids) for one in more) - common * len(group)
-            if 2 * common >= max(one.prompt_length for one in more) and length <= max_length:
+            if 2 * common > max(one.prompt_length for one in more) and length <= max_length:
                 group, shared = more, common
                 continue
             yield _joined(group, shared)
