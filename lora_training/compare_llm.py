@@ -21,7 +21,7 @@ as RECIPE's does not learn to copy its answer out of a list (docs/LOG.md); judgi
 Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. As in
 the paper an LLM is tuned on queries of the training split, whose candidates stand in random order (stage 1 has learned
 these answers), then on nine tenths of valid, whose candidates stand as ranked. Before both it is tuned on lists of
-random entities: what is easy to tell apart is learned first, and the rest much sooner for it.
+random entities, then on some of them among stage 1's: what is easy to tell apart is learned first, the rest sooner.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
 stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
@@ -75,9 +75,11 @@ RECIPE: Recipe = {
              "lr": 3e-3, "prompt_words": 2, "init_std": 0.125},
     "data": {"num_candidates": 4},
     "warm_data": {"random_part": 1, "limit": 40000},
+    "mixed_data": {"random_part": 0.35},
     "first_data": {},
     "warm": TUNING | {"epochs": 1},
-    "first": TUNING | {"epochs": 3, "eval_steps": 1000},
+    "mixed": TUNING | {"epochs": 1.5, "eval_steps": 1000},
+    "first": TUNING | {"epochs": 1.5, "eval_steps": 1000, "learning_rate": 5e-4},
     "second": TUNING | {"epochs": 4, "learning_rate": 5e-4},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
@@ -85,7 +87,9 @@ QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
     "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
     "warm_data": RECIPE["warm_data"] | {"limit": 240},
-    "first_data": {"limit": 480},
+    "mixed_data": RECIPE["mixed_data"] | {"limit": 240},
+    "first_data": {"limit": 240},
+    "mixed": RECIPE["mixed"] | {"epochs": 1},
     "first": RECIPE["first"] | {"epochs": 1},
     "second": RECIPE["second"] | {"epochs": 1},
 }
@@ -224,7 +228,7 @@ def kg_splits() -> tuple[str, str, str]:
 def llm_steps(
     variant: Variant, dataset: Path, stage1: Step, base: Path, places: Places, recipe: Recipe, seed: int
 ) -> list[Step]:
-    """Data and tuning, three times, merges between, and answers. ``stage1``: of ``stage1_steps``."""
+    """Data and tuning, four times, merges between, and answers. ``stage1``: of ``stage1_steps``."""
     codes, _, checkpoint = stage1.made
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in kg_splits()]
@@ -247,7 +251,7 @@ def llm_steps(
     answer += ["--lora_adapter", str(folder / "second" / "lora_adapters")]
     answer += ["--test_data", str(split_path(places.rows(variant), "test")), "--output", str(places.results(variant))]
     steps, model = [], base
-    for which in ("warm", "first"):
+    for which in ("warm", "mixed", "first"):
         rows, merged = f"{which}_data", folder / f"tuned_{which}"
         merge = ["lora_training/merge_adapter.py", "--lora_adapter", str(folder / which / "lora_adapters")]
         steps += [

@@ -347,7 +347,7 @@ def make_trainer(
             return ByLength(train.lengths, rows, seed)
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-            """Mean loss per answer token and share of rows whose every token is the likeliest, over all processes."""
+            """Loss as in training and share of rows whose every token is the likeliest, over all processes."""
             started, found = time.monotonic(), []
             self.model_wrapped.eval()
             for batch in self.get_eval_dataloader():
@@ -359,7 +359,10 @@ def make_trainer(
                 losses, right = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
                 losses[supervised] = token_losses(logits, labels)
                 right[supervised] = logits.argmax(-1) == labels[supervised]
-                rows = torch.stack([losses.sum(1), supervised.sum(1).float(), right.all(1).float()], 1)  # [B, 3]
+                summed = losses.sum(1)
+                if verdicts is not None:
+                    summed = summed + ranking_losses(logits, labels, *verdicts)
+                rows = torch.stack([summed, supervised.sum(1).float(), right.all(1).float()], 1)  # [B, 3]
                 found.append(self.accelerator.gather_for_metrics(rows).double().cpu())
             self.model_wrapped.train()
             loss, tokens, right_rows = torch.cat(found).sum(0).tolist()
