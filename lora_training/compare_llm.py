@@ -16,7 +16,8 @@ graph (the demo's) has MRR .98, which leaves nothing to gain.
 The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too.
 
 The LLMs judge: each candidate is put into the query's place, and log P(True) - log P(False) ranks them. A base as small
-as RECIPE's does not learn to copy its answer out of a list (docs/LOG.md); judging needs no copying.
+as RECIPE's does not learn to copy its answer out of a list; judging needs no copying. On another graph of the family
+kind the LLM with codes was still below the candidate model: docs/LOG.md says what was measured and what is missing.
 
 Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. As in
 the paper an LLM is tuned on queries of the training split, whose candidates stand in random order (stage 1 has learned

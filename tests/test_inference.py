@@ -173,7 +173,8 @@ def test_scores_are_the_likelihoods_of_the_unmerged_adapter(world: World, scored
             texts.append("1. <CODE>" + "".join(f"Q0_{a}Q1_{b}" for a, b in pairs) + "</CODE>")
         expected = likelihoods(model, saved.tokenizer, row, texts)
         found = np.array(answer["scores"])
-        assert np.allclose(found - found[0], expected - expected[0], atol=1e-3), "up to what all candidates share"
+        # sums of about -140 in float32, once merged and once not
+        assert np.allclose(found - found[0], expected - expected[0], atol=4e-3), "up to what all candidates share"
         best = [texts[i] for i in np.argsort(-expected)[:3]]
         assert answer["text"].split("\n") == [f"{n}. {text[3:]}" for n, text in enumerate(best, 1)]
         assert answer["candidates"] == row["candidates"] and answer["candidate_rank"] == row["candidate_rank"]
@@ -349,7 +350,7 @@ def test_all_entities_are_searched_and_known_answers_left_out(
             continue
         scores = dict(zip(kg.entities, likelihoods(model, saved.tokenizer, row, texts), strict=True))
         found = dict(zip(answer["candidates"], answer["scores"], strict=True))
-        assert all(abs(found[name] - scores[name]) < 1e-3 for name in found)
+        assert max(abs(found[name] - scores[name]) for name in found) < 4e-3
         assert answer["truth"][0] == truth and answer["candidate_rank"] == row["candidate_rank"]
         assert answer["scores"] == sorted(answer["scores"], reverse=True)
     assert len(answers) == len(rows) and left_out > 0
