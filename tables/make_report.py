@@ -1,7 +1,7 @@
 """One HTML page about some runs: results, the paper's tables beside them, figures, code quality, the whole records.
 
     python tables/make_report.py tables/records --out report.html
-    python tables/make_report.py codes_new/FB15k-237_16_1024_4_rq.json lora_training/inference_results.json
+    python tables/make_report.py codes_new/FB15k-237_4_1024_4_rq.json lora_training/inference_results.json
 
 The page is self-contained: no network, no scripts, images inside. Codes that lie beside a record (same name, .pt) are
 measured and drawn too. Every text that comes from a file is escaped.
