@@ -323,7 +323,7 @@ def question_kinds(source: Source, own: Answers, known: Answers, max_answers: in
 def _sizes(answers: Answers, h: Any, r: Any) -> Ints:
     """How many known tails each query (h, r) has."""
     rows = answers.rows(h, r)
-    return np.where(rows >= 0, np.diff(answers.indptr)[rows], 0)
+    return np.where(rows >= 0, answers.indptr[rows + 1] - answers.indptr[rows], 0)  # not all sizes: called per row
 
 
 def answers_of(kg: KnowledgeGraph, triples: Ints) -> Answers:

@@ -159,5 +159,9 @@ TWO_HOP = (
 def question(entity_text: str, relations: Sequence[str], wording: int) -> str:
     """A question over one or two relations (``relation_text``), in one of three wordings."""
     templates = ONE_HOP if len(relations) == 1 else TWO_HOP
-    words = templates[wording].format(entity=entity_text, relation=relations[0], then=relations[-1])
+    return asked(templates[wording].format(entity=entity_text, relation=relations[0], then=relations[-1]))
+
+
+def asked(words: str) -> str:
+    """Any question in words."""
     return f"Question: {words}\nName all answers, one per line."
