@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from Class.instructions import answer_command
 from lora_training.code_tokens import (
     RECORD,
     WEIGHTS,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE / "lora_data" / "train.json"
 # largest difference of logits, of their largest size: rounding of one W + BA (0.5 units in the last place) through the
 # layers; measured on small models: 8e-7 in float32 and 8e-3 in bfloat16
 BOUNDS = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(args.output_dir, ignore_errors=True)
         part.rename(args.output_dir)
     print(f"wrote {args.output_dir} ({dtype}); logits differ by {difference:.1e} of the largest from the adapter's")
-    print(f"next: python inference.py --base_model {args.output_dir}")
+    print(f"next: {answer_command(f'--base_model {args.output_dir}', Path(used.get('train_data') or DATA))}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
