@@ -1,0 +1,91 @@
+"""The rows of a tuning run as token ids: kept flat, in the order of an epoch, and as batches."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_training.prompts import IGNORED, Example, pad_batch
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+FAR = 50  # steps' worth of rows that are sorted by length together
+
+
+class TokenRows:
+    """Encoded rows in flat arrays: four bytes a token, nothing per row but two numbers. A torch data set."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ends, self.prompts = array("i"), array("q", [0]), array("i")
+
+    def append(self, example: Example) -> None:
+        self.tokens.extend(example.input_ids)
+        self.ends.append(len(self.tokens))
+        self.prompts.append(example.prompt_length)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> Example:
+        ids = self.tokens[self.ends[row] : self.ends[row + 1]].tolist()
+        return Example(ids, [IGNORED] * self.prompts[row] + ids[self.prompts[row] :])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        return ends[1:] - ends[:-1]
+
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """Supervised tokens per row."""
+        return self.lengths - np.frombuffer(self.prompts, dtype=np.int32)
+
+
+class ByLength:
+    """Row order of each epoch: rows of like length share a step, the steps come in random order.
+
+    It depends on seed and epoch alone, not on the state of any generator: every process and every resumed run sees the
+    same order.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], step_rows: int, seed: int) -> None:
+        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, far = rng.permutation(len(self.lengths)), FAR * self.step_rows
+        order = np.concatenate([
+            part[np.argsort(-self.lengths[part], kind="stable")]
+            for part in (order[start : start + far] for start in range(0, len(order), far))
+        ])  # fmt: skip
+        whole = len(order) // self.step_rows * self.step_rows
+        steps = order[:whole].reshape(-1, self.step_rows)
+        yield from rng.permutation(steps).ravel().tolist()
+        yield from order[whole:].tolist()
+
+
+class Collate:
+    """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: where an answer token
+    comes next."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        import torch
+
+        ids, mask, labels = (torch.tensor(part) for part in pad_batch(examples, self.pad_id))
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        keep[:, :-1] = labels[:, 1:] != IGNORED
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
