@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from model.trainer import Trainer
 
 EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
-# flags that may differ when a run is continued: they say where to write and compute, not what is trained
 LIMITS = {"epoch", "max_minutes", "patience"}  # when to stop: may differ with --restore
+# flags that may always differ when a run is continued: they say where to write and compute, not what is trained
 NOT_COMPARED = {
     "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
     "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend", "config",
@@ -66,6 +66,8 @@ def choose_settings(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
         if not args.config:
             print(f"--recipe {args.recipe}: settings that are not given are the paper's; {AUTO} takes measured ones")
         return
+    if args.teacher:
+        standing.pop("num_negatives", None)  # a teacher answers for all entities, however many there are
     found = recipe(kg.num_entities, args.text_emb is not None, standing, measured())
     for reason in found.reasons:
         print(f"--recipe {AUTO}: {reason}")

@@ -279,7 +279,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error("--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes")
     if args.top is not None and args.top < 1:
         parser.error(f"--top {args.top} is too small, expected 1 or more")
-    for flag in ["checkpoint", "predict", "shuffle_codes", "metrics_out", "export_candidates"]:
+    for flag in ["checkpoint", "predict", "shuffle_codes", "metrics_out", "export_candidates", "top"]:
         if getattr(args, flag) and not args.eval_codes:
             parser.error(f"--{flag} goes with --eval_codes CODES.pt --checkpoint CK.pt")
     wanted = [flag for flag in ("predict", "metrics_out", "export_candidates") if getattr(args, flag)]
