@@ -393,7 +393,7 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     choices = list(_choices(args, preferred))
     if not choices:
         raise InputError(
-            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} "
+            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
             "or make demo for the bundled graph's (or give --codes FILE.pt, or --no_codes)"
         )
     graphs: dict[Path, KnowledgeGraph] = {}
