@@ -218,7 +218,7 @@ def main() -> int:
         return 1
     print(f"the integers alone carry the graph ({record['wall_seconds']:.0f} s)")
     print(f"wrote {out / SUMMARY}, figures in {out / 'figures'}, everything else in {out}")
-    print("next: python data/download.py FB15k-237 && python run_rq.py --dataset data/FB15k-237 --max_minutes 60")
+    print("next: python data/download.py FB15k-237 && python run_rq.py --dataset data/FB15k-237")
     return 0
 
 

@@ -183,7 +183,7 @@ def memory_wanted(error: BaseException) -> Memory | None:
         return None
     units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     wanted = float(found[1]) * units[found[2]] if found else 0.0
-    if torch.cuda.is_available():
+    if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():  # the type is the GPU's alone
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return Memory(wanted, torch.cuda.memory_allocated(), total)
     return Memory(wanted, peak_memory_mb() * 2**20, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

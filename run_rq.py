@@ -1,6 +1,6 @@
 """Stage 1: learn the codes of a knowledge graph, dump them, rank from them.
 
-    python run_rq.py --dataset data/FB15k-237            train, dump codes_new/FB15k-237_16_1024_4_rq.pt, score the dump
+    python run_rq.py --dataset data/FB15k-237            train, dump codes_new/FB15k-237_4_1024_4_rq.pt, score the dump
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt           rank from the dumped integers alone
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --predict HEAD RELATION       top tails by name
     python run_rq.py --dataset D --codes_from C.pt --name OTHER            another scorer of the same integers
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CodeFiles, code_files, code_stem, load_codes, save_codes
-from model.flags import AUTO, parse_args
+from model.flags import AUTO, parse_args, set_settings, take_open_settings
 from model.from_codes import eval_codes, format_metrics
 from model.inputs import choose_device, load_checkpoint, load_given_codes, load_graph, load_teachers, load_text
 from run_record import (
@@ -45,16 +45,33 @@ if TYPE_CHECKING:
     from model.trainer import Trainer
 
 EMBEDDINGS_LIMIT_BYTES = 2 * 2**30
-# flags that may differ when a run is continued: they say where to write and compute, not what is trained
 LIMITS = {"epoch", "max_minutes", "patience"}  # when to stop: may differ with --restore
+# flags that may always differ when a run is continued: they say where to write and compute, not what is trained
 NOT_COMPARED = {
     "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
     "save_emb", "num_workers", "dataset", "text_emb", "device", "gpu", "graph_backend", "config",
-    "teacher", "codes_from",
+    "teacher", "codes_from", "recipe",
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------- train and dump
+
+
+def choose_settings(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
+    """Put measured values in the place of the settings that ``--recipe auto`` leaves open, and say which and why."""
+    from model.recommended import measured, recipe
+
+    standing = take_open_settings(args)
+    if not standing:
+        if not args.config:
+            print(f"--recipe {args.recipe}: settings that are not given are the paper's; {AUTO} takes measured ones")
+        return
+    if args.teacher:
+        standing.pop("num_negatives", None)  # a teacher answers for all entities, however many there are
+    found = recipe(kg.num_entities, args.text_emb is not None, standing, measured())
+    for reason in found.reasons:
+        print(f"--recipe {AUTO}: {reason}")
+    set_settings(args, found.settings)
 
 
 def choose_levels(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
@@ -150,9 +167,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
     from model.precision import keep_freed_memory
     from model.RQGCN import RQGCN
 
+    kg = load_graph(args)
+    choose_settings(args, kg)
     if not args.num_negatives:  # a sampled step has no block that is worth it, and sizes that splinter the heap
         keep_freed_memory()
-    kg = load_graph(args)
     text = load_text(args.text_emb, kg.num_entities)
     choose_levels(args, kg)
     stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,12 +34,14 @@ from Class.instructions import (
     STATS,
     Ints,
     Row,
+    codes_key,
     existing_split,
     parse_line,
     read_lines,
     row_triples,
     split_path,
     states_facts,
+    train_command,
     write_rows,
 )
 from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, write_json
@@ -83,22 +85,34 @@ def draw(count: int, weight: float, rng: np.random.Generator) -> Ints:
     return np.concatenate([np.repeat(np.arange(count), whole), part]).astype(np.int64)
 
 
+def copy_numbers(which: Ints, offsets: Ints) -> Ints:
+    """For each (which, offset) [n]: 1 where it comes for the first time, 2 for the second, and so on."""
+    n = len(which)
+    order = np.lexsort((offsets, which))  # stable: equal pairs keep their order
+    file, at = which[order], offsets[order]
+    is_new = np.ones(n, dtype=bool)
+    is_new[1:] = (file[1:] != file[:-1]) | (at[1:] != at[:-1])
+    first = np.maximum.accumulate(np.where(is_new, np.arange(n), 0))
+    numbers = np.empty(n, dtype=np.int64)
+    numbers[order] = np.arange(n) - first + 1
+    return numbers
+
+
 def read_at(paths: list[Path], which: Ints, offsets: Ints) -> Iterator[Row]:
     """The rows at ``offsets`` of the files ``paths[which]``; a row that comes again gets an id of its own."""
     files = [open(path, "rb") for path in paths]  # noqa: SIM115
-    copies: Counter[tuple[int, int]] = Counter()
     try:
-        for i, at in zip(which.tolist(), offsets.tolist(), strict=True):
-            files[i].seek(at)
-            row = parse_line(files[i].readline().decode("utf-8-sig"), paths[i], 0)
+        for place, copy in enumerate(copy_numbers(which, offsets)):
+            file = files[which[place]]
+            file.seek(offsets[place])
+            row = parse_line(file.readline().decode("utf-8-sig"), paths[which[place]], 0)
             assert row is not None
-            copies[i, at] += 1
-            if copies[i, at] > 1:
-                row["id"] = f"{row['id']}#{copies[i, at]}"
+            if copy > 1:
+                row["id"] = f"{row['id']}#{copy}"
             yield row
     finally:
-        for file in files:
-            file.close()
+        for opened in files:
+            opened.close()
 
 
 def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -117,10 +131,7 @@ def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, A
         kinds = type(info.get("shuffled", False)), type(info.get("shuffle_seed", 0))
         if not isinstance(info.get("sha256", ""), str) or kinds != (bool, int):
             raise InputError(f"{folder / name / STATS}: codes is damaged; write it anew")
-    codes = {
-        name: (info.get("sha256"), shuffled := bool(info.get("shuffled")), shuffled and info.get("shuffle_seed", 0))
-        for name, info in ((name, stats["codes"]) for name, stats in tasks.items())
-    }
+    codes = {name: codes_key(stats["codes"]) for name, stats in tasks.items()}
     if len(set(codes.values())) > 1:
         shown = ", ".join(
             f"{name}: {tasks[name]['codes'].get('file')}" + (f", shuffled by seed {seed}" if shuffled else "")
@@ -158,68 +169,90 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class Drawn(NamedTuple):
+    """The rows that one split's file gets, and how many come of each task."""
+
+    paths: list[Path]
+    which: Ints  # [n], of paths
+    offsets: Ints  # [n], in bytes
+    counts: dict[str, int]  # rows by task, before --limit
+    dropped: dict[str, int]  # rows by task that are left out
+
+
+def draw_split(
+    args: argparse.Namespace, split: str, weights: dict[str, float], forbidden: set[int], facts: set[int]
+) -> Drawn:
+    """Which rows of the tasks a split gets, in their order: at random for train, else as the tasks have them.
+
+    ``forbidden`` and ``facts`` as in ``scan``. InputError where no task has such rows.
+    """
+    rng = np.random.default_rng([args.seed, list(FILE_STEMS).index(split)])
+    paths: list[Path] = []
+    which: list[Ints] = []
+    offsets: list[Ints] = []
+    counts: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    for name, weight in weights.items():
+        path = existing_split(args.out_dir / name, split)
+        if path is None:
+            continue
+        found, dropped[name] = scan(path, forbidden, facts, rng)
+        chosen = draw(len(found), weight, rng) if split == "train" else np.arange(len(found))
+        counts[name] = len(chosen)
+        which.append(np.full(len(chosen), len(paths)))
+        offsets.append(found[chosen])
+        paths.append(path)
+    if not paths:
+        raise InputError(f"no task of {', '.join(weights)} has a {split} file in {args.out_dir}")
+    order = rng.permutation(sum(map(len, which)))[: args.limit or None]
+    if split != "train":
+        order.sort()  # scored files keep the tasks' order
+    if not len(order):
+        raise InputError(f"no {split} row is left of {', '.join(weights)}; dropped as overlapping: {dropped}")
+    return Drawn(paths, np.concatenate(which)[order], np.concatenate(offsets)[order], counts, dropped)
+
+
+def write_mix(args: argparse.Namespace, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
+    """Write the splits' files and say what they hold; returns the statistics of ``write_rows`` by split."""
+    splits = {}
+    for split, plan in drawn.items():
+        target = split_path(args.out_dir, split, args.format)
+        rows = read_at(plan.paths, plan.which, plan.offsets)
+        splits[split] = write_rows(target, rows, 0, lambda: (args.out_dir / STATS).unlink(missing_ok=True))
+        counts = ", ".join(f"{name} {count:,}" for name, count in plan.counts.items())
+        print(f"  {split:10} {splits[split]['rows']:>9,} rows  {target}  ({counts})")
+        for name, count in plan.dropped.items():
+            if count:
+                print(
+                    f"             {count:,} rows of {name} left out: another split has their triple (or their balance)"
+                )
+    return splits
+
+
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
     given = dict(args.tasks)
     tasks = read_tasks(args.out_dir, given)
     weights = {name: given.get(name, 1.0) for name in tasks}
-    facts: dict[str, set[int]] = {"test": set(), "train": set(), "validation": set()}
-    splits: dict[str, dict[str, Any]] = {}
-    dropped: dict[str, dict[str, int]] = {}
-    drawn: dict[str, dict[str, int]] = {}
-    plans: dict[str, tuple[list[Path], Ints, Ints]] = {}
+    facts: dict[str, set[int]] = {}
+    drawn: dict[str, Drawn] = {}
     for split, others in (("test", ()), ("train", ("test",)), ("validation", ("test", "train"))):
         forbidden: set[int] = set().union(*(facts[other] for other in others))
-        rng = np.random.default_rng([args.seed, list(FILE_STEMS).index(split)])
-        paths: list[Path] = []
-        which: list[Ints] = []
-        offsets: list[Ints] = []
-        dropped[split], drawn[split] = {}, {}
-        for name in tasks:
-            path = existing_split(args.out_dir / name, split)
-            if path is None:
-                continue
-            found, dropped[split][name] = scan(path, forbidden, facts[split], rng)
-            chosen = draw(len(found), weights[name], rng) if split == "train" else np.arange(len(found))
-            drawn[split][name] = len(chosen)
-            which.append(np.full(len(chosen), len(paths)))
-            offsets.append(found[chosen])
-            paths.append(path)
-        if not paths:
-            raise InputError(f"no task of {', '.join(tasks)} has a {split} file in {args.out_dir}")
-        file_number, at = np.concatenate(which), np.concatenate(offsets)
-        order = rng.permutation(len(at))[: args.limit or None]
-        if split != "train":
-            order.sort()  # scored files keep the tasks' order
-        if not len(order):
-            raise InputError(f"no {split} row is left of {', '.join(tasks)}; dropped as overlapping: {dropped[split]}")
-        plans[split] = (paths, file_number[order], at[order])
-
+        facts[split] = set()
+        drawn[split] = draw_split(args, split, weights, forbidden, facts[split])
     with only_run(args.out_dir / LOCK, "--out_dir"):
-        for split, (paths, file_number, at) in plans.items():
-            target = split_path(args.out_dir, split, args.format)
-            rows = read_at(paths, file_number, at)
-            splits[split] = write_rows(target, rows, 0, lambda: (args.out_dir / STATS).unlink(missing_ok=True))
-    for split in plans:
-        target = split_path(args.out_dir, split, args.format)
-        counts = ", ".join(f"{name} {drawn[split][name]:,}" for name in drawn[split])
-        print(f"  {split:10} {splits[split]['rows']:>9,} rows  {target}  ({counts})")
-        for name, count in dropped[split].items():
-            if count:
-                print(
-                    f"             {count:,} rows of {name} left out: another split has their triple (or their balance)"
-                )
-
-    stats = make_record(
-        {**vars(args), "tasks": weights}, {}, time.monotonic() - started,
-        mix=weights, codes=next(iter(tasks.values()))["codes"], dropped=dropped, splits=splits,
-        datasets={name: stats["dataset"] for name, stats in tasks.items()},
-        code_formats={name: stats["codes"].get("code_format") for name, stats in tasks.items()},
-        candidate_orders={name: stats.get("candidate_order", {}) for name, stats in tasks.items()},
-    )  # fmt: skip
-    write_json(stats, args.out_dir / STATS)
-    print(f"next: python Class/check_leaks.py {args.out_dir}, then cd lora_training && python train_lora.py")
+        splits = write_mix(args, drawn)
+        stats = make_record(
+            {**vars(args), "tasks": weights}, {}, time.monotonic() - started, mix=weights,
+            codes=next(iter(tasks.values()))["codes"], splits=splits,
+            dropped={split: plan.dropped for split, plan in drawn.items()},
+            datasets={name: stats["dataset"] for name, stats in tasks.items()},
+            code_formats={name: stats["codes"].get("code_format") for name, stats in tasks.items()},
+            candidate_orders={name: stats.get("candidate_order", {}) for name, stats in tasks.items()},
+        )  # fmt: skip
+        write_json(stats, args.out_dir / STATS)
+    print(f"next: python Class/check_leaks.py {args.out_dir}, then {train_command(args.out_dir, args.format)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from Class.gen_fb_data_rq import make_splits
 from Class.gen_lp_data_rq import Parts, disjoint_parts
 from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
 from data.knowledge_graph import Answers, KnowledgeGraph
-from run_record import CommandParser, run_command
+from run_record import CommandParser, InputError, run_command
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each
@@ -91,7 +91,9 @@ def rows_of(task: str, split: str, kinds: Sequence[Kind], seed: int, count: Coun
 
 
 def entity_parts(num_entities: int, seed: int) -> dict[str, Ints]:
-    """The ids of the entities of each split, at random; one at least in each where there are three."""
+    """The ids of the entities of each split, at random, one at least in each. InputError where there are not three."""
+    if num_entities < len(SPLITS):
+        raise InputError(f"the data set has {num_entities} entities, too few to hold some out; give another --dataset")
     order = np.random.default_rng([seed, 8]).permutation(num_entities)
     n = max(1, round(HELD_OUT * num_entities))
     return {"train": np.sort(order[2 * n :]), "validation": np.sort(order[:n]), "test": np.sort(order[n : 2 * n])}
@@ -323,7 +325,7 @@ def question_kinds(source: Source, own: Answers, known: Answers, max_answers: in
 def _sizes(answers: Answers, h: Any, r: Any) -> Ints:
     """How many known tails each query (h, r) has."""
     rows = answers.rows(h, r)
-    return np.where(rows >= 0, np.diff(answers.indptr)[rows], 0)
+    return np.where(rows >= 0, answers.indptr[rows + 1] - answers.indptr[rows], 0)  # not all sizes: called per row
 
 
 def answers_of(kg: KnowledgeGraph, triples: Ints) -> Answers:

@@ -37,7 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.candidates import Bools, Candidates, Floats, find_rows, known_pairs, other_answers, read_candidates
 from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
-from Class.prompts import ANSWERS, FALSE, TRUE, asked, judgements, link_prediction, numbered, relation_text
+from Class.prompts import (
+    ANSWERS,
+    FALSE,
+    TRUE,
+    judgements,
+    link_prediction,
+    numbered,
+    read_link_prediction,
+    relation_text,
+)
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 from run_record import CommandParser, InputError, run_command
 
@@ -232,7 +241,7 @@ def rows_of(
 def judged(rows: Iterable[Row]) -> Iterator[Row]:
     """Rows of ``rows_of`` as one row per candidate: does it complete the triple? Their lists hold one right answer."""
     for row in rows:
-        question = asked(row["instruction"])
+        question = read_link_prediction(row["instruction"])
         assert question is not None
         for place, (prompt, candidate) in enumerate(zip(judgements(question), row["candidates"], strict=True), 1):
             head, relation, tail = row["triple"]

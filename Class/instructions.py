@@ -101,6 +101,12 @@ def states_facts(row: Row) -> bool:
     return row.get("truth") != ["False"]
 
 
+def codes_key(info: Mapping[str, Any]) -> tuple[str | None, bool, int]:
+    """What tells the ``codes`` of two statistics or records apart: the file's sha256, and how it was shuffled."""
+    shuffled = bool(info.get("shuffled"))
+    return info.get("sha256"), shuffled, info.get("shuffle_seed", 0) if shuffled else 0
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -243,11 +249,11 @@ def write_task(
             if not written[split]["rows"]:
                 raise InputError(f"task {task} has no {split} rows from {source.kg.name}; check flags and data set")
             print(f"  {split:10} {written[split]['rows']:>9,} rows  {path}")
-    stats = make_record(
-        vars(args), source.kg.input_hashes, time.monotonic() - source.started,
-        task=task, dataset=source.kg.name, codes=source.codes_info, names=source.names_info, splits=written, **notes(),
-    )  # fmt: skip
-    write_json(stats, folder / STATS)
+        stats = make_record(
+            vars(args), source.kg.input_hashes, time.monotonic() - source.started, task=task, dataset=source.kg.name,
+            codes=source.codes_info, names=source.names_info, splits=written, **notes(),
+        )  # fmt: skip
+        write_json(stats, folder / STATS)
     return stats
 
 
@@ -257,9 +263,10 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
     A mix that build_mix.py wrote is left alone: then nothing is done and False is returned.
     """
     stats_path = out_dir / STATS
-    if stats_path.is_file() and "mix" in read_json(stats_path, "statistics"):
-        return False
     with only_run(out_dir / LOCK, "--out_dir"):
+        before = read_json(stats_path, "statistics") if stats_path.is_file() else {}
+        if isinstance(before, dict) and "mix" in before:
+            return False
         stats_path.unlink(missing_ok=True)
         for split in FILE_STEMS:
             file = existing_split(task_folder, split)
@@ -274,6 +281,24 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
                     shutil.copyfile(file, temporary)
         write_json(read_json(task_folder / STATS, "statistics"), stats_path)
     return True
+
+
+def train_command(out_dir: Path, file_format: str) -> str:
+    """What tunes on the files of ``out_dir``; they are named where train_lora.py would not find them by itself."""
+    if out_dir.resolve() == OUT_FOLDER and file_format == "json":
+        return "cd lora_training && python train_lora.py"
+    train, validation = (split_path(out_dir, split, file_format) for split in ("train", "validation"))
+    return f"python lora_training/train_lora.py --train_data {train} --val_data {validation}"
+
+
+def answer_command(model: str, train_data: Path) -> str:
+    """What answers the test rows beside ``train_data`` by ``model`` (inference.py's flag and its value).
+
+    They are named where inference.py would not find them by itself.
+    """
+    rows = existing_split(train_data.parent, "test")
+    named = rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test")
+    return f"python inference.py {model}" + (f" --test_data {rows}" if named else "")
 
 
 # ---------------------------------------------------------------- flags
@@ -368,8 +393,8 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     choices = list(_choices(args, preferred))
     if not choices:
         raise InputError(
-            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'} "
-            "--max_minutes 60, or make demo for the bundled graph's (or give --codes FILE.pt, or --no_codes)"
+            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
+            "or make demo for the bundled graph's (or give --codes FILE.pt, or --no_codes)"
         )
     graphs: dict[Path, KnowledgeGraph] = {}
     reasons = []

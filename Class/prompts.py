@@ -55,7 +55,7 @@ class Asked(NamedTuple):
     candidates: list[str]  # as listed
 
 
-def asked(instruction: str) -> Asked | None:
+def read_link_prediction(instruction: str) -> Asked | None:
     """The inverse of ``link_prediction``; None for any other text."""
     top, found, rest = instruction.partition("Candidates:\n")
     lines = top.split("\n")
@@ -189,5 +189,9 @@ TWO_HOP = (
 def question(entity_text: str, relations: Sequence[str], wording: int) -> str:
     """A question over one or two relations (``relation_text``), in one of three wordings."""
     templates = ONE_HOP if len(relations) == 1 else TWO_HOP
-    words = templates[wording].format(entity=entity_text, relation=relations[0], then=relations[-1])
+    return asked(templates[wording].format(entity=entity_text, relation=relations[0], then=relations[-1]))
+
+
+def asked(words: str) -> str:
+    """Any question in words."""
     return f"Question: {words}\nName all answers, one per line."

@@ -39,6 +39,7 @@ from benchmarks.measure import (
 from benchmarks.random_graph import describe, random_kg
 from model.evaluation import evaluate_codes
 from model.precision import keep_freed_memory
+from model.recommended import EXACT_UP_TO, encoder_pace
 from model.trainer import Phase
 from run_record import InputError, make_record, peak_memory_mb, read_json, run_command, write_json
 
@@ -47,7 +48,6 @@ MODEL = [
     "--seq_len", "4", "--num_code", "256", "--num_quantizers", "4", "--code_dim", "32", "--decoder", "distmult",
     "--warmup_epochs", "0", "--freeze_at", "1", "--device", "cpu",
 ]  # fmt: skip
-EXACT_UP_TO = 100_000  # entities; above, a step of the exact loss takes minutes
 AVAILABLE_GB = {1_000_000: 16.0, 100_000: 3.0}
 
 
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> Row:
     """One row, in this process: graph, trainer, ``steps`` steps, ranking."""
     torch.set_num_threads(args.threads)
     M, negatives = args.one
-    args.encoder_every = args.encoder_every or max(64, 64 * M // EXACT_UP_TO)
+    args.encoder_every = args.encoder_every or encoder_pace(M)
     if not negatives:  # as run_rq.py does
         keep_freed_memory()
     start = time.perf_counter()

@@ -135,10 +135,11 @@ class Asker:
     def question(self, text: str) -> tuple[str, list[Found]]:
         """How a question in words was asked, and the entities that its answer begins with, best first."""
         marked, entity = mark_entity(text, self.source)
-        prompt = f"Question: {marked}\nName all answers, one per line."
         newline = encode_answer("\n", self.tokenizer, end=False)[-1]
         # a name ends the answer, or another line follows
-        found = self._search(prompt, "name", self.source.shown, [int(self.tokenizer.eos_token_id), newline])
+        found = self._search(
+            prompts.asked(marked), "name", self.source.shown, [int(self.tokenizer.eos_token_id), newline]
+        )
         about = "no entity recognised" if entity is None else f"about {self.source.names.names[entity]}"
         how = f"{about}; all {self.source.kg.num_entities:,} entities searched, {self.beams} beams"
         return how, [Found(e, score, "") for e, score in found]

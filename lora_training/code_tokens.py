@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CODE_FORMATS, MARKS, code_tokens
-from Class.instructions import STATS
+from Class.instructions import STATS, codes_key
 from run_record import InputError, is_hub_id, load_torch, read_json
 
 if TYPE_CHECKING:
@@ -90,17 +90,13 @@ def refuse_other_codes(ours: Mapping[str, Any], theirs: Mapping[str, Any], our_n
     ``ours`` is, for example, an adapter's record and ``theirs`` the statistics of the rows to answer.
     """
 
-    def key(info: Mapping[str, Any]) -> tuple[Any, ...]:
-        shuffled = bool(info.get("shuffled"))
-        return info.get("sha256"), shuffled, shuffled and info.get("shuffle_seed", 0)
-
     def shown(info: Mapping[str, Any]) -> str:
         if info.get("file") is None:
             return "no codes"
         shuffled = f", shuffled by seed {info.get('shuffle_seed', 0)}" if info.get("shuffled") else ""
         return f"{info['file']} (sha256 {str(info.get('sha256'))[:12]}{shuffled})"
 
-    if key(ours) != key(theirs):
+    if codes_key(ours) != codes_key(theirs):
         raise InputError(
             f"{our_name} was made with {shown(ours)}, {their_name} with {shown(theirs)}: the same token means another "
             "code; use data and adapter of one run"

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.instructions import Row, Source, existing_split, open_source, read_rows
-from Class.prompts import FALSE, TRUE, asked, judgements, numbered
+from Class.prompts import FALSE, TRUE, judgements, numbered, read_link_prediction
 from lora_training.code_tokens import (
     RECORD,
     Saved,
@@ -112,7 +112,7 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
 
 def judged_prompts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the question that ``--judge`` asks of each candidate of a row; InputError where it is no list."""
-    question = asked(row["instruction"])
+    question = read_link_prediction(row["instruction"])
     if question is None:
         raise InputError(f"row {row['id']} lists no candidates to judge; write it anew: python Class/gen_lp_data_rq.py")
     return [encode_prompt({"instruction": prompt}, tokenizer) for prompt in judgements(question)]

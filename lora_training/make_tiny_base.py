@@ -31,6 +31,7 @@ from Class.codes import escape_name, unique_names
 from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.code_tokens import RECORD
+from lora_training.inference import pick_device
 from lora_training.prompts import encode_text, prompt_text
 from run_record import (
     CommandParser,
@@ -162,7 +163,10 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Namespace, device: str) -> list[float]:
-    """Next-token training on blocks of the stream, at a new offset every epoch; returns the losses reported."""
+    """Next-token training on blocks of the stream, at a new offset every epoch; returns the losses reported.
+
+    InputError as soon as one of them is not finite.
+    """
     import torch
 
     T, B = min(args.block, len(stream) - 1), args.batch
@@ -192,6 +196,8 @@ def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Nam
         schedule.step()
         if step % report == 0 or step == steps:
             losses.append(round(float(loss.detach()), 4))
+            if not math.isfinite(losses[-1]):
+                raise InputError(f"the loss is not finite at step {step}; lower --lr")
             seconds = time.monotonic() - started
             left = (steps - step) * seconds / step / 60
             speed = f"{step * B * T / seconds:,.0f} tokens/s"
@@ -203,15 +209,23 @@ def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Nam
 
 
 def main(argv: list[str] | None = None) -> None:
-    started = time.monotonic()
     args = parse_args(argv)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
         raise InputError(f"--out {args.out} holds files that this script did not write; choose another folder")
+    with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
+        make_base(args)
+    print(f"wrote {args.out}")
+    print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
+
+
+def make_base(args: argparse.Namespace) -> None:
+    """Corpus, tokenizer, model and training; then the folder, with its record, takes the place of what was there."""
+    started = time.monotonic()
+    device = str(pick_device(args.device))
     kg = KnowledgeGraph.load(args.dataset)
     import torch
     from transformers.utils import logging
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     seed_everything(args.seed)
     texts = list(documents(kg, args.seed, args.recall))
     # often enough that the prompts' words become whole tokens beside the graph's names
@@ -231,17 +245,14 @@ def main(argv: list[str] | None = None) -> None:
         vars(args), kg.input_hashes, time.monotonic() - started, device,
         dataset=kg.name, parameters=size, tokens=len(stream), vocabulary=len(tokenizer), losses=losses,
     )  # fmt: skip
-    with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
-        part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
-        shutil.rmtree(part, ignore_errors=True)
-        with written_whole(part):
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            write_json(record, part / RECORD)
-        shutil.rmtree(args.out, ignore_errors=True)
-        part.rename(args.out)
-    print(f"wrote {args.out}")
-    print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
+    part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
+    shutil.rmtree(part, ignore_errors=True)
+    with written_whole(part):
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        write_json(record, part / RECORD)
+    shutil.rmtree(args.out, ignore_errors=True)
+    part.rename(args.out)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -265,12 +276,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--init_std", type=float, default=0.02, help="spread of the first random weights; small models "
                         "learn to compare sooner from 1 / sqrt(width)")  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     args = parser.parse_args(argv)
     for name in ("width", "layers", "heads", "context", "block", "batch", "lr", "epochs", "init_std"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    if Path.cwd().is_relative_to(args.out.resolve()):
+        parser.error(f"--out {args.out} is replaced as a whole, and you are in it; name another folder")
     if args.vocab_size < 300:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):

@@ -13,6 +13,7 @@ Estimates, not bounds: the allocator's slack and the libraries' own memory are t
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
 GIB = 2**30
 CONTEXT = 1.0 * GIB
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-SHARDINGS = ("ddp", "fsdp", "zero2", "zero3")
+
+
+def sharding() -> str:
+    """What `accelerate launch` asked for: ddp, fsdp, zero2 or zero3."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
+    return "ddp"
 
 
 class Shape(NamedTuple):
@@ -107,7 +116,7 @@ def expected_memory(
     """Bytes per GPU at ``batch`` rows of ``length`` tokens, ``answer`` of them supervised, on each.
 
     ``lora``, ``rows``: trained parameters, as counted above. ``added_rows``: rows that the embedding grows by.
-    ``sharding``: fsdp and zero3 split weights and state, zero2 gradients and moments.
+    ``sharding``: ddp splits nothing, fsdp and zero3 weights and state, zero2 gradients and moments.
     """
     V, trained = shape.vocabulary + added_rows, lora + rows
     D, F, tokens = shape.width, shape.inner, batch * length

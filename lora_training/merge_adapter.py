@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from Class.instructions import answer_command
 from lora_training.code_tokens import (
     RECORD,
+    WEIGHTS,
     Saved,
     check_base,
     load_adapted,
@@ -30,6 +32,7 @@ from lora_training.code_tokens import (
     save_tokenizer,
     token_ids,
 )
+from lora_training.inference import pick_device
 from run_record import (
     CommandParser,
     InputError,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE / "lora_data" / "train.json"
 # largest difference of logits, of their largest size: rounding of one W + BA (0.5 units in the last place) through the
 # layers; measured on small models: 8e-7 in float32 and 8e-3 in bfloat16
 BOUNDS = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
@@ -71,10 +75,10 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float().cpu()
 
 
-def merge(saved: Saved, base_model: str, output: Path, dtype: str, device: str) -> float:
-    """Write the merged model to ``output``; returns the largest difference of logits relative to the largest logit.
+def merge(saved: Saved, base_model: str, folder: Path, dtype: str, device: torch.device) -> float:
+    """Write the merged model to a new ``folder``; returns the largest difference of logits relative to the largest.
 
-    RuntimeError beyond ``BOUNDS``; the folder is then removed.
+    RuntimeError where it is beyond ``BOUNDS``.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -84,21 +88,14 @@ def merge(saved: Saved, base_model: str, output: Path, dtype: str, device: str) 
     expected = logits_of(adapted, ids)
     merged = adapted.merge_and_unload(safe_merge=True)  # refuses NaN
     merged.config.use_cache = True
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part")  # a merged folder is complete or not there
-    shutil.rmtree(part, ignore_errors=True)
-    with written_whole(part):
-        merged.save_pretrained(str(part))
-        save_tokenizer(saved.tokenizer, part, saved.shape)
+    merged.save_pretrained(str(folder))
+    save_tokenizer(saved.tokenizer, folder, saved.shape)
     del adapted, merged
     gc.collect()
-    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(part), dtype=getattr(torch, dtype))
+    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
     difference = float((logits_of(loaded.to(device), ids) - expected).abs().max() / expected.abs().max())
     if not difference <= BOUNDS[dtype]:
-        shutil.rmtree(part)
         raise RuntimeError(f"the merged model's logits differ by {difference:.1e} of the largest, over {BOUNDS[dtype]}")
-    shutil.rmtree(output, ignore_errors=True)
-    part.rename(output)
     return difference
 
 
@@ -114,18 +111,24 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--output_dir {args.output_dir} holds files that this script did not write; choose another")
     if args.output_dir.resolve() in (saved.folder.resolve(), Path(base_model).resolve()):
         raise InputError(f"--output_dir {args.output_dir} is the adapter or the base model itself; choose another")
+    device = pick_device(args.device)
     quiet_libraries()
-    with only_run(args.output_dir.with_name(f"{args.output_dir.name}.lock"), "--output_dir"):
-        difference = merge(saved, base_model, args.output_dir, dtype, args.device)
-    weights = "adapter_model.safetensors"
-    record = make_record(
-        vars(args), {weights: sha256_file(saved.folder / weights)}, time.monotonic() - started, args.device,
-        base_model=base_model, base_vocabulary=saved.record.get("base_vocabulary"), vocabulary=len(saved.tokenizer),
-        codes=saved.record["codes"], dtype=dtype, logit_difference=difference,
-    )  # fmt: skip
-    write_json(record, args.output_dir / RECORD)
+    name = args.output_dir.name
+    part = args.output_dir.with_name(f".{name}.part")  # a merged folder, its record with it, is complete or not there
+    with only_run(args.output_dir.with_name(f"{name}.lock"), "--output_dir"):
+        shutil.rmtree(part, ignore_errors=True)
+        with written_whole(part):
+            difference = merge(saved, base_model, part, dtype, device)
+            record = make_record(
+                vars(args), {WEIGHTS: sha256_file(saved.folder / WEIGHTS)}, time.monotonic() - started, device,
+                base_model=base_model, base_vocabulary=saved.record.get("base_vocabulary"),
+                vocabulary=len(saved.tokenizer), codes=saved.record["codes"], dtype=dtype, logit_difference=difference,
+            )  # fmt: skip
+            write_json(record, part / RECORD)
+        shutil.rmtree(args.output_dir, ignore_errors=True)
+        part.rename(args.output_dir)
     print(f"wrote {args.output_dir} ({dtype}); logits differ by {difference:.1e} of the largest from the adapter's")
-    print(f"next: python inference.py --base_model {args.output_dir}")
+    print(f"next: {answer_command(f'--base_model {args.output_dir}', Path(str(used.get('train_data') or DATA)))}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -136,8 +139,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base_model", help="hub id or folder (default: the one in the adapter's record)")
     parser.add_argument("--output_dir", type=Path, default=HERE / "lora_outputs" / "merged", help="merged model")
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")
-    parser.add_argument("--device", default="cpu", help="where it is computed: cpu or cuda")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", default="cpu", help="where it is computed: auto, cpu, cuda, cuda:1 ...")
+    args = parser.parse_args(argv)
+    if Path.cwd().is_relative_to(args.output_dir.resolve()):
+        parser.error(f"--output_dir {args.output_dir} is replaced as a whole, and you are in it; name another folder")
+    return args
 
 
 if __name__ == "__main__":

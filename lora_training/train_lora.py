@@ -26,19 +26,27 @@ import shutil
 import signal
 import sys
 import time
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.instructions import read_rows
+from Class.instructions import answer_command, read_rows
 from Class.prompts import FALSE, TRUE
+from lora_training.checkpoints import (
+    CHECKPOINTS,
+    OTHER_CHECKPOINT,
+    PLAN,
+    SECONDS,
+    check_checkpoint,
+    check_plan,
+    find_checkpoint,
+    run_plan,
+    saved_sums,
+)
 from lora_training.code_tokens import (
     RECORD,
     CodeShape,
@@ -57,12 +65,20 @@ from lora_training.code_tokens import (
     set_code_rows,
     trainable_rows,
 )
-from lora_training.memory import GIB, Shape, expected_memory, lora_parameters, model_shape, row_parameters
-from lora_training.prompts import IGNORED, Example, encode_answer, encode_examples, pad_batch, share_prompts
+from lora_training.memory import (
+    GIB,
+    Shape,
+    expected_memory,
+    lora_parameters,
+    model_shape,
+    row_parameters,
+    sharding,
+)
+from lora_training.prompts import IGNORED, Example, encode_answer, encode_examples, share_prompts
+from lora_training.token_rows import ByLength, Collate, TokenRows
 from run_record import (
     CommandParser,
     InputError,
-    content_of,
     is_disk_full,
     make_record,
     memory_wanted,
@@ -76,21 +92,11 @@ from run_record import write_json as write_record
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-ADAPTERS, CHECKPOINTS, PLAN, SECONDS = "lora_adapters", "checkpoints", "plan.json", "seconds.json"
-STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
+ADAPTERS = "lora_adapters"
 OLDEST = (5, 23)  # of transformers
-FAR = 50  # steps' worth of rows that are sorted by length together
-# what two runs must share for one to go on from the other's checkpoint
-PLANNED = (
-    "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
-    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "share_prompts",
-    "rank_loss", "seed",
-    "load_in_4bit", "bf16", "fp16", "eval_steps",
-)  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -100,43 +106,6 @@ def say(text: str) -> None:
 
 
 # ---------------------------------------------------------------- data
-
-
-class TokenRows:
-    """Encoded rows in flat arrays: five bytes a token, and a few numbers per row. A torch data set."""
-
-    def __init__(self) -> None:
-        self.tokens, self.ends, self.supervised = array("i"), array("q", [0]), bytearray()
-        self.pieces, self.piece_ends = array("i"), array("q", [0])
-
-    def append(self, example: Example) -> None:
-        self.tokens.extend(example.input_ids)
-        self.supervised.extend(label != IGNORED for label in example.labels)
-        self.ends.append(len(self.tokens))
-        self.pieces.extend(example.pieces)
-        self.piece_ends.append(len(self.pieces))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, row: int) -> Example:
-        part = slice(self.ends[row], self.ends[row + 1])
-        ids = self.tokens[part].tolist()
-        labels = [token if said else IGNORED for token, said in zip(ids, self.supervised[part], strict=True)]
-        return Example(ids, labels, tuple(self.pieces[self.piece_ends[row] : self.piece_ends[row + 1]]))
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        ends = np.frombuffer(self.ends, dtype=np.int64)
-        return ends[1:] - ends[:-1]
-
-    @property
-    def answers(self) -> NDArray[np.int64]:
-        """Supervised tokens per row."""
-        counts = np.concatenate([[0], np.frombuffer(self.supervised, dtype=np.uint8).cumsum(dtype=np.int64)])
-        ends = np.frombuffer(self.ends, dtype=np.int64)
-        found: NDArray[np.int64] = counts[ends[1:]] - counts[ends[:-1]]
-        return found
 
 
 def encode_file(
@@ -168,72 +137,6 @@ def encode_file(
         f"answers: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")
     )
     return rows
-
-
-class ByLength:
-    """Row order of each epoch: rows of like length share a step, the steps come in random order.
-
-    It depends on seed and epoch alone, not on the state of any generator: every process and every resumed run sees the
-    same order.
-    """
-
-    def __init__(self, lengths: NDArray[np.int64], step_rows: int, seed: int) -> None:
-        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order, far = rng.permutation(len(self.lengths)), FAR * self.step_rows
-        order = np.concatenate([
-            part[np.argsort(-self.lengths[part], kind="stable")]
-            for part in (order[start : start + far] for start in range(0, len(order), far))
-        ])  # fmt: skip
-        whole = len(order) // self.step_rows * self.step_rows
-        steps = order[:whole].reshape(-1, self.step_rows)
-        yield from rng.permutation(steps).ravel().tolist()
-        yield from order[whole:].tolist()
-
-
-class Collate:
-    """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: where an answer token
-    comes next. With rows that were joined the mask is bool [B, 1, T, T], and position_ids [B, T] are given."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        import torch
-
-        ids, mask, labels = (torch.tensor(part) for part in pad_batch(examples, self.pad_id))
-        keep = torch.zeros_like(labels, dtype=torch.bool)
-        keep[:, :-1] = labels[:, 1:] != IGNORED
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
-        if any(example.pieces for example in examples):
-            batch["attention_mask"], batch["position_ids"] = piece_masks(examples, ids.shape[1])
-        return batch
-
-
-def piece_masks(examples: list[Example], T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token of joined rows sees, bool [B, 1, T, T], and its position [B, T]: as if its row stood alone."""
-    import torch
-
-    mask = torch.eye(T, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding sees itself, or its softmax is empty
-    position = torch.zeros(len(examples), T, dtype=torch.long)
-    for row, example in enumerate(examples):
-        shared, *rests = example.pieces or (0, len(example.input_ids))
-        at = 0
-        for length, before in ((shared, 0), *((rest, shared) for rest in rests)):
-            part = slice(at, at + length)
-            mask[row, part, :before] = True
-            mask[row, part, part] = torch.ones(length, length, dtype=torch.bool).tril()
-            position[row, part] = torch.arange(before, before + length)
-            at += length
-    return mask[:, None], position
 
 
 # ---------------------------------------------------------------- the trainer
@@ -580,46 +483,6 @@ def check_device(args: argparse.Namespace) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from; InputError where there is none, or an unfinished run would be overwritten."""
-    folder = args.output_dir / CHECKPOINTS
-    # the file of seconds is written last: what a kill in the middle of saving left has none
-    steps = [path.parent for path in folder.glob(f"checkpoint-*/{SECONDS}") if path.parent.name[11:].isdigit()]
-    there = sorted(steps, key=lambda path: int(path.name[11:]))
-    if args.resume_from_checkpoint is None:
-        if there and not args.overwrite:
-            raise InputError(
-                f"{folder} holds an unfinished run; go on with --resume_from_checkpoint last, or give --overwrite"
-            )
-        return None
-    if args.resume_from_checkpoint == "last":
-        if not there:
-            raise InputError(f"--resume_from_checkpoint last: {folder} holds no checkpoint; start without the flag")
-        return there[-1]
-    given = Path(args.resume_from_checkpoint)
-    if not (given / SECONDS).is_file():
-        raise InputError(f"--resume_from_checkpoint {given} is no checkpoint: it has no {SECONDS}")
-    return given
-
-
-def run_plan(args: argparse.Namespace) -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on from."""
-    plan: dict[str, Any] = {key: getattr(args, key) for key in PLANNED}
-    plan |= {"train_sha256": sha256_file(args.train_data), "validation_sha256": sha256_file(args.val_data)}
-    plan |= {"code_init_sha256": sha256_file(args.code_init) if args.code_init else None}
-    return plan | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
-
-
-def check_plan(args: argparse.Namespace) -> None:
-    """InputError where a resumed run differs from the one that wrote the checkpoints."""
-    file = args.output_dir / CHECKPOINTS / PLAN
-    before, now = read_json(file, "plan"), run_plan(args)
-    before = before if isinstance(before, dict) else {}
-    differing = [f"{key} {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
-    if differing:
-        raise InputError(f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}")
-
-
 def first_codebooks(args: argparse.Namespace, shape: CodeShape | None, is_new: bool) -> torch.Tensor | None:
     """What --code_init names; InputError where there are no new rows to put it into."""
     if args.code_init is None:
@@ -701,15 +564,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks)
 
 
-def sharding() -> str:
-    """What `accelerate launch` asked for: ddp, fsdp, zero2 or zero3."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
-    return "ddp"
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -770,40 +624,14 @@ def explained(args: argparse.Namespace, plan: Plan, folder: Path) -> Iterator[No
             raise InputError(f"out of memory ({reason}); {way}, then --resume_from_checkpoint last") from error
         if plan.checkpoint is None:
             raise
-        raise InputError(f"cannot go on from {plan.checkpoint}: {reason}; give an earlier checkpoint") from error
-
-
-def saved_sums(checkpoint: Path) -> dict[str, str]:
-    """sha256 of a checkpoint's files as far as this process has seen them written: not the other processes' ones."""
-    names = [path.name for path in checkpoint.iterdir() if path.is_file()] if sharding() == "ddp" else [STATE]
-    own = sorted(name for name in names if name != SECONDS and not name.startswith("rng_state_"))
-    return {name: sha256_file(checkpoint / name) for name in own}
-
-
-def check_checkpoint(checkpoint: Path) -> float:
-    """The seconds that the run had taken when it wrote a checkpoint, all of whose files are still those.
-
-    InputError otherwise: transformers checks no sums, and where a file is gone it goes on without it, to other weights.
-    """
-    found = read_json(checkpoint / SECONDS, "time")
-    with content_of(checkpoint / SECONDS, "mark of a checkpoint", OTHER_CHECKPOINT):
-        seconds, before = float(found["seconds"]), dict(found["sha256"])
-    count = os.environ.get("WORLD_SIZE", "1")
-    state = "rng_state.pth" if count == "1" else f"rng_state_{os.environ.get('RANK', '0')}.pth"
-    now = saved_sums(checkpoint)
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if not (checkpoint / state).is_file():
-        raise InputError(f"{checkpoint} holds no {state}, for one of {count} processes; {OTHER_CHECKPOINT}")
-    if changed or STATE not in before:
-        raise InputError(f"{checkpoint / (changed or [STATE])[0]} is not the file that was saved; {OTHER_CHECKPOINT}")
-    return seconds
+        raise InputError(f"cannot go on from {plan.checkpoint}: {reason}; {OTHER_CHECKPOINT}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with ExitStack() as locks:
         if int(os.environ.get("RANK", "0")) == 0:
-            locks.enter_context(only_run(args.output_dir.with_name(f"{args.output_dir.name}.lock"), "--output_dir"))
+            locks.enter_context(only_run(Path(f"{args.output_dir.resolve()}.lock"), "--output_dir"))
         tune(args)
 
 
@@ -880,7 +708,7 @@ def tune(args: argparse.Namespace) -> None:
         difference = float((trained - loaded).abs().max())
         if not torch.equal(trained, loaded):
             raise InputError(
-                f"the adapter in {folder} does not reload: its logits differ by {difference:.2e}; keep it not"
+                f"the adapter in {folder} does not reload: its logits differ by {difference:.2e}; do not use it"
             )
     record = make_record(
         vars(args), {path.name: sha256_file(path) for path in (args.train_data, args.val_data, args.code_init) if path},
@@ -902,7 +730,8 @@ def tune(args: argparse.Namespace) -> None:
     shutil.rmtree(checkpoints, ignore_errors=True)
     say(f"validation loss {best['best_loss']:.4f}, exact {best['best_exact']:.3f} (step {record['best_step']})")
     say(f"wrote {folder}" + ("" if sharded else ": reloaded, logits equal to the bit"))
-    say(f"next: python merge_adapter.py --lora_adapter {folder}, then python inference.py --lora_adapter {folder}")
+    say(f"next: {answer_command(f'--lora_adapter {folder}', args.train_data)}")
+    say(f"for weights that need nothing of ours: python merge_adapter.py --lora_adapter {folder}")
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:

@@ -10,6 +10,13 @@ from typing import Any
 from run_record import CommandParser
 
 AUTO = "auto"
+PAPER = "paper"
+# of the groups that hold a run's settings: what bounds or watches a run, or asks another question of the same settings
+NO_SETTINGS = {
+    "quantizer", "num_quantizers", "codes_from", "control", "teacher", "teacher_weight", "epoch", "max_minutes",
+    "eval_every", "patience", "graph_backend", "matmul_precision",
+}  # fmt: skip
+SETTING_GROUPS = ("codes", "encoder and decoder", "training")
 
 
 class FlagsFromFile(argparse.Action):
@@ -46,15 +53,15 @@ def build_parser() -> CommandParser:
     group = parser.add_argument_group("data and outputs (default folders lie in the repository)")
     group.add_argument("--config", type=Path, metavar="FILE", action=FlagsFromFile,
                        help="text file of flags (see configs/); flags after it win over it")  # fmt: skip
+    group.add_argument("--recipe", choices=[AUTO, PAPER],
+                       help="where settings come from that are not given: auto, a kept run on the graph nearest in "
+                       "size; paper, the defaults below (default: auto where no setting is given at all)")  # fmt: skip
     group.add_argument("--dataset", "--data", type=Path, metavar="DIR", help="graph folder (default: data/FB15k-237)")
     group.add_argument("--name", help="name of the run and its checkpoint (default: the stem of the codes file)")
     group.add_argument("--out_dir", type=Path, metavar="DIR", help="folder for codes and records (default: codes_new)")
     group.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help="folder for {name}.pt (default: checkpoints)")
     group.add_argument(
         "--text_emb", type=Path, metavar="FILE.npy", help="text embeddings [M, T], row = entity id: Eq. 8"
-    )
-    group.add_argument(
-        "--text_init", action="store_true", help="start the encoder from projected text embeddings too (--text_emb)"
     )
     group.add_argument("--save_emb", action="store_true", help="write the embeddings even when they exceed 2 GiB")
 
@@ -71,6 +78,9 @@ def build_parser() -> CommandParser:
 
     group = parser.add_argument_group("encoder and decoder")
     group.add_argument("--init_dim", type=int, default=200, help="width of the learned entity and relation inputs")
+    group.add_argument(
+        "--text_init", action="store_true", help="start the encoder from projected text embeddings too (--text_emb)"
+    )
     group.add_argument("--gcn_dim", type=int, default=200, help="D, width of the graph layers and of q_e")
     group.add_argument("--gcn_layers", type=int, default=2, help="graph layers; 0 leaves the graph encoder out")
     group.add_argument("--gcn_drop", type=float, default=0.2, help="dropout of the graph layers")
@@ -174,8 +184,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked flags; a wrong one ends with one line and exit code 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.recipe == AUTO and args.config:
+        parser.error(f"--recipe {AUTO} and --config {args.config} both say what the settings are: give one of them")
     _check_flags(args, parser)
+    given = _given(argv)
+    from_elsewhere = bool(args.config or args.codes_from or args.eval_codes)
+    args.recipe = args.recipe or (PAPER if from_elsewhere or given & _settings(parser) else AUTO)
+    if args.recipe == AUTO:
+        bounded = given & {"epoch", "max_minutes"}
+        args.left_open = sorted((_settings(parser) | {"eval_every"} | ({"epoch"} if not bounded else set())) - given)
     return args
+
+
+def _settings(parser: CommandParser) -> set[str]:
+    """The flags that say how codes are learned."""
+    groups = [group for group in parser._action_groups if group.title in SETTING_GROUPS]
+    return {action.dest for group in groups for action in group._group_actions} - NO_SETTINGS
+
+
+def _given(argv: list[str] | None) -> set[str]:
+    """The flags that the command line itself names."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def take_open_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that ``--recipe auto`` leaves open, with the paper's values, once: they are closed then."""
+    return {name: getattr(args, name) for name in vars(args).pop("left_open", ())}
+
+
+def set_settings(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Give flags these values; one that does not fit with the others ends with one line and exit code 2."""
+    vars(args).update(settings)
+    _check_flags(args, build_parser())
 
 
 def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
@@ -236,7 +279,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error("--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes")
     if args.top is not None and args.top < 1:
         parser.error(f"--top {args.top} is too small, expected 1 or more")
-    for flag in ["checkpoint", "predict", "shuffle_codes", "metrics_out", "export_candidates"]:
+    for flag in ["checkpoint", "predict", "shuffle_codes", "metrics_out", "export_candidates", "top"]:
         if getattr(args, flag) and not args.eval_codes:
             parser.error(f"--{flag} goes with --eval_codes CODES.pt --checkpoint CK.pt")
     wanted = [flag for flag in ("predict", "metrics_out", "export_candidates") if getattr(args, flag)]

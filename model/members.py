@@ -16,7 +16,7 @@ class MemberLinear(nn.Module):
 
     def __init__(self, members: int, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.out_features = out_features
         like = nn.Linear(in_features // members, out_features, bias=bias)
         self.weight = nn.Parameter(like.weight.detach().view(members, -1, in_features // members))
         self.bias = nn.Parameter(like.bias.detach()) if bias else None

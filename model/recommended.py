@@ -1,7 +1,10 @@
-"""How many residual levels a graph deserves, by what kept runs measured: ``run_rq.py --num_quantizers auto``.
+"""Which settings a graph deserves, by what kept runs measured: run_rq.py --recipe auto, --num_quantizers auto.
 
-The record of the graph nearest in size (then nearest in L, then in K) says what each level added to valid MRR. Levels
-are taken as long as each adds ``WORTH``: a level costs L tokens per entity in every prompt of the LLM. None is
+Settings are those of the run on the graph nearest in size, the fewest codes per entity first (an LLM reads them all),
+then the best valid MRR; K and the softmax are fitted to the graph where it is far from what was measured.
+
+Levels: the record of the graph nearest in size (then nearest in L, then in K) says what each level added to valid MRR.
+They are taken as long as each adds ``WORTH``: a level costs L tokens per entity in every prompt of the LLM. None is
 recommended that no run has measured. A run cut short at q levels scores below one trained with q, so the rule errs
 towards a level more. That codes suffice is no reason for a level: K ** L is beyond any graph at one
 level already.
@@ -10,15 +13,21 @@ level already.
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from run_record import ROOT, InputError, read_json
 
 RECORDS = ROOT / "tables" / "records"
 WORTH = 0.005  # valid MRR
 UNMEASURED = 4  # RQCodebook's own default, where there is no record
+EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes (benchmarks/growth.py)
+SAMPLED = 4096  # entities drawn per step there
+OTHER_INPUTS = math.log(8)  # a run with text, where there is none here, is as far as a graph of eight times the size
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
 
@@ -31,6 +40,9 @@ class Measured(NamedTuple):
     num_code: int
     mrr: list[float]  # valid MRR decoded from the first 1, 2, ... Q levels
     path: Path
+    args: Mapping[str, Any] = MappingProxyType({})  # its flags
+    epochs: int = 0
+    minutes: float = 0.0
 
 
 class Levels(NamedTuple):
@@ -47,13 +59,15 @@ def measured(records: Path = RECORDS) -> list[Measured]:
         record = read_json(path, "record")
         try:
             mrr = [float(value) for value in record.get("valid_mrr_by_levels", [])]
-            if not mrr or record["args"]["quantizer"] != "rq":
+            if not mrr or record["args"]["quantizer"] != "rq" or record["args"].get("codes_from"):
                 continue
             entities, positions, levels = (int(n) for n in record["shape"])
             num_code = int(record["args"]["num_code"])
             if min(entities, positions, num_code) < 1 or levels != len(mrr):
                 raise ValueError(f"shape {record['shape']} with {len(mrr)} scores by level")
-            found.append(Measured(str(record["dataset"]), entities, positions, num_code, mrr, path))
+            minutes, epochs = float(record["wall_seconds"]) / 60, int(record["epochs"])
+            dataset, flags = str(record["dataset"]), dict(record["args"])
+            found.append(Measured(dataset, entities, positions, num_code, mrr, path, flags, epochs, minutes))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"record {path} is damaged ({type(error).__name__}: {error}); restore it, or give --num_quantizers a "
@@ -88,14 +102,73 @@ def recommend(entities: int, positions: int, num_code: int, runs: list[Measured]
         f"{number} level{'s' * (number > 1)} ({entities:,} entities; on {where}, {_gains(run.mrr, number)}, record "
         f"{run.path.relative_to(ROOT) if run.path.is_relative_to(ROOT) else run.path})"
     ]
-    fewest = min(runs, key=lambda run: run.entities / run.num_code)
-    if num_code * fewest.entities > entities * fewest.num_code:
-        fitting = max(2, 2 ** math.floor(math.log2(entities * fewest.num_code / fewest.entities)))
-        reasons.append(
-            f"--num_code {num_code:,} is {entities / num_code:.1f} entities per code, no run here had fewer than "
-            f"{fewest.entities / fewest.num_code:.1f} ({fewest.graph}): --num_code {fitting} keeps to what was measured"
-        )
+    fitting, reason = fitting_codes(entities, num_code, runs)
+    if fitting < num_code:
+        reasons.append(f"{reason}: --num_code {fitting} keeps to what was measured")
     return Levels(number, reasons)
+
+
+def fitting_codes(entities: int, num_code: int, runs: list[Measured]) -> tuple[int, str]:
+    """The most codes, up to ``num_code``, that leave as many entities per code as some run had; and why."""
+    fewest = min(runs, key=lambda run: run.entities / run.num_code)
+    reason = (
+        f"--num_code {num_code:,} is {entities / num_code:.1f} entities per code, no run here had fewer than "
+        f"{fewest.entities / fewest.num_code:.1f} ({fewest.graph})"
+    )
+    if num_code * fewest.entities <= entities * fewest.num_code:
+        return num_code, reason
+    return max(2, 2 ** math.floor(math.log2(entities * fewest.num_code / fewest.entities))), reason
+
+
+class Recipe(NamedTuple):
+    """Settings for a graph and the lines that say why."""
+
+    settings: dict[str, Any]  # flag of run_rq.py -> value
+    reasons: list[str]
+
+
+def recipe(entities: int, with_text: bool, standing: dict[str, Any], runs: list[Measured]) -> Recipe:
+    """Values for the flags of ``standing``, for a graph of M entities with or without text embeddings.
+
+    ``standing``: flag -> the value that stands where a run's record does not know the flag. InputError without runs.
+    """
+    if not runs:
+        raise InputError(f"--recipe auto: {RECORDS} holds no run to go by; give --recipe paper, or a --config")
+
+    def distance(run: Measured) -> tuple[float, float, float]:
+        size = abs(math.log(run.entities / entities)) + OTHER_INPUTS * (bool(run.args.get("text_emb")) != with_text)
+        return round(size, 6), run.positions * len(run.mrr), -run.mrr[-1]
+
+    run = min(runs, key=distance)
+    settings = {name: run.args.get(name, value) for name, value in standing.items()}
+    tokens, text = run.positions * len(run.mrr), " with text" if run.args.get("text_emb") else ""
+    where = f"{run.path.relative_to(ROOT) if run.path.is_relative_to(ROOT) else run.path}"
+    reasons = [
+        f"the settings of {where}, measured on {run.graph}{text}, {run.entities:,} entities (here {entities:,}): "
+        f"valid MRR {run.mrr[-1]:.3f} from {tokens} codes per entity, {run.epochs} epochs in {run.minutes:.0f} minutes"
+    ]
+    fitted: dict[str, Any] = {"epoch": run.epochs} | ({} if with_text else {"text_init": False})
+    fitting, reason = fitting_codes(entities, run.num_code, runs)
+    if fitting < run.num_code and "num_code" in standing:
+        fitted["num_code"] = fitting
+        reasons.append(f"{reason}; --num_code {fitting} therefore")
+    if entities > EXACT_UP_TO and "num_negatives" in standing:
+        fitted |= {"num_negatives": SAMPLED, "encoder_every": encoder_pace(entities)}
+        reasons.append(f"{entities:,} entities are too many for a softmax over all: --num_negatives {SAMPLED}")
+    settings |= {name: value for name, value in fitted.items() if name in standing}
+    changed = {name: value for name, value in settings.items() if value != standing[name]}
+    reasons.append("in flags: " + shlex.join(word for pair in changed.items() for word in as_flag(*pair)))
+    return Recipe(settings, reasons)
+
+
+def as_flag(name: str, value: Any) -> list[str]:
+    """``("lr", 0.005)`` -> ``["--lr", "0.005"]``; a switch has no value."""
+    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
+
+
+def encoder_pace(entities: int) -> int:
+    """Scorer steps per pass of the encoder on a large graph: a pass reads all of it, a step does not."""
+    return max(64, 64 * entities // EXACT_UP_TO)
 
 
 def _gains(mrr: list[float], number: int) -> str:

@@ -35,10 +35,25 @@ def sizes_named(args: argparse.Namespace) -> Iterator[None]:
         batch = smaller_batch(args.batch, memory.used, memory.wanted, memory.total, memory.used / 4)
         sampled = args.num_negatives or args.loss != "ce" or args.teacher
         negatives = "" if sampled else f" (or keep it and score --num_negatives {8 * batch} at a time)"
-        # a number by then, unless reading the graph itself was too much
-        levels = args.num_quantizers // 2 if isinstance(args.num_quantizers, int) else 1
+        others = ", ".join(smaller_model(args))
         raise InputError(
-            f"out of memory ({reason}); --batch {args.batch} is too large here, try --batch {batch}{negatives}, else "
-            f"--num_quantizers {max(1, levels)}, --gcn_dim {max(8, args.gcn_dim // 2)} or "
-            "--gcn_layers 1; the last finished epoch is kept, and other flags are another run: --name and --out_dir"
+            f"out of memory ({reason}); --batch {args.batch} is too large here, try --batch {batch}{negatives}"
+            f"{', else ' if others else ''}{others}; "
+            "the last finished epoch is kept, and other flags are another run: --name and --out_dir"
         ) from error
+
+
+def smaller_model(args: argparse.Namespace) -> list[str]:
+    """The flags that make the model smaller, such as the others let stand: given codes have their levels, members share
+    the width out, and ComplEx halves what each has of it."""
+    found = []
+    # no number where reading the graph itself was too much
+    if isinstance(args.num_quantizers, int) and args.num_quantizers > 1 and not args.codes_from:
+        found.append(f"--num_quantizers {args.num_quantizers // 2}")
+    step, width = 2 * args.ensemble, "gcn_dim" if args.gcn_layers else "init_dim"
+    half = getattr(args, width) // 2 // step * step
+    if half:
+        found.append(f"--{width} {half}")
+    if args.gcn_layers > 1 and not args.codes_from:
+        found.append("--gcn_layers 1")
+    return found

@@ -271,18 +271,8 @@ class Trainer:
         triples, queries = self._shares(batch)
         batch = self.world.own(batch)
         sample = self._draw(batch)
-        if phase.name == "warm-up":
-            assert self.z is not None
-            z_q = self.z if sample is None else self.z[sample.entities]
-            seen = z_q = _blurred(z_q, self.settings.z_noise).requires_grad_()
-        else:
-            assert self.codes is not None
-            z_q = self.model.rq_codebook.decode_from_codes(
-                self.codes if sample is None else self.codes[sample.entities]
-            )
-            z_q.requires_grad_().retain_grad()  # codes that follow averages (EMA) have none of their own
-            seen = _blurred(z_q, self.settings.frozen_noise) if phase.name == "frozen" else z_q
-        with self.world.own_randomness():
+        with self.world.own_randomness():  # noise too: of a sample it has a size of its own in every process
+            z_q, seen = self._decoded(phase, sample)
             structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(seen), batch, sample)
         structure, semantic = structure * triples, semantic * queries
         (structure + self.settings.text_weight * semantic).backward()
@@ -295,6 +285,20 @@ class Trainer:
                 sample.entities[None], gradient, shape, is_coalesced=True, check_invariants=False
             )
         return structure.detach(), semantic.detach(), gradient
+
+    def _decoded(self, phase: Phase, sample: Sample | None) -> tuple[Tensor, Tensor]:
+        """z_q [M, L, code_dim] (or [U, L, code_dim] of a sample's entities), which gets the gradient of z, and what the
+        scorer sees of it.
+        """
+        if phase.name == "warm-up":
+            assert self.z is not None
+            z_q = self.z if sample is None else self.z[sample.entities]
+            z_q = _blurred(z_q, self.settings.z_noise).requires_grad_()
+            return z_q, z_q
+        assert self.codes is not None
+        z_q = self.model.rq_codebook.decode_from_codes(self.codes if sample is None else self.codes[sample.entities])
+        z_q.requires_grad_().retain_grad()  # codes that follow averages (EMA) have none of their own
+        return z_q, _blurred(z_q, self.settings.frozen_noise) if phase.name == "frozen" else z_q
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""

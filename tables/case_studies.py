@@ -30,7 +30,7 @@ from Class.instructions import Row, read_rows
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
 from lora_training.score_answers import SEARCHED, TRUE, Answer, known_rank, margin, rank_of, read_answers, report
 from run_record import CommandParser, InputError, read_json, run_command, write_text
-from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, lacks_record, shown
+from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, commit_words, lacks_record, shown
 
 _CODES = re.compile(r"<CODE>((?:Q\d+_\d+[:|]?)+)</CODE>")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
@@ -275,7 +275,7 @@ def page(run: Run, count: int) -> str:
     return (
         "# Case studies\n\n"
         f"From {plain(str(shown(run.path)))} (model {plain(model)}, {plain(record['device'])}, {record['finished']}, "
-        f"commit {(record['git_commit'] or 'none')[:9]}), rows {plain(str(shown(run.rows)))}. Chosen by the rules at "
+        f"commit {commit_words(record['git_commit'])}), rows {plain(str(shown(run.rows)))}. Chosen by the rules at "
         "the head of tables/case\\_studies.py. Codes are cut to their first position: `…+3` stands for three more.\n\n"
         + "\n".join(parts)
     )

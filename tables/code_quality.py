@@ -1,6 +1,6 @@
 """How good codes are, without any model: usage, perplexity, collisions, entropy and Jaccard distances.
 
-    python tables/code_quality.py --codes codes_new/FB15k-237_16_1024_4_rq.pt
+    python tables/code_quality.py --codes codes_new/FB15k-237_4_1024_4_rq.pt
     python tables/code_quality.py --codes demo_output/family_4_256_4_rq.pt --json quality.json
 
 Definitions (M entities, codes [M, L, Q]):

@@ -1,6 +1,6 @@
 """What an entity's codes mean: its neighbours by shared codes and by distance, and the facts that they share.
 
-    python tables/inspect_codes.py --entity "Lady Gaga" --codes codes_new/FB15k-237_16_1024_4_rq.pt
+    python tables/inspect_codes.py --entity "Lady Gaga" --codes codes_new/FB15k-237_4_1024_4_rq.pt
     python tables/inspect_codes.py --entity ada_ashley --codes demo_output/family_4_256_4_rq.pt --top 5
 
 Shared prefix: at each position, the levels that are equal from level 0 up to the first that differs (levels refine one

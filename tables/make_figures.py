@@ -1,7 +1,7 @@
 """The paper's figures and more, as PNG and PDF, from codes, run records, graphs and models.
 
     python tables/make_figures.py                                       all that can be drawn from what is there
-    python tables/make_figures.py --figure 6 --codes codes_new/FB15k-237_16_1024_4_rq.pt
+    python tables/make_figures.py --figure 6 --codes codes_new/FB15k-237_4_1024_4_rq.pt
     python tables/make_figures.py --codes demo_output/family_4_256_4_rq.pt --records demo_output --dataset data/family
 
 FIGURES below says what each shows. 9 and 13 go on with further data sets and models, 12 with another sample.

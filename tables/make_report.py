@@ -1,7 +1,7 @@
 """One HTML page about some runs: results, the paper's tables beside them, figures, code quality, the whole records.
 
     python tables/make_report.py tables/records --out report.html
-    python tables/make_report.py codes_new/FB15k-237_16_1024_4_rq.json lora_training/inference_results.json
+    python tables/make_report.py codes_new/FB15k-237_4_1024_4_rq.json lora_training/inference_results.json
 
 The page is self-contained: no network, no scripts, images inside. Codes that lie beside a record (same name, .pt) are
 measured and drawn too. Every text that comes from a file is escaped.
@@ -26,6 +26,7 @@ from tables.figures.inputs import Inputs
 from tables.make_figures import FIGURES, OUT, draw_all
 from tables.make_tables import CHOICES, CONTROL, OURS, RIVAL, make_tables
 from tables.results import Collection, Row, collect
+from tables.rows import commit_words
 from tables.sanity import JUDGING, RANKING
 from tables.table_formats import NAMES, Table, cell_text, is_best, marks
 
@@ -67,12 +68,6 @@ def html_table(
         for place, row in enumerate(rows)
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
-
-
-def commit_words(commit: str | None) -> str:
-    """A commit's first characters, and whether tracked files differed from it."""
-    head, plus, changes = (commit or "-").partition("+")
-    return head[:9] + plus + changes
 
 
 def runs_html(rows: Sequence[Row]) -> str:

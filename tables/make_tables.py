@@ -35,7 +35,7 @@ from tables.results import (
     groups,
     report_refused,
 )
-from tables.rows import EXPECTED, counts
+from tables.rows import EXPECTED, commit_words, counts
 from tables.table_formats import Cell, Column, Line, Table, to_csv, to_latex, to_markdown
 
 NUMBERS = (2, 3, 4, 5, 6)
@@ -135,7 +135,7 @@ def provenance(group: Group) -> str:
     if before and all(isinstance(value, float) for value in before):
         parts.append("MRR before the collision pass " + ", ".join(f"{value:.3f}" for value in before))
     devices = unique(row.device for row in group.rows)
-    commits = unique((row.commit or "none")[:9] + "+changes" * ("+" in (row.commit or "")) for row in group.rows)
+    commits = unique(commit_words(row.commit) for row in group.rows)
     return ", ".join([*parts, f"on {devices}", f"commit {commits}", unique(str(row.path) for row in group.rows)])
 
 

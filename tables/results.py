@@ -204,7 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep:
         target = keep(args.keep, data=args.data, name=args.name)
         print(f"wrote {target}")
-        print("next: python tables/make_tables.py --reproduce docs/REPRODUCE.md")
+        print(
+            "next: python tables/make_tables.py --reproduce docs/REPRODUCE.md\n"
+            "      python tables/levels.py --page docs/MIGRATION.md"
+        )
         return
     collection = collect(args.records, args.data)
     report_refused(collection)

@@ -93,6 +93,12 @@ def shown(path: Path) -> Path:
     return full.relative_to(ROOT) if full.is_relative_to(ROOT) else path
 
 
+def commit_words(commit: str | None) -> str:
+    """A commit's first characters, and whether tracked files differed from it; "none" outside git."""
+    head, plus, changes = (commit or "none").partition("+")
+    return head[:9] + plus + changes
+
+
 @functools.lru_cache(maxsize=8)
 def graph(folder: Path) -> KnowledgeGraph | None:
     """The graph of a folder; None where there is no such folder."""

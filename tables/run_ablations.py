@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import run_rq
+from model.flags import AUTO
 from run_record import ROOT, CommandParser, InputError, content_of, only_run, read_json, run_command, write_json
 from tables.sanity import RANKING, check_ranking, number
 
@@ -100,14 +102,32 @@ def record_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def check_same(record_path: Path, words: list[str]) -> None:
+    """InputError where the record is another run's than that of ``words``: its score would stand for theirs.
+
+    A flag that is new since the record says nothing.
+    """
+    flags = run_rq.parse_args(words[1:])
+    now = run_rq.comparable({key: run_rq.as_plain(value) for key, value in vars(flags).items()}, {})
+    record = read_json(record_path, "record")
+    with content_of(record_path, "run record", f"remove {record_path.parent}, then the same command"):
+        then = record["args"] | {"dataset": record["dataset"]}
+        now |= {"dataset": (flags.dataset or Path("FB15k-237")).resolve().name}
+        named_later = {"name", *(key for key, value in now.items() if value == AUTO)}
+        keys = sorted(key for key in then.keys() & now.keys() - named_later if then[key] != now[key])
+        shown = ", ".join(f"{key} (there {then[key]}, here {now[key]})" for key in keys)
+    if keys:
+        raise InputError(f"{record_path} is of another run: {shown}; give another --out, or remove its folder")
+
+
 def run(args: argparse.Namespace, name: str, setting: Setting, seed: int) -> Path:
     """Run one setting unless its record is there; go on from its checkpoint where there is one. Returns the record."""
     folder = args.out / f"{name}_seed{seed}"
-    done = record_in(folder)
+    words, done = command(args, setting, seed, folder), record_in(folder)
     if done is not None:
+        check_same(done, words)
         print(f"{name} seed {seed}: done before")
         return done
-    words = command(args, setting, seed, folder)
     if any((folder / "checkpoints").glob("*.pt")):
         words.append("--restore")
     print(f"{name} seed {seed}: python {shlex.join(words)}", flush=True)

@@ -79,7 +79,7 @@ def leave(folder: Path, rows: list[Row], found: list[Answer]) -> Path:
     answers.write_text("".join(json.dumps(answer) + "\n" for answer in found))
     write_json(
         {
-            "args": {"test_data": str(folder / "test_tasks.json")}, "seed": None, "git_commit": "c" * 40,
+            "args": {"test_data": str(folder / "test_tasks.json")}, "seed": None, "git_commit": "c" * 40 + "+changes",
             "device": "cpu (1 threads)", "finished": "2026-01-01", "wall_seconds": 1.0,
             "inputs": {"test_tasks.json": sha256_file(folder / "test_tasks.json")},
             "model": {"base_model": "models/tiny"}, "metrics": report(found), "answers": found[::-1],
@@ -158,6 +158,7 @@ def test_a_case_shows_ranks_candidates_and_truth(answers: Path) -> None:
     assert "1. <CODE>Q0_1:Q1_1 …+2</CODE>\n2. <CODE>Q0_0:Q1_1 …+2</CODE>" in case, "the answer, cut as the prompt is"
     assert "Said: True, log P(True) - log P(False) = +2.000 at a threshold of +0.000" in text
     assert "7 test rows answered, 0 answers did not parse; the truth of 6 could be chosen." in text
+    assert "commit ccccccccc+changes), rows" in text, "what ran was not that commit's"
     assert page(open_run(answers), 1) == text
 
 

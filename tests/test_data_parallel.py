@@ -246,6 +246,7 @@ SCENARIOS: dict[str, Scenario] = EQUAL | {
     "own batch norms": without_shared_batch_norm,
     "batch norm of parts": batch_norm_of_parts,
     "dropout": trained({"decoder": "conve"}, double=False),
+    "noise of samples": trained({"decoder": "distmult"}, double=False, num_negatives=9, z_noise=0.5, frozen_noise=0.5),
     "ranking": ranking,
     "clocks": clocks_that_differ,
     "signal": one_gets_a_signal,
@@ -332,7 +333,7 @@ def test_without_shared_batch_norms_they_would_differ(found: Path) -> None:
     assert float((shared[name] - own[name]).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("name", [*EQUAL, "fixed assignments", "dropout"])
+@pytest.mark.parametrize("name", [*EQUAL, "fixed assignments", "dropout", "noise of samples"])
 def test_both_processes_end_with_equal_bits(found: Path, name: str) -> None:
     """Parameters, k-means and EMA statistics, revived codes, assignments, and what the next draw depends on."""
     first, second = of_both(found, name)

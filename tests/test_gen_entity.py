@@ -17,7 +17,7 @@ from Class.gen_entity_data_rq import TASKS, entity_parts, guessing_control, hold
 from Class.gen_lp_data_rq import disjoint_parts
 from Class.instructions import FILE_STEMS, read_rows, row_triples, write_rows
 from data.knowledge_graph import KnowledgeGraph
-from run_record import read_json
+from run_record import InputError, read_json
 from tests.test_instructions import FAMILY, write_codes, write_graph
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -320,3 +320,11 @@ def test_without_codes(tmp_path: Path) -> None:
     assert check_leaks.check(tmp_path) == []
     with pytest.raises(SystemExit):
         generate(tmp_path, "--no_codes", "--tasks", "code_understanding")
+
+
+def test_two_entities_are_too_few(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "two", train=["a r b"], valid=["b r a"], test=["a r a"])
+    codes = write_codes(graph, tmp_path / "codes", SHAPE)
+    with pytest.raises(InputError, match="has 2 entities, too few to hold some out"):
+        generate(tmp_path / "out", "--codes", codes, "--dataset", graph)
+    assert {len(part) for part in entity_parts(3, 0).values()} == {1}

@@ -16,7 +16,7 @@ import torch
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
 from Class.instructions import read_rows
-from Class.prompts import asked, judgements
+from Class.prompts import judgements, read_link_prediction
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import inference
 from lora_training.code_tokens import (
@@ -309,7 +309,7 @@ def test_candidates_are_judged_one_by_one(world: World, tmp_path: Path, with_cod
     met = False
     for answer in answers:
         row = rows[answer["id"]]
-        prompts = judgements(asked(row["instruction"]))  # type: ignore[arg-type]
+        prompts = judgements(read_link_prediction(row["instruction"]))  # type: ignore[arg-type]
         assert len(prompts) == len(row["candidates"]) and answer["decode"] == "judge"
         expected = [
             np.subtract(*likelihoods(model, tokenizer, {"instruction": prompt}, ["True", "False"]))

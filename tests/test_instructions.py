@@ -31,6 +31,7 @@ from Class.instructions import (
 )
 from Class.prompts import link_prediction, numbered
 from data.knowledge_graph import KnowledgeGraph
+from lora_training import inference, train_lora
 from run_record import ROOT, InputError, write_json
 
 FAMILY = ROOT / "data" / "family"
@@ -412,6 +413,25 @@ def test_weights_count_rows(tmp_path: Path) -> None:
     assert len(mixed(tmp_path, "a", "--limit", "9")["train"]) == 9
 
 
+def test_what_is_said_to_come_next_reads_the_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two_tasks(tmp_path)
+    for flags, ending in (([], "json"), (["--format", "jsonl"], "jsonl")):
+        build_mix.main([*flags, "--out_dir", str(tmp_path)])
+        words = capsys.readouterr().out.split("python lora_training/train_lora.py ")[1].split()
+        args = train_lora.parse_args(words)
+        assert [args.train_data, args.val_data] == [tmp_path / f"{name}.{ending}" for name in ("train", "validation")]
+        assert args.train_data.is_file() and args.val_data.is_file()
+    assert instructions.train_command(instructions.OUT_FOLDER, "json") == "cd lora_training && python train_lora.py"
+
+
+def test_what_answers_next_reads_the_rows_beside_the_training_rows(tmp_path: Path) -> None:
+    command = instructions.answer_command("--base_model m", tmp_path / "train.jsonl")
+    assert command == "python inference.py --base_model m", "there are no rows to answer"
+    write_rows(tmp_path / "test_tasks.jsonl", [fact("a", "test", "h r t")])
+    words = instructions.answer_command("--base_model m", tmp_path / "train.jsonl").split()[2:]
+    assert inference.parse_args(words).test_data == tmp_path / "test_tasks.jsonl"
+
+
 def test_a_mix_of_different_codes_is_refused(tmp_path: Path) -> None:
     two_tasks(tmp_path)
     task(tmp_path, "c", {"train": [fact("c", "train", "q r s")]}, sha="other")
@@ -437,6 +457,8 @@ def test_one_task_fills_the_top_but_not_over_a_mix(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "train.json").read_bytes() == before, "writing the mix must not reach through a hard link"
     mix = (tmp_path / "train.json").read_bytes()
     assert not fill_top(tmp_path / "a", tmp_path) and (tmp_path / "train.json").read_bytes() == mix
+    (tmp_path / "dataset_stats.json").write_text("5")
+    assert fill_top(tmp_path / "a", tmp_path), "damaged statistics are no mix"
 
 
 # ---------------------------------------------------------------- leaks: each check finds what is planted

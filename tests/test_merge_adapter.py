@@ -101,6 +101,18 @@ def test_a_merge_that_changes_the_logits_fails(
     assert not list(tmp_path.iterdir()), "nothing is left of it"
 
 
+def test_a_merged_folder_is_never_there_without_its_record(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_adapter, "make_record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merged_model_can_be_tuned_once_more(merged: Path, data: Path, tmp_path: Path) -> None:
     """The paper tunes twice: the codes' rows are there already, are trained on, and must be the same run's codes."""
     train_lora.main(words(merged, data, tmp_path / "out", max_steps=2))
@@ -159,6 +171,8 @@ def test_adapters_that_do_not_fit(
     assert "has no adapter_config.json" in refused("--lora_adapter", merged)
     assert "holds files that this script did not write" in refused("--output_dir", data)
     assert "is the adapter or the base model itself" in refused("--output_dir", adapter)
+    assert "--device cuda:99 is not there" in refused("--device", "cuda:99")
+    assert "is replaced as a whole, and you are in it" in refused("--output_dir", ".")
     small_model(500).save_pretrained(str(tmp_path / "other"))
     assert "has 500 token rows" in refused("--base_model", tmp_path / "other")
     assert "does not exist" in refused("--base_model", tmp_path / "nothing" / "here")

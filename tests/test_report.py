@@ -13,6 +13,7 @@ import pytest
 from run_record import InputError
 from tables import make_figures, make_report
 from tables.figures.inputs import Inputs
+from tables.rows import commit_words
 from tables.table_formats import Cell, Column, Line, Table
 from tests.conftest import write_graph
 from tests.test_code_quality import stage1
@@ -106,5 +107,5 @@ def test_tables_are_escaped_and_mark_the_best() -> None:
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run record"):
         make_report.main([str(tmp_path), "--out", str(tmp_path / "r.html")])
-    assert make_report.commit_words("0123456789abcdef+changes") == "012345678+changes"
-    assert make_report.commit_words(None) == "-"
+    assert commit_words("0123456789abcdef+changes") == "012345678+changes"
+    assert commit_words(None) == "none"

@@ -37,7 +37,7 @@ import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model import inputs
 from model.from_codes import load_scored_codes
-from model.sizes import sizes_named
+from model.sizes import sizes_named, smaller_model
 from model.stored import fault_of
 from model.trainer import Trainer
 from run_record import InputError, load_torch
@@ -755,6 +755,21 @@ def test_out_of_memory_offers_negatives_only_where_they_go(flags: list[str], off
     with pytest.raises(InputError) as error, sizes_named(run_rq.parse_args(flags)):
         raise MemoryError
     assert ("--num_negatives" in str(error.value)) == offered
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num_quantizers 4", ["--num_quantizers 2", "--gcn_dim 100", "--gcn_layers 1"]),
+        ("--num_quantizers 1 --gcn_layers 1", ["--gcn_dim 100"]),
+        ("--num_quantizers 4 --codes_from c.pt", ["--gcn_dim 100"]),
+        ("--num_quantizers 1 --gcn_layers 0", ["--init_dim 100"]),
+        ("--num_quantizers 1 --gcn_layers 1 --gcn_dim 3", []),
+        ("--num_quantizers 1 --gcn_layers 1 --ensemble 8", ["--gcn_dim 96"]),  # each of the 8 has an even width
+    ],
+)
+def test_out_of_memory_offers_what_is_smaller_and_goes_with_the_other_flags(flags: str, words: list[str]) -> None:
+    assert smaller_model(run_rq.parse_args(flags.split())) == words
 
 
 def test_a_config_is_its_flags_and_later_flags_win(tmp_path: Path) -> None:

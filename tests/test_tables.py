@@ -460,6 +460,18 @@ def test_a_kept_record_names_no_folder_of_the_machine(tmp_path: Path) -> None:
         assert not re.search(r'"/\w+/|file:/', path.read_text(encoding="utf-8")), path
 
 
+def test_keeping_names_every_page_that_kept_records_write(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "keep", lambda *_, **__: Path("kept.json"))
+    results.main(["--keep", "run.json"])
+    said = capsys.readouterr().out
+    marked = [
+        page for page in (ROOT / "docs").glob("*.md") if re.search(r"<!-- (levels|table \d) -->", page.read_text())
+    ]
+    assert len(marked) > 1 and all(f"docs/{page.name}" in said for page in marked)
+
+
 def test_tables_of_the_llm(tmp_path: Path, ring: Path) -> None:
     for number, codes in enumerate(("with", "without", "shuffled")):
         for seed in range(2):

@@ -16,7 +16,7 @@ from data.knowledge_graph import KnowledgeGraph
 from lora_training import make_tiny_base
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, reload_check
 from lora_training.prompts import encode_answer, encode_text
-from run_record import ROOT
+from run_record import ROOT, InputError
 
 FAMILY = ROOT / "data" / "family"
 
@@ -144,8 +144,22 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--steps", "-1"): "must be 0 or more",
         ("--out", str(tmp_path)): "holds files that this script did not write",
         ("--out", str(tmp_path / "new"), "--dataset", "/nowhere"): "/nowhere",
+        ("--out", str(tmp_path / "new"), "--device", "cuda:99"): "--device cuda:99 is not there",
+        ("--out", "."): "--out . is replaced as a whole, and you are in it",
     }.items():
         with pytest.raises(SystemExit) as end:
             run_record.run_command(lambda words=words: make_tiny_base.main(list(words)))  # type: ignore[misc]
         error = capsys.readouterr().err
         assert end.value.code == 2 and problem in error and error.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the loss is not finite at step \d+; lower --lr"):
+        run(tmp_path / "base", steps=40, lr=1e30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_is_refused_before_it_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_tiny_base, "train", lambda *_: pytest.fail("trained for nothing"))
+    with run_record.only_run(tmp_path / "base.lock"), pytest.raises(InputError, match="another run is writing"):
+        run(tmp_path / "base")

@@ -564,6 +564,13 @@ def test_skip_long_leaves_rows_out(base: Path, data: Path, capsys: pytest.Captur
     assert kept[0] == encoded(base)[0]
 
 
+def test_the_output_folder_may_be_the_one_stood_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--train_data nothing\.json does not exist"):
+        train_lora.main(["--output_dir", ".", "--train_data", "nothing.json"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_is_fast() -> None:
     started = time.monotonic()
     for script in ("train_lora.py", "merge_adapter.py", "make_tiny_base.py"):

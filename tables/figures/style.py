@@ -39,7 +39,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
             "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
             "axes.spines.top": False, "axes.spines.right": False,
             "legend.edgecolor": "none", "legend.framealpha": 0.85, "legend.fontsize": 8,
-            "pdf.fonttype": 42, "savefig.dpi": 160, "svg.hashsalt": "0",
+            "pdf.fonttype": 42, "savefig.dpi": 160,
         }
     )  # fmt: skip
     figure, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,

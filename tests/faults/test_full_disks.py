@@ -180,6 +180,16 @@ def test_other_errors_are_not_called_a_lack_of_memory() -> None:
     assert found is not None and found.wanted == 6 * 2**30
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(ON_CPU)])
+def test_a_lack_of_the_cpus_memory_is_not_told_by_a_gpu_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", raising(AssertionError("the GPU was asked")))
+    found = memory_wanted(error)
+    assert found is not None and 0 < found.used < found.total
+
+
 def test_the_batch_that_fits() -> None:
     """1,024 queries wanted 16 of 9 free; 1 is fixed: 8 of 15 parts fit, 546 queries, of which 512 is a power of two."""
     assert smaller_batch(1024, used=8, wanted=8, total=10, fixed=1) == 512

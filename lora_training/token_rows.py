@@ -1,0 +1,120 @@
+"""The rows of a tuning run as token ids: kept flat, in the order of an epoch, and as batches."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_training.prompts import IGNORED, Example, pad_batch
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+FAR = 50  # steps' worth of rows that are sorted by length together
+
+
+class TokenRows:
+    """Encoded rows in flat arrays: five bytes a token, and a few numbers per row. A torch data set."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ends, self.supervised = array("i"), array("q", [0]), bytearray()
+        self.pieces, self.piece_ends = array("i"), array("q", [0])
+
+    def append(self, example: Example) -> None:
+        self.tokens.extend(example.input_ids)
+        self.supervised.extend(label != IGNORED for label in example.labels)
+        self.ends.append(len(self.tokens))
+        self.pieces.extend(example.pieces)
+        self.piece_ends.append(len(self.pieces))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> Example:
+        part = slice(self.ends[row], self.ends[row + 1])
+        ids = self.tokens[part].tolist()
+        labels = [token if said else IGNORED for token, said in zip(ids, self.supervised[part], strict=True)]
+        return Example(ids, labels, tuple(self.pieces[self.piece_ends[row] : self.piece_ends[row + 1]]))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        return ends[1:] - ends[:-1]
+
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """Supervised tokens per row."""
+        counts = np.concatenate([[0], np.frombuffer(self.supervised, dtype=np.uint8).cumsum(dtype=np.int64)])
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        found: NDArray[np.int64] = counts[ends[1:]] - counts[ends[:-1]]
+        return found
+
+
+class ByLength:
+    """Row order of each epoch: rows of like length share a step, the steps come in random order.
+
+    It depends on seed and epoch alone, not on the state of any generator: every process and every resumed run sees the
+    same order.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], step_rows: int, seed: int) -> None:
+        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, far = rng.permutation(len(self.lengths)), FAR * self.step_rows
+        order = np.concatenate([
+            part[np.argsort(-self.lengths[part], kind="stable")]
+            for part in (order[start : start + far] for start in range(0, len(order), far))
+        ])  # fmt: skip
+        whole = len(order) // self.step_rows * self.step_rows
+        steps = order[:whole].reshape(-1, self.step_rows)
+        yield from rng.permutation(steps).ravel().tolist()
+        yield from order[whole:].tolist()
+
+
+class Collate:
+    """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: where an answer token
+    comes next. With rows that were joined the mask is bool [B, 1, T, T], and position_ids [B, T] are given."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        import torch
+
+        ids, mask, labels = (torch.tensor(part) for part in pad_batch(examples, self.pad_id))
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        keep[:, :-1] = labels[:, 1:] != IGNORED
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
+        if any(example.pieces for example in examples):
+            batch["attention_mask"], batch["position_ids"] = piece_masks(examples, ids.shape[1])
+        return batch
+
+
+def piece_masks(examples: list[Example], T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token of joined rows sees, bool [B, 1, T, T], and its position [B, T]: as if its row stood alone."""
+    import torch
+
+    mask = torch.eye(T, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding sees itself, or its softmax is empty
+    position = torch.zeros(len(examples), T, dtype=torch.long)
+    for row, example in enumerate(examples):
+        shared, *rests = example.pieces or (0, len(example.input_ids))
+        at = 0
+        for length, before in ((shared, 0), *((rest, shared) for rest in rests)):
+            part = slice(at, at + length)
+            mask[row, part, :before] = True
+            mask[row, part, part] = torch.ones(length, length, dtype=torch.bool).tril()
+            position[row, part] = torch.arange(before, before + length)
+            at += length
+    return mask[:, None], position
