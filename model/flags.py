@@ -191,8 +191,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     from_elsewhere = bool(args.config or args.codes_from or args.eval_codes)
     args.recipe = args.recipe or (PAPER if from_elsewhere or given & _settings(parser) else AUTO)
     if args.recipe == AUTO:
-        bounded = given & {"epoch", "max_minutes"}
-        args.left_open = sorted((_settings(parser) | {"eval_every"} | ({"epoch"} if not bounded else set())) - given)
+        also = {"eval_every"} | (set() if given & {"epoch", "max_minutes"} else {"epoch"})
+        also |= set() if "num_quantizers" in given or args.quantizer == "vq" else {"num_quantizers"}
+        args.left_open = sorted((_settings(parser) | also) - given)
     return args
 
 

@@ -1,7 +1,7 @@
 """Which settings a graph deserves, by what kept runs measured: run_rq.py --recipe auto, --num_quantizers auto.
 
-Settings are those of the run on the graph nearest in size, the fewest codes per entity first (an LLM reads them all),
-then the best valid MRR; K and the softmax are fitted to the graph where it is far from what was measured.
+Settings are those of the run on the graph nearest in size with the best valid MRR, of up to 16 codes per entity where
+there is one, since an LLM reads them all in every prompt. K and the softmax are fitted to a graph of other sizes.
 
 Levels: the record of the graph nearest in size (then nearest in L, then in K) says what each level added to valid MRR.
 They are taken as long as each adds ``WORTH``: a level costs L tokens per entity in every prompt of the LLM. None is
@@ -27,6 +27,7 @@ WORTH = 0.005  # valid MRR
 UNMEASURED = 4  # RQCodebook's own default, where there is no record
 EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes (benchmarks/growth.py)
 SAMPLED = 4096  # entities drawn per step there
+MOST_CODES = 16  # per entity, that a recipe has where there is a choice
 OTHER_INPUTS = math.log(8)  # a run with text, where there is none here, is as far as a graph of eight times the size
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
@@ -135,9 +136,9 @@ def recipe(entities: int, with_text: bool, standing: dict[str, Any], runs: list[
     if not runs:
         raise InputError(f"--recipe auto: {RECORDS} holds no run to go by; give --recipe paper, or a --config")
 
-    def distance(run: Measured) -> tuple[float, float, float]:
+    def distance(run: Measured) -> tuple[float, bool, float]:
         size = abs(math.log(run.entities / entities)) + OTHER_INPUTS * (bool(run.args.get("text_emb")) != with_text)
-        return round(size, 6), run.positions * len(run.mrr), -run.mrr[-1]
+        return round(size, 6), run.positions * len(run.mrr) > MOST_CODES, -run.mrr[-1]
 
     run = min(runs, key=distance)
     settings = {name: run.args.get(name, value) for name, value in standing.items()}

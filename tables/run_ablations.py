@@ -89,11 +89,16 @@ def build_parser() -> CommandParser:
 
 
 def command(args: argparse.Namespace, setting: Setting, seed: int, folder: Path) -> list[str]:
-    """The words after `python` of one run."""
-    words = ["run_rq.py", "--config", str(args.config), "--max_minutes", "0", "--epoch", str(args.epochs)]
+    """The words after `python` of one run, which runs from the root: records name no folder above it."""
+    words = ["run_rq.py", "--config", _from_root(args.config), "--max_minutes", "0", "--epoch", str(args.epochs)]
     words += ["--eval_every", "5", "--no_test", "--seed", str(seed), *shlex.split(setting.flags)]
     words += ["--dataset", str(args.dataset)] if args.dataset else []
-    return [*words, *shlex.split(args.flags), "--out_dir", str(folder), "--checkpoint_dir", str(folder / "checkpoints")]
+    places = ["--out_dir", _from_root(folder), "--checkpoint_dir", _from_root(folder / "checkpoints")]
+    return [*words, *shlex.split(args.flags), *places]
+
+
+def _from_root(path: Path) -> str:
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def record_in(folder: Path) -> Path | None:
@@ -165,6 +170,18 @@ def row(name: str, setting: Setting, record_path: Path) -> dict[str, Any]:
         }
 
 
+def rows_in(out: Path, settings: dict[str, Setting]) -> list[dict[str, Any]]:
+    """The rows of all finished runs below ``out``, in the grid's order, whichever call made them."""
+    found = {folder.name: record_in(folder) for folder in out.glob("*_seed*")}
+    rows = []
+    for name, setting in settings.items():
+        seeds = [folder.removeprefix(f"{name}_seed") for folder in found if folder.startswith(f"{name}_seed")]
+        for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
+            record = found[f"{name}_seed{seed}"]
+            rows += [] if record is None else [row(name, setting, record)]
+    return rows
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """The results as a table, best first within a group."""
     print(f"\n{'group':16s} {'name':14s} seed tokens  bits  valid MRR  Hits@10  minutes")
@@ -191,11 +208,11 @@ def main() -> None:
         if path is not None and not path.is_file():
             raise InputError(f"{flag} {path} is not there; configs/ holds recipes, data/embed_text.py makes embeddings")
     args.out, args.config = args.out.resolve(), args.config.resolve()
-    rows = []
     with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
         for name in args.only or settings:
             for seed in args.seeds:
-                rows.append(row(name, settings[name], run(args, name, settings[name], seed)))
+                run(args, name, settings[name], seed)
+                rows = rows_in(args.out, settings)
                 write_json({"rows": rows}, args.out / "ablations.json")
     show(rows)
     print(f"wrote {args.out / 'ablations.json'}")

@@ -58,8 +58,7 @@ def test_more_codes_for_fewer_entities_than_measured_is_said() -> None:
 def test_the_readme_names_the_files_that_auto_makes() -> None:
     """README's commands name FB15k-237_4_1024_4_rq after a run without settings."""
     taken = settings_for(14_541, measured())
-    levels = recommend(14_541, taken["seq_len"], taken["num_code"], measured()).number
-    name = f"FB15k-237_{taken['seq_len']}_{taken['num_code']}_{levels}_rq.pt"
+    name = f"FB15k-237_{taken['seq_len']}_{taken['num_code']}_{taken['num_quantizers']}_rq.pt"
     assert name == "FB15k-237_4_1024_4_rq.pt" and name in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -120,7 +119,8 @@ def test_a_given_number_wins_and_a_word_is_refused(rq: Command, ring: Path, tmp_
 
 def kept(name: str, entities: int, mrr: float, positions: int = 4, **flags: Any) -> Measured:
     path = ROOT / "tables" / "records" / f"{name}.json"
-    return Measured(name, entities, positions, 16, [0.1, mrr], path, {"seq_len": positions} | flags, 7, 3.0)
+    flags = {"seq_len": positions, "num_quantizers": 2} | flags
+    return Measured(name, entities, positions, 16, [0.1, mrr], path, flags, 7, 3.0)
 
 
 def settings_for(entities: int, runs: list[Measured], *words: str) -> dict[str, Any]:
@@ -132,9 +132,10 @@ def settings_for(entities: int, runs: list[Measured], *words: str) -> dict[str, 
     return vars(args)
 
 
-def test_settings_are_those_of_the_nearest_graph_with_the_fewest_codes_then_the_best_score() -> None:
+def test_settings_are_those_of_the_nearest_graph_with_few_codes_then_the_best_score() -> None:
     runs = [
         kept("small", 100, 0.9, lr=0.1),
+        kept("short", 10_000, 0.2, positions=1, lr=0.9),
         kept("long", 10_000, 0.9, positions=16, lr=0.2),
         kept("worse", 10_000, 0.3, lr=0.3),
         kept("best", 10_000, 0.4, lr=0.4, num_code=16),
@@ -159,6 +160,8 @@ def test_what_is_given_wins_and_what_no_record_knows_is_the_papers() -> None:
     assert (timed["epoch"], timed["max_minutes"], timed["lr"]) == (800, 2, 0.3)
     vq = settings_for(1000, runs, "--quantizer", "vq", "--control", "posthoc")
     assert (vq["quantizer"], vq["num_quantizers"], vq["lr"]) == ("vq", 1, 0.3)
+    levels = [["--recipe", "auto"], ["--num_quantizers", "5"], ["--num_quantizers", "auto"]]
+    assert [settings_for(1000, runs, *words)["num_quantizers"] for words in levels] == [2, 5, "auto"]
 
 
 def test_codes_and_softmax_are_fitted_to_a_graph_far_from_what_was_measured() -> None:
