@@ -62,6 +62,9 @@ def test_runs_resume_and_rows_are_read_off_records(
     assert capfd.readouterr().out.count("done before") == 2
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
     assert json.loads((out / "ablations.json").read_text())["rows"] == rows
+    (out / "ablations.json").unlink()
+    run_main(monkeypatch, *common, "--only", "unquantized")  # one setting looked at: the other's row stays
+    assert json.loads((out / "ablations.json").read_text())["rows"] == rows
     for more, word in (["--epochs", "5"], "epoch (there 4, here 5)"), (["--flags", "--lr 0.5"], "lr (there "):
         with pytest.raises(run_ablations.InputError) as error:
             run_main(monkeypatch, *common, *more, "--only", "4x2")
