@@ -34,6 +34,7 @@ from Class.instructions import (
     fill_top,
     make_row,
     open_source,
+    train_command,
     triple_keys,
     write_task,
 )
@@ -113,8 +114,6 @@ def sample_negatives(
     negatives = np.repeat(positives, ratio, axis=0)
     todo, outside = np.arange(len(negatives)), 0
     for turn in range(ROUNDS):
-        if not len(todo):
-            return negatives, outside
         if turn == RANGE_ROUNDS and ranges is not None:
             ranges, outside = None, len(todo)
         drawn = positives[todo // ratio]
@@ -133,6 +132,8 @@ def sample_negatives(
         drawn[at_tail, 2], drawn[~at_tail, 0] = new[at_tail], new[~at_tail]
         negatives[todo] = drawn
         todo = todo[member(triple_keys(drawn, kg), known)]
+        if not len(todo):
+            return negatives, outside
     h, r, t = positives[todo[0] // ratio]
     raise InputError(
         f"no negative found for ({kg.entities[h]}, {kg.relations[r]}, {kg.entities[t]}) of {kg.name}: nearly every "
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if fill_top(folder, args.out_dir):
         print(f"filled {args.out_dir}/train, validation, test_tasks with this task")
-        print("next: cd lora_training && python train_lora.py (or mix tasks first: python Class/build_mix.py)")
+        print(f"next: {train_command(args.out_dir, args.format)} (or mix tasks first: python Class/build_mix.py)")
     else:
         print(f"{args.out_dir} holds a mix and was left alone; mix anew: python Class/build_mix.py")
 

@@ -49,6 +49,7 @@ from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.instructions import Row, existing_split, read_rows, split_path
 from data.knowledge_graph import KnowledgeGraph
+from lora_training.checkpoints import SECONDS
 from lora_training.score_answers import Metrics, ranking_metrics
 from run_record import (
     ROOT,
@@ -137,7 +138,7 @@ def resumed(step: Step) -> list[str]:
     """The words of a step, so that it goes on from the last checkpoint of an interrupted run where it left one."""
     if step.checkpoints is None:
         return step.words
-    there = any(step.checkpoints.glob("checkpoint-*/trainer_state.json"))
+    there = any(step.checkpoints.glob(f"checkpoint-*/{SECONDS}"))
     return [*step.words, *(["--resume_from_checkpoint", "last"] if there else ["--overwrite"])]
 
 

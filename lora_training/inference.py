@@ -597,6 +597,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in (("limit", 0), ("val_limit", 0), ("beams", 1), ("batch_size", 1), ("max_new_tokens", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    if not args.output.name or args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; name a file in it, like {args.output / OUTPUT.name}")
     if args.decode != "constrained_all" and (args.codes or args.dataset):
         parser.error("--codes and --dataset are read by --decode constrained_all alone: rows bring their own")
     return args
@@ -645,7 +647,7 @@ def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], di
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with only_run(args.output.with_name("answers.lock"), "--output"):
+    with only_run(answers_path(args.output).with_suffix(".lock"), "--output"):
         answer_rows(args)
 
 

@@ -216,6 +216,8 @@ def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> Non
     assert compare_llm.resumed(tuning) == ["t.py", "--overwrite"]
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    assert compare_llm.resumed(tuning)[1:] == ["--overwrite"], "killed before the checkpoint was whole"
+    (tmp_path / "checkpoint-7" / "seconds.json").write_text("{}")
     assert compare_llm.resumed(tuning) == ["t.py", "--resume_from_checkpoint", "last"]
     assert compare_llm.resumed(Step("s", ["s.py"], [])) == ["s.py"]
 

@@ -474,3 +474,10 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "lora_training", capture_output=True, text=True)
     assert ended.stdout.strip().endswith("heavy: [] 0") and "--lora_adapter" in ended.stdout
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for output in (".", str(tmp_path)):
+        with pytest.raises(SystemExit) as stop:
+            inference.parse_args(["--output", output])
+        assert stop.value.code == 2 and "is a folder; name a file in it" in capsys.readouterr().err
