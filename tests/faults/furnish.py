@@ -8,11 +8,12 @@ from unittest.mock import patch
 
 import pytest
 
+import run_rq
 from data import embed_text
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, train_lora
-from run_record import InputError, write_json
-from tables import run_llm_grid
+from run_record import InputError, read_json, write_json
+from tables import run_ablations, run_llm_grid
 from tests.conftest import arguments
 
 SOURCE = {"train.txt": "a\tr\tb\n" * 40, "valid.txt": "b\tr\tc\n" * 5}
@@ -110,6 +111,14 @@ def gridded(folder: Path) -> None:
     run_llm_grid.main(["--dataset", str(dataset), "--out", str(out), "--L", "2", "--K", "8"])
 
 
+def ablated(out: Path, record: Path) -> None:
+    """One finished run of the grid: the scores of ``record`` under the flags of that setting."""
+    args = run_ablations.build_parser().parse_args([])
+    words = run_ablations.command(args, run_ablations.grid(None)["4x4"], 0, out / "4x4_seed0")
+    flags = {key: run_rq.as_plain(value) for key, value in vars(run_rq.parse_args(words[1:])).items()}
+    write_json(read_json(record, "record") | {"args": flags, "dataset": "FB15k-237"}, out / "4x4_seed0" / "run.json")
+
+
 def furnish(folder: Path, codes: Path, tuning: list[str]) -> None:
     """Add all of it to the world. ``codes``: those of its stage 1. ``tuning``: flags of a LoRA into ``half``."""
     told_graph(folder / "data" / "ring", folder / "data" / "told")
@@ -117,8 +126,7 @@ def furnish(folder: Path, codes: Path, tuning: list[str]) -> None:
     half_tuned(folder, tuning)
     compared(folder)
     gridded(folder)
-    (folder / "ablations" / "4x4_seed0").mkdir(parents=True)
-    shutil.copy(codes.with_suffix(".json"), folder / "ablations" / "4x4_seed0" / "run.json")
+    ablated(folder / "ablations", codes.with_suffix(".json"))
     for name, mark in (("tables", "table 2"), ("levels", "levels")):
         (folder / f"{name}.md").write_text(PAGE.format(mark))
     (folder / "flags.txt").write_text(FLAGS)
