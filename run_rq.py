@@ -68,7 +68,7 @@ def choose_settings(args: argparse.Namespace, kg: KnowledgeGraph) -> None:
         return
     if args.teacher:
         standing.pop("num_negatives", None)  # a teacher answers for all entities, however many there are
-    found = recipe(kg.num_entities, args.text_emb is not None, standing, measured())
+    found = recipe(kg.num_entities, args.text_emb is not None, standing, measured(), args.quantizer == "vq")
     for reason in found.reasons:
         print(f"--recipe {AUTO}: {reason}")
     set_settings(args, found.settings)

@@ -128,10 +128,13 @@ class Recipe(NamedTuple):
     reasons: list[str]
 
 
-def recipe(entities: int, with_text: bool, standing: dict[str, Any], runs: list[Measured]) -> Recipe:
+def recipe(
+    entities: int, with_text: bool, standing: dict[str, Any], runs: list[Measured], one_level: bool = False
+) -> Recipe:
     """Values for the flags of ``standing``, for a graph of M entities with or without text embeddings.
 
-    ``standing``: flag -> the value that stands where a run's record does not know the flag. InputError without runs.
+    ``standing``: flag -> the value that stands where a run's record does not know the flag. ``one_level``: for VQ,
+    as many codes per entity, all of them positions, and z as wide. InputError without runs.
     """
     if not runs:
         raise InputError(f"--recipe auto: {RECORDS} holds no run to go by; give --recipe paper, or a --config")
@@ -149,6 +152,10 @@ def recipe(entities: int, with_text: bool, standing: dict[str, Any], runs: list[
         f"valid MRR {run.mrr[-1]:.3f} from {tokens} codes per entity, {run.epochs} epochs in {run.minutes:.0f} minutes"
     ]
     fitted: dict[str, Any] = {"epoch": run.epochs} | ({} if with_text else {"text_init": False})
+    if one_level and standing.keys() >= {"seq_len", "code_dim"}:
+        levels = len(run.mrr)
+        fitted |= {"seq_len": tokens, "code_dim": max(1, settings["code_dim"] // levels)}
+        reasons.append(f"one level: the {tokens} codes are positions, --seq_len {tokens}")
     fitting, reason = fitting_codes(entities, run.num_code, runs)
     if fitting < run.num_code and "num_code" in standing:
         fitted["num_code"] = fitting

@@ -127,7 +127,7 @@ def settings_for(entities: int, runs: list[Measured], *words: str) -> dict[str, 
     """The flags after --recipe auto, for a graph of so many entities."""
     args = parse_args([*words])
     assert args.recipe == "auto"
-    found = recipe(entities, args.text_emb is not None, take_open_settings(args), runs)
+    found = recipe(entities, args.text_emb is not None, take_open_settings(args), runs, args.quantizer == "vq")
     set_settings(args, found.settings)
     return vars(args)
 
@@ -160,6 +160,9 @@ def test_what_is_given_wins_and_what_no_record_knows_is_the_papers() -> None:
     assert (timed["epoch"], timed["max_minutes"], timed["lr"]) == (800, 2, 0.3)
     vq = settings_for(1000, runs, "--quantizer", "vq", "--control", "posthoc")
     assert (vq["quantizer"], vq["num_quantizers"], vq["lr"]) == ("vq", 1, 0.3)
+    assert (vq["seq_len"], vq["code_dim"]) == (8, 16), "as many codes as 4 positions x 2 levels, z as wide"
+    own = settings_for(1000, runs, "--recipe", "auto", "--quantizer", "vq", "--seq_len", "3")
+    assert (own["seq_len"], own["code_dim"]) == (3, 32)
     levels = [["--recipe", "auto"], ["--num_quantizers", "5"], ["--num_quantizers", "auto"]]
     assert [settings_for(1000, runs, *words)["num_quantizers"] for words in levels] == [2, 5, "auto"]
 
