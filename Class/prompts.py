@@ -66,15 +66,12 @@ def read_link_prediction(instruction: str) -> Asked | None:
     return Asked(f"{head} {relation}", rest.split("\n")[:-1])  # the last line says what to do
 
 
-def judgements(question: Asked) -> list[str]:
-    """One prompt per candidate: is the triple true that it completes? They differ from the candidate on.
+JUDGE = "Is this true?\n"
 
-    Its place in the list ends each, since the list itself is not shown: a ranked list's order is worth knowing.
-    """
-    return [
-        f"Is this true?\n{question.query} {candidate}\n{place}"
-        for place, candidate in enumerate(question.candidates, 1)
-    ]
+
+def judgements(question: Asked) -> list[str]:
+    """One prompt per candidate: is the triple true that it completes? They differ from the candidate on."""
+    return [f"{JUDGE}{question.query} {candidate}" for candidate in question.candidates]
 
 
 def numbered(answers: Sequence[str]) -> str:

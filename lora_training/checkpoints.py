@@ -16,7 +16,7 @@ STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
 PLANNED = (
     "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
     "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "share_prompts",
-    "rank_loss", "seed", "load_in_4bit", "bf16", "fp16", "eval_steps",
+    "rank_loss", "token_weight", "easy_until", "adam_beta2", "seed", "load_in_4bit", "bf16", "fp16", "eval_steps",
 )  # fmt: skip
 
 
@@ -46,7 +46,9 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from."""
     plan: dict[str, Any] = {key: getattr(args, key) for key in PLANNED}
     plan |= {"train_sha256": sha256_file(args.train_data), "validation_sha256": sha256_file(args.val_data)}
-    plan |= {"code_init_sha256": sha256_file(args.code_init) if args.code_init else None}
+    for key in ("code_init", "easy_data"):
+        path = getattr(args, key)
+        plan[f"{key}_sha256"] = sha256_file(path) if path else None
     return plan | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 

@@ -1,28 +1,29 @@
-"""Does the LLM gain from codes? Six rows on the same test queries, over seeds, with mean and spread.
+"""Does the LLM gain from codes? Rows on the same test queries, over seeds, with mean and spread.
 
     python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out lora_training/lora_outputs/comparison
     python lora_training/compare_llm.py --dataset data/family --seeds 0 --out lora_training/lora_outputs/quick --quick
 
 the candidate model          stage 1, trained on the training split: its codes go to the LLM, its lists to the prompts
-the candidate model, refitted   the same flags, trained on the training split and the nine tenths of valid on which the
-                             LLM is tuned: the fair rival; ranked by its own scores of all entities
+the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid, more than the
+                             LLMs see; ranked by its own scores of all entities
 copies the first candidate   the list as it stands
 the LLM without codes        names alone
 the LLM with shuffled codes  every entity has another one's codes, the same in training and test
 the LLM with codes           the result
+each LLM and the list's order   its judgement and the candidate's place together, by two weights that validation gives
+                             (score_answers.py), the same for all three
 
 The candidate model is a small one on purpose, for all rows alike: few codes and few epochs. The full one of the bundled
 graph (the demo's) has MRR .98, which leaves nothing to gain.
 The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too.
 
 The LLMs judge: each candidate is put into the query's place, and log P(True) - log P(False) ranks them. A base as small
-as RECIPE's does not learn to copy its answer out of a list; judging needs no copying. On another graph of the family
-kind the LLM with codes was still below the candidate model: docs/LOG.md says what was measured and what is missing.
+as RECIPE's does not learn to copy its answer out of a list; judging needs no copying.
 
-Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. As in
-the paper an LLM is tuned on queries of the training split, whose candidates stand in random order (stage 1 has learned
-these answers), then on nine tenths of valid, whose candidates stand as ranked. Before both it is tuned on lists of
-random entities, then on some of them among stage 1's: what is easy to tell apart is learned first, the rest sooner.
+Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. An LLM
+is tuned once, on queries of the training split, whose candidates stand in random order (stage 1 has learned these
+answers): at first beside random entities, then ever more often beside stage 1's candidates. What is easy to tell apart
+is learned first, the rest sooner. Validation is the last tenth of valid.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
 stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
@@ -69,31 +70,23 @@ from tables.sanity import RANKING, check_ranking
 Recipe = dict[str, dict[str, Any]]
 
 # flags of each stage
-TUNING = {"batch_size": 16, "learning_rate": 1e-3, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0}
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 20,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
-             "lr": 3e-3, "prompt_words": 2, "init_std": 0.125},
+             "lr": 3e-3, "prompt_words": 2, "prompt_tokens": True, "init_std": 0.125},
     "data": {"num_candidates": 4},
-    "warm_data": {"random_part": 1, "limit": 40000},
-    "mixed_data": {"random_part": 0.35},
-    "first_data": {},
-    "warm": TUNING | {"epochs": 1},
-    "mixed": TUNING | {"epochs": 1.5, "eval_steps": 1000},
-    "first": TUNING | {"epochs": 1.5, "eval_steps": 1000, "learning_rate": 5e-4},
-    "second": TUNING | {"epochs": 4, "learning_rate": 5e-4},
+    "easy_data": {"random_part": 1},
+    "tuning": {"epochs": 7, "batch_size": 64, "learning_rate": 2e-3, "adam_beta2": 0.99, "token_weight": 0.02,
+               "easy_until": 0.5, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0, "eval_steps": 500,
+               "eval_batch_size": 64, "logging_steps": 50},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
 QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
     "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
-    "warm_data": RECIPE["warm_data"] | {"limit": 240},
-    "mixed_data": RECIPE["mixed_data"] | {"limit": 240},
-    "first_data": {"limit": 240},
-    "mixed": RECIPE["mixed"] | {"epochs": 1},
-    "first": RECIPE["first"] | {"epochs": 1},
-    "second": RECIPE["second"] | {"epochs": 1},
+    "data": RECIPE["data"] | {"limit": 480},
+    "tuning": RECIPE["tuning"] | {"epochs": 4, "eval_steps": 4, "batch_size": 16, "logging_steps": 5},
 }
 
 
@@ -110,9 +103,13 @@ SHUFFLED = Variant("shuffled_codes", "the LLM with shuffled codes", ("--shuffle_
 WITH = Variant("with_codes", "the LLM with codes", ())
 VARIANTS = (WITHOUT, SHUFFLED, WITH)
 CANDIDATE_MODEL = "the candidate model"
-REFITTED = "the candidate model, refitted with the tuning part of valid"
+REFITTED = "the candidate model, refitted with nine tenths of valid"
 COPIED = "copies the first candidate"
-ROWS = (CANDIDATE_MODEL, REFITTED, COPIED, *(variant.row for variant in VARIANTS))
+ORDERED = "{}, and the list's order"
+ROWS = (
+    CANDIDATE_MODEL, REFITTED, COPIED, *(variant.row for variant in VARIANTS),
+    *(ORDERED.format(variant.row) for variant in VARIANTS),
+)  # fmt: skip
 RESULTS = "inference_results.json"
 REPEATED = "remove it and repeat the command: its step runs again"
 
@@ -130,8 +127,12 @@ class Step(NamedTuple):
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
-    """``{"lr": 0.1}`` -> ``["--lr", "0.1"]``."""
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    """``{"lr": 0.1, "on": True}`` -> ``["--lr", "0.1", "--on"]``."""
+    return [
+        word
+        for name, value in values.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
 
 
 def resumed(step: Step) -> list[str]:
@@ -230,53 +231,39 @@ def kg_splits() -> tuple[str, str, str]:
 def llm_steps(
     variant: Variant, dataset: Path, stage1: Step, base: Path, places: Places, recipe: Recipe, seed: int
 ) -> list[Step]:
-    """Data and tuning, four times, merges between, and answers. ``stage1``: of ``stage1_steps``."""
+    """Data, easy and not, tuning, and answers. ``stage1``: of ``stage1_steps``."""
     codes, _, checkpoint = stage1.made
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in kg_splits()]
     data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, "--judge", *flags(recipe["data"])]
     data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(codes)])]
 
-    def data_step(which: str, words: list[str]) -> Step:
-        out = folder / which
-        return Step(f"{name}_{which}", [*data, *words, "--out_dir", str(out)], [split_path(out / TASK, "train")])
-
-    def tuning(which: str, model: Path, rows: str, new_rows: bool) -> Step:
-        out, task = folder / which, folder / rows / TASK
-        words = ["lora_training/train_lora.py", "--model_name", str(model), "--output_dir", str(out)]
-        words += ["--train_data", str(split_path(task, "train")), "--val_data", str(split_path(task, "validation"))]
-        words += ["--share_prompts", "--rank_loss", *flags(recipe[which]), "--seed", str(seed)]
-        words += ["--code_init", str(checkpoint)] if new_rows else []
-        return Step(f"{name}_{which}", words, [out / "lora_adapters" / "run_record.json"], out / "checkpoints")
-
-    answer = ["lora_training/inference.py", "--decode", "judge"]
-    answer += ["--lora_adapter", str(folder / "second" / "lora_adapters")]
-    answer += ["--test_data", str(split_path(places.rows(variant), "test")), "--output", str(places.results(variant))]
-    steps, model = [], base
-    for which in ("warm", "mixed", "first"):
-        rows, merged = f"{which}_data", folder / f"tuned_{which}"
-        merge = ["lora_training/merge_adapter.py", "--lora_adapter", str(folder / which / "lora_adapters")]
-        steps += [
-            data_step(rows, ["--candidates", *lists, "--from", "train", *flags(recipe[rows])]),
-            tuning(which, model, rows, new_rows=model is base and variant is not WITHOUT),
-            Step(f"{name}_{which}_merge", [*merge, "--output_dir", str(merged)], [merged / "config.json"]),
-        ]
-        model = merged
+    data += ["--candidates", *lists, "--from", "train"]
+    train = {which: split_path(folder / which / TASK, "train") for which in ("data", "easy_data")}
+    tuned, task = folder / "tuned", places.rows(variant)
+    words = ["lora_training/train_lora.py", "--model_name", str(base), "--output_dir", str(tuned)]
+    words += ["--train_data", str(train["data"]), "--easy_data", str(train["easy_data"])]
+    words += ["--val_data", str(split_path(task, "validation")), "--share_prompts", "--rank_loss"]
+    words += [*flags(recipe["tuning"]), "--seed", str(seed)]
+    words += [] if variant is WITHOUT else ["--code_init", str(checkpoint)]
+    answer = ["lora_training/inference.py", "--decode", "judge", "--lora_adapter", str(tuned / "lora_adapters")]
+    answer += ["--test_data", str(split_path(task, "test")), "--output", str(places.results(variant))]
+    more = {"data": {}, "easy_data": recipe["easy_data"]}
     return [
-        *steps,
-        data_step("data", ["--candidates", *lists[1:]]),
-        tuning("second", model, "data", new_rows=False),
+        *(Step(f"{name}_{which}", [*data, *flags(more[which]), "--out_dir", str(folder / which)], [path])
+          for which, path in train.items()),
+        Step(f"{name}_tuning", words, [tuned / "lora_adapters" / "run_record.json"], tuned / "checkpoints"),
         Step(f"{name}_answers", answer, [places.results(variant)]),
-    ]
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- the refitted rival
 
 
 def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
-    """The graph as the rival of the tuned LLM may see it: what the LLM is tuned on has moved from valid to train.
+    """The graph as the refitted rival sees it: all of valid but the LLMs' validation part has moved to train.
 
-    The same cut as Class/gen_lp_data_rq.py makes under ``seed``; entities and relations keep their ids.
+    The cut that Class/gen_lp_data_rq.py makes under ``seed``; entities and relations keep their ids.
     """
     parts = disjoint_parts(kg, seed)
     splits = {"train": np.concatenate([kg.train, parts.tuning]), "valid": parts.validation, "test": kg.test}
@@ -328,7 +315,7 @@ def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path) -> dict[str, Found]:
-    """The six rows of one seed. InputError where the three LLMs were not asked the same queries."""
+    """All rows of one seed. InputError where the three LLMs were not asked the same queries."""
     queries, tests = {}, {}
     for variant in VARIANTS:
         record = read_json(places.results(variant), "answers' record")
@@ -357,6 +344,9 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path)
         COPIED: (with_codes, copied),
         **{variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS},
     }
+    for variant in VARIANTS:
+        with content_of(places.results(variant), "answers' record", REPEATED):
+            rows[ORDERED.format(variant.row)] = (places.results(variant), tests[variant]["with_order"])
     found = {}
     for name, (path, metrics) in rows.items():
         with content_of(path, "answers' record", REPEATED):

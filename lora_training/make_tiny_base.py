@@ -18,7 +18,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.code_tokens import RECORD
 from lora_training.inference import pick_device
-from lora_training.prompts import encode_text, prompt_text
+from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
 from run_record import (
     CommandParser,
     InputError,
@@ -114,11 +114,16 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
 
 # ---------------------------------------------------------------- tokenizer
 
+PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.JUDGE)
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> LlamaTokenizer:
-    """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then what the texts teach."""
+
+def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()) -> LlamaTokenizer:
+    """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then what the texts teach.
+
+    ``whole``: texts that become one token each, beyond ``vocab_size``.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaTokenizer
+    from transformers import AddedToken, LlamaTokenizer
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -133,7 +138,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> LlamaTokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], legacy=False)
+    made = LlamaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], legacy=False)
+    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
+    return made
 
 
 def token_stream(texts: list[str], tokenizer: LlamaTokenizer) -> NDArray[np.int32]:
@@ -229,7 +236,8 @@ def make_base(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     texts = list(documents(kg, args.seed, args.recall))
     # often enough that the prompts' words become whole tokens beside the graph's names
-    tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size)
+    whole = PROMPT_TOKENS if args.prompt_tokens else ()
+    tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size, whole)
     if args.prompt_words:
         texts = with_prompt_words(texts, args.prompt_words)
     stream = token_stream(texts, tokenizer)
@@ -264,6 +272,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "another order, so that copying is learned (0: off)")  # fmt: skip
     parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="say a prompt's fixed words after "
                         "every Nth text, so that it knows True and False (0: off)")  # fmt: skip
+    parser.add_argument("--prompt_tokens", action="store_true", help="the prompts' fixed beginnings and ends are one "
+                        "token each: shorter rows of judgements")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")

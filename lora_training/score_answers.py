@@ -8,6 +8,8 @@ whose truth is not among the candidates keeps ``candidate_rank``, its rank by th
 all entities has no such model behind it: what it does not find counts as never found). Candidates without a score (free
 text, a narrow search) keep their listed order below the others. Where answers differ in length, sum and per-token mean
 of the log-likelihood are two rankings: the one with the higher validation MRR is used.
+Candidates that were judged one by one (inference.py --decode judge) are ranked by their judgements alone, and once more
+by judgement and place in the list together (``with_order``): two weights, fitted on validation and nothing else.
 Judgements. True where log P(True) - log P(False) exceeds a threshold: the one with the best validation accuracy, of
 equally good ones the nearest to 0. Metrics at 0 stand beside it.
 The rest. Exact matches; lines of an answer may come in any order.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ Metrics = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
+JUDGED = "candidate_judgement"  # rows of gen_lp_data_rq.py --judge
 SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
 # every line of answers.jsonl has them all
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
@@ -203,6 +206,83 @@ def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
     return found
 
 
+# ---------------------------------------------------------------- judgements and the list's order
+
+
+class Weights(NamedTuple):
+    """``judgement * margin - place * log(place in the list)`` ranks candidates; neither is below 0."""
+
+    judgement: float
+    place: float
+
+
+def judged_lists(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
+    """The judgements of one list after another, as listed, by their ids ``LIST-PLACE``; only lists with one True."""
+    lists: dict[str, dict[int, Answer]] = {}
+    for answer in answers:
+        name, _, place = str(answer["id"]).rpartition("-")
+        if answer["parsed"] and place.isdecimal():
+            lists.setdefault(name, {})[int(place)] = answer
+    for found in lists.values():
+        ordered = [found[place] for place in sorted(found)]
+        if sorted(found) == list(range(1, len(found) + 1)) and sum(one["truth"] == [TRUE] for one in ordered) == 1:
+            yield ordered
+
+
+def order_weights(answers: Iterable[Answer]) -> Weights | None:
+    """The weights under which a choice among each list's candidates (a softmax over their scores) is likeliest.
+
+    A conditional logit with a ridge of 0.01, by Newton's method: it is convex. Where one comes out below 0, which says
+    that it misleads on validation, it is 0, and the other 1. None where no list can be used.
+    """
+    inputs, right = [], []
+    for ordered in judged_lists(answers):
+        inputs.append(np.array([[margin(one), -math.log(place)] for place, one in enumerate(ordered, 1)]))
+        right.append(next(i for i, one in enumerate(ordered) if one["truth"] == [TRUE]))
+    if not inputs:
+        return None
+    weights = np.zeros(2)
+    for _ in range(50):
+        slope, curve = -0.01 * weights, -0.01 * np.eye(2)
+        for features, at in zip(inputs, right, strict=True):
+            scores = features @ weights
+            chances = np.exp(scores - scores.max())
+            chances /= chances.sum()
+            mean = chances @ features
+            slope += features[at] - mean
+            curve -= (features - mean).T * chances @ (features - mean)
+        step = np.linalg.solve(curve, slope)
+        weights = weights - step
+        if np.abs(step).max() < 1e-9:
+            break
+    if weights.min() >= 0:
+        return Weights(float(weights[0]), float(weights[1]))
+    return Weights(0.0, 1.0) if weights[0] < weights[1] else Weights(1.0, 0.0)
+
+
+def with_order(answer: Answer, weights: Weights) -> Answer:
+    """An answer whose scores take the candidates' places into account."""
+    if answer["scores"] is None:
+        return answer
+    scores = [
+        None if score is None else weights.judgement * score - weights.place * math.log(place)
+        for place, score in enumerate(answer["scores"], 1)
+    ]
+    return answer | {"scores": scores}
+
+
+def score_with_order(splits: dict[str, list[Answer]], judgements: Sequence[Answer]) -> dict[str, Metrics]:
+    """By split of ``splits``: metrics by ``with_order``, with the weights that ``judgements`` of validation give."""
+    weights = order_weights(judgements)
+    if weights is None:
+        return {}
+    return {
+        split: ranking_metrics([rank_of(with_order(answer, weights)) for answer in answers])
+        | {"weights": weights._asdict(), "weights_from": "validation"}
+        for split, answers in splits.items()
+    }
+
+
 # ---------------------------------------------------------------- judgements
 
 
@@ -319,6 +399,9 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
             score_ranking if is_ranking(first) else score_judgements if is_judgement(first) else score_texts
         )
         found[task] = score(splits)
+        if is_ranking(first) and first["decode"] == "judge":
+            for split, metrics in score_with_order(splits, tasks.get(JUDGED, {}).get("validation", [])).items():
+                found[task][split]["with_order"] = metrics
     return found
 
 
@@ -344,7 +427,10 @@ def print_report(found: dict[str, dict[str, Metrics]]) -> None:
                 f"{task} {split} ({metrics['count']:,}): {numbers(metrics)}{more}  "
                 f"{metrics['parse_failures']} did not parse"
             )
-            for rival, name in (("candidate_model", "candidate model"), ("as_listed", "copy the listed order")):
+            for rival, name in (
+                ("with_order", "with the list's order"), ("candidate_model", "candidate model"),
+                ("as_listed", "copy the listed order"),
+            ):  # fmt: skip
                 if rival in metrics:
                     print(f"    {name:22} {numbers(metrics[rival])}")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FAR = 50  # steps' worth of rows that are sorted by length together
+NEAR = 8  # the same where rows have their time
 
 
 class TokenRows:
@@ -30,6 +31,10 @@ class TokenRows:
         self.ends.append(len(self.tokens))
         self.pieces.extend(example.pieces)
         self.piece_ends.append(len(self.pieces))
+
+    def extend(self, others: TokenRows) -> None:
+        for row in range(len(others)):
+            self.append(others[row])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -72,15 +77,45 @@ class ByLength:
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order, far = rng.permutation(len(self.lengths)), FAR * self.step_rows
+        yield from self._in_steps(rng.permutation(len(self.lengths)), FAR, rng)
+
+    def _in_steps(self, order: NDArray[np.int64], steps: int, rng: np.random.Generator) -> Iterator[int]:
+        """``order`` with rows sorted by length, so many ``steps`` at a time, and then all steps shuffled."""
+        far = steps * self.step_rows
         order = np.concatenate([
             part[np.argsort(-self.lengths[part], kind="stable")]
             for part in (order[start : start + far] for start in range(0, len(order), far))
         ])  # fmt: skip
         whole = len(order) // self.step_rows * self.step_rows
-        steps = order[:whole].reshape(-1, self.step_rows)
-        yield from rng.permutation(steps).ravel().tolist()
+        yield from rng.permutation(order[:whole].reshape(-1, self.step_rows)).ravel().tolist()
         yield from order[whole:].tolist()
+
+
+class EasyFirst(ByLength):
+    """Row order of a run that goes from easy rows to the others; the first ``easy`` rows are the easy ones.
+
+    An epoch has as many rows as there are others. Each place is an easy row's with a probability that falls linearly,
+    from 1 at the start of the run to 0 at the share ``until`` of its ``total`` rows.
+    """
+
+    def __init__(
+        self, lengths: NDArray[np.int64], step_rows: int, seed: int, easy: int, until: float, total: float
+    ) -> None:
+        super().__init__(lengths, step_rows, seed)
+        self.easy, self.until, self.total = easy, until, total
+
+    def __len__(self) -> int:
+        return len(self.lengths) - self.easy
+
+    def __iter__(self) -> Iterator[int]:
+        rng, count = np.random.default_rng([self.seed, self.epoch]), len(self)
+        order = self.easy + rng.permutation(count)
+        place = self.epoch * count + np.arange(count)
+        is_easy = rng.random(count) < 1 - place / (self.until * self.total)
+        order[is_easy] = np.resize(rng.permutation(self.easy), int(is_easy.sum()))
+        window = NEAR * self.step_rows
+        for start in range(0, count, window):
+            yield from self._in_steps(order[start : start + window], NEAR, rng)
 
 
 class Collate:

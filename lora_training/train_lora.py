@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -75,7 +76,7 @@ from lora_training.memory import (
     sharding,
 )
 from lora_training.prompts import IGNORED, Example, encode_answer, encode_examples, share_prompts
-from lora_training.token_rows import ByLength, Collate, TokenRows
+from lora_training.token_rows import ByLength, Collate, EasyFirst, TokenRows
 from run_record import (
     CommandParser,
     InputError,
@@ -159,15 +160,15 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def mean_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None,
-    verdicts: tuple[int, int] | None = None,
+    verdicts: tuple[int, int] | None = None, token_weight: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes).
 
-    ``verdicts``: ids of True and False, whose ``ranking_losses`` are added.
+    ``verdicts``: ids of True and False, whose ``ranking_losses`` are added to ``token_weight`` times the others.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     losses = token_losses(logits, labels)
-    total = losses.sum()
+    total = token_weight * losses.sum()
     if verdicts is not None:
         total = total + ranking_losses(logits, labels, *verdicts).sum()
     return total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
@@ -234,11 +235,13 @@ class Stop:
 def make_trainer(
     model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate,
     seed: int, began: float, asked: Stop | None = None, verdicts: tuple[int, int] | None = None,
+    token_weight: float = 1.0, easy: tuple[int, float] = (0, 0.0),
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer with our row order, loss (``mean_loss``) and validation, and one printed line per report.
 
     ``began``: the monotonic time at which the run began, the time before an interruption counted. ``asked``: to stop;
-    the step that runs is then ended and saved, and ``Stopped`` is raised.
+    the step that runs is then ended and saved, and ``Stopped`` is raised. ``easy``: how many of the first rows are easy
+    ones, and ``until`` of ``EasyFirst``.
     """
     stop = asked or Stop()
     import torch
@@ -247,7 +250,11 @@ def make_trainer(
     class Lora(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return ByLength(train.lengths, rows, seed)
+            if not easy[0]:
+                return ByLength(train.lengths, rows, seed)
+            steps, others = self.args.max_steps, len(train) - easy[0]
+            total = steps * rows if steps > 0 else self.args.num_train_epochs * others
+            return EasyFirst(train.lengths, rows, seed, *easy, total)
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
             """Loss as in training and share of rows whose every token is the likeliest, over all processes."""
@@ -262,7 +269,7 @@ def make_trainer(
                 losses, right = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
                 losses[supervised] = token_losses(logits, labels)
                 right[supervised] = logits.argmax(-1) == labels[supervised]
-                summed = losses.sum(1)
+                summed = token_weight * losses.sum(1)
                 if verdicts is not None:
                     summed = summed + ranking_losses(logits, labels, *verdicts)
                 rows = torch.stack([summed, supervised.sum(1).float(), right.all(1).float()], 1)  # [B, 3]
@@ -317,7 +324,7 @@ def make_trainer(
 
     trainer = Lora(
         model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate,
-        compute_loss_func=partial(mean_loss, verdicts=verdicts),
+        compute_loss_func=partial(mean_loss, verdicts=verdicts, token_weight=token_weight),
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -379,6 +386,7 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
     )  # fmt: skip
     if recomputation()["use_reentrant"]:
         adapted.enable_input_require_grads()  # else the first layer has no gradient to pass on
+    add_products_first(adapted)
     save = adapted.save_pretrained
 
     def save_small(*words: Any, **more: Any) -> None:
@@ -387,6 +395,34 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
 
     adapted.save_pretrained = save_small
     return adapted
+
+
+def add_products_first(model: PeftModel) -> int:
+    """Let layers add a pair's product to their weight before they read their input: one product of it, not three.
+
+    Those layers whose pair has more numbers than the weight, as with small bases, and no dropout or other precision
+    comes between. Returns their number.
+    """
+    from peft.tuners.lora.layer import Linear
+    from torch.nn import Identity
+    from torch.nn.functional import linear
+
+    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        pair = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        return linear(x, layer.base_layer.weight + layer.scaling["default"] * pair, layer.base_layer.bias)
+
+    count = 0
+    for layer in (
+        model.modules() if sharding() == "ddp" else ()
+    ):  # sharded weights come only when their module is called
+        if not isinstance(layer, Linear):
+            continue
+        weight, first, second = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        plain = weight.dtype == first.dtype and isinstance(layer.lora_dropout["default"], Identity)
+        if plain and weight.numel() < first.numel() + second.numel():
+            layer.forward = MethodType(forward, layer)
+            count += 1
+    return count
 
 
 def check_ranks(model: PeftModel) -> None:
@@ -425,6 +461,7 @@ def saved_logits(
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(grown_base(args, tokenizer, dtype, device.index or 0), str(folder))
+    add_products_first(model)
     if not args.load_in_4bit:
         model = model.to(device)
     return probe_logits(model, examples, collate)
@@ -446,6 +483,7 @@ class Plan(NamedTuple):
     micro_batch: int
     checkpoint: Path | None
     codebooks: torch.Tensor | None = None  # [Q, K, code_dim] that new rows start from
+    easy: int = 0  # the first so many rows of ``train`` are those of --easy_data
 
 
 def check_version() -> None:
@@ -498,11 +536,14 @@ def first_codebooks(args: argparse.Namespace, shape: CodeShape | None, is_new: b
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     """Every check that needs no weights, and the tokens of all rows."""
-    for flag, path in (("--train_data", args.train_data), ("--val_data", args.val_data)):
-        if not path.is_file():
+    files = {"--train_data": args.train_data, "--val_data": args.val_data, "--easy_data": args.easy_data}
+    for flag, path in files.items():
+        if path is not None and not path.is_file():
             raise InputError(f"{flag} {path} does not exist; write it: python Class/gen_fb_data_rq.py")
-    codes, of_validation = read_codes_info(args.train_data), read_codes_info(args.val_data)
-    refuse_other_codes(codes, of_validation, f"--train_data {args.train_data}", f"--val_data {args.val_data}")
+    codes = read_codes_info(args.train_data)
+    for flag, path in files.items():
+        if path is not None:
+            refuse_other_codes(codes, read_codes_info(path), f"--train_data {args.train_data}", f"{flag} {path}")
     before = Path(args.model_name) / RECORD
     if before.is_file() and "codes" in (known := read_json(before, "record")):  # a merged model, tuned once more
         refuse_other_codes(known["codes"], codes, f"--model_name {args.model_name}", f"--train_data {args.train_data}")
@@ -523,10 +564,14 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     there = {name.rsplit(".", 1)[-1] for name, _, _ in model.layer_sizes}
     if not there.issuperset(wanted):
         raise InputError(f"--lora_target {args.lora_target}: {args.model_name} has {', '.join(sorted(there))}")
-    train, validation = (
-        encode_file(path, tokenizer, args.max_length, args.skip_long, args.share_prompts)
-        for path in (args.train_data, args.val_data)
+    train, validation, easy = (
+        encode_file(path, tokenizer, args.max_length, args.skip_long, args.share_prompts) if path else TokenRows()
+        for path in files.values()
     )
+    easy_rows = len(easy)
+    if easy_rows:
+        easy.extend(train)
+        train = easy
 
     lora, rows = lora_parameters(model, args.lora_r, wanted), row_parameters(model, len(code_ids))
     say(
@@ -561,7 +606,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
             say("that is more than it has: configs/fsdp2.yaml, --load_in_4bit or a lower --max_length with --skip_long")
     else:
         say(f"expected memory: {need(micro) / GIB:.1f} GiB at {micro} x {longest} tokens, on the CPU")
-    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks)
+    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks, easy_rows)
 
 
 # ---------------------------------------------------------------- the command
@@ -592,7 +637,7 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
         per_device_train_batch_size=plan.micro_batch, gradient_accumulation_steps=passes,
         per_device_eval_batch_size=args.eval_batch_size or plan.micro_batch, learning_rate=args.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=args.warmup_ratio, weight_decay=args.weight_decay, max_grad_norm=1.0,
-        optim="adamw_torch", bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
+        optim="adamw_torch", adam_beta2=args.adam_beta2, bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
         activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs=recomputation(),
         ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
         save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
@@ -663,7 +708,7 @@ def tune(args: argparse.Namespace) -> None:
     stop = Stop()
     trainer = make_trainer(
         model, arguments, plan.train, plan.validation, collate, args.seed, started, stop,
-        first_tokens(plan.tokenizer) if args.rank_loss else None,
+        first_tokens(plan.tokenizer) if args.rank_loss else None, args.token_weight, (plan.easy, args.easy_until),
     )  # fmt: skip
     say(
         f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
@@ -711,14 +756,14 @@ def tune(args: argparse.Namespace) -> None:
                 f"the adapter in {folder} does not reload: its logits differ by {difference:.2e}; do not use it"
             )
     record = make_record(
-        vars(args), {path.name: sha256_file(path) for path in (args.train_data, args.val_data, args.code_init) if path},
+        vars(args), {name: sha256_file(path) for name, path in inputs(args).items()},
         time.monotonic() - started, device, base_model=args.model_name, base_vocabulary=plan.model.vocabulary,
         vocabulary=len(plan.tokenizer), codes=plan.codes, processes=arguments.world_size, sharding=sharding(),
         trained_parameters={
             "lora": lora_parameters(plan.model, args.lora_r, targets(args)),
             "rows": row_parameters(plan.model, len(plan.code_ids)),
         },
-        rows={"train": len(plan.train), "validation": len(plan.validation)},
+        rows={"train": len(plan.train) - plan.easy, "easy": plan.easy, "validation": len(plan.validation)},
         tokens_per_row=round(float(plan.train.lengths.mean()), 1), steps=state.global_step,
         validation={key: round(v, 6) for key, v in best.items()},
         best_step=best_step(history), reload_difference=difference, resumed_from=args.resume_from_checkpoint,
@@ -732,6 +777,15 @@ def tune(args: argparse.Namespace) -> None:
     say(f"wrote {folder}" + ("" if sharded else ": reloaded, logits equal to the bit"))
     say(f"next: {answer_command(f'--lora_adapter {folder}', args.train_data)}")
     say(f"for weights that need nothing of ours: python merge_adapter.py --lora_adapter {folder}")
+
+
+def inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that a run reads beside its base; two of one name are told apart by their flag."""
+    given = {"easy": args.easy_data, "train": args.train_data, "validation": args.val_data, "code_init": args.code_init}
+    names = [path.name for path in given.values() if path]
+    return {
+        path.name if names.count(path.name) == 1 else f"{key}: {path.name}": path for key, path in given.items() if path
+    }
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:
@@ -759,6 +813,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--eval_batch_size", type=int, default=0, help="rows at once in validation (0: as in training)")
     group.add_argument("--learning_rate", type=float, default=2e-4, help="peak; cosine decay to 0")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="how slowly Adam forgets past gradients' sizes")
     group.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
     group.add_argument("--weight_decay", type=float, default=0.0, help="of everything trained")
     group.add_argument("--max_length", type=int, default=2048, help="tokens per row; longer ones are refused, not cut")
@@ -767,6 +822,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "one row, its beginning read once (gen_lp_data_rq.py --judge)")  # fmt: skip
     group.add_argument("--rank_loss", action="store_true", help="add the loss of choosing the true one among the "
                        "judgements that --share_prompts joins")  # fmt: skip
+    group.add_argument("--token_weight", type=float, default=1.0, help="of the answer tokens' own loss beside "
+                       "--rank_loss (0: choosing alone)")  # fmt: skip
+    group.add_argument("--easy_data", type=Path, metavar="FILE", help="rows that come first and ever more seldom: "
+                       "what is easy to tell apart is learned first (gen_lp_data_rq.py --random_part 1)")  # fmt: skip
+    group.add_argument("--easy_until", type=float, default=0.5, metavar="SHARE", help="of the run: from there on none "
+                       "of --easy_data")  # fmt: skip
     group.add_argument("--eval_steps", type=int, default=0, help="validate and save every so often (0: every epoch)")
     group.add_argument("--logging_steps", type=int, default=10, help="steps per printed line")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -792,14 +853,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "gradient_accumulation", "lora_r", "lora_alpha", "max_length", "logging_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    for name in ("max_steps", "micro_batch_size", "eval_batch_size", "eval_steps", "seed", "weight_decay"):
+    for name in ("max_steps", "micro_batch_size", "eval_batch_size", "eval_steps", "seed", "weight_decay",
+                 "token_weight"):  # fmt: skip
         if getattr(args, name) < 0:
             parser.error(f"--{name} must be 0 or more, got {getattr(args, name)}")
-    for name in ("warmup_ratio", "lora_dropout"):
+    for name in ("warmup_ratio", "lora_dropout", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
     if not args.epochs > 0 or not args.learning_rate > 0:
         parser.error(f"--epochs and --learning_rate must be above 0, got {args.epochs} and {args.learning_rate}")
+    if not 0 < args.easy_until <= 1:
+        parser.error(f"--easy_until must be above 0 and at most 1, got {args.easy_until}")
+    if args.token_weight != 1 and not args.rank_loss:
+        parser.error("--token_weight weighs against --rank_loss: give that as well")
     if args.rank_loss and not args.share_prompts:
         parser.error("--rank_loss compares judgements of one query: give --share_prompts as well")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:

@@ -17,11 +17,12 @@ from Class.candidates import Candidates, write_candidates
 from Class.gen_lp_data_rq import both_directions, disjoint_parts
 from Class.instructions import Row, make_row, open_source, read_rows, split_path, write_rows
 from data.knowledge_graph import KnowledgeGraph
-from lora_training import compare_llm, inference, make_tiny_base, merge_adapter, train_lora
+from lora_training import compare_llm, inference, make_tiny_base, train_lora
 from lora_training.code_tokens import refuse_other_codes
 from lora_training.compare_llm import (
     CANDIDATE_MODEL,
     COPIED,
+    ORDERED,
     QUICK,
     RECIPE,
     REFITTED,
@@ -40,7 +41,7 @@ from lora_training.compare_llm import (
     summary,
     write_refit,
 )
-from lora_training.score_answers import report
+from lora_training.score_answers import ranking_metrics, report
 from run_record import InputError, read_json, write_json
 from tables.results import collect
 from tests.test_instructions import write_codes
@@ -77,7 +78,9 @@ def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
         }
         said = {"decode": "score", "scores": scores, "tokens": None, "text": "", "expected": "", "parsed": True}
         answers.append(own | said)
-    return {"answers": answers, "metrics": report(answers)}
+    metrics = report(answers)
+    metrics["link_prediction"]["test"]["with_order"] = ranking_metrics([1.0, 2.0])
+    return {"answers": answers, "metrics": metrics}
 
 
 def export_ranks(kg: KnowledgeGraph, path: Path, rank: float) -> None:
@@ -109,6 +112,7 @@ def test_rows_come_from_the_answers_and_the_refitted_lists(ring_kg: KnowledgeGra
     mrr = {name: one.metrics["mrr"] for name, one in found.items()}
     expected = {CANDIDATE_MODEL: 1 / 4, REFITTED: 1 / 8, COPIED: 1 / 4}
     expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
+    expected |= {ORDERED.format(variant.row): 0.75 for variant in VARIANTS}
     assert mrr == pytest.approx(expected)
     assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
     assert found[REFITTED].record == "seed_0/refit/x.json"
@@ -229,8 +233,7 @@ def test_every_step_has_flags_that_its_script_knows(
     parsers: dict[str, Callable[[list[str]], argparse.Namespace]] = {
         "run_rq.py": run_rq.parse_args, "Class/gen_lp_data_rq.py": gen_lp_data_rq.parse_args,
         "lora_training/make_tiny_base.py": make_tiny_base.parse_args,
-        "lora_training/train_lora.py": train_lora.parse_args,
-        "lora_training/merge_adapter.py": merge_adapter.parse_args, "lora_training/inference.py": inference.parse_args,
+        "lora_training/train_lora.py": train_lora.parse_args, "lora_training/inference.py": inference.parse_args,
     }  # fmt: skip
     steps = seed_steps(ring_kg, ring, tmp_path / "ring_refit", Places(tmp_path), recipe, seed=5)
     assert len({one.name for one in steps}) == len(steps)
@@ -243,9 +246,9 @@ def test_every_step_has_flags_that_its_script_knows(
             seeded.add(one.name)
     begun = {one.name: one.words[one.words.index("--code_init") + 1] for one in steps if "--code_init" in one.words}
     stage1 = next(one for one in steps if one.name == "stage1")
-    assert begun == {f"{name}_warm": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
+    assert begun == {f"{name}_tuning": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
     unseeded = {one.name for one in steps} - seeded
-    assert all(name.startswith("candidates_") or name.endswith(("_merge", "_answers")) for name in unseeded)
+    assert all(name.startswith("candidates_") or name.endswith("_answers") for name in unseeded)
 
 
 # ---------------------------------------------------------------- the command
@@ -282,9 +285,9 @@ def test_comparison_is_written_and_tables_pass_it_over(
 
 
 def test_a_recipe_file_replaces_single_flags(tmp_path: Path) -> None:
-    write_json({"first": {"epochs": 2}}, tmp_path / "r.json")
+    write_json({"tuning": {"epochs": 2}}, tmp_path / "r.json")
     recipe = read_recipe(tmp_path / "r.json", quick=False)
-    assert recipe["first"] == RECIPE["first"] | {"epochs": 2} and recipe["base"] == RECIPE["base"]
+    assert recipe["tuning"] == RECIPE["tuning"] | {"epochs": 2} and recipe["base"] == RECIPE["base"]
     write_json({"third": {}}, tmp_path / "r.json")
     with pytest.raises(InputError, match="part 'third'"):
         read_recipe(tmp_path / "r.json", quick=False)

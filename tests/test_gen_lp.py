@@ -154,7 +154,7 @@ def test_judged_rows_ask_for_each_candidate_of_the_lists(
                 given, word = row["instruction"].split("\n")[1][8:-5].split(" | ")
                 lines = row["instruction"].split("\n")
                 subject = lines[2][6:] if with_codes else given
-                assert one["instruction"] == f"Is this true?\n{subject} {word} {lines[2 + with_codes + place]}\n{place}"
+                assert one["instruction"] == f"Is this true?\n{subject} {word} {lines[2 + with_codes + place]}"
                 assert (f"<ENT>{given}</ENT> <CODE>" in subject) == with_codes and text[name] in lines[
                     2 + with_codes + place
                 ]

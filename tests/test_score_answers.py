@@ -15,10 +15,12 @@ import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from lora_training.score_answers import (
+    Weights,
     best_threshold,
     classification_metrics,
     is_match,
     main,
+    order_weights,
     rank_of,
     ranking_metrics,
     read_answers,
@@ -111,6 +113,56 @@ def test_the_normalisation_of_lengths_is_chosen_on_validation() -> None:
     alone = report([answer(**mean_wins)])["link_prediction"]["test"]
     assert alone["mrr"] == 0.5 and "no validation" in alone["lengths"]
     assert "lengths" not in report([answer()])["link_prediction"]["test"]
+
+
+# ---------------------------------------------------------------- judged lists and their order
+
+
+def judged_validation(strength: float, place: float, count: int = 3000, size: int = 4) -> list[dict[str, Any]]:
+    """Judgements of lists whose truths are drawn from softmax(strength * margin - place * log(place in the list))."""
+    rng, made = np.random.default_rng(5), []
+    margins = rng.normal(0, 2, (count, size))
+    scores = strength * margins - place * np.log(np.arange(1, size + 1)) + rng.gumbel(size=(count, size))
+    for i, (own, truth) in enumerate(zip(margins.tolist(), scores.argmax(1).tolist(), strict=True)):
+        made += [
+            judged(0, "validation", at == truth, value)
+            | {"id": f"link_prediction-validation-{i}-{at + 1}", "task_type": "candidate_judgement"}
+            for at, value in enumerate(own)
+        ]
+    return made
+
+
+def test_the_weights_of_judgement_and_order_are_found_again() -> None:
+    made = judged_validation(0.7, 1.5)
+    assert order_weights(made) == pytest.approx((0.7, 1.5), abs=0.1)
+    assert order_weights(made[::-1]) == pytest.approx(order_weights(made)), "lists are found by their ids"
+    assert order_weights(judged_validation(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
+    misled = order_weights(judged_validation(-1.0, 1.0, 400))
+    assert misled == Weights(0.0, 1.0), "nor is a judgement"
+    assert order_weights([one | {"truth": ["False"]} for one in made]) is None
+    certain = order_weights(judged_validation(50.0, 0.0, 40))
+    assert certain is not None and math.isfinite(certain.judgement), (
+        "what can be told apart perfectly has finite weights"
+    )
+
+
+def test_order_is_added_with_validations_weights_and_nothing_of_test() -> None:
+    tests = [
+        answer(id="a", decode="judge", scores=[0.0, 1.0, -1.0], truth=["a"]),
+        answer(id="b", decode="judge", scores=[0.0, 0.4, 2.9], truth=["c"]),
+        answer(id="c", decode="judge", truth=["x"], candidate_rank=5.0),
+    ]
+    found = report([*tests, *judged_validation(1.0, 2.0)])["link_prediction"]["test"]
+    assert found["mrr"] == pytest.approx((1 / 2 + 1 + 1 / 5) / 3)
+    a, b = found["with_order"]["weights"].values()
+    assert (a, b) == pytest.approx((1.0, 2.0), abs=0.15)
+    assert b * math.log(2) > 1.0 and 2.9 * a > b * math.log(3), (
+        "so the first moves to the front, the second stays there"
+    )
+    assert found["with_order"]["mrr"] == pytest.approx((1 + 1 + 1 / 5) / 3)
+    assert "with_order" not in report(tests)["link_prediction"]["test"], "no validation, no weights"
+    others = [one | {"decode": "score"} for one in tests]
+    assert "with_order" not in report([*others, *judged_validation(1.0, 2.0, 50)])["link_prediction"]["test"]
 
 
 # ---------------------------------------------------------------- judgements

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import run_record
+from Class import prompts
 from Class.codes import unique_names
 from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import make_tiny_base
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, reload_check
-from lora_training.prompts import encode_answer, encode_text
+from lora_training.prompts import encode_answer, encode_text, prompt_text
 from run_record import ROOT, InputError
 
 FAMILY = ROOT / "data" / "family"
@@ -90,6 +91,22 @@ def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:
         assert prompt.endswith("### Response:\n")
         ids = [*encode_text(prompt, tokenizer), *encode_answer(answer, tokenizer, end=False)]
         assert encode_text(text, tokenizer) == ids
+
+
+def test_prompt_tokens_are_one_token_each_and_come_back(tmp_path: Path) -> None:
+    """A judgement's prompt loses its fixed words' tokens, wherever the rows were read, and text stays what it was."""
+    row = {"instruction": prompts.judgements(prompts.Asked("a has b", ["c d"]))[0], "output": prompts.TRUE}
+    text, lengths = prompt_text(row), []
+    for name, extra in {"plain": [], "short": ["--prompt_tokens"]}.items():
+        make_tiny_base.main(["--dataset", str(FAMILY), "--out", str(tmp_path / name), "--vocab_size", "900",
+                             "--width", "32", "--layers", "1", "--heads", "2", "--steps", "1", *extra])  # fmt: skip
+        tokenizer = load_tokenizer(str(tmp_path / name))
+        ids = encode_text(text, tokenizer)
+        lengths.append(len(ids))
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert pieces[:2] == ["### Instruction:\n", "Is this true?\n"] and pieces[-1] == "\n\n### Response:\n"
+    assert lengths[1] <= lengths[0] - 10
 
 
 def test_names_and_descriptions_of_the_bundled_graph_name_no_relative(family: KnowledgeGraph) -> None:

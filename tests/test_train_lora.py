@@ -231,6 +231,31 @@ def test_interrupted_and_resumed_is_bit_identical(
     ]
 
 
+def test_easy_rows_are_resumed_to_the_bit(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second epoch of a run that begins with easy rows; without them the adapter is another."""
+    easy = write_data(tmp_path / "easy", count=9) / "train.json"
+    more = {"easy_data": easy, "easy_until": 0.75, "max_steps": 10}
+    train_lora.main(words(base, data, tmp_path / "whole", **more))
+    with monkeypatch.context() as patch:
+        interrupt_after(9, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_lora.main(words(base, data, tmp_path / "cut", **more))
+    with pytest.raises(InputError, match=r"easy_until 0\.75 before, 0\.5 now"):
+        train_lora.main(
+            words(base, data, tmp_path / "cut", resume_from_checkpoint="last", **more | {"easy_until": 0.5})
+        )
+    train_lora.main(words(base, data, tmp_path / "cut", resume_from_checkpoint="last", **more))
+    train_lora.main(words(base, data, tmp_path / "none", max_steps=10))
+    whole, cut, none = (adapter(tmp_path / name) for name in ("whole", "cut", "none"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not any(torch.equal(whole[name], none[name]) for name in whole)
+    found = record(tmp_path / "whole")
+    assert found["rows"] == {"train": 24, "easy": 9, "validation": 24}
+    assert set(found["inputs"]) == {"easy: train.json", "train: train.json", "validation.json"}
+
+
 def test_the_time_before_an_interruption_counts(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +350,8 @@ def test_rank_loss_is_the_softmax_over_a_rows_margins() -> None:
     own = torch.nn.functional.cross_entropy(logits, labels[labels != pad], reduction="sum")
     total = train_lora.mean_loss((logits,), labels, 20, (T, F))
     assert torch.allclose(total, (own + expected.sum()) / 20, atol=1e-5)
+    light = train_lora.mean_loss((logits,), labels, 20, (T, F), 0.25)
+    assert torch.allclose(light, (own / 4 + expected.sum()) / 20, atol=1e-5)
     total.backward()
     assert logits.grad is not None and bool(logits.grad.isfinite().all())
 
@@ -355,6 +382,54 @@ def test_row_order() -> None:
     assert padded(first) < 1.1 * lengths.sum() < 1.6 * lengths.sum() < padded(random)
     longest_steps = [int(lengths[first[i : i + 8]].max()) for i in range(0, 1000, 8)]
     assert longest_steps != sorted(longest_steps, reverse=True), "steps come in random order, not by length"
+
+
+def test_easy_rows_come_first_and_end_where_they_should() -> None:
+    lengths, easy, epochs = np.random.default_rng(0).integers(20, 90, 700), 200, 4
+    order = train_lora.EasyFirst(lengths, 4, 0, easy, 0.5, epochs * 500)
+    run: list[int] = []
+    for epoch in range(epochs):
+        order.set_epoch(epoch)
+        rows = list(order)
+        assert list(order) == rows and len(rows) == len(order) == 500 and max(rows) < 700
+        run += rows
+    parts = [np.mean([row < easy for row in run[start : start + 250]]) for start in range(0, 2000, 250)]
+    assert parts == pytest.approx([0.875, 0.625, 0.375, 0.125, 0, 0, 0, 0], abs=0.09)
+    assert sorted(run[1500:]) == list(range(200, 700)), "an epoch without easy rows says each other row once"
+    assert len({row for row in run if row < easy}) == easy, "all easy rows have their turn"
+    other = train_lora.EasyFirst(lengths, 4, 1, easy, 0.5, epochs * 500)
+    assert list(other) != run[:500]
+
+
+def test_a_pair_larger_than_its_weight_is_multiplied_first(base: Path) -> None:
+    """The same outputs and gradients as PEFT's own three products, and only where a pair is larger or undropped."""
+    tokenizer = load_tokenizer(str(base))
+    code_ids = add_code_tokens(tokenizer, SHAPE)
+    found, count = {}, train_lora.add_products_first
+    for name, r, dropout, fused in (("ours", 32, 0.0, True), ("theirs", 32, 0.0, False), ("small", 2, 0.0, True),
+                                    ("dropped", 32, 0.1, True)):  # fmt: skip
+        args = train_lora.parse_args(["--model_name", str(base), "--lora_r", str(r), "--lora_dropout", str(dropout)])
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                patch.setattr(train_lora, "add_products_first", lambda model: 0)
+            grown = train_lora.grown_base(args, tokenizer, torch.float32, 0)
+            model = train_lora.add_adapter(grown, args, code_ids)
+        assert (count(model) > 0) == (name in ("ours", "theirs"))
+        if name == "theirs":  # as PEFT made it
+            for layer in model.modules():
+                layer.__dict__.pop("forward", None)
+        draw = torch.Generator().manual_seed(4)
+        for key, value in model.named_parameters():
+            if "lora_B" in key:
+                value.data.normal_(0, 0.1, generator=draw)
+        batch = train_lora.Collate(0)(encoded(base)[:3])
+        loss = train_lora.mean_loss(model.eval()(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+        loss.backward()
+        grads = {k: v.grad for k, v in model.named_parameters() if v.requires_grad}
+        found[name] = (float(loss.detach()), grads)
+    assert found["ours"][0] == pytest.approx(found["theirs"][0], abs=1e-5) != pytest.approx(found["small"][0], abs=1e-4)
+    for key, grad in found["theirs"][1].items():
+        assert torch.allclose(grad, found["ours"][1][key], atol=1e-5), key
 
 
 # ---------------------------------------------------------------- two processes
@@ -463,6 +538,9 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "does not divide --batch_size 4" in refused(micro_batch_size=3)
     assert "--warmup_ratio must be in [0, 1), got 1.0" in refused(warmup_ratio=1.0)
     assert "not allowed with argument" in refused(bf16=True, fp16=True)
+    assert "--easy_until must be above 0 and at most 1, got 0.0" in refused(easy_until=0)
+    assert "--token_weight weighs against --rank_loss" in refused(token_weight=0.5)
+    assert "--easy_data /nowhere/e.json does not exist" in refused(easy_data="/nowhere/e.json")
     assert "has down_proj, gate_proj, k_proj" in refused(lora_target="q_proj,query")
     assert "nowhere/model does not exist" in refused(model_name="/nowhere/model")
     assert "holds no checkpoint; start without the flag" in refused(resume_from_checkpoint="last")
