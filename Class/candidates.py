@@ -52,6 +52,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 ENDINGS = (".npz", ".json")
+LARGEST = sys.float_info.max  # JSON may hold whole numbers beyond it
 DIRECTIONS = ("tail", "head")
 HELD_OUT_SPLITS = ("valid", "test")
 UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 100  # an archive beyond both was made to fill the memory
@@ -278,6 +279,11 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
     )
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
+
+
 def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
     content = read_json(path, "candidates")
     rows = content.get("rows") if isinstance(content, dict) else None
@@ -320,8 +326,7 @@ def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
         lists.append([one(number, value, entity_row, "candidate") for value in listed])
         for name, values, size in (("scores", row.get("scores"), len(listed)), ("rank", [row.get("rank")], 1)):
             given = values != [None] and values is not None
-            if given and not (isinstance(values, list) and len(values) == size
-                              and all(type(value) in (int, float) for value in values)):  # fmt: skip
+            if given and not (isinstance(values, list) and len(values) == size and all(map(_is_number, values))):
                 raise fault(
                     number, f"{name} must be {'numbers, one per candidate' if name == 'scores' else 'a number'}"
                 )

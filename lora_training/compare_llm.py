@@ -33,6 +33,7 @@ python tables/make_tables.py --records OUT.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import subprocess
 import sys
@@ -80,12 +81,14 @@ RECIPE: Recipe = {
     "tuning": {"epochs": 7, "batch_size": 64, "learning_rate": 2e-3, "adam_beta2": 0.99, "token_weight": 0.02,
                "easy_until": 0.5, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0, "eval_steps": 500,
                "eval_batch_size": 64, "logging_steps": 50},
+    "answers": {},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
 QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
     "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
-    "data": RECIPE["data"] | {"limit": 480},
+    "data": RECIPE["data"] | {"limit": 960},
+    "answers": {"limit": 200},
     "tuning": RECIPE["tuning"] | {"epochs": 4, "eval_steps": 4, "batch_size": 16, "logging_steps": 5},
 }
 
@@ -248,6 +251,7 @@ def llm_steps(
     words += [] if variant is WITHOUT else ["--code_init", str(checkpoint)]
     answer = ["lora_training/inference.py", "--decode", "judge", "--lora_adapter", str(tuned / "lora_adapters")]
     answer += ["--test_data", str(split_path(task, "test")), "--output", str(places.results(variant))]
+    answer += flags(recipe["answers"])
     more = {"data": {}, "easy_data": recipe["easy_data"]}
     return [
         *(Step(f"{name}_{which}", [*data, *flags(more[which]), "--out_dir", str(folder / which)], [path])
@@ -332,7 +336,7 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path)
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
     count, with_codes = len(queries[WITH]), places.results(WITH)
     with content_of(test_rows, "file of the answered rows", REPEATED):
-        ranks = ranks_of(places.candidates("refit"), read_rows(test_rows), kg)
+        ranks = ranks_of(places.candidates("refit"), itertools.islice(read_rows(test_rows), count), kg)
         if len(ranks) != count:
             raise ValueError(f"{len(ranks)} rows, {count} answers")
         refit = ranking_metrics(ranks)

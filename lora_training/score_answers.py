@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
 JUDGED = "candidate_judgement"  # rows of gen_lp_data_rq.py --judge
+JUDGEMENTS = ("triple_classification", "validate_triple", JUDGED)  # an entity of another task may be named True
 SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
 # every line of answers.jsonl has them all
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
@@ -379,7 +380,7 @@ def score_texts(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
 
 def is_judgement(row: Answer) -> bool:
     """Whether a row or an answer judges a triple."""
-    return row.get("truth") in ([TRUE], [FALSE])
+    return row["task_type"] in JUDGEMENTS and row.get("truth") in ([TRUE], [FALSE])
 
 
 def is_ranking(row: Answer) -> bool:

@@ -156,6 +156,8 @@ def good_rows(**changes: Any) -> dict[str, Any]:
         ({"scores": ["1", 2]}, "one per candidate"),
         ({"rank": 0.5}, "rank below 1"),
         ({"rank": "1"}, "must be a number"),
+        ({"rank": 10**400}, "must be a number"),
+        ({"scores": [10**400, 1]}, "must be numbers, one per candidate"),
         ({"truth": -1}, "truth -1"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import llm_in_small
 from benchmarks.measure import FAMILY
 from Class import gen_lp_data_rq
-from lora_training import compare_llm, make_tiny_base, train_lora
+from lora_training import compare_llm, inference, make_tiny_base, train_lora
 from run_record import read_json, write_json
 
 
@@ -28,11 +28,12 @@ def test_the_recipe_is_one_that_every_stage_takes() -> None:
     with torch.device("meta"):
         size = sum(value.numel() for value in make_tiny_base.build_model(base, base.vocab_size).parameters())
     assert 60e6 < size <= 100e6
-    for part in ("first", "second"):
-        args = train_lora.parse_args(["--model_name", "x", *compare_llm.flags(recipe[part])])
-        assert args.batch_size == 32 and args.eval_steps
-    data = ["--candidates", "x", *compare_llm.flags(recipe["data"]), *compare_llm.flags(recipe["first_data"])]
+    words = ["--model_name", "x", "--share_prompts", "--rank_loss", *compare_llm.flags(recipe["tuning"])]
+    args = train_lora.parse_args(words)
+    assert args.batch_size == 32 and args.eval_steps
+    data = ["--candidates", "x", *compare_llm.flags(recipe["data"]), *compare_llm.flags(recipe["easy_data"])]
     assert gen_lp_data_rq.parse_args(data).num_candidates == 20
+    assert inference.parse_args(compare_llm.flags(recipe["answers"])).limit == 8000
 
 
 def test_time_limit_ends_what_was_started(tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def test_the_normalisation_of_lengths_is_chosen_on_validation() -> None:
     assert "lengths" not in report([answer()])["link_prediction"]["test"]
 
 
+def test_an_entity_named_true_is_no_judgement() -> None:
+    named = answer(
+        task_type="codes_to_name", truth=["True"], candidates=None, scores=None, text="True", expected="True"
+    )
+    assert report([named])["codes_to_name"]["test"]["exact_match"] == 1
+    assert "threshold" in report([judged(0, "test", True, 1.0)])["triple_classification"]["test"]
+
+
 # ---------------------------------------------------------------- judged lists and their order
 
 
