@@ -39,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -420,10 +421,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/compare_llm.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of everything per seed")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many seeds side by side")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets everything; goes on where it is")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that every step runs")
     parser.add_argument("--recipe", type=Path, metavar="FILE.json", help='flags in place of RECIPE\'s: {"base": {...}}')
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, got {args.jobs}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, args.seeds))}")
     return args
@@ -445,14 +449,17 @@ def compare(
 ) -> None:
     """All steps of all seeds that are not done, and the rows that come of them. ``started``: monotonic seconds."""
     check_plan(out, {"data set": kg.input_hashes, "recipe": recipe})
-    by_seed = {}
-    for seed in args.seeds:
+
+    def one_seed(seed: int) -> dict[str, Found]:
         places = Places(out / f"seed_{seed}")
         refit = places.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
         run_steps(seed_steps(kg, dataset, refit, places, recipe, seed), places.marks, f"seed {seed}")
         refit_record = places.root / "refit" / f"{stem_of(refit.name, recipe)}.json"
-        by_seed[seed] = seed_rows(places, kg, out, refit_record)
+        return seed_rows(places, kg, out, refit_record)
+
+    with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for the steps' processes
+        by_seed = dict(zip(args.seeds, pool.map(one_seed, args.seeds), strict=True))
     rows = summary(by_seed)
     record = make_record(
         vars(args) | {"seed": None}, kg.input_hashes, time.monotonic() - started, dataset=kg.name, recipe=recipe,

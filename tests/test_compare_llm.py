@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,11 +263,12 @@ def test_comparison_is_written_and_tables_pass_it_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare_llm.py"])
-    monkeypatch.setattr(compare_llm, "run_steps", lambda *_: None)
+    together = threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(compare_llm, "run_steps", lambda *_: together.wait())
     out = tmp_path / "out"
     for seed in (0, 2):
         fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
-    words = ["--dataset", str(ring), "--seeds", "0", "2", "--out", str(out)]
+    words = ["--dataset", str(ring), "--seeds", "0", "2", "--jobs", "2", "--out", str(out)]
     compare_llm.main(words)
     found = read_json(out / "comparison.json", "comparison")
     assert [row["row"] for row in found["rows"]] == list(ROWS) and found["dataset"] == "ring"
