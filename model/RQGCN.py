@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.CompGCN import CompGCN
 from model.decoders import JointDecoder, make_decoder
+from model.entity_inputs import LEARNED, TEXT, EntityInputs, sources_of
 from model.members import MemberCompGCN, linear
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
@@ -94,7 +95,8 @@ class RQGCN(nn.Module):
     ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
     of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
     ``ensemble``: members that share all widths and the L positions out among them; codebooks and transformer blocks
-    are common to all.
+    are common to all; ``inputs``: what each member starts from, as ``entity_inputs.sources_of`` reads it, in place of
+    ``text_init``; ``text_neighbours``: entities that the source "neighbours" means.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class RQGCN(nn.Module):
         codebook: dict[str, Any] | None = None,
         text_init: bool = False,
         ensemble: int = 1,
+        inputs: str | None = None,
+        text_neighbours: int = 10,
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
@@ -133,9 +137,18 @@ class RQGCN(nn.Module):
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
         nn.init.xavier_normal_(self.entity_embedding)
         nn.init.xavier_normal_(self.relation_embedding)
-        if text_init and not text_dim:
-            raise ValueError("text_init starts from text embeddings: give text_dim")
-        self.text_projection = nn.Linear(text_dim or 0, init_dim, bias=False) if text_init else None
+        sources = sources_of(inputs or (f"{LEARNED}+{TEXT}" if text_init else LEARNED), ensemble)
+        with_text = [member for member, own in enumerate(sources) if own != {LEARNED}]
+        if with_text and not text_dim:
+            raise ValueError(
+                f"inputs {'+'.join(sorted(sources[with_text[0]]))} start from text embeddings: give text_dim"
+            )
+        self.inputs = EntityInputs(sources, init_dim, text_neighbours)
+        self.text_projection = (
+            nn.Linear(text_dim or 0, init_dim, bias=False) if any(TEXT in own for own in sources) else None
+        )
+        # a member without text beside one with text is there to know other things: Eq. 8 leaves it alone
+        self.told = with_text or list(range(ensemble))
         encoders = [
             CompGCN(
                 gcn_layers, init_dim // ensemble, gcn_dim // ensemble, width // ensemble, num_relations,
@@ -175,13 +188,10 @@ class RQGCN(nn.Module):
     def encode(self, g: RelationalGraph, text: Tensor | None = None) -> Encoded:
         """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim.
 
-        text [M, T]: looked at with ``text_init`` alone.
+        text [M, T]: looked at where a member starts from it.
         """
-        e = self.entity_embedding
-        if self.text_projection is not None:
-            if text is None:
-                raise ValueError("the model starts from text embeddings: encode(g, text) needs them")
-            e = e + self.text_projection(text)
+        projection = None if self.text_projection is None else self.text_projection.weight
+        e = self.inputs(self.entity_embedding, text, projection)
         e, relations = self.encoder(e, self.relation_embedding, g)
         z = self.ffn(e).view(-1, self.seq_len, self.code_dim)  # (M, L, code_dim)
         if len(self.transformer):
@@ -193,10 +203,12 @@ class RQGCN(nn.Module):
 
     def semantic_loss(self, q: Tensor, text: Tensor) -> Tensor:
         """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities (and
-        over the members of an ensemble, each of which has to tell the text)."""
+        over the members of an ensemble, each of which has to tell the text; where some start from it, these alone)."""
         if self.W_s is None:
             raise ValueError("the model was built without text_dim, so it has no W_s for the semantic loss")
         told = self.W_s(q).view(len(q), self.members, -1)
+        if len(self.told) < self.members:
+            told = told[:, self.told]
         return (told - text.unsqueeze(1)).square().sum(dim=2).mean()
 
     @torch.no_grad()

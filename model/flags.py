@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def build_parser() -> CommandParser:
     group.add_argument(
         "--text_init", action="store_true", help="start the encoder from projected text embeddings too (--text_emb)"
     )
+    group.add_argument("--inputs", metavar="SOURCES",
+                       help="what the encoder starts from: learned, text, neighbours (what an entity's nearest by "
+                       "text have learned), joined by +; with commas, each member of --ensemble its own")  # fmt: skip
+    group.add_argument("--text_neighbours", type=int, metavar="N", help="neighbours that --inputs takes (default: 10)")
     group.add_argument("--gcn_dim", type=int, default=200, help="D, width of the graph layers and of q_e")
     group.add_argument("--gcn_layers", type=int, default=2, help="graph layers; 0 leaves the graph encoder out")
     group.add_argument("--gcn_drop", type=float, default=0.2, help="dropout of the graph layers")
@@ -230,6 +235,10 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     for flag in at_least_one:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
+    if args.text_neighbours is not None and (args.text_neighbours < 1 or "neighbours" not in (args.inputs or "")):
+        parser.error(
+            f"--text_neighbours {args.text_neighbours} must be 1 or more, with a source neighbours in --inputs"
+        )
     for flag in ["gcn_layers", "tf_layers", "max_minutes", "l2", "patience", "num_workers", "vq_weight", "text_weight",
                  "seed", "warmup_epochs", "num_negatives", "z_noise", "frozen_noise",
                  "relation_weight"]:  # fmt: skip
@@ -270,8 +279,11 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--code_dim {args.code_dim} is no multiple of --att_head {args.att_head}")
     if args.warmup_epochs >= args.epoch and not args.codes_from:
         parser.error(f"--warmup_epochs {args.warmup_epochs} leaves no epoch with codes, --epoch is {args.epoch}")
-    if args.text_init and not args.text_emb:
-        parser.error("--text_init starts from text embeddings: give --text_emb FILE.npy")
+    if args.text_init and args.inputs:
+        parser.error(f"--text_init and --inputs {args.inputs} both say what the encoder starts from: give one of them")
+    starts = "--text_init" if args.text_init else f"--inputs {args.inputs}"
+    if not args.text_emb and (args.text_init or {"text", "neighbours"} & set(re.split("[+,]", args.inputs or ""))):
+        parser.error(f"{starts} starts from text embeddings: give --text_emb FILE.npy")
     if args.restore and args.overwrite:
         parser.error("--restore continues a run and --overwrite starts it anew: give one of them")
     if args.dump_only and not args.restore:

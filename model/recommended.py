@@ -151,7 +151,7 @@ def recipe(
         f"the settings of {where}, measured on {run.graph}{text}, {run.entities:,} entities (here {entities:,}): "
         f"valid MRR {run.mrr[-1]:.3f} from {tokens} codes per entity, {run.epochs} epochs in {run.minutes:.0f} minutes"
     ]
-    fitted: dict[str, Any] = {"epoch": run.epochs} | ({} if with_text else {"text_init": False})
+    fitted: dict[str, Any] = {"epoch": run.epochs} | ({} if with_text else {"text_init": False, "inputs": None})
     if one_level and standing.keys() >= {"seq_len", "code_dim"}:
         levels = len(run.mrr)
         fitted |= {"seq_len": tokens, "code_dim": max(1, settings["code_dim"] // levels)}

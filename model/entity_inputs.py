@@ -1,0 +1,99 @@
+"""What the encoder starts from: vectors learned per entity, projected texts, what an entity's nearest by text learned.
+
+Members of an ensemble may start from different sources, since models that know different things err apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEARNED, TEXT, NEIGHBOURS = SOURCES = ("learned", "text", "neighbours")
+TEMPERATURE = 0.1  # of cosines: a neighbour at .5 weighs a seventh of one at .7
+ROWS_AT_ONCE = 2**24  # of cosines: 64 MB
+
+
+class Neighbours(NamedTuple):
+    """The nearest entities of each by text: who, int64 [M, N], and their weights [M, N], 1 in sum."""
+
+    entities: Tensor
+    weights: Tensor
+
+    def mean(self, vectors: Tensor) -> Tensor:
+        """Weighted means of the neighbours' rows: vectors [M, W] -> [M, W]; an entity's own row takes no part."""
+        found: Tensor = F.embedding_bag(self.entities, vectors, per_sample_weights=self.weights, mode="sum")
+        return found
+
+
+@torch.no_grad()
+def nearest_by_text(text: Tensor, count: int) -> Neighbours:
+    """The ``count`` others (all, where there are fewer) with the highest cosine to each of text [M, T], weighed by a
+    softmax of cosine / TEMPERATURE. Exact: M^2 T products.
+
+    As in the retrieval of kNN-KGE (Zhang et al. 2022, arXiv 2201.05575), but of inputs instead of answers.
+    """
+    if len(text) < 2:
+        raise ValueError(f"{len(text)} entity has no neighbours")
+    unit = F.normalize(text.float(), dim=1)
+    count, rows = min(count, len(unit) - 1), max(1, ROWS_AT_ONCE // len(unit))
+    entities, cosines = [], []
+    for start in range(0, len(unit), rows):
+        part = unit[start : start + rows] @ unit.T
+        own = torch.arange(start, start + len(part), device=part.device)
+        found = part.scatter_(1, own.unsqueeze(1), -torch.inf).topk(count, dim=1)
+        entities.append(found.indices)
+        cosines.append(found.values)
+    return Neighbours(torch.cat(entities), torch.softmax(torch.cat(cosines) / TEMPERATURE, dim=1))
+
+
+def sources_of(inputs: str, members: int) -> list[frozenset[str]]:
+    """``"learned+text,learned"`` -> each member's sources; one entry serves all members. Raises ValueError."""
+    found = [frozenset(entry.split("+")) for entry in inputs.split(",")]
+    unknown = sorted(set().union(*found) - set(SOURCES))
+    if unknown:
+        raise ValueError(f"inputs {inputs} name {unknown[0]!r}, expected {', '.join(SOURCES)} joined by +")
+    if len(found) not in (1, members):
+        raise ValueError(f"inputs {inputs} are of {len(found)} members, but there are {members}: give 1 or {members}")
+    return found * members if len(found) == 1 else found
+
+
+class EntityInputs(nn.Module):
+    """The encoder's inputs [M, width], each member's slice the sum of its own sources.
+
+    ``sources``: one set per member; ``count``: neighbours of each entity.
+    """
+
+    def __init__(self, sources: list[frozenset[str]], width: int, count: int) -> None:
+        super().__init__()
+        if len(set(sources)) == 1:
+            sources = sources[:1]  # one slice for all
+        self.sources, self.size, self.count = sources, width // len(sources), count
+        self._near: tuple[Tensor, Neighbours] | None = None  # of the text that they were found by
+
+    def forward(self, learned: Tensor, text: Tensor | None = None, projection: Tensor | None = None) -> Tensor:
+        """``learned`` [M, width], ``text`` [M, T], ``projection`` [width, T] -> [M, width].
+
+        Raises ValueError where a member needs a text and none is given.
+        """
+        slices = []
+        for member, sources in enumerate(self.sources):
+            part = slice(member * self.size, (member + 1) * self.size)
+            terms = [learned[:, part]] if LEARNED in sources else []
+            if sources != {LEARNED} and text is None:
+                raise ValueError("the model starts from text embeddings: encode(g, text) needs them")
+            if TEXT in sources:
+                assert text is not None and projection is not None
+                terms.append(F.linear(text, projection[part]))
+            if NEIGHBOURS in sources:
+                assert text is not None
+                terms.append(self._neighbours(text).mean(learned[:, part].contiguous()))
+            slices.append(sum(terms[1:], start=terms[0]))
+        return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+
+    def _neighbours(self, text: Tensor) -> Neighbours:
+        if self._near is None or self._near[0] is not text:
+            self._near = text, nearest_by_text(text, self.count)
+        return self._near[1]
