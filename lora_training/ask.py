@@ -39,9 +39,11 @@ from lora_training.inference import (
     load_model,
     open_codes,
     pick_device,
+    smaller,
     tails_of,
     trie_of,
 )
+from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt
 from run_record import CommandParser, InputError, run_command
 
@@ -271,12 +273,14 @@ def main(argv: list[str] | None = None) -> None:
         find_query(args.head, args.relation, source)
     if args.question is not None:
         mark_entity(args.question, source)
-    model: Any = load_model(reader, pick_device(args.device), args.dtype)
-    asker = Asker(model, reader.tokenizer, source, candidates, args.beams)
-    if args.head is None and args.question is None:
-        interact(asker, args.top)
-    else:
-        ask(asker, args.top, args.head, args.relation, args.question)
+    device = pick_device(args.device)
+    with enough_memory(f"{smaller(device)}, or fewer --beams than {args.beams}"):
+        model: Any = load_model(reader, device, args.dtype)
+        asker = Asker(model, reader.tokenizer, source, candidates, args.beams)
+        if args.head is None and args.question is None:
+            interact(asker, args.top)
+        else:
+            ask(asker, args.top, args.head, args.relation, args.question)
 
 
 if __name__ == "__main__":

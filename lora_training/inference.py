@@ -55,6 +55,7 @@ from lora_training.code_tokens import (
     read_saved,
     refuse_other_codes,
 )
+from lora_training.memory import enough_memory
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
 from lora_training.score_answers import Answer, is_judgement, is_ranking, print_report, read_answers, report
 from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, sha256_file, write_json
@@ -214,6 +215,11 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device} is not there: {str(error).splitlines()[0]}") from error
     return found
+
+
+def smaller(device: torch.device) -> str:
+    """What makes a model take less memory where it answers."""
+    return "give --dtype bfloat16" + ("" if device.type == "cpu" else ", --device cpu")
 
 
 def load_model(reader: Reader, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
@@ -430,6 +436,22 @@ class Answerer:
             truth=[truth, *(kg.entities[e] for e, _ in kept if e in test)],
             text=numbered([texts[e] for e, _ in kept[:BEST]]),
         )  # fmt: skip
+
+
+def check_names(all_of: Everything, parts: Sequence[Part], with_codes: bool) -> None:
+    """InputError where a row asks about what is not in the data set whose entities are to answer."""
+    for part in parts:
+        for row in part.rows(with_codes, "constrained_all"):
+            if not is_ranking(row):
+                continue
+            head, relation, tail = row["triple"]
+            known = {head: all_of.entity, relation: all_of.relation, tail: all_of.entity}
+            absent = [name for name, names in known.items() if name not in names]
+            if absent:
+                raise InputError(
+                    f"{part.path}: row {row['id']} asks about {absent[0]!r}, which {all_of.source.kg.name} does not "
+                    "have; give --dataset DIR, the graph that the rows were made from"
+                )
 
 
 def tails_of(answers: Answers, h: int, r: int) -> list[int]:
@@ -673,16 +695,18 @@ def answer_rows(args: argparse.Namespace) -> None:
     everything = None
     if args.decode == "constrained_all":
         everything = open_everything(info, args.codes, args.dataset, reader.tokenizer)
+        check_names(everything, parts, with_codes)
     done = resume(path, plan, args.overwrite)
     print(
         f"{found.rows:,} rows to answer, {len(done):,} of them answered before; loading {reader.base_model} on {device}"
     )
     if len(done) < found.rows:
-        answerer = Answerer(load_model(reader, device, args.dtype), reader.tokenizer, settings, everything)
-        if not done:  # other answers go only now that the model stands
-            path.unlink(missing_ok=True)
-            write_json(plan, plan_path(path))
-        answer_all(answerer, parts, with_codes, path, done, found.rows)
+        with enough_memory(f"{smaller(device)}, --batch_size below {args.batch_size}, or fewer --beams"):
+            answerer = Answerer(load_model(reader, device, args.dtype), reader.tokenizer, settings, everything)
+            if not done:  # other answers go only now that the model stands
+                path.unlink(missing_ok=True)
+                write_json(plan, plan_path(path))
+            answer_all(answerer, parts, with_codes, path, done, found.rows)
 
     by_key = {(answer["split"], answer["id"]): answer for answer in read_answers(path).answers}
     order = [(row["split"], row["id"]) for part in reversed(parts) for row in part.rows(with_codes, args.decode)]

@@ -32,6 +32,7 @@ from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.code_tokens import RECORD
 from lora_training.inference import pick_device
+from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
 from run_record import (
     CommandParser,
@@ -246,7 +247,8 @@ def make_base(args: argparse.Namespace) -> None:
     print(
         f"{kg.name}: {kg.num_entities:,} documents, {len(stream):,} tokens of {len(tokenizer):,}; {size:,} parameters"
     )
-    losses = train(model, stream, args, device)
+    with enough_memory(f"lower --batch {args.batch}, --block {args.block} or --width {args.width}"):
+        losses = train(model, stream, args, device)
     torch.nn.Module.to(model, "cpu").eval()
     logging.disable_progress_bar()
     record = make_record(

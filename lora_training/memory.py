@@ -14,7 +14,11 @@ Estimates, not bounds: the allocator's slack and the libraries' own memory are t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
+
+from run_record import InputError, memory_wanted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,6 +26,20 @@ if TYPE_CHECKING:
 GIB = 2**30
 CONTEXT = 1.0 * GIB
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
+
+@contextmanager
+def enough_memory(way: str) -> Iterator[None]:
+    """Turn a lack of memory, on a GPU or the CPU, into one line that ends in ``way``: what to do about it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if memory_wanted(error) is None:
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        raise InputError(f"out of memory ({reason}); {way}") from error
 
 
 def sharding() -> str:

@@ -33,6 +33,7 @@ from lora_training.code_tokens import (
     token_ids,
 )
 from lora_training.inference import pick_device
+from lora_training.memory import enough_memory
 from run_record import (
     CommandParser,
     InputError,
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     part = args.output_dir.with_name(f".{name}.part")  # a merged folder, its record with it, is complete or not there
     with only_run(args.output_dir.with_name(f"{name}.lock"), "--output_dir"):
         shutil.rmtree(part, ignore_errors=True)
-        with written_whole(part):
+        with written_whole(part), enough_memory("give --device cpu, or --dtype bfloat16"):
             difference = merge(saved, base_model, part, dtype, device)
             record = make_record(
                 vars(args), {WEIGHTS: sha256_file(saved.folder / WEIGHTS)}, time.monotonic() - started, device,

@@ -18,7 +18,7 @@ from Class.codes import load_codes
 from Class.instructions import read_rows
 from Class.prompts import judgements, read_link_prediction
 from data.knowledge_graph import KnowledgeGraph
-from lora_training import inference
+from lora_training import ask, inference, make_tiny_base, merge_adapter
 from lora_training.code_tokens import (
     RECORD,
     CodeShape,
@@ -34,6 +34,7 @@ from lora_training.code_tokens import (
 )
 from lora_training.inference import Listed, candidate_lines, listed_candidates, read_numbered, reads_as
 from lora_training.make_tiny_base import train_tokenizer
+from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt, prompt_text
 from lora_training.score_answers import report
 from run_record import ROOT, InputError, read_json, write_json
@@ -363,6 +364,15 @@ def test_all_entities_are_searched_and_known_answers_left_out(
         run(world, tmp_path / "x", "--decode", "constrained_all", "--dataset", ring, "--codes", different, data=data)
 
 
+def test_rows_of_another_graph_are_refused_before_the_weights(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    words: list[str | Path] = ["--decode", "constrained_all", "--dataset", ROOT / "data" / "family"]
+    with pytest.raises(InputError, match=r"asks about 'e\d+', which family does not have; give --dataset"):
+        run(world, tmp_path, *words, data=world.named / "link_prediction", adapter=world.named_adapter)
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -463,6 +473,33 @@ def test_bad_input_is_one_line_before_the_weights(
         with pytest.raises(SystemExit) as end:
             inference.main([str(word) for word in words])
         assert end.value.code == 2, message
+
+
+REFUSED = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+
+def test_a_lack_of_memory_is_one_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all commands that hold weights; train_lora.py has its own. Another error stays what it is."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise REFUSED
+
+    adapter, base = ["--lora_adapter", str(world.adapter)], ["--width", "32", "--layers", "1", "--heads", "2"]
+    family = ["--dataset", str(ROOT / "data" / "family")]
+    for module, name, words, way in (
+        (inference, "load_model", [*adapter, "--test_data", str(world.mix / "test_tasks.json"), "--output",
+                                   str(tmp_path / "r.json")], "--batch_size below 8"),
+        (ask, "load_model", ["--lora_adapter", str(world.named_adapter), *family], "fewer --beams than 20"),
+        (merge_adapter, "merge", [*adapter, "--output_dir", str(tmp_path / "m")], "give --device cpu"),
+        (make_tiny_base, "train", [*family, "--out", str(tmp_path / "b"), *base], "lower --batch 8, --block 512"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, refuse)
+        with pytest.raises(InputError, match=rf"out of memory \(CUDA .* 6\.00 GiB\); .*{way}") as error:
+            module.main(words)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "m").exists() and not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="shapes"), enough_memory("x"):
+        raise ValueError("shapes do not fit")
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
