@@ -151,7 +151,11 @@ def recipe(
         f"the settings of {where}, measured on {run.graph}{text}, {run.entities:,} entities (here {entities:,}): "
         f"valid MRR {run.mrr[-1]:.3f} from {tokens} codes per entity, {run.epochs} epochs in {run.minutes:.0f} minutes"
     ]
-    fitted: dict[str, Any] = {"epoch": run.epochs} | ({} if with_text else {"text_init": False, "inputs": None})
+    fitted: dict[str, Any] = {"epoch": run.epochs}
+    if not with_text or "inputs" not in standing:  # one that is given says it all
+        fitted["text_init"] = False
+    if not with_text or "text_init" not in standing:
+        fitted |= {"inputs": None, "text_neighbours": None}
     if one_level and standing.keys() >= {"seq_len", "code_dim"}:
         levels = len(run.mrr)
         fitted |= {"seq_len": tokens, "code_dim": max(1, settings["code_dim"] // levels)}

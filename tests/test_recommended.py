@@ -150,6 +150,20 @@ def test_settings_are_those_of_the_nearest_graph_with_few_codes_then_the_best_sc
     assert only_text["lr"] == 0.5 and not only_text["text_init"] and only_text["text_emb"] is None
 
 
+def test_what_the_encoder_starts_from_is_taken_with_text_alone() -> None:
+    own = {"inputs": "neighbours+text", "text_neighbours": 7, "text_emb": "x.npy"}
+    runs = [kept("text", 10_000, 0.5, **own)]
+    names = ("inputs", "text_neighbours", "text_init")
+    taken = settings_for(9_000, runs, "--text_emb", "y.npy")
+    assert [taken[name] for name in names] == ["neighbours+text", 7, False]
+    assert [settings_for(9_000, runs)[name] for name in names] == [None, None, False]
+    other = settings_for(9_000, runs, "--recipe", "auto", "--text_emb", "y.npy", "--text_init")
+    assert [other[name] for name in names] == [None, None, True]
+    before = [kept("text", 10_000, 0.5, text_emb="x.npy", text_init=True)]
+    other = settings_for(9_000, before, "--recipe", "auto", "--text_emb", "y.npy", "--inputs", "text")
+    assert [other[name] for name in names] == ["text", None, False]
+
+
 def test_what_is_given_wins_and_what_no_record_knows_is_the_papers() -> None:
     runs = [kept("g", 1000, 0.4, lr=0.3, batch=64, num_code=16, epoch=800, max_minutes=26)]
     taken = settings_for(1000, runs, "--recipe", "auto", "--lr", "0.7")
