@@ -25,7 +25,6 @@ from data.knowledge_graph import KnowledgeGraph
 from lora_training.compare_llm import (
     RECIPE,
     RESULTS,
-    TUNING,
     Recipe,
     Step,
     check_plan,
@@ -46,7 +45,7 @@ GRID: Recipe = {
     "base": RECIPE["base"] | {"prompt_words": 1},
     LINKS: {"from": "train", "num_candidates": 4, "limit": 1000},
     TRIPLES: {"neg_ratio": 1, "code_format": "compact", "limit": 1000},
-    "tuning": TUNING | {"epochs": 1, "batch_size": 8},
+    "tuning": {"learning_rate": 1e-3, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0, "epochs": 1, "batch_size": 8},
 }
 # it shows that every step runs, and its figures mean nothing
 QUICK: Recipe = GRID | {
