@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 LEARNED, TEXT, NEIGHBOURS = SOURCES = ("learned", "text", "neighbours")
 TEMPERATURE = 0.1  # of cosines: a neighbour at .5 weighs a seventh of one at .7
@@ -40,7 +41,7 @@ def nearest_by_text(text: Tensor, count: int) -> Neighbours:
     unit = F.normalize(text.float(), dim=1)
     count, rows = min(count, len(unit) - 1), max(1, ROWS_AT_ONCE // len(unit))
     entities, cosines = [], []
-    for start in range(0, len(unit), rows):
+    for start in tqdm(range(0, len(unit), rows), desc="neighbours by text", leave=False, unit="part", disable=None):
         part = unit[start : start + rows] @ unit.T
         own = torch.arange(start, start + len(part), device=part.device)
         found = part.scatter_(1, own.unsqueeze(1), -torch.inf).topk(count, dim=1)
