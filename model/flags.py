@@ -258,6 +258,9 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
     if args.teacher and (args.loss != "ce" or args.num_negatives):
         parser.error("--teacher goes with the exact softmax: --loss ce without --num_negatives")
+    for flag, partner in (("teacher_weight", "teacher"), ("split", "eval_codes")):
+        if getattr(args, flag) != parser.get_default(flag) and not getattr(args, partner):
+            parser.error(f"--{flag} {getattr(args, flag)} says nothing without --{partner}: give both, or neither")
     if not 0 <= args.teacher_weight <= 1:
         parser.error(f"--teacher_weight {args.teacher_weight} is out of range, expected 0 to 1")
     if args.codes_from and (args.control or args.eval_codes):

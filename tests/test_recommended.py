@@ -231,3 +231,14 @@ def test_a_run_without_settings_takes_a_kept_runs_and_says_so(
     printed = next(line for line in outcome.out.splitlines() if "in flags: " in line).split("in flags: ")[1].split()
     again = rq(*place, *printed, "--restore", "--dump_only")
     assert again.code == 0 and "--recipe paper" in again.out, again.err
+
+
+@pytest.mark.parametrize(
+    "words", [["--teacher_weight", "0.5"], ["--split", "valid"], ["--recipe", "paper", "--split", "train"]], ids=str
+)
+def test_a_flag_whose_partner_is_missing_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--dataset", "data/family", *words])
+    found = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(found.splitlines()) == 1
+    assert f"{words[-2]} {words[-1]} says nothing without" in found
