@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 ADAPTERS = "lora_adapters"
+BEST_BY = {False: "eval_loss", True: "eval_mrr"}  # with --rank_loss: how lists are ranked, not how sure the model is
 OLDEST = (5, 23)  # of transformers
 
 
@@ -177,9 +178,38 @@ def mean_loss(
 def ranking_losses(logits: torch.Tensor, labels: torch.Tensor, true: int, false: int) -> torch.Tensor:
     """-log of the share that the right ones of a joined row's judgements have in a softmax over all of them -> [B].
 
-    The softmax is over log P(True) - log P(False), by which candidates are ranked. A row counts as often as it has
-    answer tokens; one without both verdicts counts nothing. Arguments as for ``token_losses``.
+    The softmax is over the margins, by which candidates are ranked. A row counts as often as it has answer tokens; one
+    without both verdicts counts nothing. Arguments as for ``token_losses``.
     """
+    import torch
+
+    margins, right, both = judged_margins(logits, labels, true, false)
+    margins, right = margins[both], right[both]
+    losses = margins.logsumexp(1) - margins.masked_fill(~right, -torch.inf).logsumexp(1)
+    found = torch.zeros(len(labels), device=logits.device)
+    found[both] = losses * (labels != IGNORED).sum(1)[both]
+    return found
+
+
+def reciprocal_ranks(logits: torch.Tensor, labels: torch.Tensor, true: int, false: int) -> torch.Tensor:
+    """1 / rank of the best right one among a joined row's judgements by margin, ties at their mean -> [B].
+
+    NaN for a row without both verdicts. Arguments as for ``token_losses``.
+    """
+    import torch
+
+    margins, right, both = judged_margins(logits, labels, true, false)
+    own = margins.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    wrong = ~right & margins.isfinite()
+    ranks = 1 + (wrong & (margins > own)).sum(1) + (wrong & (margins == own)).sum(1) / 2
+    return torch.where(both, 1 / ranks, torch.nan)
+
+
+def judged_margins(
+    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log P(True) - log P(False) where a verdict stands in the labels and -inf elsewhere [B, T]; which of these places
+    say True [B, T]; which rows have both verdicts [B]."""
     import torch
 
     supervised = labels != IGNORED
@@ -187,12 +217,7 @@ def ranking_losses(logits: torch.Tensor, labels: torch.Tensor, true: int, false:
     margins = torch.full(labels.shape, -torch.inf, device=logits.device)
     margins[judged] = (logits[:, true] - logits[:, false]).float()[judged[supervised]]
     right = judged & (labels == true)
-    both = right.any(1) & (judged & ~right).any(1)
-    margins, right = margins[both], right[both]
-    losses = margins.logsumexp(1) - margins.masked_fill(~right, -torch.inf).logsumexp(1)
-    found = torch.zeros(len(labels), device=logits.device)
-    found[both] = losses * supervised.sum(1)[both]
-    return found
+    return margins, right, right.any(1) & (judged & ~right).any(1)
 
 
 class Stopped(Exception):
@@ -269,18 +294,26 @@ def make_trainer(
                 losses, right = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
                 losses[supervised] = token_losses(logits, labels)
                 right[supervised] = logits.argmax(-1) == labels[supervised]
-                summed = token_weight * losses.sum(1)
+                summed, ranks = (
+                    token_weight * losses.sum(1),
+                    torch.full((len(labels),), torch.nan, device=labels.device),
+                )
                 if verdicts is not None:
                     summed = summed + ranking_losses(logits, labels, *verdicts)
-                rows = torch.stack([summed, supervised.sum(1).float(), right.all(1).float()], 1)  # [B, 3]
+                    ranks = reciprocal_ranks(logits, labels, *verdicts)
+                rows = torch.stack([summed, supervised.sum(1).float(), right.all(1).float(), ranks], 1)  # [B, 4]
                 found.append(self.accelerator.gather_for_metrics(rows).double().cpu())
             self.model_wrapped.train()
-            loss, tokens, right_rows = torch.cat(found).sum(0).tolist()
+            everything = torch.cat(found)
+            loss, tokens, right_rows, _ = everything.sum(0).tolist()
+            ranked = everything[:, 3][~everything[:, 3].isnan()]
             metrics = {
                 f"{metric_key_prefix}_loss": loss / tokens,
                 f"{metric_key_prefix}_exact": right_rows / sum(len(part) for part in found),
                 f"{metric_key_prefix}_seconds": round(time.monotonic() - started, 1),
             }
+            if verdicts is not None:
+                metrics[f"{metric_key_prefix}_mrr"] = float(ranked.mean()) if len(ranked) else 0.0
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -310,6 +343,7 @@ def make_trainer(
             if "eval_loss" in logs:
                 say(
                     f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, exact {logs['eval_exact']:.3f}"
+                    + (f", MRR within lists {logs['eval_mrr']:.4f}" if "eval_mrr" in logs else "")
                 )
             elif "loss" in logs and done:
                 tokens = (
@@ -568,6 +602,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
         encode_file(path, tokenizer, args.max_length, args.skip_long, args.share_prompts) if path else TokenRows()
         for path in files.values()
     )
+    if args.rank_loss and not validation.pieces:
+        raise InputError(
+            f"--rank_loss: the rows of {args.val_data} are no lists to choose from; write it: "
+            "python Class/gen_lp_data_rq.py --judge"
+        )
     easy_rows = len(easy)
     if easy_rows:
         easy.extend(train)
@@ -640,7 +679,8 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
         optim="adamw_torch", adam_beta2=args.adam_beta2, bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
         activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs=recomputation(),
         ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
-        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        save_total_limit=2, load_best_model_at_end=True, greater_is_better=args.rank_loss,
+        metric_for_best_model=BEST_BY[args.rank_loss],
         seed=args.seed, remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True,
         report_to=args.report_to, average_tokens_across_devices=True, **every,
     )  # fmt: skip
@@ -766,7 +806,8 @@ def tune(args: argparse.Namespace) -> None:
         rows={"train": len(plan.train) - plan.easy, "easy": plan.easy, "validation": len(plan.validation)},
         tokens_per_row=round(float(plan.train.lengths.mean()), 1), steps=state.global_step,
         validation={key: round(v, 6) for key, v in best.items()},
-        best_step=best_step(history), reload_difference=difference, resumed_from=args.resume_from_checkpoint,
+        best_step=best_step(history, args.rank_loss), reload_difference=difference,
+        resumed_from=args.resume_from_checkpoint,
         history=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
     )  # fmt: skip
     write_record(record, folder / RECORD)
@@ -788,9 +829,10 @@ def inputs(args: argparse.Namespace) -> dict[str, Path]:
     }
 
 
-def best_step(history: list[dict[str, Any]]) -> int | None:
-    """The step with the lowest validation loss."""
-    found = [(entry["eval_loss"], entry["step"]) for entry in history if "eval_loss" in entry]
+def best_step(history: list[dict[str, Any]], by_rank: bool = False) -> int | None:
+    """The step with the lowest validation loss, or with the highest MRR within validation's lists."""
+    key, sign = BEST_BY[by_rank], -1 if by_rank else 1
+    found = [(sign * entry[key], entry["step"]) for entry in history if key in entry]
     return min(found)[1] if found else None
 
 

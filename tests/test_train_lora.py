@@ -347,6 +347,11 @@ def test_rank_loss_is_the_softmax_over_a_rows_margins() -> None:
     expected[0], expected[3] = -6 * first.log_softmax(0)[0], -4 * last.log_softmax(0)[1]
     found = train_lora.ranking_losses(logits, labels, T, F)
     assert torch.allclose(found, expected, atol=1e-5) and expected[0] > 0.1
+    ranks = train_lora.reciprocal_ranks(logits, labels, T, F)
+    places = [1 + int((first[1:] > first[0]).sum()), 1 + int(last[0] > last[1])]
+    assert ranks[[0, 3]].tolist() == pytest.approx([1 / place for place in places]) and ranks[[1, 2]].isnan().all()
+    flat = train_lora.reciprocal_ranks(torch.zeros_like(logits), labels, T, F)
+    assert flat[[0, 3]].tolist() == pytest.approx([1 / 2, 1 / 1.5]), "equal margins share a rank"
     own = torch.nn.functional.cross_entropy(logits, labels[labels != pad], reduction="sum")
     total = train_lora.mean_loss((logits,), labels, 20, (T, F))
     assert torch.allclose(total, (own + expected.sum()) / 20, atol=1e-5)
@@ -365,6 +370,17 @@ def test_how_a_step_is_cut_does_not_change_it(base: Path, data: Path, tmp_path: 
     assert max(float((whole[name] - cut[name]).abs().max()) for name in whole) < 2e-5
     logged = [[e["loss"] for e in record(tmp_path / n)["history"] if "loss" in e] for n in ("whole", "cut")]
     assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+
+
+def test_the_best_checkpoint_is_the_one_that_ranks_best() -> None:
+    history = [{"eval_loss": loss, "eval_mrr": mrr, "step": step} for loss, mrr, step in ((1, 0.2, 5), (2, 0.5, 9))]
+    history = [{"loss": 0.1, "step": 4}, *history]
+    assert train_lora.best_step(history) == 5 and train_lora.best_step(history, by_rank=True) == 9
+    plan = train_lora.Plan({}, None, None, None, [], None, None, 1, None)  # type: ignore[arg-type]
+    for words, chosen in (([], ("eval_loss", False)), (["--share_prompts", "--rank_loss"], ("eval_mrr", True))):
+        args = train_lora.parse_args([*words, "--gradient_checkpointing", "--no-bf16"])
+        found = train_lora.training_arguments(args, plan, torch.device("cpu"))
+        assert (found.metric_for_best_model, found.greater_is_better) == chosen
 
 
 def test_row_order() -> None:
@@ -541,6 +557,9 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "--easy_until must be above 0 and at most 1, got 0.0" in refused(easy_until=0)
     assert "--token_weight weighs against --rank_loss" in refused(token_weight=0.5)
     assert "--easy_data /nowhere/e.json does not exist" in refused(easy_data="/nowhere/e.json")
+    assert "are no lists to choose from; write it: python Class/gen_lp_data_rq.py --judge" in refused(
+        share_prompts=True, rank_loss=True, max_length=400
+    )
     assert "has down_proj, gate_proj, k_proj" in refused(lora_target="q_proj,query")
     assert "nowhere/model does not exist" in refused(model_name="/nowhere/model")
     assert "holds no checkpoint; start without the flag" in refused(resume_from_checkpoint="last")
