@@ -3,9 +3,9 @@
     python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out lora_training/lora_outputs/comparison
     python lora_training/compare_llm.py --dataset data/family --seeds 0 --out lora_training/lora_outputs/quick --quick
 
-the candidate model          stage 1, trained on the training split: its codes go to the LLM, its lists to the prompts
-the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid, more than the
-                             LLMs see; ranked by its own scores of all entities
+the candidate model          stage 1, trained on the training split; ranked by its own scores of all entities
+the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid: its codes go to
+                             the LLMs, its lists to the prompts, so that both rest on the same facts: the fair rival
 copies the first candidate   the list as it stands
 the LLM without codes        names alone
 the LLM with shuffled codes  every entity has another one's codes, the same in training and test
@@ -73,7 +73,7 @@ Recipe = dict[str, dict[str, Any]]
 
 # flags of each stage
 RECIPE: Recipe = {
-    "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
+    "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 20,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
              "lr": 3e-3, "prompt_words": 2, "prompt_tokens": True, "init_std": 0.125},
@@ -218,12 +218,12 @@ def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, r
     make_base = ["lora_training/make_tiny_base.py", "--dataset", str(dataset), "--out", str(base)]
     return [
         train,
-        *(export_step(f"candidates_{split}", ranking, split, places.candidates(split)) for split in kg_splits()),
+        export_step("candidates_plain", ranking, "test", places.candidates("plain")),
         train_again,
-        export_step("candidates_refit", ranking_again, "test", places.candidates("refit")),
+        *(export_step(f"candidates_{split}", ranking_again, split, places.candidates(split)) for split in kg_splits()),
         Step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
         *(step for variant in VARIANTS
-          for step in llm_steps(variant, dataset, train, base, places, recipe, seed)),
+          for step in llm_steps(variant, dataset, train_again, base, places, recipe, seed)),
     ]  # fmt: skip
 
 
@@ -262,11 +262,11 @@ def llm_steps(
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- the refitted rival
+# ---------------------------------------------------------------- the refitted candidate model
 
 
 def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
-    """The graph as the refitted rival sees it: all of valid but the LLMs' validation part has moved to train.
+    """The graph as the refitted model sees it: all of valid but the LLMs' validation part has moved to train.
 
     The cut that Class/gen_lp_data_rq.py makes under ``seed``; entities and relations keep their ids.
     """
@@ -319,7 +319,7 @@ def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     )  # fmt: skip
 
 
-def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path) -> dict[str, Found]:
+def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, plain_record: Path) -> dict[str, Found]:
     """All rows of one seed. InputError where the three LLMs were not asked the same queries."""
     queries, tests = {}, {}
     for variant in VARIANTS:
@@ -337,15 +337,15 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, refit_record: Path)
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
     count, with_codes = len(queries[WITH]), places.results(WITH)
     with content_of(test_rows, "file of the answered rows", REPEATED):
-        ranks = ranks_of(places.candidates("refit"), itertools.islice(read_rows(test_rows), count), kg)
+        ranks = ranks_of(places.candidates("plain"), itertools.islice(read_rows(test_rows), count), kg)
         if len(ranks) != count:
             raise ValueError(f"{len(ranks)} rows, {count} answers")
-        refit = ranking_metrics(ranks)
+        plain = ranking_metrics(ranks)
     with content_of(with_codes, "answers' record", REPEATED):
-        before, copied = (tests[WITH][part] for part in ("candidate_model", "as_listed"))
+        refit, copied = (tests[WITH][part] for part in ("candidate_model", "as_listed"))
     rows = {
-        CANDIDATE_MODEL: (with_codes, before),
-        REFITTED: (refit_record, refit),
+        CANDIDATE_MODEL: (plain_record, plain),
+        REFITTED: (with_codes, refit),
         COPIED: (with_codes, copied),
         **{variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS},
     }
@@ -455,8 +455,7 @@ def compare(
         refit = places.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
         run_steps(seed_steps(kg, dataset, refit, places, recipe, seed), places.marks, f"seed {seed}")
-        refit_record = places.root / "refit" / f"{stem_of(refit.name, recipe)}.json"
-        return seed_rows(places, kg, out, refit_record)
+        return seed_rows(places, kg, out, places.root / "codes" / f"{stem_of(dataset.name, recipe)}.json")
 
     with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for the steps' processes
         by_seed = dict(zip(args.seeds, pool.map(one_seed, args.seeds), strict=True))

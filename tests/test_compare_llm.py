@@ -1,4 +1,4 @@
-"""The comparison of LLMs with and without codes: its rows, the refitted rival, what a repeated command does again."""
+"""The comparison of LLMs with and without codes: its rows, the refitted model, what a repeated command does again."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
 
 
 def export_ranks(kg: KnowledgeGraph, path: Path, rank: float) -> None:
-    """Lists of the refitted model in an order of their own, in all of which the truth has the rank ``rank``."""
+    """Lists of the other candidate model in an order of their own, in all of which the truth has the rank ``rank``."""
     queries = both_directions(kg.test, kg.num_relations)[::-1]
     n = len(queries)
     ids = np.tile(np.arange(2), (n, 1))
@@ -102,22 +102,23 @@ def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
     for level, variant in enumerate(VARIANTS):
         write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
     write_rows(split_path(places.rows(WITH), "test"), rows)
-    export_ranks(kg, places.candidates("refit"), 8.0)
+    export_ranks(kg, places.candidates("plain"), 8.0)
 
 
-def test_rows_come_from_the_answers_and_the_refitted_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     places = Places(tmp_path / "seed_0")
     fill(ring_kg, places)
-    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "refit" / "x.json")
+    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "codes" / "x.json")
     assert tuple(found) == ROWS
     mrr = {name: one.metrics["mrr"] for name, one in found.items()}
-    expected = {CANDIDATE_MODEL: 1 / 4, REFITTED: 1 / 8, COPIED: 1 / 4}
+    expected = {CANDIDATE_MODEL: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4}
     expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
     expected |= {ORDERED.format(variant.row): 0.75 for variant in VARIANTS}
     assert mrr == pytest.approx(expected)
     assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
-    assert found[REFITTED].record == "seed_0/refit/x.json"
-    assert found[WITH.row].record == "seed_0/with_codes/inference_results.json" == found[COPIED].record
+    assert found[CANDIDATE_MODEL].record == "seed_0/codes/x.json"
+    record = "seed_0/with_codes/inference_results.json"
+    assert record == found[WITH.row].record == found[COPIED].record == found[REFITTED].record
 
 
 def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_mean_and_spread_are_those_of_the_seeds() -> None:
     assert summary({0: by_seed[0]})[0]["std"] == dict.fromkeys(("mrr", "hits@1", "hits@3", "hits@10"))
 
 
-# ---------------------------------------------------------------- the refitted rival
+# ---------------------------------------------------------------- the refitted candidate model
 
 
 def test_the_rival_learns_what_the_llm_is_tuned_on(ring: Path, ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -246,7 +247,10 @@ def test_every_step_has_flags_that_its_script_knows(
         if getattr(args, "seed", None) == 5:
             seeded.add(one.name)
     begun = {one.name: one.words[one.words.index("--code_init") + 1] for one in steps if "--code_init" in one.words}
-    stage1 = next(one for one in steps if one.name == "stage1")
+    stage1 = next(one for one in steps if one.name == "refit")
+    assert str(tmp_path / "ring_refit") in stage1.words, "the LLMs rest on what the refitted model rests on"
+    named = [word for one in steps for word in one.words if word.endswith("_rq.pt") and one.name.endswith("_data")]
+    assert named and set(named) == {str(stage1.made[0])}
     assert begun == {f"{name}_tuning": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
     unseeded = {one.name for one in steps} - seeded
     assert all(name.startswith("candidates_") or name.endswith("_answers") for name in unseeded)
