@@ -73,13 +73,13 @@ Recipe = dict[str, dict[str, Any]]
 
 # flags of each stage
 RECIPE: Recipe = {
-    "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 20,
+    "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
              "lr": 3e-3, "prompt_words": 2, "prompt_tokens": True, "init_std": 0.125},
     "data": {"num_candidates": 4},
     "easy_data": {"random_part": 1},
-    "tuning": {"epochs": 9, "batch_size": 64, "learning_rate": 1.5e-3, "adam_beta2": 0.99, "token_weight": 0.02,
+    "tuning": {"epochs": 5, "batch_size": 64, "learning_rate": 2e-3, "adam_beta2": 0.99, "token_weight": 0.02,
                "easy_until": 0.5, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0, "eval_steps": 250,
                "eval_batch_size": 64, "logging_steps": 50},
     "answers": {},

@@ -41,7 +41,7 @@ TASKS = (LINKS, TRIPLES)
 MAKERS = {LINKS: "Class/gen_lp_data_rq.py", TRIPLES: "Class/gen_fb_data_rq.py"}
 # flags of each stage; the sizes of the codes are the cell's
 GRID: Recipe = {
-    "stage1": RECIPE["stage1"],
+    "stage1": RECIPE["stage1"] | {"epoch": 20},
     "base": RECIPE["base"] | {"prompt_words": 1},
     LINKS: {"from": "train", "num_candidates": 4, "limit": 1000},
     TRIPLES: {"neg_ratio": 1, "code_format": "compact", "limit": 1000},
