@@ -151,7 +151,7 @@ def test_settings_are_those_of_the_nearest_graph_with_few_codes_then_the_best_sc
 
 
 def test_what_the_encoder_starts_from_is_taken_with_text_alone() -> None:
-    own = {"inputs": "neighbours+text", "text_neighbours": 7, "text_emb": "x.npy"}
+    own: dict[str, Any] = {"inputs": "neighbours+text", "text_neighbours": 7, "text_emb": "x.npy"}
     runs = [kept("text", 10_000, 0.5, **own)]
     names = ("inputs", "text_neighbours", "text_init")
     taken = settings_for(9_000, runs, "--text_emb", "y.npy")
