@@ -33,7 +33,7 @@ RECORDS = ("--records", "W/codes", "--data", "W/data")
 LOOSE = ("missing", "a folder", "the value", "a lost key", "an odd value", "empty", "noise", "NUL")
 RESULT = RECORD._replace(may=LOOSE, named=(*RECORD.named, "there are no records"))
 # its lists have two candidates and no scores; where it is gone it would be made again
-REFIT = [
+LISTS = [
     each for each in damage.NPZ
     if each.name not in ("missing", "a folder", "decompression bomb", "a candidate twice") and "scores" not in each.name
 ]  # fmt: skip
@@ -133,13 +133,13 @@ LATER = [
                 for name in ("with_codes", "without_codes")
             ),
             File(
-                "comparison/seed_0/candidates/refit.npz",
-                REFIT,
+                "comparison/seed_0/candidates/plain.npz",
+                LISTS,
             ),
             File(
                 "comparison/seed_0/with_codes/data/link_prediction/test_tasks.json",
                 rows("train").damages,
-                ("row ", "link_prediction", "refit.npz", "candidates"),
+                ("row ", "link_prediction", "plain.npz", "candidates"),
             ),
         ],
     ),
