@@ -82,7 +82,8 @@ class EntityInputs(nn.Module):
         slices = []
         for member, sources in enumerate(self.sources):
             part = slice(member * self.size, (member + 1) * self.size)
-            terms = [learned[:, part]] if LEARNED in sources else []
+            own = learned if len(self.sources) == 1 else learned[:, part]
+            terms = [own] if LEARNED in sources else []
             if sources != {LEARNED} and text is None:
                 raise ValueError("the model starts from text embeddings: encode(g, text) needs them")
             if TEXT in sources:
@@ -90,7 +91,7 @@ class EntityInputs(nn.Module):
                 terms.append(F.linear(text, projection[part]))
             if NEIGHBOURS in sources:
                 assert text is not None
-                terms.append(self._neighbours(text).mean(learned[:, part].contiguous()))
+                terms.append(self._neighbours(text).mean(own.contiguous()))
             slices.append(sum(terms[1:], start=terms[0]))
         return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
 
