@@ -92,17 +92,13 @@ def model_arguments(args: argparse.Namespace, text: torch.Tensor | None) -> dict
     """The flags that shape RQGCN."""
     names = ["init_dim", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
              "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend", "ensemble",
-             "inputs"]  # fmt: skip
-    return (
-        {name: getattr(args, name) for name in names}
-        | {
-            "composition": args.opn,
-            "text_dim": None if text is None else text.shape[1],
-            "text_init": args.text_init,
-            "codebook": {},
-        }
-        | ({} if args.text_neighbours is None else {"text_neighbours": args.text_neighbours})
-    )
+             "inputs", "text_neighbours"]  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {
+        "composition": args.opn,
+        "text_dim": None if text is None else text.shape[1],
+        "text_init": args.text_init,
+        "codebook": {},
+    }
 
 
 def comparable(args: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:

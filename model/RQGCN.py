@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.CompGCN import CompGCN
 from model.decoders import JointDecoder, make_decoder
-from model.entity_inputs import LEARNED, TEXT, EntityInputs, sources_of
+from model.entity_inputs import LEARNED, MEANT, TEXT, EntityInputs, sources_of
 from model.members import MemberCompGCN, linear
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
@@ -96,7 +96,7 @@ class RQGCN(nn.Module):
     of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
     ``ensemble``: members that share all widths and the L positions out among them; codebooks and transformer blocks
     are common to all; ``inputs``: what each member starts from, as ``entity_inputs.sources_of`` reads it, in place of
-    ``text_init``; ``text_neighbours``: entities that the source "neighbours" means.
+    ``text_init``; ``text_neighbours``: entities that the source "neighbours" means (10 by default).
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class RQGCN(nn.Module):
         text_init: bool = False,
         ensemble: int = 1,
         inputs: str | None = None,
-        text_neighbours: int = 10,
+        text_neighbours: int | None = None,
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
@@ -143,7 +143,7 @@ class RQGCN(nn.Module):
             raise ValueError(
                 f"inputs {'+'.join(sorted(sources[with_text[0]]))} start from text embeddings: give text_dim"
             )
-        self.inputs = EntityInputs(sources, init_dim, text_neighbours)
+        self.inputs = EntityInputs(sources, init_dim, text_neighbours or MEANT)
         self.text_projection = (
             nn.Linear(text_dim or 0, init_dim, bias=False) if any(TEXT in own for own in sources) else None
         )

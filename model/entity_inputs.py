@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 LEARNED, TEXT, NEIGHBOURS = SOURCES = ("learned", "text", "neighbours")
+MEANT = 10  # neighbours, where no number is given
 TEMPERATURE = 0.1  # of cosines: a neighbour at .5 weighs a seventh of one at .7
 ROWS_AT_ONCE = 2**24  # of cosines: 64 MB
 
