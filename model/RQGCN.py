@@ -47,8 +47,9 @@ class CodeScorer(nn.Module):
     """Codes [*, L, Q] -> entity vectors q_e (Eq. 4) -> scores (Eq. 6). No parameter of it is indexed by an entity.
 
     ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``;
-    ``ensemble``: members, each of which decodes its own L / members positions to its own D / members numbers and
-    scores by these; the score is the sum of theirs.
+    ``ensemble``: members, each of which decodes its own part of the L * code_dim numbers to its own D / members numbers
+    and scores by these; the score is the sum of theirs. A part is whole positions, or, where there are fewer of them
+    than members, a slice of one: then a code speaks to several members at once.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class CodeScorer(nn.Module):
         ensemble: int = 1,
     ) -> None:
         super().__init__()
-        if ensemble < 1 or seq_len % ensemble or dim % ensemble:
-            raise ValueError(f"{ensemble} members cannot share L = {seq_len} positions and D = {dim} equally")
+        if ensemble < 1 or seq_len * code_dim % ensemble or dim % ensemble:
+            raise ValueError(
+                f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and D = {dim} equally"
+            )
         self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers, **(codebook or {}))
         self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
         # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
@@ -94,9 +97,9 @@ class RQGCN(nn.Module):
     "w/o GCN"); ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
     ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
     of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
-    ``ensemble``: members that share all widths and the L positions out among them; codebooks and transformer blocks
-    are common to all; ``inputs``: what each member starts from, as ``entity_inputs.sources_of`` reads it, in place of
-    ``text_init``; ``text_neighbours``: entities that the source "neighbours" means (10 by default).
+    ``ensemble``: members that share all widths and the L positions' vectors out among them (``CodeScorer``); codebooks
+    and transformer blocks are common to all; ``inputs``: what each member starts from, as ``entity_inputs.sources_of``
+    reads it, in place of ``text_init``; ``text_neighbours``: entities that the source "neighbours" means (10).
     """
 
     def __init__(
@@ -128,9 +131,15 @@ class RQGCN(nn.Module):
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
-        if ensemble < 1 or any(size % ensemble for size in (seq_len, init_dim, width)):
+        if ensemble < 1 or any(size % ensemble for size in (seq_len * code_dim, init_dim, width)):
             raise ValueError(
-                f"{ensemble} members cannot share L = {seq_len} positions and the widths {init_dim} and {width} equally"
+                f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and the widths {init_dim} and "
+                f"{width} equally"
+            )
+        if tf_layers and seq_len % ensemble:
+            raise ValueError(
+                f"{ensemble} members cannot share L = {seq_len} positions equally, which transformer blocks ask for "
+                "(--tf_layers 0 does not)"
             )
         self.seq_len, self.code_dim, self.members = seq_len, code_dim, ensemble
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))

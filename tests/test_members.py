@@ -95,6 +95,24 @@ def test_the_score_is_the_sum_of_the_members(ring_kg: KnowledgeGraph) -> None:
     assert changed.tolist() == [False] * 4 + [True] * 4 + [False] * 4, "a position is one member's"
 
 
+def test_members_may_share_one_position() -> None:
+    """Fewer positions than members: each has a slice of the one position's vector, so every code speaks to all."""
+    torch.manual_seed(0)
+    scorer = CodeScorer(1, K, Q, 2 * G, D, "complex", ensemble=G).eval()
+    codes, relation = torch.randint(K, (M, 1, Q)), torch.randn(5, D)
+    with torch.no_grad():
+        e = scorer.entity_vectors_from_codes(codes)
+        found = scorer.scores(e[:5], relation, e)
+        expected, x = torch.zeros(5, M), scorer.rq_codebook.decode_from_codes(codes)[:, 0]
+        for member in range(G):
+            own = x[:, 2 * member : 2 * member + 2] @ scorer.W_q.weight[member].T
+            one = CodeScorer(1, K, Q, 2, 4, "complex").eval()
+            expected += one.scores(own[:5], relation[:, 4 * member : 4 * member + 4], own)
+        torch.testing.assert_close(found, expected)
+        changed = (scorer.entity_vectors_from_codes((codes + 1) % K) - e).abs().amax(0) > 0
+    assert changed.all(), "a code is every member's"
+
+
 @pytest.mark.parametrize("negatives", [0, M])
 def test_each_member_learns_by_its_own_loss(trainer_of: TrainerMaker, negatives: int) -> None:
     """The loss is the mean of the members' cross-entropies, not the cross-entropy of the sum of their scores."""
@@ -143,12 +161,12 @@ def test_an_ensembles_record_is_what_its_integers_rank(
     ("changes", "words"),
     [
         ({"ensemble": 2}, ["2 members", "L = 3"]),
-        ({"ensemble": G, "seq_len": 4}, ["3 members", "L = 4"]),
+        ({"ensemble": 5, "tf_layers": 0}, ["5 members", "3 x 4"]),
         ({"ensemble": G, "init_dim": 13, "gcn_layers": 0}, ["3 members", "13"]),
         ({"ensemble": 0}, ["--ensemble 0", "1 or more"]),
         ({"ensemble": G, "relation_weight": 1}, ["--relation_weight", "--ensemble"]),
     ],
-    ids=["positions", "outputs", "width", "none", "relations"],
+    ids=["positions", "parts", "width", "none", "relations"],
 )
 def test_members_that_cannot_share_are_refused(
     rq: Command, ring: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
