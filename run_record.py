@@ -409,6 +409,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def find_device(name: str | None, flag: str = "--device") -> torch.device:
+    """The device of that name; for None or ``auto`` the GPU where there is one. InputError where there is none such."""
+    import torch
+
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        if found.type != "cuda":  # one number on a GPU takes hundreds of megabytes of it
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has a way of its own for each
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{flag} {name} is not there: {reason}; use --device cpu") from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"{flag} {name} is not there: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    return found
+
+
 def device_name(device: str | torch.device) -> str:
     """``cpu (N threads)`` or the GPU's own name."""
     import torch

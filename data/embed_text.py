@@ -34,6 +34,7 @@ from data.knowledge_graph import KnowledgeGraph
 from run_record import (
     CommandParser,
     InputError,
+    find_device,
     is_hub_id,
     make_record,
     only_run,
@@ -509,19 +510,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def choose_device(name: str | None) -> str:
-    """``name`` checked, or cuda where there is one, else cpu. InputError for a device that is not here."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0][:120]}") from error
-    return name
-
-
 class Embedded(NamedTuple):
     """What one of the three ways made."""
 
@@ -551,7 +539,7 @@ def by_batches(args: argparse.Namespace, texts: list[str], folder: Path | None) 
     if folder is None:
         encoder = EndpointEncoder(args.endpoint, args.model, args.dim, texts)
     else:
-        device = choose_device(args.device)
+        device = str(find_device(args.device))
         encoder = local = ModelEncoder(folder, texts, args.max_length, device)
         inputs = {f"model/{name}": sha for name, sha in local.hashes.items()}
         facts["cut_texts"] = local.cut_texts

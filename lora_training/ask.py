@@ -38,14 +38,13 @@ from lora_training.inference import (
     check_model,
     load_model,
     open_codes,
-    pick_device,
     smaller,
     tails_of,
     trie_of,
 )
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt
-from run_record import CommandParser, InputError, run_command
+from run_record import CommandParser, InputError, find_device, run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -273,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         find_query(args.head, args.relation, source)
     if args.question is not None:
         mark_entity(args.question, source)
-    device = pick_device(args.device)
+    device = find_device(args.device)
     with enough_memory(f"{smaller(device)}, or fewer --beams than {args.beams}"):
         model: Any = load_model(reader, device, args.dtype)
         asker = Asker(model, reader.tokenizer, source, candidates, args.beams)

@@ -58,7 +58,17 @@ from lora_training.code_tokens import (
 from lora_training.memory import enough_memory
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
 from lora_training.score_answers import Answer, is_judgement, is_ranking, print_report, read_answers, report
-from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, sha256_file, write_json
+from run_record import (
+    CommandParser,
+    InputError,
+    find_device,
+    make_record,
+    only_run,
+    read_json,
+    run_command,
+    sha256_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -201,20 +211,6 @@ def check_model(base_model: str | None, lora_adapter: Path | None) -> Reader:
             return Reader(base_model, saved, True, saved.tokenizer)
     load_config(base_model)
     return Reader(base_model, None, False, load_tokenizer(base_model))
-
-
-def pick_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one. InputError for a device that is not there."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {device} is not there: {str(error).splitlines()[0]}") from error
-    return found
 
 
 def smaller(device: torch.device) -> str:
@@ -684,7 +680,7 @@ def answer_rows(args: argparse.Namespace) -> None:
     if not found.rows:
         raise InputError(f"--test_data {args.test_data} has no rows to answer")
     check_lengths(found, reader, settings)
-    device = pick_device(args.device)
+    device = find_device(args.device)
     hashes = {part.path.name: sha256_file(part.path) for part in parts}
     path = answers_path(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -31,12 +31,12 @@ from Class.codes import escape_name, unique_names
 from Class.instructions import Source
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.code_tokens import RECORD
-from lora_training.inference import pick_device
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
 from run_record import (
     CommandParser,
     InputError,
+    find_device,
     make_record,
     only_run,
     run_command,
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 def make_base(args: argparse.Namespace) -> None:
     """Corpus, tokenizer, model and training; then the folder, with its record, takes the place of what was there."""
     started = time.monotonic()
-    device = str(pick_device(args.device))
+    device = str(find_device(args.device))
     kg = KnowledgeGraph.load(args.dataset)
     import torch
     from transformers.utils import logging

@@ -32,11 +32,11 @@ from lora_training.code_tokens import (
     save_tokenizer,
     token_ids,
 )
-from lora_training.inference import pick_device
 from lora_training.memory import enough_memory
 from run_record import (
     CommandParser,
     InputError,
+    find_device,
     make_record,
     only_run,
     run_command,
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--output_dir {args.output_dir} holds files that this script did not write; choose another")
     if args.output_dir.resolve() in (saved.folder.resolve(), Path(base_model).resolve()):
         raise InputError(f"--output_dir {args.output_dir} is the adapter or the base model itself; choose another")
-    device = pick_device(args.device)
+    device = find_device(args.device)
     quiet_libraries()
     name = args.output_dir.name
     part = args.output_dir.with_name(f".{name}.part")  # a merged folder, its record with it, is complete or not there

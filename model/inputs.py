@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 from Class.codes import load_codes, load_entities
-from run_record import ROOT, InputError, load_torch
+from run_record import ROOT, InputError, find_device, load_torch
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +24,12 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     """--device, else --gpu, else CUDA where there is one. Raises InputError when it is not there."""
     import torch
 
-    word = args.device
-    if word is None:
-        word = ("cuda" if torch.cuda.is_available() else "cpu") if args.gpu is None else (
-            "cpu" if args.gpu < 0 else f"cuda:{args.gpu}")  # fmt: skip
-    flag = "--device" if args.device else "--gpu"
-    try:
-        device = torch.device(word)
-    except RuntimeError as error:
-        raise InputError(f"{flag} {word} is no device, expected cpu, cuda or cuda:N") from error
+    word, flag = args.device, "--device"
+    if word is None and args.gpu is not None:
+        word, flag = "cpu" if args.gpu < 0 else f"cuda:{args.gpu}", "--gpu"
+    device = find_device(word, flag)
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"{flag} {word} is not supported, expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"{flag}: {word} is not there, torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
     if device.type == "cuda" and here > 1:
         if device.index is not None:
