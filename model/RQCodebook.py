@@ -155,11 +155,10 @@ class RQCodebook(nn.Module):
         levels = self.num_quantizers if levels is None else levels
         if not 1 <= levels <= self.num_quantizers:
             raise ValueError(f"levels must be in [1, {self.num_quantizers}], not {levels}")
-        columns = self._flat_codes(codes).t().contiguous()
-        weights = self._weights()
-        total = weights[0].new_zeros(columns.shape[1], self.latent_dim)
-        for column, weight in zip(columns[:levels], weights, strict=False):
-            total += weight.index_select(0, column)
+        flat, weights = self._flat_codes(codes)[:, :levels], self._weights()[:levels]
+        first = torch.arange(levels, device=flat.device) * self.num_codes  # rows of the books end to end
+        # one pass that sums level after level, where a sum of Q lookups would write [B * L, D] numbers Q times over
+        total = nn.functional.embedding_bag(flat + first, torch.cat(weights), mode="sum")
         return total.view(*codes.shape[:2], -1)
 
     # ------------------------------------------------------------ initialization and upkeep
