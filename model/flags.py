@@ -129,6 +129,9 @@ def build_parser() -> CommandParser:
                        help="noise on the vectors while they warm up, in their standard deviations")  # fmt: skip
     group.add_argument("--frozen_noise", type=float, default=0.0, metavar="S",
                        help="noise on decoded codes once they are frozen, in their standard deviations")  # fmt: skip
+    group.add_argument("--weight_average", type=float, metavar="D",
+                       help="once codes are frozen, score and dump an exponential average of the weights, of decay D "
+                       "per step: .998 is one of 500 steps (default: the last step's)")  # fmt: skip
     group.add_argument("--freeze_at", type=float, default=0.85,
                        help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
@@ -244,7 +247,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
                  "relation_weight"]:  # fmt: skip
         if not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 or more")
-    for flag in ["gcn_drop", "lbl_smooth", "decoder_drop"]:
+    for flag in ["gcn_drop", "lbl_smooth", "decoder_drop", "weight_average"]:
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 <= {flag} < 1")
     if args.relation_weight and args.loss != "ce":  # several processes share a batch out by what its loss averages

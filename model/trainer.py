@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.knowledge_graph import KnowledgeGraph
+from model.averaging import WeightAverage
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
@@ -62,6 +63,7 @@ class TrainSettings:
     warmup_epochs: float = 1  # below 1: a part of the run
     z_noise: float = 0.0
     frozen_noise: float = 0.0
+    weight_average: float | None = None
     freeze_at: float = 0.85
     encoder_every: int = 8
     assign_every: int = 8
@@ -125,6 +127,7 @@ class Trainer:
         model.rq_codebook.world = world
         world.copy_from_first(model.state_dict().values())
         self.optimizer = self._make_optimizer()
+        self.average = self._make_average()
         self.generator = torch.Generator().manual_seed(settings.seed)
         begun = time.monotonic()
         self.teacher: Teacher | None = None
@@ -160,6 +163,17 @@ class Trainer:
             weight_decay=settings.l2,
         )
 
+    def _make_average(self) -> WeightAverage | None:
+        """Of what trains on once codes are frozen; of all weights where a control leaves codes out."""
+        if self.settings.weight_average is None:
+            return None
+        trained = self.model.parameters() if self._never_frozen() else self.optimizer.param_groups[0]["params"]
+        statistics = [buffer for buffer in self.model.scorer.decoder.buffers() if buffer.is_floating_point()]
+        return WeightAverage([*trained, *statistics], self.settings.weight_average)
+
+    def _never_frozen(self) -> bool:
+        return self.settings.control in ("unquantized", "posthoc")
+
     # ---------------------------------------------------------------- one epoch
 
     def _phase(self, epoch: float) -> Phase:
@@ -170,7 +184,7 @@ class Trainer:
         if self.codes_given or self.settings.control == "random_codes":
             return Phase(progress, "frozen")
         until = self.settings.warmup_epochs
-        if self.settings.control in ("unquantized", "posthoc") or (progress if until < 1 else epoch) < until:
+        if self._never_frozen() or (progress if until < 1 else epoch) < until:
             return Phase(progress, "warm-up")
         return Phase(progress, "frozen" if progress >= self.settings.freeze_at else "codes")
 
@@ -339,6 +353,7 @@ class Trainer:
         batches = self._batches()
         phase = self._phase(self.epoch)
         self._start_epoch(phase)
+        averaging = self._averaging(phase)
         totals = {"structure": 0.0, "semantic": 0.0, "quantization": 0.0}
         gradient, waiting, encoder_steps = None, 0, 0  # gradient of z, summed over the steps since the encoder's pass
         unassigned = 0  # steps since codes were assigned
@@ -360,6 +375,8 @@ class Trainer:
             losses = [float(structure), float(semantic), quantization]
             losses = self.world.sum_gradients(self.model.parameters(), losses)
             self.optimizer.step()
+            if averaging is not None:
+                averaging.update()
             unassigned += 1
             due = phase.name == "warm-up" or unassigned >= settings.assign_every or step + 1 == len(batches)
             if phase.name != "frozen" and not waiting and due:
@@ -375,6 +392,18 @@ class Trainer:
             own_part = self.model.rq_codebook.level_losses * self.world.share(self.kg.num_entities)
             levels = self.world.sum(own_part).tolist()
         return {"phase": phase.name, **totals, "levels": levels, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _averaging(self, phase: Phase) -> WeightAverage | None:
+        """The average, while codes are frozen (a control without codes: from when they would be), else None.
+
+        A run that is made longer may warm up again, and then has no average any more.
+        """
+        if self.average is None:
+            return None
+        if phase.name == "frozen" or (self._never_frozen() and phase.progress >= self.settings.freeze_at):
+            return self.average
+        self.average.forget()
+        return None
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -412,6 +441,8 @@ class Trainer:
         if without_codes and self._finished() and self.settings.control != "unquantized":
             if self.settings.control == "posthoc":
                 self.best = None  # of the run when it was shorter
+                if self.average is not None:
+                    self.average.settle()
             self._start_epoch(Phase(1.0, "codes"))
             self._validate("codes")
             self.save()
@@ -424,8 +455,10 @@ class Trainer:
 
     def _validate(self, phase: str) -> dict[str, Any]:
         """Metrics on valid by the path of the phase; the best epoch is chosen among those scored from codes."""
+        averaged = nullcontext() if self.average is None else self.average.in_place()
         try:
-            return self._validate_finite(phase)
+            with averaged:
+                return self._validate_finite(phase)
         except ValueError as error:  # ranking refuses NaN scores
             raise InputError(f"epoch {self.epoch} cannot be ranked: {error}; {self._after_nan()}") from error
 
@@ -520,6 +553,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "codes": self.codes,
+            "average": None if self.average is None else self.average.values,
             "rng": {
                 "order": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
@@ -551,6 +585,9 @@ class Trainer:
         self.epoch, self.seconds, self.history = last["epoch"], last["seconds"], last["history"]
         self.saved_epoch = self.epoch
         self.codes = None if last["codes"] is None else last["codes"].to(self.device)
+        values = last.get("average")  # checkpoints of before have no such entry
+        if self.average is not None and values is not None:
+            self.average.load(values)
         self.best = stored["best"]
         rng = last["rng"]
         self.generator.set_state(rng["order"].cpu())

@@ -519,6 +519,7 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
         (["--batch", "-1"], ["--batch -1"]),
         (["--warmup_epochs", "4"], ["--warmup_epochs 4"]),
         (["--lbl_smooth", "1"], ["--lbl_smooth"]),
+        (["--weight_average", "1"], ["--weight_average"]),
         (["--restore", "--overwrite"], ["--restore", "--overwrite"]),
         (["--dump_only"], ["--dump_only", "--restore"]),
         (["--metrics_out", "x.json"], ["--eval_codes"]),

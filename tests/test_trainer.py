@@ -480,7 +480,8 @@ RESUMABLE: list[dict[str, Any]] = [
     {"epoch": 5, "freeze_at": 0.5, "warmup_epochs": 0.5, "assign_every": 3, "encoder_every": 2, "encoder_lr": 0.02},
     {"epoch": 4, "num_negatives": 9, "model": {"text_init": True}},
     {"epoch": 4, "model": {"inputs": "neighbours+learned", "text_neighbours": 3}},
-    {"epoch": 3, "control": "unquantized"},
+    {"epoch": 5, "freeze_at": 0.5, "weight_average": 0.9},
+    {"epoch": 3, "control": "unquantized", "freeze_at": 0.3, "weight_average": 0.9},
     {"epoch": 3, "control": "random_codes"},
     {"epoch": 3, "control": "posthoc"},
 ]
