@@ -47,6 +47,7 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
         # 16 tokens per entity, spent on positions or on levels
         "8x2": Setting("equal tokens", _budget(8, 2)),
         "2x8": Setting("equal tokens", _budget(2, 8)),
+        "1x16": Setting("equal tokens", _budget(1, 16)),
         "vq_16": Setting("equal tokens", vq),
         "vq_16_k4096": Setting("equal tokens", f"{vq} --num_code 4096"),  # as many code vectors as 4 levels of 1,024
         # at equal positions
@@ -55,6 +56,7 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
         # what the parts are worth
         "unquantized": Setting("controls", "--control unquantized"),
         "random_codes": Setting("controls", "--control random_codes"),
+        "random_1x16": Setting("controls", f"{_budget(1, 16)} --control random_codes"),
         "posthoc": Setting("controls", "--control posthoc"),
         "gcn_1": Setting("parts", "--gcn_layers 1 --encoder_every 8 --encoder_lr 0.001"),
         # Fig. 5
