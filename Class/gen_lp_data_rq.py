@@ -17,7 +17,8 @@ never do. ``truth`` starts with the truth; other right answers follow it that ar
 knows them: ranking leaves them out.
 
 --judge turns each training and validation list into one row per candidate, answered by True or False: hard negatives
-for ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions.
+for ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions. Training
+lists may be longer (--train_candidates), for train_lora.py --draw to take some of each anew in every pass.
 
 A model that was trained on its queries puts their truth first: such lists are always shuffled.
 """
@@ -264,6 +265,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--candidates", nargs="+", required=True, metavar="FILE", help="lists (.npz or .json), all splits"
     )
     group.add_argument("--num_candidates", type=int, default=20, help="candidates that a prompt lists")
+    group.add_argument("--train_candidates", type=int, default=0, metavar="N", help="the same in training lists, from "
+                       "which train_lora.py --draw draws (0: as many)")  # fmt: skip
     group.add_argument("--from", dest="tune_from", choices=["train", "valid"], default="valid",
                        help="training rows: queries of the training split, or of nine tenths of valid")  # fmt: skip
     group.add_argument("--candidate_order", choices=ORDERS, help="how prompts list them (default: as ranked, but lists "
@@ -278,6 +281,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_flags(args, parser)
     if args.num_candidates < 2:
         parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
+    if args.train_candidates and args.train_candidates < 2:
+        parser.error(f"--train_candidates must be 0, or 2 or more, got {args.train_candidates}")
     if not 0 <= args.random_part <= 1:
         parser.error(f"--random_part must be in 0..1, got {args.random_part}")
     return args
@@ -325,9 +330,11 @@ def main(argv: list[str] | None = None) -> None:
     answers = {"tuning": kg.answers("train", "valid"), "known": kg.answers()}
     counts = {plan.split: Count() for plan in plans}
     orders = {plan.split: ORDERS[plan.shuffle] for plan in plans}
+    sizes = dict.fromkeys(counts, args.num_candidates)
+    sizes["train"] = args.train_candidates or args.num_candidates
     folder = args.out_dir / TASK
     rows = {
-        plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, args.seed, counts[plan.split])
+        plan.split: rows_of(source, candidates, plan, answers, sizes[plan.split], args.seed, counts[plan.split])
         for plan in plans
     }
     if args.judge:

@@ -158,16 +158,21 @@ def token_stream(texts: list[str], tokenizer: LlamaTokenizer) -> NDArray[np.int3
 
 def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
     """A LLaMA of the flags' sizes with random weights."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     inner = args.inner or 64 * math.ceil(args.width * 8 / 3 / 64)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size, hidden_size=args.width, intermediate_size=inner, num_hidden_layers=args.layers,
             num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.context,
             initializer_range=args.init_std, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=True,
         )
     )  # fmt: skip
+    for layer in model.model.layers if args.attention_std else ():
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.normal_(part.weight, std=args.attention_std)
+    return model
 
 
 def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Namespace, device: str) -> list[float]:
@@ -288,6 +293,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--init_std", type=float, default=0.02, help="spread of the first random weights; small models "
                         "learn to compare sooner from 1 / sqrt(width)")  # fmt: skip
+    parser.add_argument("--attention_std", type=float, default=0.0, metavar="STD", help="the same for queries and keys "
+                        "alone: below --init_std attention begins near a plain mean (0: --init_std)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     args = parser.parse_args(argv)
@@ -300,8 +307,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.inner, args.seed, args.recall, args.prompt_words) < 0:
-        parser.error("--steps, --inner, --recall, --prompt_words and --seed must be 0 or more")
+    if min(args.steps, args.inner, args.seed, args.recall, args.prompt_words, args.attention_std) < 0:
+        parser.error("--steps, --inner, --recall, --prompt_words, --attention_std and --seed must be 0 or more")
     return args
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -59,6 +60,42 @@ class TokenRows:
         return found
 
 
+class DrawnLists:
+    """Joined rows of which each pass sees other parts: the judgements that say True and some of those that say False.
+
+    What is drawn depends on seed, epoch and row alone, as the order of ``ByLength`` does, which sets the epoch. A torch
+    data set.
+    """
+
+    def __init__(self, rows: TokenRows, count: int, true: int, seed: int) -> None:
+        self.rows, self.count, self.true, self.seed, self.epoch = rows, count, true, seed, 0
+        self.lengths = np.array([len(self[row].input_ids) for row in range(len(rows))], dtype=np.int64)
+        """Tokens per row in the first pass."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Example:
+        return drawn(self.rows[row], self.count, self.true, np.random.default_rng([self.seed, self.epoch, row]))
+
+
+def drawn(example: Example, count: int, true: int, rng: np.random.Generator) -> Example:
+    """A joined example with ``count`` of its judgements, in their order: those whose answer begins with the token
+    ``true``, and random others. An example that has no more of them stays as it is."""
+    shared, *rests = example.pieces or (0,)
+    if len(rests) <= count:
+        return example
+    ends = np.cumsum([shared, *rests]).tolist()
+    parts = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    first = [next(label for label in example.labels[part] if label != IGNORED) for part in parts]
+    keys = rng.random(len(parts)) + [label != true for label in first]
+    kept = np.sort(np.argsort(keys)[:count]).tolist()
+    ids, labels = example.input_ids[:shared], example.labels[:shared]
+    for i in kept:
+        ids, labels = ids + example.input_ids[parts[i]], labels + example.labels[parts[i]]
+    return Example(ids, labels, (shared, *(rests[i] for i in kept)))
+
+
 class ByLength:
     """Row order of each epoch: rows of like length share a step, the steps come in random order.
 
@@ -66,11 +103,15 @@ class ByLength:
     same order.
     """
 
+    lists: DrawnLists | None = None  # that are drawn anew in every epoch
+
     def __init__(self, lengths: NDArray[np.int64], step_rows: int, seed: int) -> None:
         self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if self.lists is not None:
+            self.lists.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)

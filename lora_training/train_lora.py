@@ -76,7 +76,7 @@ from lora_training.memory import (
     sharding,
 )
 from lora_training.prompts import IGNORED, Example, encode_answer, encode_examples, share_prompts
-from lora_training.token_rows import ByLength, Collate, EasyFirst, TokenRows
+from lora_training.token_rows import ByLength, Collate, DrawnLists, EasyFirst, TokenRows
 from run_record import (
     CommandParser,
     InputError,
@@ -99,6 +99,7 @@ if TYPE_CHECKING:
 ADAPTERS = "lora_adapters"
 BEST_BY = {False: "eval_loss", True: "eval_mrr"}  # with --rank_loss: how lists are ranked, not how sure the model is
 OLDEST = (5, 23)  # of transformers
+FAST = "medium"  # of --matmul_precision, as run_rq.py has it
 
 
 def say(text: str) -> None:
@@ -258,8 +259,8 @@ class Stop:
 
 
 def make_trainer(
-    model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate,
-    seed: int, began: float, asked: Stop | None = None, verdicts: tuple[int, int] | None = None,
+    model: PeftModel, arguments: TrainingArguments, train: TokenRows | DrawnLists, validation: TokenRows,
+    collate: Collate, seed: int, began: float, asked: Stop | None = None, verdicts: tuple[int, int] | None = None,
     token_weight: float = 1.0, easy: tuple[int, float] = (0, 0.0),
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer with our row order, loss (``mean_loss``) and validation, and one printed line per report.
@@ -275,11 +276,13 @@ def make_trainer(
     class Lora(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            if not easy[0]:
-                return ByLength(train.lengths, rows, seed)
             steps, others = self.args.max_steps, len(train) - easy[0]
             total = steps * rows if steps > 0 else self.args.num_train_epochs * others
-            return EasyFirst(train.lengths, rows, seed, *easy, total)
+            order = (
+                EasyFirst(train.lengths, rows, seed, *easy, total) if easy[0] else ByLength(train.lengths, rows, seed)
+            )
+            order.lists = train if isinstance(train, DrawnLists) else None
+            return order
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
             """Loss as in training and share of rows whose every token is the likeliest, over all processes."""
@@ -420,7 +423,7 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
     )  # fmt: skip
     if recomputation()["use_reentrant"]:
         adapted.enable_input_require_grads()  # else the first layer has no gradient to pass on
-    add_products_first(adapted)
+    add_products_first(adapted, args.matmul_precision == FAST)
     save = adapted.save_pretrained
 
     def save_small(*words: Any, **more: Any) -> None:
@@ -431,19 +434,26 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
     return adapted
 
 
-def add_products_first(model: PeftModel) -> int:
+def add_products_first(model: PeftModel, fast: bool = False) -> int:
     """Let layers add a pair's product to their weight before they read their input: one product of it, not three.
 
     Those layers whose pair has more numbers than the weight, as with small bases, and no dropout or other precision
-    comes between. Returns their number.
+    comes between. ``fast``: their products are of bfloat16 while they train, where the device has instructions for it.
+    Returns their number.
     """
     from peft.tuners.lora.layer import Linear
     from torch.nn import Identity
     from torch.nn.functional import linear
 
+    from model.precision import has_bfloat16
+
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
         pair = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        return linear(x, layer.base_layer.weight + layer.scaling["default"] * pair, layer.base_layer.bias)
+        weight = layer.base_layer.weight + layer.scaling["default"] * pair
+        bias = layer.base_layer.bias
+        if fast and layer.training and bias is None and has_bfloat16(x.device):
+            return linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+        return linear(x, weight, bias)
 
     count = 0
     for layer in (
@@ -746,8 +756,11 @@ def tune(args: argparse.Namespace) -> None:
     if plan.checkpoint is not None:
         started -= check_checkpoint(plan.checkpoint)
     stop = Stop()
+    train: TokenRows | DrawnLists = plan.train
+    if args.draw:
+        train = DrawnLists(plan.train, args.draw, first_tokens(plan.tokenizer)[0], args.seed)
     trainer = make_trainer(
-        model, arguments, plan.train, plan.validation, collate, args.seed, started, stop,
+        model, arguments, train, plan.validation, collate, args.seed, started, stop,
         first_tokens(plan.tokenizer) if args.rank_loss else None, args.token_weight, (plan.easy, args.easy_until),
     )  # fmt: skip
     say(
@@ -866,6 +879,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "judgements that --share_prompts joins")  # fmt: skip
     group.add_argument("--token_weight", type=float, default=1.0, help="of the answer tokens' own loss beside "
                        "--rank_loss (0: choosing alone)")  # fmt: skip
+    group.add_argument("--draw", type=int, default=0, metavar="N", help="of each list that --share_prompts joins, the "
+                       "true one and N - 1 others, drawn anew in every pass (0: all; gen_lp_data_rq.py "
+                       "--train_candidates)")  # fmt: skip
     group.add_argument("--easy_data", type=Path, metavar="FILE", help="rows that come first and ever more seldom: "
                        "what is easy to tell apart is learned first (gen_lp_data_rq.py --random_part 1)")  # fmt: skip
     group.add_argument("--easy_until", type=float, default=0.5, metavar="SHARE", help="of the run: from there on none "
@@ -887,6 +903,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (default: where the GPU knows it)"
     )
     kind.add_argument("--fp16", action="store_true", help="float16, for GPUs without bfloat16")
+    group.add_argument("--matmul_precision", choices=["highest", FAST], default="highest", help="medium: layers whose "
+                       "LoRA pair has more numbers than their weight train with bfloat16 products")  # fmt: skip
     group.add_argument("--load_in_4bit", action="store_true", help="QLoRA: frozen weights in nf4")
     group.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="recompute layers (default: on a GPU)"
@@ -910,6 +928,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--token_weight weighs against --rank_loss: give that as well")
     if args.rank_loss and not args.share_prompts:
         parser.error("--rank_loss compares judgements of one query: give --share_prompts as well")
+    if args.draw and (args.draw < 2 or not args.share_prompts):
+        parser.error(f"--draw must be 0, or 2 or more with --share_prompts, got {args.draw}")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         parser.error(f"--micro_batch_size {args.micro_batch_size} does not divide --batch_size {args.batch_size}")
     return args
