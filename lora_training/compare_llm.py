@@ -23,7 +23,8 @@ as RECIPE's does not learn to copy its answer out of a list; judging needs no co
 Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. An LLM
 is tuned once, on queries of the training split, whose candidates stand in random order (stage 1 has learned these
 answers): at first beside random entities, then ever more often beside stage 1's candidates. What is easy to tell apart
-is learned first, the rest sooner. Validation is the last tenth of valid.
+is learned first, the rest sooner. Each pass draws them anew, stage 1's out of its best eight: if they stayed the same,
+an answer that only test knows would be learned as wrong by heart. Validation is the last tenth of valid.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
 stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
@@ -76,12 +77,12 @@ RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
-             "lr": 3e-3, "prompt_words": 2, "prompt_tokens": True, "init_std": 0.125},
-    "data": {"num_candidates": 4},
+             "lr": 3e-3, "prompt_words": 2, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
+    "data": {"num_candidates": 4, "train_candidates": 8},
     "easy_data": {"random_part": 1},
-    "tuning": {"epochs": 5, "batch_size": 64, "learning_rate": 2e-3, "adam_beta2": 0.99, "token_weight": 0.02,
-               "easy_until": 0.5, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0, "eval_steps": 250,
-               "eval_batch_size": 64, "logging_steps": 50},
+    "tuning": {"epochs": 9, "batch_size": 64, "learning_rate": 2e-3, "adam_beta2": 0.99, "token_weight": 0.02,
+               "draw": 4, "easy_until": 0.35, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0,
+               "matmul_precision": "medium", "eval_steps": 250, "eval_batch_size": 64, "logging_steps": 50},
     "answers": {},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing

@@ -160,6 +160,21 @@ def test_judged_rows_ask_for_each_candidate_of_the_lists(
                 ]
 
 
+def test_training_lists_may_be_longer(
+    lists: dict[str, Path], codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: list[str | Path] = ["--codes", codes, "--candidates", *lists.values(), "--from", "train", "--limit", "300"]
+    words += ["--num_candidates", "4", "--judge"]
+    short, long = (generate(tmp_path / n, *words, "--train_candidates", n) for n in ("0", "7"))
+    assert short["test"] == long["test"] and short["validation"] == long["validation"]
+    for rows, size in ((short, 4), (long, 7)):
+        sizes = Counter(row["id"].rpartition("-")[0] for row in rows["train"])
+        assert max(sizes.values()) == Counter(sizes.values()).most_common(1)[0][0] == size
+    with pytest.raises(SystemExit):
+        generate(tmp_path / "bad", *words, "--train_candidates", "1")
+    assert "--train_candidates must be 0, or 2 or more, got 1" in capsys.readouterr().err
+
+
 def test_a_part_of_the_training_lists_is_random(
     family: KnowledgeGraph, lists: dict[str, Path], codes: Path, tmp_path: Path, first: tuple[Path, Rows]
 ) -> None:

@@ -153,12 +153,21 @@ def test_parameters_by_flags() -> None:
     assert 80e6 < sum(p.numel() for p in model.parameters()) < 100e6
 
 
+def test_queries_and_keys_may_begin_smaller() -> None:
+    sizes = ["--width", "64", "--layers", "2", "--heads", "4", "--init_std", "0.125"]
+    model = make_tiny_base.build_model(make_tiny_base.parse_args([*sizes, "--attention_std", "0.0125"]), 500)
+    spread = {key.split(".")[-2]: float(value.std()) for key, value in model.named_parameters() if "_proj" in key}
+    assert spread.pop("q_proj") == pytest.approx(0.0125, rel=0.1) == spread.pop("k_proj")
+    assert len(spread) == 5 and list(spread.values()) == pytest.approx([0.125] * 5, rel=0.1)
+
+
 def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").write_text("x")
     for words, problem in {
         ("--width", "100", "--heads", "3"): "must be a multiple of twice --heads 3",
         ("--vocab_size", "100"): "must be 300 or more",
         ("--steps", "-1"): "must be 0 or more",
+        ("--attention_std", "-1"): "--attention_std and --seed must be 0 or more",
         ("--out", str(tmp_path)): "holds files that this script did not write",
         ("--out", str(tmp_path / "new"), "--dataset", "/nowhere"): "/nowhere",
         ("--out", str(tmp_path / "new"), "--device", "cuda:99"): "--device cuda:99 is not there",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,13 +25,19 @@ from transformers.utils import logging
 import run_record
 from lora_training import code_tokens, memory, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
-from lora_training.prompts import Example, encode_examples, share_prompts
+from lora_training.prompts import Example, encode_answer, encode_examples, share_prompts
+from model.precision import has_bfloat16
 from run_record import ROOT, InputError, read_json, save_torch, write_json
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
 
 CODES = {"file": "ring_2_16_2_rq.pt", "sha256": "a" * 64, "num_code": 16, "num_quantizers": 2, "shuffled": False}
 WEIGHTS = "adapter_model.safetensors"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def write_rows(lines: list[dict[str, Any]], path: Path) -> None:
+    """A file of instruction data: a row a line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
 
 
 def write_data(folder: Path, count: int = 24, codes: dict[str, Any] | None = None) -> Path:
@@ -40,7 +47,7 @@ def write_data(folder: Path, count: int = 24, codes: dict[str, Any] | None = Non
         lines = [made[(i + offset) % len(made)] | {"id": f"{split}-{i}", "task_type": "t"} for i in range(count)]
         path = folder / f"{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+        write_rows(lines, path)
     write_json({"codes": CODES if codes is None else codes}, folder / "dataset_stats.json")
     return folder
 
@@ -400,6 +407,92 @@ def test_row_order() -> None:
     assert longest_steps != sorted(longest_steps, reverse=True), "steps come in random order, not by length"
 
 
+# the hand-made tokenizer begins True and False with the same token, these not
+RIGHT, WRONG = "<ENT>", "</ENT>"
+
+
+def judged_rows(lists: int, candidates: int) -> list[dict[str, Any]]:
+    """Rows of judgements as gen_lp_data_rq.py --judge writes them: the right one's place changes from list to list."""
+    return [
+        {
+            "id": f"train-{i}-{place}",
+            "task_type": "candidate_judgement",
+            "instruction": f"{i:03d}" * 20 + f" {place * 7 + i}",  # lists differ early, their rows late
+            "input": "",
+            "output": RIGHT if place == i % candidates else WRONG,
+        }
+        for i in range(lists) for place in range(candidates)
+    ]  # fmt: skip
+
+
+def test_lists_are_drawn_anew_in_every_pass(base: Path) -> None:
+    """What is drawn of a list is the list that these rows alone would have made; the right one is always in it."""
+    tokenizer = load_tokenizer(str(base))
+    add_code_tokens(tokenizer, SHAPE)
+    single = list(encode_examples(judged_rows(30, 6), tokenizer))
+    true = verdicts(tokenizer)[0]
+    rows = train_lora.TokenRows()
+    for example in share_prompts(single, 2048):
+        rows.append(example)
+    assert [len(rows[i].pieces) for i in range(len(rows))] == [7] * 30
+    lists = train_lora.DrawnLists(rows, 3, true, seed=0)
+    order = train_lora.ByLength(lists.lengths, 4, seed=0)
+    order.lists = lists
+    chosen: list[set[int]] = [set() for _ in range(30)]
+    passes = []
+    for epoch in range(8):
+        order.set_epoch(epoch)
+        passes.append([lists[i] for i in range(30)])
+        assert passes[-1] == [lists[i] for i in range(30)], "a row is the same whenever it is asked for in a pass"
+        for i, example in enumerate(passes[-1]):
+            own = single[6 * i : 6 * i + 6]
+            (at,) = (some for some in itertools.combinations(range(6), 3) if joined(rows[i], own, some) == example)
+            assert i % 6 in at
+            chosen[i] |= set(at)
+    assert passes[0] != passes[1] and all(len(places) >= 5 for places in chosen)
+    assert lists.lengths.tolist() == [len(example.input_ids) for example in passes[0]]
+    assert train_lora.DrawnLists(rows, 6, true, seed=0)[0] == rows[0], "no more than there are: as it is"
+    assert [train_lora.DrawnLists(rows, 3, true, seed=1)[i] for i in range(30)] != passes[0]
+
+
+def verdicts(tokenizer: Any) -> tuple[int, int]:
+    """``first_tokens`` of RIGHT and WRONG."""
+    right, wrong = (encode_answer(text, tokenizer)[0] for text in (RIGHT, WRONG))
+    return right, wrong
+
+
+def joined(whole: Example, own: list[Example], places: tuple[int, ...]) -> Example:
+    """What a joined example of some of its rows must hold, by hand."""
+    shared = whole.pieces[0]
+    ids, labels = own[0].input_ids[:shared], own[0].labels[:shared]
+    for place in places:
+        ids, labels = ids + own[place].input_ids[shared:], labels + own[place].labels[shared:]
+    return Example(ids, labels, (shared, *(len(own[place].input_ids) - shared for place in places)))
+
+
+def test_drawn_lists_are_resumed_to_the_bit(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second pass; where all of each list is read the adapter is another."""
+    folder = write_data(tmp_path / "lists")
+    for split in ("train", "validation"):
+        write_rows(judged_rows(12, 5), folder / f"{split}.json")
+    more = {"share_prompts": True, "rank_loss": True, "draw": 2, "max_steps": 8}
+    monkeypatch.setattr(train_lora, "first_tokens", verdicts)
+    train_lora.main(words(base, folder, tmp_path / "whole", **more))
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_lora.main(words(base, folder, tmp_path / "cut", **more))
+    with pytest.raises(InputError, match="draw 2 before, 3 now"):
+        train_lora.main(words(base, folder, tmp_path / "cut", resume_from_checkpoint="last", **more | {"draw": 3}))
+    train_lora.main(words(base, folder, tmp_path / "cut", resume_from_checkpoint="last", **more))
+    train_lora.main(words(base, folder, tmp_path / "all", **more | {"draw": 0}))
+    whole, cut, everything = (adapter(tmp_path / name) for name in ("whole", "cut", "all"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not any(torch.equal(whole[name], everything[name]) for name in whole)
+
+
 def test_easy_rows_come_first_and_end_where_they_should() -> None:
     lengths, easy, epochs = np.random.default_rng(0).integers(20, 90, 700), 200, 4
     order = train_lora.EasyFirst(lengths, 4, 0, easy, 0.5, epochs * 500)
@@ -427,7 +520,7 @@ def test_a_pair_larger_than_its_weight_is_multiplied_first(base: Path) -> None:
         args = train_lora.parse_args(["--model_name", str(base), "--lora_r", str(r), "--lora_dropout", str(dropout)])
         with pytest.MonkeyPatch.context() as patch:
             if not fused:
-                patch.setattr(train_lora, "add_products_first", lambda model: 0)
+                patch.setattr(train_lora, "add_products_first", lambda *_: 0)
             grown = train_lora.grown_base(args, tokenizer, torch.float32, 0)
             model = train_lora.add_adapter(grown, args, code_ids)
         assert (count(model) > 0) == (name in ("ours", "theirs"))
@@ -446,6 +539,25 @@ def test_a_pair_larger_than_its_weight_is_multiplied_first(base: Path) -> None:
     assert found["ours"][0] == pytest.approx(found["theirs"][0], abs=1e-5) != pytest.approx(found["small"][0], abs=1e-4)
     for key, grad in found["theirs"][1].items():
         assert torch.allclose(grad, found["ours"][1][key], atol=1e-5), key
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="no bfloat16 instructions")
+def test_fast_products_are_of_bfloat16_and_only_in_training(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base))
+    code_ids = add_code_tokens(tokenizer, SHAPE)
+    found: dict[str, list[torch.Tensor]] = {}
+    for precision in ("highest", "medium"):
+        line = ["--model_name", str(base), "--lora_r", "32", "--lora_dropout", "0", "--matmul_precision", precision]
+        args = train_lora.parse_args(line)
+        model = train_lora.add_adapter(train_lora.grown_base(args, tokenizer, torch.float32, 0), args, code_ids)
+        batch = train_lora.Collate(0)(encoded(base)[:3])
+        del batch["labels"]
+        with torch.no_grad():
+            found[precision] = [model.train(way)(**batch).logits for way in (False, True)]
+    exact, fast = found["highest"], found["medium"]
+    assert torch.equal(exact[0], fast[0]) and torch.equal(exact[0], exact[1])
+    assert 1e-4 < float((exact[1] - fast[1]).abs().max()) < 0.05 * float(exact[1].abs().max())
+    assert fast[1].dtype == torch.float32
 
 
 # ---------------------------------------------------------------- two processes
@@ -555,6 +667,7 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "--warmup_ratio must be in [0, 1), got 1.0" in refused(warmup_ratio=1.0)
     assert "not allowed with argument" in refused(bf16=True, fp16=True)
     assert "--easy_until must be above 0 and at most 1, got 0.0" in refused(easy_until=0)
+    assert "--draw must be 0, or 2 or more with --share_prompts, got 4" in refused(draw=4)
     assert "--token_weight weighs against --rank_loss" in refused(token_weight=0.5)
     assert "--easy_data /nowhere/e.json does not exist" in refused(easy_data="/nowhere/e.json")
     assert "are no lists to choose from; write it: python Class/gen_lp_data_rq.py --judge" in refused(
