@@ -157,9 +157,10 @@ class RQCodebook(nn.Module):
             raise ValueError(f"levels must be in [1, {self.num_quantizers}], not {levels}")
         flat, weights = self._flat_codes(codes)[:, :levels], self._weights()[:levels]
         first = torch.arange(levels, device=flat.device) * self.num_codes  # rows of the books end to end
+        books = torch.cat(weights).to(_sum_dtype(weights[0]))
         # one pass that sums level after level, where a sum of Q lookups would write [B * L, D] numbers Q times over
-        total = nn.functional.embedding_bag(flat + first, torch.cat(weights), mode="sum")
-        return total.view(*codes.shape[:2], -1)
+        total = nn.functional.embedding_bag(flat + first, books, mode="sum").to(weights[0].dtype)
+        return total.view(*codes.shape[:2], self.latent_dim)
 
     # ------------------------------------------------------------ initialization and upkeep
 
@@ -279,7 +280,8 @@ class RQCodebook(nn.Module):
         """rows [N, D], codes [N, Q] -> the decoded codes [N, D]; mean squared error [Q] after each level; the sum over
         levels of what is left, r_{q+1} [N, D]; and per code, the sum over its rows of r_q - c_q [Q, K, D].
         """
-        residual, quantized, left = rows.clone(), torch.zeros_like(rows), torch.zeros_like(rows)
+        residual, left = rows.clone(), torch.zeros_like(rows)
+        quantized = torch.zeros_like(rows, dtype=_sum_dtype(rows))
         errors = rows.new_empty(self.num_quantizers)
         sums = rows.new_zeros(self.num_quantizers, self.num_codes, self.latent_dim)
         for level, (weight, column) in enumerate(zip(self._weights(), codes.t().contiguous(), strict=True)):
@@ -289,7 +291,12 @@ class RQCodebook(nn.Module):
             left += residual
             errors[level] = torch.linalg.vector_norm(residual).square() / rows.numel()
             sums[level].index_add_(0, column, residual)
-        return quantized, errors, left, sums
+        return quantized.to(rows.dtype), errors, left, sums
+
+
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    """Of sums and distances: float32 at least, so that z_q is rounded once, the same by every path."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -347,7 +354,7 @@ def _nearest(rows: Tensor, weights: list[Tensor], chunk: int) -> Tensor:
     Independent of chunk, threads and BLAS: see ``_nearest_in_chunk``. Distances are float32 at least, under autocast
     too, which leaves products with a given output alone.
     """
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide = _sum_dtype(rows)
     weights = [weight.to(wide) for weight in weights]
     tables = [_Table.of(weight) for weight in weights]
     found = rows.new_empty(len(weights), len(rows), dtype=torch.int64)

@@ -155,9 +155,10 @@ def test_indices_equal_vector_quantize_pytorch() -> None:
 # ---------------------------------------------------------------- the one value of z_q
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_quantizers", [1, Q])
-def test_every_path_to_z_q_agrees_bitwise(num_quantizers: int) -> None:
-    book, z = codebook(num_quantizers), vectors()
+def test_every_path_to_z_q_agrees_bitwise(num_quantizers: int, dtype: torch.dtype) -> None:
+    book, z = codebook(num_quantizers).to(dtype), vectors(dtype=dtype)
     for mode in (True, False):
         book.train(mode)
         output = book(z.clone().requires_grad_())
@@ -195,6 +196,7 @@ def test_decode_by_levels() -> None:
             expected = expected + w[level][codes[:, :, level]]
         assert torch.equal(book.decode_from_codes(codes, levels=levels), expected)
     assert torch.equal(book.decode_from_codes(codes.to(torch.int16)), book.decode_from_codes(codes))
+    assert book.decode_from_codes(codes[:0]).shape == (0, L, D)
 
 
 # ---------------------------------------------------------------- loss and gradients
