@@ -418,8 +418,8 @@ def find_device(name: str | None, flag: str = "--device") -> torch.device:
     try:
         found = torch.device(name)
         if found.type != "cuda":  # one number on a GPU takes hundreds of megabytes of it
-            torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has a way of its own for each
+            torch.zeros(1, device=found).cpu()  # and back: "meta" takes every number and keeps none
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch has its own for each
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{flag} {name} is not there: {reason}; use --device cpu") from error
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):

@@ -285,7 +285,8 @@ def test_flags_that_do_not_fit_are_refused(embed: Embed, graph: Path, bert: Path
     refused(embed(*flags, "--endpoint", "http://127.0.0.1:1/v1"), "--endpoint", "--model")
     refused(embed(*flags, "--model", bert, "--dim", 8), "--dim")
     refused(embed(*flags, "--device", "cpu"), "--device")
-    refused(embed(*flags, "--model", bert, "--device", "nowhere"), "--device nowhere")
+    for device in ("nowhere", "meta"):
+        refused(embed(*flags, "--model", bert, "--device", device), f"--device {device}")
     refused(embed(*flags, "--batch", 0), "--batch")
     refused(embed("--dataset", graph, "--out", tmp_path / "text.pt"), "--out", ".npy")
     refused(embed("--dataset", tmp_path / "none", "--out", tmp_path / "text.npy"), "none", "does not exist")

@@ -507,6 +507,7 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
     [
         (["--device", "nonsense"], ["--device", "nonsense"]),
         (["--device", "meta"], ["--device", "meta"]),
+        (["--device", "hpu"], ["--device hpu", "--device cpu"]),
         (["--device", "cuda:99"], ["cuda:99"]),
         (["--quantizer", "vq", "--num_quantizers", "2"], ["--num_quantizers 2"]),
         (["--decoder", "nothing"], ["nothing"]),
