@@ -48,8 +48,8 @@ class CodeScorer(nn.Module):
 
     ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``;
     ``ensemble``: members, each of which decodes its own part of the L * code_dim numbers to its own D / members numbers
-    and scores by these; the score is the sum of theirs. A part is whole positions, or, where there are fewer of them
-    than members, a slice of one: then a code speaks to several members at once.
+    and scores by these; the score is the sum of theirs. The parts are equal runs of these numbers: whole positions
+    where members divide L; else a part begins or ends within a position, whose codes then speak to several members.
     """
 
     def __init__(

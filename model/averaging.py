@@ -33,10 +33,12 @@ class WeightAverage:
             self._mix(self.values, [tensor.detach() for tensor in self.tensors], 0)
 
     def load(self, values: Sequence[Tensor]) -> None:
-        """Go on from stored averages. Raises ValueError where they are of other tensors."""
-        wanted = [tensor.shape for tensor in self.tensors]
-        if [value.shape for value in values] != wanted:
+        """Go on from stored averages. Raises ValueError where they are of other tensors, or not finite."""
+        wanted = [(tensor.shape, tensor.dtype) for tensor in self.tensors]
+        if [(value.shape, value.dtype) for value in values] != wanted:
             raise ValueError("the averaged weights are of another model")
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise ValueError("the averaged weights hold values that are not finite")
         self.values = [value.to(tensor.device) for value, tensor in zip(values, self.tensors, strict=True)]
 
     @contextmanager

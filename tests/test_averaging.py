@@ -44,8 +44,11 @@ def test_weights_come_back_and_stay_when_they_settle() -> None:
     assert weight.item() == 4
     average.settle()
     assert weight.item() == 3 and average.values is None
-    with pytest.raises(ValueError, match="another model"):
-        average.load([torch.zeros(2)])
+    for other in ([torch.zeros(2)], [torch.zeros(1).double()], []):
+        with pytest.raises(ValueError, match="another model"):
+            average.load(other)
+    with pytest.raises(ValueError, match="not finite"):
+        average.load([torch.tensor([torch.nan])])
     with pytest.raises(ValueError, match="decay"):
         WeightAverage([weight], 1.0)
 
