@@ -68,8 +68,10 @@ def make_trainer(
 
 def result_of(trainer: Trainer) -> dict[str, Any]:
     assert trainer.best is not None
+    averages = () if trainer.average is None else trainer.average.values or ()
     return {
-        "state": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "state": {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        | {f"average {place}": value for place, value in enumerate(averages)},
         "codes": trainer.codes,
         "losses": [[row["structure"], row["semantic"], row["quantization"], *row["levels"]] for row in trainer.history],
         "valid": [row["valid"]["mrr"] for row in trainer.history],
@@ -103,7 +105,7 @@ def taught_members(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, 
 
 EQUAL: dict[str, Scenario] = {
     "distmult": trained({"decoder": "distmult"}),
-    "conve": trained({"decoder": "conve"}),
+    "conve": trained({"decoder": "conve"}, weight_average=0.9),
     "tucker": trained({"decoder": "tucker"}, loss="bce"),
     "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),
     "taught members": taught_members,
