@@ -124,7 +124,7 @@ def has_test(group: Group, columns: list[Column]) -> bool:
 
 
 def provenance(group: Group) -> str:
-    """Data set, seeds, time, device, commits and records of the runs behind a line."""
+    """Data set, seeds, time, codes that were given, device, commits and records of the runs behind a line."""
     seeds = ", ".join("none" if seed is None else str(seed) for seed in group.seeds)
     minutes = [row.minutes for row in group.rows]
     time = f"{min(minutes):.1f}" + (f" to {max(minutes):.1f}" if len(minutes) > 1 else "") + " min"
@@ -134,9 +134,19 @@ def provenance(group: Group) -> str:
     ]
     if before and all(isinstance(value, float) for value in before):
         parts.append("MRR before the collision pass " + ", ".join(f"{value:.3f}" for value in before))
+    given = [digest for row in group.rows if (digest := given_codes(row))]
+    if given:
+        parts.append(f"codes {unique(given)}")
     devices = unique(row.device for row in group.rows)
     commits = unique(commit_words(row.commit) for row in group.rows)
     return ", ".join([*parts, f"on {devices}", f"commit {commits}", unique(str(row.path) for row in group.rows)])
+
+
+def given_codes(row: Row) -> str:
+    """The first characters of the hash of the codes file that a run was given; "" where it was given none."""
+    codes = row.record.get("codes") or {}
+    digest = codes.get("sha256") or row.record.get("inputs", {}).get("codes") or ""
+    return str(digest)[:6]
 
 
 def unique(words: Iterable[str]) -> str:

@@ -211,12 +211,25 @@ def stage1_setting(record: Record) -> str:
         DECODERS.get(args.get("decoder"), str(args.get("decoder"))),
         "no GCN" if layers == 0 else f"GCN {layers}",
     ]
-    words += ["text"] if args.get("text_emb") else []
+    if args.get("text_emb"):  # two files of one name are two inputs: an encoder is known by its vectors
+        file = Path(str(args["text_emb"]))
+        words.append(f"text {file.stem} {str(record.get('inputs', {}).get(file.name, ''))[:6]}".rstrip())
     words += ["text init"] if args.get("text_init") else []
     words += ["given codes"] if args.get("codes_from") else []
     teachers = sum(name.startswith("teacher ") for name in record.get("inputs", {}))
     words += [f"taught by {teachers}"] if teachers else []
+    words += [f"stopped after {record['epochs']}"] if stopped_early(record) else []
     return ", ".join([*words, *other_flags(args, stage1_defaults(), UNLABELLED)])
+
+
+def stopped_early(record: Record) -> bool:
+    """Whether a run was dumped (--dump_only) before its epochs were over, and neither clock nor patience ended it."""
+    args = record["args"]
+    return bool(
+        args.get("epoch")
+        and record.get("epochs", args["epoch"]) < args["epoch"]
+        and not (args.get("max_minutes") or args.get("patience"))
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_training.score_answers import report
 from run_record import ROOT, InputError, read_json, sha256_file, write_json
 from tables import make_tables, results
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Row, collect, groups, keep, stat
+from tables.rows import stage1_setting
 from tables.sanity import check_judging, check_ranking
 from tables.table_formats import Cell, Column, Line, Table, from_csv, to_csv, to_latex, to_markdown
 
@@ -236,6 +238,30 @@ def test_what_is_learned_differently_is_another_setting(change: tuple[str, Any],
     saved(other, tmp_path, "b.json")
     labels = [group.first.setting for group in groups(collect([tmp_path]).rows) if not group.first.variant]
     assert len(set(labels)) == 2 and word in labels[1].split(", ")[0] + ", " + labels[1] and word not in labels[0]
+
+
+def test_texts_of_one_name_are_known_by_their_hash(tmp_path: Path) -> None:
+    for seed, digest in enumerate(("ab" * 32, "cd" * 32, "cd" * 32)):
+        record = with_seed(seed)
+        record["args"]["text_emb"] = f"folder{seed}/minilm.npy"
+        record["inputs"]["minilm.npy"] = digest
+        saved(record, tmp_path, f"{seed}.json")
+    found = [group for group in groups(collect([tmp_path]).rows) if not group.first.variant]
+    assert [group.seeds for group in found] == [[0], [1, 2]]
+    assert "text minilm ababab" in found[0].first.setting and "text minilm cdcdcd" in found[1].first.setting
+
+
+def test_a_run_dumped_before_its_end_does_not_pass_for_it(tmp_path: Path) -> None:
+    """--dump_only of a stopped run leaves the flags of the whole; it is later, and must not take the whole's place."""
+    whole = with_seed(0)
+    saved(whole, tmp_path, "whole.json")
+    part = with_seed(0, 1e-3) | {"epochs": whole["epochs"] - 1, "finished": "2099-01-01T00:00:00+00:00"}
+    saved(part, tmp_path, "part.json")
+    found = {group.first.setting: group for group in groups(collect([tmp_path]).rows) if not group.first.variant}
+    short = f"stopped after {whole['epochs'] - 1}"
+    assert len(found) == 2 and [short in label.split(", ") for label in found].count(True) == 1
+    for name in ("max_minutes", "patience"):  # the clock or patience ended it: that is its setting
+        assert short not in stage1_setting(part | {"args": part["args"] | {name: 5}})
 
 
 def test_teachers_make_a_setting(tmp_path: Path) -> None:
@@ -470,6 +496,16 @@ def test_keeping_names_every_page_that_kept_records_write(
         page for page in (ROOT / "docs").glob("*.md") if re.search(r"<!-- (levels|table \d) -->", page.read_text())
     ]
     assert len(marked) > 1 and all(f"docs/{page.name}" in said for page in marked)
+
+
+def test_a_line_names_the_codes_that_its_llm_was_given(tmp_path: Path, ring: Path) -> None:
+    for codes, named in (("with", True), ("shuffled", True), ("without", False)):
+        first = groups(read_chain(Chain(tmp_path / codes, codes=codes), ring))[0]
+        assert ("codes 5" in make_tables.provenance(first).split(", ")) is named
+    own = groups([row for row in collect().rows if row.task == CODES])[0]
+    assert "codes" not in " ".join(part for part in make_tables.provenance(own).split(", ") if "/" not in part)
+    given = own.first.record | {"inputs": own.first.record["inputs"] | {"codes": "abcdef" + "0" * 58}}
+    assert make_tables.given_codes(replace(own.first, record=given)) == "abcdef"
 
 
 def test_tables_of_the_llm(tmp_path: Path, ring: Path) -> None:
