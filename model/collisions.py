@@ -53,15 +53,21 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     keeps = {entity for _, entity in keepers.values()}
     movers = [entity for entity in shared.tolist() if entity not in keeps]
 
+    last = codebook.get_parameter(f"codebooks.{codebook.num_quantizers - 1}.weight").double()
+    residual = z - codebook.decode_from_codes(codes, codebook.num_quantizers - 1) if codebook.num_quantizers > 1 else z
+
+    def moves(entity: int) -> tuple[np.ndarray, np.ndarray]:
+        return _extra_distances(residual[entity].double(), last, codes[entity, :, -1:].long())
+
     def cheapest_move(entity: int) -> tuple[float, int]:
-        return _extra_distances(z, codebook, codes, entity)[1][:, 1:2].min(initial=np.inf), entity
+        return moves(entity)[1][:, 1:2].min(initial=np.inf), entity
 
     order = sorted(movers, key=cheapest_move)
     table = codes.cpu().numpy().astype(np.int64)  # a copy
     taken = {row.tobytes() for row in table}
     extras = []
     for entity in order:
-        choices, extra = _extra_distances(z, codebook, codes, entity)
+        choices, extra = moves(entity)
         positions = np.arange(len(choices))
         for cost, ranks in _cheapest_first(extra):
             table[entity, :, -1] = choices[positions, ranks]
@@ -81,17 +87,13 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     )
 
 
-def _extra_distances(z: Tensor, codebook: RQCodebook, codes: Tensor, entity: int) -> tuple[np.ndarray, np.ndarray]:
+def _extra_distances(residual: Tensor, last: Tensor, held: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Per position the last-level codes int64 [L, K], cheapest first, and what each adds to the distance [L, K].
 
+    ``residual`` [L, D]: what the levels above leave of z; ``last`` [K, D]: the last codebook; ``held`` int64 [L, 1].
     Rank 0 is the code held now, at 0. A nearer one than it (where codes are not z's own) counts as 0 too.
     """
-    last = codebook.get_parameter(f"codebooks.{codebook.num_quantizers - 1}.weight").double()
-    row = codes[entity : entity + 1].long()
-    above = codebook.decode_from_codes(row, codebook.num_quantizers - 1) if codebook.num_quantizers > 1 else 0
-    residual = (z[entity : entity + 1] - above)[0].double()  # [L, D]
     distances = torch.cdist(residual, last).square()
-    held = row[0, :, -1:]
     extra = (distances - distances.gather(1, held)).clamp_min_(0).scatter_(1, held, -1.0)
     extra, choices = extra.sort(dim=1, stable=True)
     return choices.cpu().numpy(), extra.clamp_min_(0).cpu().numpy()

@@ -74,6 +74,20 @@ def test_of_two_the_closer_stays_and_the_other_takes_the_cheapest_code_of_all() 
     assert (resolved.codes[leaver] != codes[leaver]).sum() == 1
 
 
+def test_vectors_are_decoded_together_not_entity_by_entity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding lays all codebooks end to end: one for each of many entities would take minutes."""
+    book, z, codes = crowded()
+    decode, sizes = book.decode_from_codes, []
+
+    def counted(some: torch.Tensor, levels: int | None = None) -> torch.Tensor:
+        sizes.append(len(some))
+        return decode(some, levels)
+
+    monkeypatch.setattr(book, "decode_from_codes", counted)
+    assert len(resolve_collisions(z, book, codes).changed) > M // 2
+    assert sizes == [M, M]
+
+
 def test_distinct_codes_stay() -> None:
     book, z, codes = crowded()
     codes = resolve_collisions(z, book, codes).codes
