@@ -144,7 +144,8 @@ def check_existing(
     differing = sorted(key for key in (now.keys() | then.keys()) - free if now.get(key) != then.get(key))
     if differing:
         shown = ", ".join(f"{key} (there {then.get(key)}, here {now.get(key)})" for key in differing[:3])
-        hint = "give the same flags" if args.restore else "give another --name and --out_dir, or --overwrite"
+        goes_on = "--restore to go on, " if set(differing) <= LIMITS else ""
+        hint = "give the same flags" if args.restore else f"give {goes_on}another --name and --out_dir, or --overwrite"
         raise InputError(f"{checkpoint} comes from other arguments: {shown}; {hint}")
     return stored
 

@@ -170,6 +170,11 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
 
 
 def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
+    if not path.exists():
+        raise InputError(
+            f"candidates file {path} does not exist; stage 1 writes one: python run_rq.py --eval_codes CODES.pt "
+            f"--checkpoint CK.pt --split SPLIT --export_candidates {path}"
+        )
     found = _read_npz(path, kg) if path.suffix == ".npz" else _read_json(path, kg)
     if not len(found.ids):
         raise InputError(f"candidates file {path} has no rows")

@@ -104,8 +104,9 @@ def build_parser() -> CommandParser:
     group = parser.add_argument_group("training")
     group.add_argument("--epoch", type=int, default=800, help="epochs")
     group.add_argument(
-        "--max_minutes", type=float, default=0, help="stop after this time, schedules fitted to it (0: off)"
-    )
+        "--max_minutes", type=float, default=0, help="stop at the end of the epoch in which this time is over, "
+        "schedules fitted to it (0: off)"
+    )  # fmt: skip
     group.add_argument("--batch", type=int, default=1024, help="B, distinct (h, r) queries per step")
     group.add_argument("--lr", type=float, default=0.0005, help="learning rate of Adam")
     group.add_argument("--encoder_lr", type=float, metavar="LR",

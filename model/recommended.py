@@ -149,7 +149,7 @@ def recipe(
     where = f"{run.path.relative_to(ROOT) if run.path.is_relative_to(ROOT) else run.path}"
     reasons = [
         f"the settings of {where}, measured on {run.graph}{text}, {run.entities:,} entities (here {entities:,}): "
-        f"valid MRR {run.mrr[-1]:.3f} from {tokens} codes per entity, {run.epochs} epochs in {run.minutes:.0f} minutes"
+        f"valid MRR {run.mrr[-1]:.3f} from {tokens} codes per entity, {run.epochs} epochs in {run.minutes:.0f} min"
     ]
     fitted: dict[str, Any] = {"epoch": run.epochs}
     if not with_text or "inputs" not in standing:  # one that is given says it all

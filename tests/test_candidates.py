@@ -172,6 +172,8 @@ def test_bad_rows_are_refused(tmp_path: Path, little: KnowledgeGraph, changes: d
 
 def test_bad_files_are_refused(tmp_path: Path, little: KnowledgeGraph, family: KnowledgeGraph) -> None:
     path = tmp_path / "x.npz"
+    with pytest.raises(InputError, match=r"does not exist.*--export_candidates"):
+        read_candidates([path], little)
     write_candidates(path, _top(scores_of(little, 5), little, "valid", 3, ("train",), 8, "cpu"), little)
     with pytest.raises(InputError, match=r"ids of little, .* not those of family"):
         read_candidates([path], family)

@@ -408,6 +408,8 @@ def test_a_name_from_other_arguments_is_refused(rq: Command, ring: Path, tmp_pat
     assert (sha256(codes), sha256(checkpoint)) == before
     again = rq(*flags)  # the same arguments: nothing is left to train, the same files
     assert again.code == 0 and "continuing" in again.out
+    assert_refused(rq(*flags, "--epoch", "3"), "epoch (there 2, here 3)", "--restore to go on")
+    assert "to go on" not in rq(*flags, "--epoch", "3", "--seed", "1").err  # --restore would refuse the seed
     longer = rq(*flags, "--epoch", "3", "--restore")
     assert longer.code == 0 and "epoch    3" in longer.out and "epoch    2" not in longer.out
     anew = rq(*flags, "--seed", "1", "--overwrite")
