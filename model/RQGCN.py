@@ -99,7 +99,7 @@ class RQGCN(nn.Module):
     of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
     ``ensemble``: members that share all widths and the L positions' vectors out among them (``CodeScorer``); codebooks
     and transformer blocks are common to all; ``inputs``: what each member starts from, as ``entity_inputs.sources_of``
-    reads it, in place of ``text_init``; ``text_neighbours``: entities that the source "neighbours" means (10).
+    reads it, in place of ``text_init``; ``text_neighbours``: entities that the source "neighbours" means (None: 10).
     """
 
     def __init__(
