@@ -1,4 +1,4 @@
-# make demo   set up a virtual environment, install, run the stages from graph to instruction data on the bundled graph
+# make demo   set up a virtual environment, install, run every stage on the bundled graph
 # make test   set up if needed, run the checks and the test suite
 # make slow   the tests that take minutes
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -82,7 +82,7 @@ def steps(out: Path, size: Size) -> list[Step]:
         step("train RQGCN on the family graph, dump the codes of its 1,000 people and score the dump",
              *stage1, STAGE1, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent, "--overwrite",
              made=[codes, codes.with_suffix(".json"), checkpoint]),
-        step("rank the test split from the dumped integers alone: no graph, no encoder",
+        step("rank the test split from the dumped integers alone: no encoder is built",
              *ranking, "--metrics_out", out / "from_codes.json", made=[out / "from_codes.json"]),
         step("the control: give every entity the codes of another one and rank again",
              *ranking, "--shuffle_codes --metrics_out", out / "shuffled.json", made=[out / "shuffled.json"]),

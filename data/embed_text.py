@@ -505,8 +505,6 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--device {args.device} is for an encoder run here; leave it out")
     if args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
-    if args.out.exists() and not args.overwrite:
-        parser.error(f"--out {args.out} exists; give --overwrite to replace it, or another name")
     return args
 
 
@@ -555,6 +553,8 @@ def by_batches(args: argparse.Namespace, texts: list[str], folder: Path | None) 
 
 def main() -> None:
     args = parse_args()
+    if args.out.exists() and not args.overwrite:
+        raise InputError(f"--out {args.out} exists; give --overwrite to replace it, or another name")
     with only_run(args.out.with_suffix(".lock"), "--out"):
         embed(args)
 

@@ -68,6 +68,11 @@ def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
 
     if path is None:
         return None
+    if not path.exists():
+        raise InputError(
+            f"--text_emb {path} does not exist; write it: python data/embed_text.py --dataset DATASET --out {path} "
+            "(for the recipes in configs/ with --model sentence-transformers/all-MiniLM-L6-v2)"
+        )
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
