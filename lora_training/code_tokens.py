@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CODE_FORMATS, MARKS, code_tokens
 from Class.instructions import STATS, codes_key
-from run_record import InputError, is_hub_id, load_torch, read_json
+from run_record import ROOT, InputError, is_hub_id, load_torch, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -381,6 +381,14 @@ class Saved(NamedTuple):
     record: dict[str, Any]  # its ``codes`` is what ``refuse_other_codes`` compares
     shape: CodeShape | None
     tokenizer: PreTrainedTokenizerBase  # its own, checked
+
+    @property
+    def base(self) -> str:
+        """The base model that the record names. Training named a folder from where it ran, which may have been the
+        repository or this folder, and need not be where this runs."""
+        name = str(self.record["base_model"])
+        places = [Path(name), ROOT / name, Path(__file__).resolve().parent / name]
+        return next((str(place) for place in places if place.is_dir()), name)
 
 
 def read_saved(folder: str | Path, weights: str = "adapter_config.json") -> Saved:

@@ -193,7 +193,7 @@ def check_model(base_model: str | None, lora_adapter: Path | None) -> Reader:
     """An adapter on its base, a merged model, or a base model alone; InputError where a part is missing or foreign."""
     if lora_adapter is not None:
         saved = read_saved(lora_adapter)
-        base_model = base_model or str(saved.record["base_model"])
+        base_model = base_model or saved.base
         if not (lora_adapter / "adapter_model.safetensors").is_file():
             raise InputError(f"--lora_adapter {lora_adapter} has no adapter_model.safetensors; train it: train_lora.py")
         check_base(saved, base_model)

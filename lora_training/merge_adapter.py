@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
     saved = read_saved(args.lora_adapter)
-    base_model = args.base_model or saved.record["base_model"]
+    base_model = args.base_model or saved.base
     check_base(saved, base_model)
     used = saved.record.get("args", {})
     dtype = args.dtype or ("bfloat16" if used.get("bf16") else "float16" if used.get("fp16") else "float32")

@@ -31,6 +31,18 @@ def merged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_base_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training recorded a path relative to the repository; the adapter is read from another folder."""
+    (tmp_path / "made" / "tiny").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(code_tokens, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tokenizer = hand_made_tokenizer()
+    bases = [code_tokens.Saved(tmp_path, {"base_model": name}, None, tokenizer).base
+             for name in ("made/tiny", "owner/model", str(tmp_path / "gone"))]  # fmt: skip
+    assert bases == [str(tmp_path / "made" / "tiny"), "owner/model", str(tmp_path / "gone")]
+
+
 def test_weights_after_merging(base: Path, trained: Path, merged: Path) -> None:
     """Every matrix from the two files themselves: W + (8 / 4) B A, the codes' rows as trained, the rest bit by bit."""
     before = load_base(str(base), torch.float32).state_dict()

@@ -156,7 +156,9 @@ def test_parameters_by_flags() -> None:
 def test_queries_and_keys_may_begin_smaller() -> None:
     sizes = ["--width", "64", "--layers", "2", "--heads", "4", "--init_std", "0.125"]
     model = make_tiny_base.build_model(make_tiny_base.parse_args([*sizes, "--attention_std", "0.0125"]), 500)
-    spread = {key.split(".")[-2]: float(value.detach().std()) for key, value in model.named_parameters() if "_proj" in key}
+    spread = {
+        key.split(".")[-2]: float(value.detach().std()) for key, value in model.named_parameters() if "_proj" in key
+    }
     assert spread.pop("q_proj") == pytest.approx(0.0125, rel=0.1) == spread.pop("k_proj")
     assert len(spread) == 5 and list(spread.values()) == pytest.approx([0.125] * 5, rel=0.1)
 
