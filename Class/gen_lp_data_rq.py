@@ -20,7 +20,8 @@ knows them: ranking leaves them out.
 for ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions. Training
 lists may be longer (--train_candidates), for train_lora.py --draw to take some of each anew in every pass.
 
-A model that was trained on its queries puts their truth first: such lists are always shuffled.
+A model that was trained on its queries puts their truth first: such lists are shuffled, unless they are judged, which
+shows no places, and --candidate_order ranked is given (train_lora.py --place_weight).
 """
 
 from __future__ import annotations
@@ -304,12 +305,12 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
             missing.append(f"{int((rows < 0).sum()):,} of {len(queries):,} {name} queries ({split})")
             continue
         memorised = args.tune_from == "train" and split == "train" and not candidates.held_out[rows].all()
-        if memorised and args.candidate_order == "ranked":
+        if memorised and args.candidate_order == "ranked" and not args.judge:
             raise InputError(
                 "--candidate_order ranked: the lists of training queries come from a model that was trained on them "
                 'and puts the truth first; leave the flag out, or give lists from K folds ("folds": K in their info)'
             )
-        shuffle = args.candidate_order == "shuffled" or memorised
+        shuffle = args.candidate_order == "shuffled" or (memorised and args.candidate_order is None)
         training = split == "train"
         plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and training, args.random_part * training))
     if missing:

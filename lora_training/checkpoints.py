@@ -16,8 +16,8 @@ STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
 PLANNED = (
     "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
     "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "share_prompts",
-    "rank_loss", "token_weight", "draw", "easy_until", "adam_beta2", "seed", "load_in_4bit", "bf16", "fp16",
-    "matmul_precision", "eval_steps",
+    "rank_loss", "token_weight", "place_weight", "draw", "easy_until", "adam_beta2", "seed", "load_in_4bit", "bf16",
+    "fp16", "matmul_precision", "eval_steps",
 )  # fmt: skip
 
 

@@ -162,11 +162,12 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def mean_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None,
-    verdicts: tuple[int, int] | None = None, token_weight: float = 1.0,
+    verdicts: tuple[int, int, float] | None = None, token_weight: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes).
 
-    ``verdicts``: ids of True and False, whose ``ranking_losses`` are added to ``token_weight`` times the others.
+    ``verdicts``: what ``ranking_losses`` take (ids of True and False, weight of the place): these are added to
+    ``token_weight`` times the others.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     losses = token_losses(logits, labels)
@@ -176,7 +177,9 @@ def mean_loss(
     return total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
 
-def ranking_losses(logits: torch.Tensor, labels: torch.Tensor, true: int, false: int) -> torch.Tensor:
+def ranking_losses(
+    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int, place_weight: float = 0.0
+) -> torch.Tensor:  # fmt: skip
     """-log of the share that the right ones of a joined row's judgements have in a softmax over all of them -> [B].
 
     The softmax is over the margins, by which candidates are ranked. A row counts as often as it has answer tokens; one
@@ -184,7 +187,7 @@ def ranking_losses(logits: torch.Tensor, labels: torch.Tensor, true: int, false:
     """
     import torch
 
-    margins, right, both = judged_margins(logits, labels, true, false)
+    margins, right, both = judged_margins(logits, labels, true, false, place_weight)
     margins, right = margins[both], right[both]
     losses = margins.logsumexp(1) - margins.masked_fill(~right, -torch.inf).logsumexp(1)
     found = torch.zeros(len(labels), device=logits.device)
@@ -192,14 +195,16 @@ def ranking_losses(logits: torch.Tensor, labels: torch.Tensor, true: int, false:
     return found
 
 
-def reciprocal_ranks(logits: torch.Tensor, labels: torch.Tensor, true: int, false: int) -> torch.Tensor:
+def reciprocal_ranks(
+    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int, place_weight: float = 0.0
+) -> torch.Tensor:  # fmt: skip
     """1 / rank of the best right one among a joined row's judgements by margin, ties at their mean -> [B].
 
     NaN for a row without both verdicts. Arguments as for ``token_losses``.
     """
     import torch
 
-    margins, right, both = judged_margins(logits, labels, true, false)
+    margins, right, both = judged_margins(logits, labels, true, false, place_weight)
     own = margins.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     wrong = ~right & margins.isfinite()
     ranks = 1 + (wrong & (margins > own)).sum(1) + (wrong & (margins == own)).sum(1) / 2
@@ -207,16 +212,17 @@ def reciprocal_ranks(logits: torch.Tensor, labels: torch.Tensor, true: int, fals
 
 
 def judged_margins(
-    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int
+    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int, place_weight: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log P(True) - log P(False) where a verdict stands in the labels and -inf elsewhere [B, T]; which of these places
-    say True [B, T]; which rows have both verdicts [B]."""
+    say True [B, T]; which rows have both verdicts [B]. The n-th verdict of a row loses ``place_weight`` log n."""
     import torch
 
     supervised = labels != IGNORED
     judged = supervised & ((labels == true) | (labels == false))
     margins = torch.full(labels.shape, -torch.inf, device=logits.device)
     margins[judged] = (logits[:, true] - logits[:, false]).float()[judged[supervised]]
+    margins = margins - place_weight * judged.cumsum(1).clamp(min=1).log()
     right = judged & (labels == true)
     return margins, right, right.any(1) & (judged & ~right).any(1)
 
@@ -260,8 +266,8 @@ class Stop:
 
 def make_trainer(
     model: PeftModel, arguments: TrainingArguments, train: TokenRows | DrawnLists, validation: TokenRows,
-    collate: Collate, seed: int, began: float, asked: Stop | None = None, verdicts: tuple[int, int] | None = None,
-    token_weight: float = 1.0, easy: tuple[int, float] = (0, 0.0),
+    collate: Collate, seed: int, began: float, asked: Stop | None = None,
+    verdicts: tuple[int, int, float] | None = None, token_weight: float = 1.0, easy: tuple[int, float] = (0, 0.0),
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer with our row order, loss (``mean_loss``) and validation, and one printed line per report.
 
@@ -761,7 +767,8 @@ def tune(args: argparse.Namespace) -> None:
         train = DrawnLists(plan.train, args.draw, first_tokens(plan.tokenizer)[0], args.seed)
     trainer = make_trainer(
         model, arguments, train, plan.validation, collate, args.seed, started, stop,
-        first_tokens(plan.tokenizer) if args.rank_loss else None, args.token_weight, (plan.easy, args.easy_until),
+        (*first_tokens(plan.tokenizer), args.place_weight) if args.rank_loss else None, args.token_weight,
+        (plan.easy, args.easy_until),
     )  # fmt: skip
     say(
         f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
@@ -879,6 +886,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "judgements that --share_prompts joins")  # fmt: skip
     group.add_argument("--token_weight", type=float, default=1.0, help="of the answer tokens' own loss beside "
                        "--rank_loss (0: choosing alone)")  # fmt: skip
+    group.add_argument("--place_weight", type=float, default=0.0, metavar="W", help="with --rank_loss: judgements are "
+                       "compared after W log(place in the list) is taken off, so that they learn what a ranked list "
+                       "does not say")  # fmt: skip
     group.add_argument("--draw", type=int, default=0, metavar="N", help="of each list that --share_prompts joins, the "
                        "true one and N - 1 others, drawn anew in every pass (0: all; gen_lp_data_rq.py "
                        "--train_candidates)")  # fmt: skip
@@ -914,7 +924,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
     for name in ("max_steps", "micro_batch_size", "eval_batch_size", "eval_steps", "seed", "weight_decay",
-                 "token_weight"):  # fmt: skip
+                 "token_weight", "place_weight"):  # fmt: skip
         if getattr(args, name) < 0:
             parser.error(f"--{name} must be 0 or more, got {getattr(args, name)}")
     for name in ("warmup_ratio", "lora_dropout", "adam_beta2"):
@@ -924,6 +934,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--epochs and --learning_rate must be above 0, got {args.epochs} and {args.learning_rate}")
     if not 0 < args.easy_until <= 1:
         parser.error(f"--easy_until must be above 0 and at most 1, got {args.easy_until}")
+    if args.place_weight and not args.rank_loss:
+        parser.error("--place_weight weighs in --rank_loss: give that as well")
     if args.token_weight != 1 and not args.rank_loss:
         parser.error("--token_weight weighs against --rank_loss: give that as well")
     if args.rank_loss and not args.share_prompts:

@@ -359,10 +359,15 @@ def test_rank_loss_is_the_softmax_over_a_rows_margins() -> None:
     assert ranks[[0, 3]].tolist() == pytest.approx([1 / place for place in places]) and ranks[[1, 2]].isnan().all()
     flat = train_lora.reciprocal_ranks(torch.zeros_like(logits), labels, T, F)
     assert flat[[0, 3]].tolist() == pytest.approx([1 / 2, 1 / 1.5]), "equal margins share a rank"
+    placed = first - 1.5 * torch.tensor([1.0, 2.0, 3.0]).log()
+    weighed = train_lora.ranking_losses(logits, labels, T, F, 1.5)
+    assert float(weighed[0].detach()) == pytest.approx(-6 * float(placed.log_softmax(0)[0]), abs=1e-4)
+    listed = train_lora.reciprocal_ranks(torch.zeros_like(logits), labels, T, F, 1.5)
+    assert listed[[0, 3]].tolist() == [1, 1 / 2], "equal margins: as listed"
     own = torch.nn.functional.cross_entropy(logits, labels[labels != pad], reduction="sum")
-    total = train_lora.mean_loss((logits,), labels, 20, (T, F))
+    total = train_lora.mean_loss((logits,), labels, 20, (T, F, 0))
     assert torch.allclose(total, (own + expected.sum()) / 20, atol=1e-5)
-    light = train_lora.mean_loss((logits,), labels, 20, (T, F), 0.25)
+    light = train_lora.mean_loss((logits,), labels, 20, (T, F, 0), 0.25)
     assert torch.allclose(light, (own / 4 + expected.sum()) / 20, atol=1e-5)
     total.backward()
     assert logits.grad is not None and bool(logits.grad.isfinite().all())
@@ -668,6 +673,7 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "not allowed with argument" in refused(bf16=True, fp16=True)
     assert "--easy_until must be above 0 and at most 1, got 0.0" in refused(easy_until=0)
     assert "--draw must be 0, or 2 or more with --share_prompts, got 4" in refused(draw=4)
+    assert "--place_weight weighs in --rank_loss" in refused(place_weight=1)
     assert "--token_weight weighs against --rank_loss" in refused(token_weight=0.5)
     assert "--easy_data /nowhere/e.json does not exist" in refused(easy_data="/nowhere/e.json")
     assert "are no lists to choose from; write it: python Class/gen_lp_data_rq.py --judge" in refused(
