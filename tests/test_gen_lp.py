@@ -245,6 +245,9 @@ def test_lists_of_a_model_that_knows_the_queries_are_shuffled(
     words: list[str | Path] = ["--codes", codes, "--from", "train", "--candidate_order", "ranked", "--candidates"]
     with pytest.raises(InputError, match="give lists from K folds"):
         generate(tmp_path / "a", *words, *lists.values())
+    judged = generate(tmp_path / "judged", *words, *lists.values(), "--judge")["train"]
+    right = Counter(row["id"].rpartition("-")[2] for row in judged if row["output"] == "True")
+    assert right["1"] > 0.99 * right.total(), "judgements do not show their place: ranked if that is asked for"
     write_candidates(lists["train"].with_name("folds.npz"), ranked, family, split="train", folds=5)
     folds = lists["train"].with_name("folds.npz")
     found = generate(tmp_path / "b", *words, folds, lists["valid"], lists["test"])["train"]
