@@ -1,7 +1,8 @@
 """Which settings a graph deserves, by what kept runs measured: run_rq.py --recipe auto, --num_quantizers auto.
 
 Settings are those of the run on the graph nearest in size with the best valid MRR, of up to 16 codes per entity where
-there is one, since an LLM reads them all in every prompt. K and the softmax are fitted to a graph of other sizes.
+there is one, since an LLM reads them all in every prompt, and of no more code vectors than entities, since with more of
+them even random codes name an entity (docs/LOG.md). K and the softmax are fitted to a graph of other sizes.
 
 Levels: the record of the graph nearest in size (then nearest in L, then in K) says what each level added to valid MRR.
 They are taken as long as each adds ``WORTH``: a level costs L tokens per entity in every prompt of the LLM. None is
@@ -139,9 +140,10 @@ def recipe(
     if not runs:
         raise InputError(f"--recipe auto: {RECORDS} holds no run to go by; give --recipe paper, or a --config")
 
-    def distance(run: Measured) -> tuple[float, bool, float]:
+    def distance(run: Measured) -> tuple[float, bool, bool, float]:
         size = abs(math.log(run.entities / entities)) + OTHER_INPUTS * (bool(run.args.get("text_emb")) != with_text)
-        return round(size, 6), run.positions * len(run.mrr) > MOST_CODES, -run.mrr[-1]
+        names = run.num_code * len(run.mrr) > run.entities
+        return round(size, 6), run.positions * len(run.mrr) > MOST_CODES, names, -run.mrr[-1]
 
     run = min(runs, key=distance)
     settings = {name: run.args.get(name, value) for name, value in standing.items()}

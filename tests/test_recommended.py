@@ -146,6 +146,8 @@ def test_settings_are_those_of_the_nearest_graph_with_few_codes_then_the_best_sc
     # a graph of more than eight times the size is farther than one without text
     assert settings_for(100, runs, "--text_emb", "y.npy")["lr"] == 0.1
     assert settings_for(100, runs[1:], "--text_emb", "y.npy")["lr"] == 0.5
+    names = kept("names", 10_000, 0.9, lr=0.6)._replace(num_code=5_001)  # two levels: more code vectors than entities
+    assert settings_for(10_000, [*runs, names])["lr"] == 0.4 and settings_for(10_000, [names])["lr"] == 0.6
     only_text = settings_for(9_000, runs[-1:])
     assert only_text["lr"] == 0.5 and not only_text["text_init"] and only_text["text_emb"] is None
 
