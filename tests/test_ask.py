@@ -166,7 +166,7 @@ def test_names_are_checked_before_the_weights(
         ([*base, "--head", "entity 7", "--relation", "beside"], "no relation is called 'beside'"),
         (["--base_model", world.base, "--head", "a", "--relation", "b"], "neither an adapter nor merged"),
         (["--lora_adapter", world.named_adapter, "--head", "a", "--relation", "b"], "without codes: say which"),
-        ([*base, "--candidates", "none.npz"], "none.npz cannot be read"),
+        ([*base, "--candidates", "none.npz"], "none.npz does not exist"),
     ):
         with pytest.raises(InputError, match=message):
             ask.main([str(word) for word in words])
