@@ -1,8 +1,8 @@
 """Ask a tuned model one question, or one after another: ranked answers with their log-likelihoods.
 
-    cd lora_training && python ask.py --lora_adapter lora_outputs/lora_adapters --head "Ada Ashley" --relation mother
+    cd lora_training && python ask.py --head "Ada Ashley" --relation mother              of lora_outputs/lora_adapters
     cd lora_training && python ask.py --base_model lora_outputs/merged --question "Who is the mother of Ada Ashley?"
-    cd lora_training && python ask.py --lora_adapter lora_outputs/lora_adapters            interactive
+    cd lora_training && python ask.py                                                    interactive
 
 A relation may be asked backwards: --relation "inverse of mother". With --candidates (files of run_rq.py
 --export_candidates) a query that has a list there is asked as in link prediction, and its candidates are scored. All
@@ -29,6 +29,7 @@ from Class import prompts
 from Class.candidates import Candidates, read_candidates
 from Class.instructions import Source
 from data.knowledge_graph import find_name, show_names
+from lora_training.code_tokens import ADAPTER
 from lora_training.inference import (
     Listed,
     Reader,
@@ -265,6 +266,8 @@ def open_source_of(reader: Reader, args: argparse.Namespace) -> Source:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.base_model is None and args.lora_adapter is None and ADAPTER.is_dir():
+        args.lora_adapter = ADAPTER
     reader = check_model(args.base_model, args.lora_adapter)
     source = open_source_of(reader, args)
     candidates = read_candidates(args.candidates, source.kg) if args.candidates else None

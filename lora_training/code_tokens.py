@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER = Path(__file__).resolve().parent / "lora_outputs" / "lora_adapters"  # where train_lora.py leaves it by default
 RECORD = "run_record.json"  # beside an adapter and a merged model
 MOST_TOKENS = 10_000_000  # codes that a vocabulary may be asked to hold
 WEIGHTS = "adapter_model.safetensors"

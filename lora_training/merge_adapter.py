@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.instructions import answer_command
 from lora_training.code_tokens import (
+    ADAPTER,
     RECORD,
     WEIGHTS,
     Saved,
@@ -134,9 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/merge_adapter.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--lora_adapter", type=Path, default=HERE / "lora_outputs" / "lora_adapters", help="what train_lora.py wrote"
-    )
+    parser.add_argument("--lora_adapter", type=Path, default=ADAPTER, help="what train_lora.py wrote")
     parser.add_argument("--base_model", help="hub id or folder (default: the one in the adapter's record)")
     parser.add_argument("--output_dir", type=Path, default=HERE / "lora_outputs" / "merged", help="merged model")
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")

@@ -156,6 +156,16 @@ def test_the_command_prints_ranked_answers(
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_without_a_model_it_is_the_one_that_training_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    question = ["--head", "Entity 77", "--relation", "next"]
+    monkeypatch.setattr(ask, "ADAPTER", world.folder / "nothing")
+    with pytest.raises(InputError, match="no model given"):
+        ask.main(question)
+    monkeypatch.setattr(ask, "ADAPTER", world.named_adapter)
+    with pytest.raises(InputError, match="without codes: say which"):
+        ask.main(question)
+
+
 def test_names_are_checked_before_the_weights(
     world: World, ring: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
