@@ -56,7 +56,7 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
         # what the parts are worth
         "unquantized": Setting("controls", "--control unquantized"),
         "random_codes": Setting("controls", "--control random_codes"),
-        "random_2x8": Setting("controls", "--seq_len 2 --num_quantizers 8 --code_dim 128 --control random_codes"),
+        "random_2x8": Setting("controls", f"{_budget(2, 8)} --control random_codes"),
         "random_1x16": Setting("controls", f"{_budget(1, 16)} --control random_codes"),
         "posthoc": Setting("controls", "--control posthoc"),
         "gcn_1": Setting("parts", "--gcn_layers 1 --encoder_every 8 --encoder_lr 0.001"),
