@@ -72,6 +72,12 @@ def test_runs_resume_and_rows_are_read_off_records(
     assert json.loads((out / "ablations.json").read_text())["rows"] == rows
 
 
+def test_flags_with_an_open_quote_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(run_ablations.InputError, match="--flags --name 'a cannot be read as flags: No closing"):
+        run_main(monkeypatch, "--flags", "--name 'a", "--only", "4x4", "--out", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(run_ablations.InputError, match="text_loss: no such setting"):
         run_main(monkeypatch, "--only", "text_loss")
