@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -785,17 +784,3 @@ def test_the_output_folder_may_be_the_one_stood_in(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match=r"--train_data nothing\.json does not exist"):
         train_lora.main(["--output_dir", ".", "--train_data", "nothing.json"])
     assert not list(tmp_path.iterdir())
-
-
-def test_help_is_fast() -> None:
-    started = time.monotonic()
-    for script in ("train_lora.py", "merge_adapter.py", "make_tiny_base.py"):
-        done = subprocess.run(
-            [sys.executable, script, "--help"],
-            cwd=ROOT / "lora_training",
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 and "default: " in done.stdout
-    assert time.monotonic() - started < 9
