@@ -23,7 +23,7 @@ from tests.conftest import M, graph_triples, small_flags
 from tests.faults.damage import WITNESS, Attack, attack, legacy_attack
 from tests.faults.targets import TARGETS
 from tests.faults.test_bad_input import call
-from tests.faults.world import STEM, pristine, restore, snapshot
+from tests.faults.world import STEM, pristine, snapshot
 from tests.test_instructions import write_codes
 
 BY_NAME = {target.name: target for target in TARGETS}
@@ -49,12 +49,6 @@ HARMFUL = [
     "*",
     "{x!r}",
 ]
-
-
-@pytest.fixture
-def world() -> Iterator[Path]:
-    yield pristine()
-    restore(pristine())
 
 
 # ---------------------------------------------------------------- pickles
