@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import small_flags  # type: ignore[import-not-found]
 
 import run_rq
 from tables import run_ablations
+from tests.conftest import small_flags
 
 TEXT = Path("text.npy")
 

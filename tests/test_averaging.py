@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from model.averaging import WeightAverage
 from model.evaluation import evaluate_codes
 from model.trainer import Trainer
+from tests.conftest import TrainerMaker
 
-TrainerMaker = Callable[..., Trainer]
 RUN: dict[str, Any] = {"epoch": 6, "warmup_epochs": 1, "freeze_at": 0.5, "lr": 0.03, "frozen_noise": 0.2}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE, K, L, M, Q, flags_of, small_flags  # type: ignore[import-not-found]
 
 from benchmarks import step_profile, time_to_quality
 from benchmarks.gpu_checklist import keep_results, parity
@@ -18,6 +17,7 @@ from benchmarks.measure import PartTimes, around_parts, make_trainer, print_tabl
 from benchmarks.time_to_quality import original_model, original_step, ours_row, train_original
 from data.knowledge_graph import KnowledgeGraph
 from run_record import ROOT, InputError, load_torch, read_json, save_torch
+from tests.conftest import SHAPE, K, L, M, Q, flags_of, small_flags
 
 SMALL = [*flags_of(SHAPE), "--device", "cpu", "--batch", "32"]
 # what a bare machine with CUDA torch does not have

@@ -10,28 +10,12 @@ import pickle
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import (  # type: ignore[import-not-found]
-    CODE_DIM,
-    RING,
-    ROOT,
-    SHAPE,
-    K,
-    L,
-    M,
-    Outcome,
-    Q,
-    R,
-    Run,
-    flags_of,
-    small_flags,
-)  # fmt: skip
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
@@ -41,21 +25,26 @@ from model.sizes import sizes_named, smaller_model
 from model.stored import fault_of
 from model.trainer import Trainer
 from run_record import InputError, load_torch
-
-Command = Callable[..., Outcome]
+from tests.conftest import (
+    CODE_DIM,
+    RING,
+    ROOT,
+    SHAPE,
+    Command,
+    K,
+    L,
+    M,
+    Q,
+    R,
+    Run,
+    assert_refused,
+    flags_of,
+    small_flags,
+)  # fmt: skip
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def assert_refused(outcome: Outcome, *words: str) -> None:
-    """Exit code 2 and one line on stderr that holds ``words``."""
-    assert outcome.code == 2, outcome
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 # ---------------------------------------------------------------- what a run leaves
