@@ -116,6 +116,9 @@ BROKEN = {
     "no device": (put("device", value=None), "device"),
     "no flags": (put("args", value=[]), "args"),
     "no metrics": (put("valid", value={}), "valid"),
+    "a list for a seed": (put("seed", value=[1]), "seed"),
+    "a number for a commit": (put("git_commit", value=3), "git_commit"),
+    "a word for the codes": (put("codes", value="x"), "codes"),
     "a text for a size": (put("args", "num_code", value="many"), "no complete run record"),
     "a list for metrics": (put("valid_mrr_by_levels", value=7), "no complete run record"),
 }  # fmt: skip
