@@ -134,7 +134,8 @@ def build_parser() -> CommandParser:
                        help="once codes are frozen, score and dump an exponential average of the weights, of decay D "
                        "per step: .998 is one of 500 steps (default: the last step's)")  # fmt: skip
     group.add_argument("--freeze_at", type=float, default=0.85,
-                       help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
+                       help="part of the training after which codes stay fixed and their vectors train on "
+                       "(1: never)")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
     group.add_argument("--assign_every", type=int, default=8, help="scorer steps between assignments of codes")
     group.add_argument("--control", choices=["unquantized", "random_codes", "posthoc"],

@@ -60,7 +60,8 @@ def test_flops_and_bytes_are_those_of_the_operators() -> None:
 
 
 def test_profile_adds_up(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
-    trainer = step_profile.ready_trainer(ring_kg, [*SMALL, "--encoder_every", "2"], "cpu", tmp_path)
+    recipe = ["--encoder_every", "2", "--frozen_noise", "0.3", "--weight_average", "0.9"]
+    trainer = step_profile.ready_trainer(ring_kg, [*SMALL, *recipe], "cpu", tmp_path)
     rows = step_profile.profile_step(trainer, 1, {"medium": 1e9, "highest": 5e8})
     *parts, whole = rows
     assert sum(row["ms"] for row in parts) == pytest.approx(whole["ms"])
