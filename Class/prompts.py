@@ -1,7 +1,8 @@
 """Every prompt of the instruction data, in one place: training, inference and scoring read the rows made from here.
 
-Arguments named ``..._text`` are ``Source.entity(i)``: ``<ENT>name</ENT> <CODE>...</CODE>``, or the bare name without
-codes. Names come escaped (``Source.shown``). All text goes to ``instruction``; ``input`` stays empty.
+Arguments named ``..._text`` are of ``Source.entity_texts``: ``<ENT>name</ENT> <CODE>...</CODE>``, or the bare name
+without codes; ``code_text`` is of ``Source.code_texts``. Names come escaped (``Source.shown``). All text goes to
+``instruction``; ``input`` stays empty.
 """
 
 from __future__ import annotations

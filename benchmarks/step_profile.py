@@ -89,7 +89,8 @@ class PartCosts:
 
 def ready_trainer(kg: KnowledgeGraph, flags: list[str], device: torch.device | str, folder: Path) -> Trainer:
     """A trainer in the middle of its codes phase, warmed up by a cycle."""
-    trainer = make_trainer(kg, [*flags, "--warmup_epochs", "0", "--freeze_at", "1"], folder / "unused.pt", device)
+    words = ["--warmup_epochs", "0", "--freeze_at", "1", "--frozen_noise", "0", "--weight_average", "0"]
+    trainer = make_trainer(kg, [*flags, *words], folder / "unused.pt", device)
     trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
     run_steps(trainer, cycle_of(trainer))
     return trainer

@@ -34,6 +34,7 @@ from lora_training.code_tokens import RECORD
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
 from run_record import (
+    ROOT,
     CommandParser,
     InputError,
     find_device,
@@ -48,9 +49,6 @@ from run_record import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import LlamaForCausalLM, LlamaTokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 # ---------------------------------------------------------------- corpus
 
@@ -298,17 +296,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     args = parser.parse_args(argv)
-    for name in ("width", "layers", "heads", "context", "block", "batch", "lr", "epochs", "init_std"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    for name in ("width", "layers", "heads", "context", "batch", "lr", "epochs", "init_std"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
+    for name in ("init_std", "attention_std"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must be at most 1, and not below 0, got {getattr(args, name)}")
+    if args.block < 2:
+        parser.error(f"--block must be 2 or more: a token and the next one, got {args.block}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file, and the model is a folder; name another")
     if Path.cwd().is_relative_to(args.out.resolve()):
         parser.error(f"--out {args.out} is replaced as a whole, and you are in it; name another folder")
     if args.vocab_size < 300:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.inner, args.seed, args.recall, args.prompt_words, args.attention_std) < 0:
-        parser.error("--steps, --inner, --recall, --prompt_words, --attention_std and --seed must be 0 or more")
+    if min(args.steps, args.inner, args.seed, args.recall, args.prompt_words) < 0:
+        parser.error("--steps, --inner, --recall, --prompt_words and --seed must be 0 or more")
+    if args.seed >= 2**63:
+        parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     return args
 
 

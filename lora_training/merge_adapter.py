@@ -141,6 +141,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")
     parser.add_argument("--device", default="cpu", help="where it is computed: auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args(argv)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file, and the model is a folder; name another")
     if Path.cwd().is_relative_to(args.output_dir.resolve()):
         parser.error(f"--output_dir {args.output_dir} is replaced as a whole, and you are in it; name another folder")
     return args

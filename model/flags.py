@@ -134,7 +134,8 @@ def build_parser() -> CommandParser:
                        help="once codes are frozen, score and dump an exponential average of the weights, of decay D "
                        "per step: .998 is one of 500 steps (default: the last step's)")  # fmt: skip
     group.add_argument("--freeze_at", type=float, default=0.85,
-                       help="part of the training after which codes stay fixed and their vectors train on")  # fmt: skip
+                       help="part of the training after which codes stay fixed and their vectors train on "
+                       "(1: never)")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
     group.add_argument("--assign_every", type=int, default=8, help="scorer steps between assignments of codes")
     group.add_argument("--control", choices=["unquantized", "random_codes", "posthoc"],
@@ -276,6 +277,11 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     if not 0 < args.freeze_at <= 1:
         parser.error(f"--freeze_at {args.freeze_at} is out of range, expected 0 < freeze_at <= 1")
+    frozen_at_once = args.codes_from or args.control == "random_codes"
+    for flag in ["frozen_noise", "weight_average"]:
+        if getattr(args, flag) and args.freeze_at == 1 and not frozen_at_once:
+            parser.error(f"--{flag} {getattr(args, flag)} begins where codes freeze, and --freeze_at 1 never freezes "
+                         f"them: give --freeze_at below 1, or --{flag} 0")  # fmt: skip
     if args.quantizer == "vq":
         if args.num_quantizers not in (AUTO, 1):
             parser.error(f"--quantizer vq has one level, but --num_quantizers {args.num_quantizers} was given")

@@ -29,8 +29,8 @@ from Class.codes import CODE, END_CODE
 from Class.instructions import Row, read_rows
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
 from lora_training.score_answers import SEARCHED, TRUE, Answer, known_rank, margin, rank_of, read_answers, report
-from run_record import CommandParser, InputError, read_json, run_command, write_text
-from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, commit_words, lacks_record, shown
+from run_record import CommandParser, InputError, content_of, read_json, run_command, write_text
+from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, commit_words, common, lacks_record, shown
 
 _CODES = re.compile(r"<CODE>((?:Q\d+_\d+[:|]?)+)</CODE>")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
@@ -85,16 +85,20 @@ def open_run(answers: Path, rows: Path | None = None) -> Run:
     if not path.is_file():
         raise InputError(f"--answers {answers} has no run record {path.name} beside it; finish the run: inference.py")
     record = read_json(path, "record")
-    complete = isinstance(record, dict) and {"answers", "metrics", "model"} <= record.keys()
+    complete = (
+        isinstance(record, dict) and {"answers", "metrics"} <= record.keys() and isinstance(record.get("model"), dict)
+    )
     reason = lacks_record(record) or ("" if complete else "is no record of answers")
     if reason:
         raise InputError(f"{path} {reason}; --answers needs the record that inference.py wrote beside it")
-    if sorted(record["answers"], key=key) != sorted(found, key=key):
-        raise InputError(f"--answers {answers} are not the answers of {path.name} beside it; repeat inference.py")
     metrics = report(found)
-    for task in (LINKS, TRIPLES):
-        check_scored(path, task, record["metrics"].get(task, {}), record["answers"])
-    rows = answered_rows(path, record, rows)
+    with content_of(path, "run record"):
+        common(path, record)
+        if sorted(record["answers"], key=key) != sorted(found, key=key):
+            raise InputError(f"--answers {answers} are not the answers of {path.name} beside it; repeat inference.py")
+        for task in (LINKS, TRIPLES):
+            check_scored(path, task, record["metrics"].get(task, {}), record["answers"])
+        rows = answered_rows(path, record, rows)
     by_key = {key(answer): answer for answer in found if answer["split"] == "test"}
     cases: dict[str, list[Case]] = {}
     for row in read_rows(rows):

@@ -129,13 +129,25 @@ def common(path: Path, record: Record) -> dict[str, Any]:
     for name in ("device", "finished"):
         if not isinstance(record[name], str) or not record[name]:
             raise refuse(path, name, f"is {record[name]!r}", "text")
+    if not isinstance(record["git_commit"] or "", str):
+        raise refuse(path, "git_commit", f"is {record['git_commit']!r}", "text, or null outside git")
+    if not isinstance(record.get("codes") or {}, dict):
+        raise refuse(path, "codes", f"is {type(record['codes']).__name__}", "what is said of the codes, by name")
     seconds = number(path, "wall_seconds", record["wall_seconds"])
     if seconds <= 0:
         raise refuse(path, "wall_seconds", f"is {seconds}", "more than 0")
     return {
-        "seed": record["seed"], "commit": record["git_commit"], "device": record["device"], "minutes": seconds / 60,
-        "finished": record["finished"], "path": shown(path), "record": record,
+        "seed": seed_of(path, record), "commit": record["git_commit"], "device": record["device"],
+        "minutes": seconds / 60, "finished": record["finished"], "path": shown(path), "record": record,
     }  # fmt: skip
+
+
+def seed_of(path: Path, record: Record) -> int | None:
+    """The seed of a record; None where nothing was drawn."""
+    seed: int | None = record["seed"]
+    if seed is not None and type(seed) is not int:
+        raise refuse(path, "seed", f"is {seed!r}", "a whole number or null")
+    return seed
 
 
 def numbers(metrics: Any, names: Sequence[str]) -> dict[str, float]:
@@ -269,7 +281,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
     training, data_set = training_record(path, record), answered_data(path, record)
     if training:
         base |= {
-            "seed": training["seed"],
+            "seed": seed_of(path, training),
             "minutes": base["minutes"] + number(path, "training", training["wall_seconds"]) / 60,
         }
     codes = record.get("codes") or {"file": None}

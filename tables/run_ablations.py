@@ -207,6 +207,10 @@ def main() -> None:
         for name, setting in settings.items():
             print(f"{name:14s} {setting.group:16s} {setting.flags}")
         return
+    try:
+        shlex.split(args.flags)
+    except ValueError as error:
+        raise InputError(f"--flags {args.flags} cannot be read as flags: {error}") from error
     for path, flag in [(args.config, "--config"), (args.text_emb, "--text_emb")]:
         if path is not None and not path.is_file():
             raise InputError(f"{flag} {path} is not there; configs/ holds recipes, data/embed_text.py makes embeddings")

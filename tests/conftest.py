@@ -44,6 +44,15 @@ class Outcome(NamedTuple):
     err: str
 
 
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds ``words``."""
+    assert outcome.code == 2, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
 def graph_triples() -> np.ndarray:
     """43 entities on a ring: next (+1), over (+2), and the hub of an entity's class (mod 5)."""
     rows = [(i, 0, (i + 1) % M) for i in range(M)] + [(i, 1, (i + 2) % M) for i in range(M)]

@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import small_flags  # type: ignore[import-not-found]
 
 import run_rq
 from tables import run_ablations
+from tests.conftest import small_flags
 
 TEXT = Path("text.npy")
 
@@ -70,6 +70,12 @@ def test_runs_resume_and_rows_are_read_off_records(
             run_main(monkeypatch, *common, *more, "--only", "4x2")
         assert word in str(error.value) and "--out" in str(error.value)
     assert json.loads((out / "ablations.json").read_text())["rows"] == rows
+
+
+def test_flags_with_an_open_quote_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(run_ablations.InputError, match="--flags --name 'a cannot be read as flags: No closing"):
+        run_main(monkeypatch, "--flags", "--name 'a", "--only", "4x4", "--out", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from model.averaging import WeightAverage
 from model.evaluation import evaluate_codes
 from model.trainer import Trainer
+from tests.conftest import TrainerMaker
 
-TrainerMaker = Callable[..., Trainer]
 RUN: dict[str, Any] = {"epoch": 6, "warmup_epochs": 1, "freeze_at": 0.5, "lr": 0.03, "frozen_noise": 0.2}
 
 
@@ -99,7 +98,10 @@ def test_controls_without_codes_are_averaged_too(trainer_of: TrainerMaker) -> No
     assert same[:3] == [True] * 3 and not any(same[3:])
 
 
-def test_a_warm_up_has_no_average(trainer_of: TrainerMaker) -> None:
-    trainer = trainer_of(epoch=2, warmup_epochs=1, freeze_at=1.0, weight_average=0.9)
-    trainer.fit()
-    assert trainer.average is not None and trainer.average.values is None
+@pytest.mark.parametrize(("control", "averaged"), [(None, False), ("unquantized", False), ("random_codes", True)])
+def test_at_1_only_codes_that_are_frozen_from_the_start_have_an_average(
+    trainer_of: TrainerMaker, control: str | None, averaged: bool
+) -> None:
+    """Why model/flags.py refuses --weight_average with --freeze_at 1 but for these."""
+    trainer = trained(trainer_of, 0.9, epoch=2, freeze_at=1.0, control=control)
+    assert trainer.average is not None and (trainer.average.values is not None) == averaged

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE, K, L, M, Q, flags_of, small_flags  # type: ignore[import-not-found]
 
 from benchmarks import step_profile, time_to_quality
 from benchmarks.gpu_checklist import keep_results, parity
@@ -18,6 +17,7 @@ from benchmarks.measure import PartTimes, around_parts, make_trainer, print_tabl
 from benchmarks.time_to_quality import original_model, original_step, ours_row, train_original
 from data.knowledge_graph import KnowledgeGraph
 from run_record import ROOT, InputError, load_torch, read_json, save_torch
+from tests.conftest import SHAPE, K, L, M, Q, flags_of, small_flags
 
 SMALL = [*flags_of(SHAPE), "--device", "cpu", "--batch", "32"]
 # what a bare machine with CUDA torch does not have
@@ -60,7 +60,8 @@ def test_flops_and_bytes_are_those_of_the_operators() -> None:
 
 
 def test_profile_adds_up(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
-    trainer = step_profile.ready_trainer(ring_kg, [*SMALL, "--encoder_every", "2"], "cpu", tmp_path)
+    recipe = ["--encoder_every", "2", "--frozen_noise", "0.3", "--weight_average", "0.9"]
+    trainer = step_profile.ready_trainer(ring_kg, [*SMALL, *recipe], "cpu", tmp_path)
     rows = step_profile.profile_step(trainer, 1, {"medium": 1e9, "highest": 5e8})
     *parts, whole = rows
     assert sum(row["ms"] for row in parts) == pytest.approx(whole["ms"])

@@ -223,6 +223,20 @@ def test_answers_without_record_or_rows_are_refused(answers: Path, tmp_path: Pat
         open_run(answers)
 
 
+@pytest.mark.parametrize("odd", [None, 3, "x", [1], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("field", ["args", "inputs", "model", "metrics", "answers", "device", "git_commit", "seed"])
+def test_a_damaged_record_is_one_line(answers: Path, field: str, odd: Any) -> None:
+    fits = {"git_commit": (None, "x"), "seed": (None, 3), "device": ("x",), "model": ({"a": 1},)}
+    path = answers.with_name("inference_results.json")
+    write_json(read_json(path, "record") | {field: odd}, path)
+    if odd in fits.get(field, ()):
+        assert page(open_run(answers), 1)
+        return
+    with pytest.raises(InputError, match=r"inference_results\.json") as error:
+        page(open_run(answers), 1)
+    assert "\n" not in str(error.value)
+
+
 def test_records_are_found_by_the_names_inference_gives(tmp_path: Path) -> None:
     for name in ("inference_results.json", "other.json"):
         assert case_studies.record_beside(answers_path(tmp_path / name)) == tmp_path / name

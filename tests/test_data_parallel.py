@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, D, M, Q, R, flags_of, make_model, small_flags  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 import run_rq
@@ -31,6 +30,7 @@ from model.RQCodebook import RQCodebook
 from model.teacher import Teacher
 from model.trainer import Trainer, TrainSettings
 from run_record import InputError, load_torch, seed_everything
+from tests.conftest import ROOT, SHAPE, D, M, Q, R, flags_of, make_model, small_flags
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FAMILY = {

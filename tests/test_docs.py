@@ -14,7 +14,9 @@ from run_record import ROOT, InputError
 from tables.levels import level_lines, with_levels
 from tests.pages import check_command, indented, page_commands, read_page
 
-PAGES = ("README.md", "README.zh.md", "docs/MIGRATION.md", "docs/ARCHITECTURE.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "README.zh.md", "docs/MIGRATION.md", "docs/ARCHITECTURE.md", "docs/ROBUSTNESS.md",
+         "data/README.md", "CONTRIBUTING.md")  # fmt: skip
+ROOMS = ("Class", "benchmarks", "data", "lora_training", "model", "tables")
 README, CHINESE = read_page("README.md"), read_page("README.zh.md")
 COMMANDS = sorted({(page, command) for page in PAGES for command in page_commands(read_page(page))})
 PROMISED = [  # they must work as they stand here
@@ -79,6 +81,27 @@ def test_links_lead_somewhere(page: str) -> None:
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
+def our_files() -> list[Path]:
+    files = [file for room in ROOMS for file in (ROOT / room).rglob("*.py") if file.name != "__init__.py"]
+    return files + list(ROOT.glob("*.py"))
+
+
+def head_commands() -> set[tuple[str, str]]:
+    """(file, command) of the commands at the heads of our files; three blanks part a command from what it does."""
+    found = set()
+    for file in our_files():
+        head = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")), clean=False) or ""
+        commands = {re.split(" {3,}", line)[0] for line in page_commands(head)}
+        found |= {(str(file.relative_to(ROOT)), command) for command in commands if not command.endswith("...")}
+    return found
+
+
+@pytest.mark.parametrize(("file", "command"), sorted(head_commands()))
+def test_command_at_a_files_head_exists(file: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    check_command(command)
+
+
 def our_imports(path: Path) -> set[Path]:
     """The files of ours that a file imports, in functions and for type checking too."""
     found = set()
@@ -100,9 +123,7 @@ def test_arrows_run_down() -> None:
             pattern = f"{Path(name).name}/*.py" if name.endswith("/") else Path(name).name
             for file in folder.glob(pattern):
                 line_of.setdefault(file, number)
-    rooms = ("Class", "benchmarks", "data", "lora_training", "model", "tables")
-    files = [file for room in rooms for file in (ROOT / room).rglob("*.py") if file.name != "__init__.py"]
-    files += ROOT.glob("*.py")
+    files = our_files()
     assert [file for file in files if file not in line_of] == []
     up = [(a, b) for a in files for b in our_imports(a) if b in line_of and line_of[b] < line_of[a]]
     assert not up, [f"{a.relative_to(ROOT)} imports {b.relative_to(ROOT)}" for a, b in up]

@@ -19,7 +19,7 @@ from data import embed_text
 from data.embed_text import ModelEncoder, embed_tfidf, entity_texts, model_folder
 from data.knowledge_graph import KnowledgeGraph
 from run_record import InputError, read_json, sha256_file
-from tests.conftest import M, Outcome, arguments, small_flags
+from tests.conftest import M, Outcome, arguments, assert_refused, small_flags
 
 Embed = Callable[..., Outcome]
 WORDS = ["entity", "a", "b", "c", ":", *"0123456789", *(f"##{digit}" for digit in range(10))]
@@ -38,13 +38,6 @@ def embed(capsys: pytest.CaptureFixture[str]) -> Embed:
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
     return call
-
-
-def refused(outcome: Outcome, *words: str) -> None:
-    """Exit code 2 and one line on stderr that holds ``words``."""
-    lines = outcome.err.strip().splitlines()
-    assert outcome.code == 2 and len(lines) == 1, outcome
-    assert all(word in lines[0] for word in ("error: ", *words)), lines[0]
 
 
 def save_bert(folder: Path) -> Path:
@@ -204,8 +197,8 @@ def test_runs_are_not_mixed(
         patch.setattr(ModelEncoder, "encode", stopped)
         assert embed(*flags, "--batch", 8).code == 130
     left = part.read_bytes()
-    refused(embed(*flags, "--batch", 9), "text.npy.part", "other batch", "--overwrite")
-    refused(embed(*flags, "--batch", 8, "--dtype", "float32"), "other dtype")
+    assert_refused(embed(*flags, "--batch", 9), "text.npy.part", "other batch", "--overwrite")
+    assert_refused(embed(*flags, "--batch", 8, "--dtype", "float32"), "other dtype")
     other = tmp_path / "other"
     other.mkdir()
     for path in bert.iterdir():
@@ -214,45 +207,48 @@ def test_runs_are_not_mixed(
     with torch.no_grad():
         model.get_parameter("embeddings.LayerNorm.bias").add_(1)
     model.save_pretrained(other)
-    refused(embed(*flags, "--batch", 8, "--model", other), "other model")
+    assert_refused(embed(*flags, "--batch", 8, "--model", other), "other model")
     definitions = graph / "entity2definition.txt"
     before = definitions.read_bytes()
     definitions.write_bytes(before + b"e0\tc c\n")
     try:
-        refused(embed(*flags, "--batch", 8), "other texts")
+        assert_refused(embed(*flags, "--batch", 8), "other texts")
     finally:
         definitions.write_bytes(before)
     assert part.read_bytes() == left and not out.exists()
     assert embed(*flags, "--batch", 8).code == 0 and not part.exists()
 
     done = out.read_bytes()
-    refused(embed(*flags), "--overwrite")
+    assert_refused(embed(*flags), "--overwrite")
     part.write_bytes(b"something else")
     assert embed(*flags, "--model", other, "--overwrite").code == 0
     assert out.read_bytes() != done and not part.exists()
     part.write_bytes(b"something else")
     out.unlink()
-    refused(embed(*flags), "is no part file", "--overwrite")
+    assert_refused(embed(*flags), "is no part file", "--overwrite")
 
 
-def test_bad_models_are_one_line(embed: Embed, graph: Path, bert: Path, tmp_path: Path) -> None:
+def test_bad_models_are_one_line(
+    embed: Embed, graph: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_record.ROOT)  # where tests/none is a missing folder, and no name to ask the hub for
     flags = ("--dataset", graph, "--out", tmp_path / "text.npy", "--device", "cpu", "--model")
     for name in ("./none", tmp_path / "none", "a/b/c", "tests/none", tmp_path, bert / "config.json"):
-        refused(embed(*flags, name), "--model", str(name))
+        assert_refused(embed(*flags, name), "--model", str(name))
     lacking = tmp_path / "lacking"
     lacking.mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (lacking / file).write_bytes((bert / file).read_bytes())
-    refused(embed(*flags, lacking), str(lacking), "safetensors")
+    assert_refused(embed(*flags, lacking), str(lacking), "safetensors")
     torch.save(BertModel.from_pretrained(str(bert)).state_dict(), lacking / "pytorch_model.bin")
-    refused(embed(*flags, lacking), str(lacking), "safetensors")  # a pickle is not read
+    assert_refused(embed(*flags, lacking), str(lacking), "safetensors")  # a pickle is not read
     (lacking / "pytorch_model.bin").unlink()
     config = read_json(bert / "config.json", "config")
     (lacking / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     (lacking / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes())
-    refused(embed(*flags, lacking), "lacks", "encoder.layer.2")  # a random layer would go unseen
+    assert_refused(embed(*flags, lacking), "lacks", "encoder.layer.2")  # a random layer would go unseen
     (lacking / "config.json").write_text(json.dumps(config | {"model_type": "no_such_kind"}))
-    refused(embed(*flags, lacking), str(lacking), "cannot be read as an encoder")
+    assert_refused(embed(*flags, lacking), str(lacking), "cannot be read as an encoder")
     assert not list(tmp_path.glob("text*"))
 
 
@@ -282,14 +278,14 @@ def test_the_hub_is_asked_for_ids_alone(monkeypatch: pytest.MonkeyPatch, bert: P
 
 def test_flags_that_do_not_fit_are_refused(embed: Embed, graph: Path, bert: Path, tmp_path: Path) -> None:
     flags = ("--dataset", graph, "--out", tmp_path / "text.npy")
-    refused(embed(*flags, "--endpoint", "http://127.0.0.1:1/v1"), "--endpoint", "--model")
-    refused(embed(*flags, "--model", bert, "--dim", 8), "--dim")
-    refused(embed(*flags, "--device", "cpu"), "--device")
+    assert_refused(embed(*flags, "--endpoint", "http://127.0.0.1:1/v1"), "--endpoint", "--model")
+    assert_refused(embed(*flags, "--model", bert, "--dim", 8), "--dim")
+    assert_refused(embed(*flags, "--device", "cpu"), "--device")
     for device in ("nowhere", "meta"):
-        refused(embed(*flags, "--model", bert, "--device", device), f"--device {device}")
-    refused(embed(*flags, "--batch", 0), "--batch")
-    refused(embed("--dataset", graph, "--out", tmp_path / "text.pt"), "--out", ".npy")
-    refused(embed("--dataset", tmp_path / "none", "--out", tmp_path / "text.npy"), "none", "does not exist")
+        assert_refused(embed(*flags, "--model", bert, "--device", device), f"--device {device}")
+    assert_refused(embed(*flags, "--batch", 0), "--batch")
+    assert_refused(embed("--dataset", graph, "--out", tmp_path / "text.pt"), "--out", ".npy")
+    assert_refused(embed("--dataset", tmp_path / "none", "--out", tmp_path / "text.npy"), "none", "does not exist")
     assert not list(tmp_path.iterdir())
 
 
@@ -443,7 +439,7 @@ def test_other_faults_are_one_line_and_the_rest_is_asked_later(
     monkeypatch.setattr(embed_text, "sleep", lambda seconds: None)
     server.faults = ["", "", *faults]
     outcome = embed(*asked)
-    refused(outcome, words, f"20 of {M} rows are kept", "the same command goes on")
+    assert_refused(outcome, words, f"20 of {M} rows are kept", "the same command goes on")
     assert len(server.bodies) == 2 + requests and SECRET not in outcome.err and not (tmp_path / "text.npy").exists()
     server.faults, server.bodies = [], []
     assert embed(*asked).code == 0
@@ -452,10 +448,10 @@ def test_other_faults_are_one_line_and_the_rest_is_asked_later(
 
 
 def test_no_server(embed: Embed, asked: tuple[object, ...]) -> None:
-    refused(embed(*asked, "--endpoint", "http://127.0.0.1:1/v1"), "no full answer", "nothing was written")
+    assert_refused(embed(*asked, "--endpoint", "http://127.0.0.1:1/v1"), "no full answer", "nothing was written")
     for url in ("127.0.0.1/v1", "ftp://127.0.0.1/v1", f"http://me:{SECRET}@127.0.0.1/v1", "http:///v1"):
         outcome = embed(*asked, "--endpoint", url)
-        refused(outcome, "--endpoint", "http(s)://HOST/v1")
+        assert_refused(outcome, "--endpoint", "http(s)://HOST/v1")
         assert SECRET not in outcome.err
 
 

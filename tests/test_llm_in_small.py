@@ -39,9 +39,7 @@ def test_the_recipe_is_one_that_every_stage_takes() -> None:
 def test_time_limit_ends_what_was_started(tmp_path: Path) -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', %r])"
     inner = f"import time, pathlib; time.sleep(8); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
-    started = time.monotonic()
-    code = llm_in_small.run_for([sys.executable, "-c", child % inner], 3)
-    assert code != 0 and time.monotonic() - started < 7
+    assert llm_in_small.run_for([sys.executable, "-c", child % inner], 3) != 0, "it was not left to its end"
     time.sleep(6)
     assert not (tmp_path / "alive").exists()
     assert llm_in_small.run_for([sys.executable, "-c", "raise SystemExit(3)"], 0) == 3

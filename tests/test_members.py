@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CODE_DIM, SHAPE, D, K, L, M, Outcome, Q, R, Run, finished, small_flags  # type: ignore[import-not-found]
 
 from data.knowledge_graph import KnowledgeGraph
 from model.CompGCN import CompGCN
@@ -17,11 +15,26 @@ from model.losses import gather_targets, softmax_cross_entropy
 from model.members import MemberCompGCN, MemberLinear
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, CodeScorer
-from model.trainer import Phase, Trainer
+from model.trainer import Phase
 from run_record import load_torch
+from tests.conftest import (
+    CODE_DIM,
+    RING,
+    SHAPE,
+    Command,
+    D,
+    K,
+    L,
+    M,
+    Q,
+    R,
+    Run,
+    TrainerMaker,
+    assert_refused,
+    finished,
+    small_flags,
+)
 
-Command = Callable[..., Outcome]
-TrainerMaker = Callable[..., Trainer]
 G = 3  # members: each has one of the L = 3 positions and 4 of the D = 12 numbers
 
 
@@ -149,7 +162,7 @@ def test_each_member_tells_the_text(ring_kg: KnowledgeGraph) -> None:
 def test_an_ensembles_record_is_what_its_integers_rank(
     rq: Command, ring: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    run: Run = finished(ring, tmp_path, "ring_3_8_2_rq", ensemble=G, **more)
+    run: Run = finished(ring, tmp_path, RING, ensemble=G, **more)
     out = tmp_path / "metrics.json"
     found = rq(*run.scored(None, None, "--metrics_out", str(out)))
     assert found.code == 0 and "warning" not in found.err, found.err
@@ -172,9 +185,7 @@ def test_members_that_cannot_share_are_refused(
     rq: Command, ring: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
     found = rq(*small_flags(ring, tmp_path, **changes))
-    assert found.code == 2 and len(found.err.strip().splitlines()) == 1, found.err
-    for word in words:
-        assert word in found.err
+    assert_refused(found, *words)
 
 
 def test_a_width_that_nothing_has_need_not_be_shared() -> None:

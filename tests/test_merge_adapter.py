@@ -182,6 +182,7 @@ def test_adapters_that_do_not_fit(
     assert "does not exist; write it: cd lora_training && python train_lora.py" in refused("--lora_adapter", "/nowhere")
     assert "has no adapter_config.json" in refused("--lora_adapter", merged)
     assert "holds files that this script did not write" in refused("--output_dir", data)
+    assert "is a file, and the model is a folder" in refused("--output_dir", data / "train.json")
     assert "is the adapter or the base model itself" in refused("--output_dir", adapter)
     assert "--device cuda:99 is not there" in refused("--device", "cuda:99")
     assert "is replaced as a whole, and you are in it" in refused("--output_dir", ".")

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT  # type: ignore[import-not-found]
+
+from tests.conftest import ROOT
 
 SCRIPT = """
 import sys

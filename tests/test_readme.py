@@ -1,10 +1,8 @@
-"""The README's commands exist, each script with its flags; those for a CPU run as printed in a fresh copy (slow)."""
+"""The README: its commands for a CPU run as printed in a fresh copy (slow), its figures are the records' own."""
 
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,16 +11,13 @@ from typing import Any
 
 import pytest
 
-import run_rq
 from lora_training.memory import GIB, expected_memory, lora_parameters, model_shape, row_parameters
 from model.decoders import DECODERS
 from model.flags import build_parser
 from run_record import ROOT, read_json
+from tests.pages import page_commands, read_page
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-COMMANDS = [line.split("  #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
-FOLDER = "cd lora_training && "
-PYTHON = [line for line in COMMANDS if re.match(rf"({FOLDER})?python (?!-m)", line)]
+TEXT = read_page("README.md").replace("\\\n", " ")
 
 
 CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh clone: minutes each, nothing fetched
@@ -44,7 +39,7 @@ CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh
 
 
 def test_the_commands_of_a_newcomer_are_printed_in_this_order() -> None:
-    printed = [" ".join(command.split()) for command in PYTHON]
+    printed = [" ".join(command.split()) for command in page_commands(TEXT)]
     for command in CPU_SIZED:
         assert command in printed, f"README.md does not print {command}, or prints it earlier than those before it here"
         printed = printed[printed.index(command) + 1 :]
@@ -66,18 +61,8 @@ def test_the_commands_of_a_newcomer_run_as_printed(tmp_path: Path) -> None:
         assert found.returncode == 0, f"{command}\n{found.stdout[-2000:]}{found.stderr[-2000:]}"
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(PYTHON) > 12 and "make demo      # set up" in TEXT
-
-
-@pytest.mark.parametrize("command", PYTHON)
-def test_command_exists(command: str) -> None:
-    folder = ROOT / "lora_training" if command.startswith(FOLDER) else ROOT
-    words = shlex.split(command.removeprefix(FOLDER).replace("$C", ""))
-    assert (folder / words[1]).is_file(), f"README.md names {words[1]}, which is not there"
-    if words[1] == "run_rq.py":
-        given = shlex.split(re.search(r'C="([^"]+)"', TEXT)[1]) if "$C" in command else []  # type: ignore[index]
-        run_rq.parse_args([*words[2:], *given])
+def test_the_readme_begins_with_make() -> None:
+    assert "make demo      # set up" in TEXT
 
 
 def test_figures_are_the_records() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, K, L, M, Q, small_flags  # type: ignore[import-not-found]
 
 import model.recommended
 from model.flags import parse_args, set_settings, take_open_settings
 from model.recommended import EXACT_UP_TO, WORTH, Measured, measured, recipe, recommend, worthwhile
 from run_record import ROOT, InputError
+from tests.conftest import Command, K, L, M, Q, small_flags
 
 
 def run_of(entities: int, mrr: list[float], positions: int = 4, num_code: int = 16, graph: str = "g") -> Measured:

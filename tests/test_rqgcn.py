@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CODE_DIM, SHAPE, D, K, L, M, Q, R, books_of, make_model  # type: ignore[import-not-found]
 
 from data.knowledge_graph import KnowledgeGraph
 from model.evaluation import evaluate_codes, evaluate_vectors, shuffled
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, CodeScorer, scorer_of
+from tests.conftest import CODE_DIM, SHAPE, D, K, L, M, Q, R, books_of, make_model
 
 DECODERS = ["conve", "distmult", "complex", "tucker", "mlp"]
 
@@ -156,7 +156,7 @@ def test_backends_give_the_same_vectors_and_codes(
 def test_semantic_loss_by_hand(ring_kg: KnowledgeGraph) -> None:
     model = make_model(ring_kg, text_dim=5)
     q, text = torch.randn(7, D), torch.randn(7, 5)
-    assert model.W_s is not None
+    assert model.W_s is not None and model.W_s.bias is not None
     mapped = q @ model.W_s.weight.T + model.W_s.bias
     expected = sum(float(((mapped[i] - text[i]) ** 2).sum().detach()) for i in range(7)) / 7
     assert float(model.semantic_loss(q, text).detach()) == pytest.approx(expected, rel=1e-5)

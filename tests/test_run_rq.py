@@ -10,28 +10,12 @@ import pickle
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import (  # type: ignore[import-not-found]
-    CODE_DIM,
-    RING,
-    ROOT,
-    SHAPE,
-    K,
-    L,
-    M,
-    Outcome,
-    Q,
-    R,
-    Run,
-    flags_of,
-    small_flags,
-)  # fmt: skip
 
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
@@ -41,21 +25,26 @@ from model.sizes import sizes_named, smaller_model
 from model.stored import fault_of
 from model.trainer import Trainer
 from run_record import InputError, load_torch
-
-Command = Callable[..., Outcome]
+from tests.conftest import (
+    CODE_DIM,
+    RING,
+    ROOT,
+    SHAPE,
+    Command,
+    K,
+    L,
+    M,
+    Q,
+    R,
+    Run,
+    assert_refused,
+    flags_of,
+    small_flags,
+)  # fmt: skip
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def assert_refused(outcome: Outcome, *words: str) -> None:
-    """Exit code 2 and one line on stderr that holds ``words``."""
-    assert outcome.code == 2, outcome
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -523,6 +512,9 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
         (["--warmup_epochs", "4"], ["--warmup_epochs 4"]),
         (["--lbl_smooth", "1"], ["--lbl_smooth"]),
         (["--weight_average", "1"], ["--weight_average"]),
+        (["--freeze_at", "1", "--frozen_noise", "0.3"], ["--frozen_noise 0.3", "--freeze_at 1"]),
+        (["--freeze_at", "1", "--weight_average", "0.9"], ["--weight_average 0.9", "--freeze_at 1"]),
+        (["--freeze_at", "1", "--weight_average", "0.9", "--control", "posthoc"], ["--weight_average 0.9"]),
         (["--restore", "--overwrite"], ["--restore", "--overwrite"]),
         (["--dump_only"], ["--dump_only", "--restore"]),
         (["--metrics_out", "x.json"], ["--eval_codes"]),
@@ -540,6 +532,13 @@ def test_flags_out_of_range_are_refused(
         del flags[flags.index("--device") : flags.index("--device") + 2]
     assert_refused(rq(*flags, *more), *words)
     assert not list(tmp_path.glob("codes/*"))
+
+
+@pytest.mark.parametrize("frozen", [["--codes_from", "a.pt"], ["--control", "random_codes"]], ids=" ".join)
+def test_codes_that_are_frozen_from_the_start_need_no_freeze_at(frozen: list[str]) -> None:
+    flags = ["--freeze_at", "1", "--frozen_noise", "0.3", "--weight_average", "0.9"]
+    assert run_rq.parse_args([*flags, *frozen]).frozen_noise == 0.3
+    assert run_rq.parse_args([*flags, "--frozen_noise", "0", "--weight_average", "0"]).freeze_at == 1
 
 
 def test_a_gpu_that_is_not_there_is_refused_and_device_wins(rq: Command, ring: Path, tmp_path: Path) -> None:

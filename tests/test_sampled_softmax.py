@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import L, M, small_flags  # type: ignore[import-not-found]
 from torch import Tensor
 
 from model import evaluation
@@ -23,12 +21,12 @@ from model.losses import (
     sampled_softmax_cross_entropy,
     softmax_cross_entropy,
 )
-from model.trainer import Phase, Trainer
+from model.trainer import Phase
 from run_record import read_json
+from tests.conftest import L, M, TrainerMaker, assert_refused, small_flags
 
 N, B, D = 11, 6, 4  # entities, queries, width
 CODES, WARM_UP = Phase(0.5, "codes"), Phase(0.0, "warm-up")
-TrainerMaker = Callable[..., Trainer]
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Targets]:
@@ -188,11 +186,10 @@ def test_training_with_few_negatives_learns_and_resumes(ring: Any, tmp_path: Any
 
 
 def test_negatives_go_with_the_softmax(ring: Any, tmp_path: Any, rq: Any) -> None:
-    outcome = rq(*small_flags(ring, tmp_path, num_negatives=8, loss="bce"))
-    assert outcome.code == 2 and "--num_negatives" in outcome.err and len(outcome.err.splitlines()) == 1
-    assert rq(*small_flags(ring, tmp_path, num_negatives=-1)).code == 2
+    assert_refused(rq(*small_flags(ring, tmp_path, num_negatives=8, loss="bce")), "--num_negatives")
+    assert_refused(rq(*small_flags(ring, tmp_path, num_negatives=-1)), "--num_negatives -1")
     outcome = rq(*small_flags(ring, tmp_path, relation_weight=1, decoder="distmult", loss="bce"))
-    assert outcome.code == 2 and "--relation_weight" in outcome.err and len(outcome.err.splitlines()) == 1
+    assert_refused(outcome, "--relation_weight")
 
 
 # ---------------------------------------------------------------- ranking in chunks over entities

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +9,20 @@ import pytest
 import torch
 
 from lora_training import train_lora
-from run_record import ROOT, InputError
-from tests.test_train_lora import ENVIRONMENT, adapter, base, data, record, words  # noqa: F401 (fixtures)
+from run_record import InputError
+from tests.test_train_lora import adapter, base, data, record, two_processes, words  # noqa: F401 (fixtures)
 
 FLAGS = {"lora_dropout": 0, "max_steps": 4, "eval_steps": 2, "batch_size": 2, "gradient_checkpointing": True}
 
 
-def two_processes(script: str, flags: list[str], port: int, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
-         str(ROOT / script), *flags],
-        env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_fsdp2_equals_plain_processes(base: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
-    plain = two_processes("lora_training/train_lora.py", words(base, data, tmp_path / "plain", **FLAGS), 29621)
+    plain = two_processes("lora_training/train_lora.py", words(base, data, tmp_path / "plain", **FLAGS))
     assert plain.returncode == 0, plain.stderr[-2000:]
     flags = words(base, data, tmp_path / "sharded", **FLAGS)
-    stopped = two_processes("tests/fsdp_on_cpu.py", flags, 29622, STOP_AT="3")
+    stopped = two_processes("tests/fsdp_on_cpu.py", flags, STOP_AT="3")
     assert "stopped: step 3 is saved" in stopped.stderr, stopped.stderr[-2000:]
-    resumed = two_processes("tests/fsdp_on_cpu.py", [*flags, "--resume_from_checkpoint", "last"], 29623)
+    resumed = two_processes("tests/fsdp_on_cpu.py", [*flags, "--resume_from_checkpoint", "last"])
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     for done in (stopped, resumed):
         line = next(line for line in done.stdout.splitlines() if "parameters are sharded" in line).split()

@@ -163,13 +163,20 @@ def test_queries_and_keys_may_begin_smaller() -> None:
     assert len(spread) == 5 and list(spread.values()) == pytest.approx([0.125] * 5, rel=0.1)
 
 
-def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").write_text("x")
+    monkeypatch.setattr(make_tiny_base, "train", lambda *_: pytest.fail("trained for nothing"))
     for words, problem in {
         ("--width", "100", "--heads", "3"): "must be a multiple of twice --heads 3",
         ("--vocab_size", "100"): "must be 300 or more",
         ("--steps", "-1"): "must be 0 or more",
-        ("--attention_std", "-1"): "--attention_std and --seed must be 0 or more",
+        ("--attention_std", "-1"): "--attention_std must be at most 1, and not below 0",
+        ("--attention_std", "nan"): "--attention_std must be at most 1",
+        ("--init_std", "2"): "--init_std must be at most 1",
+        ("--epochs", "inf"): "--epochs must be above 0 and finite, got inf",
+        ("--block", "1"): "--block must be 2 or more",
+        ("--seed", str(2**63)): "expected less than 2**63",
+        ("--out", str(tmp_path / "mine")): "is a file, and the model is a folder",
         ("--out", str(tmp_path)): "holds files that this script did not write",
         ("--out", str(tmp_path / "new"), "--dataset", "/nowhere"): "/nowhere",
         ("--out", str(tmp_path / "new"), "--device", "cuda:99"): "--device cuda:99 is not there",

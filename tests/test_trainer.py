@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, L, M, Q, books_of, small_flags  # type: ignore[import-not-found]
 from torch import Tensor
 
 from model import trainer as trainer_module
@@ -25,9 +23,9 @@ from model.precision import matmul_precision
 from model.RQGCN import scorer_of
 from model.trainer import Phase, Trainer
 from run_record import InputError, load_torch
+from tests.conftest import ROOT, L, M, Q, TrainerMaker, books_of, small_flags
 
 CODES, FROZEN, WARM_UP = (Phase(0.5, name) for name in ("codes", "frozen", "warm-up"))
-TrainerMaker = Callable[..., Trainer]
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from tests.faults.later import LATER
 from tests.faults.permissions import modes_count
 from tests.faults.targets import TARGETS
 from tests.faults.test_bad_input import Outcome, call
-from tests.faults.world import STEM, pristine, restore, snapshot
+from tests.faults.world import STEM, snapshot
 
 BY_NAME = {target.name: target for target in [*TARGETS, *LATER]}
 LIMIT = 300  # bytes per file: less than any output has
@@ -46,12 +46,6 @@ def one_line(outcome: Outcome, *words: str) -> str:
     for word in words:
         assert word in errors[0], errors[0]
     return errors[0]
-
-
-@pytest.fixture
-def world() -> Iterator[Path]:
-    yield pristine()
-    restore(pristine())
 
 
 WRITERS = [

@@ -23,11 +23,11 @@ from tests.conftest import M, graph_triples, small_flags
 from tests.faults.damage import WITNESS, Attack, attack, legacy_attack
 from tests.faults.targets import TARGETS
 from tests.faults.test_bad_input import call
-from tests.faults.world import STEM, pristine, restore, snapshot
+from tests.faults.world import STEM, pristine, snapshot
 from tests.test_instructions import write_codes
 
 BY_NAME = {target.name: target for target in TARGETS}
-SOURCES = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "tests" not in path.parts]
+SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 HARMFUL = [
     "../../escape",
     "/etc/escape",
@@ -49,12 +49,6 @@ HARMFUL = [
     "*",
     "{x!r}",
 ]
-
-
-@pytest.fixture
-def world() -> Iterator[Path]:
-    yield pristine()
-    restore(pristine())
 
 
 # ---------------------------------------------------------------- pickles
@@ -109,6 +103,11 @@ def test_no_model_brings_its_own_code(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # ---------------------------------------------------------------- the sources
+
+
+def test_there_are_sources() -> None:
+    """The control of the test below, which none would pass too."""
+    assert {ROOT / "run_rq.py", ROOT / "Class" / "codes.py", ROOT / "lora_training" / "inference.py"} <= set(SOURCES)
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:

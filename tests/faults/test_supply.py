@@ -14,11 +14,12 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from run_record import ROOT, run_command
+from tests.pages import parser_of
 
 REQUIREMENTS = [
     line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
@@ -107,26 +108,9 @@ def test_a_module_is_imported_alone_without_a_warning(path: Path) -> None:
 # ---------------------------------------------------------------- help
 
 
-class Found(Exception):
-    """Carries a script's parser out of its ``main``."""
-
-
-def parser_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    def caught(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
-        raise Found(parser)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
-    monkeypatch.setattr(sys, "argv", [str(path)])
-    with pytest.raises(Found) as found:
-        importlib.import_module(module_of(path)).main()
-    parser = found.value.args[0]
-    assert isinstance(parser, argparse.ArgumentParser)
-    return parser
-
-
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
-def test_every_flag_is_explained_in_help(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = parser_of(path, monkeypatch)
+def test_every_flag_is_explained_in_help(path: Path) -> None:
+    parser = parser_of(str(path))
     text = parser.format_help()
     assert parser.description, f"{path} does not say what it does"
     for action in parser._actions:
