@@ -5,11 +5,12 @@
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz
     python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --judge      for --decode judge
+    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --predict    for --decode predict
 
 The paper's protocol tunes twice: first on the training split's queries (--from train, into a folder of its own), then
-on nine tenths of the valid split (--from valid). The last tenth is the validation set and the test split the test set
-of both. Facts about one pair of entities stay in one part. Queries for the head ask for the tail of the inverse
-relation. Lists may come from any other model: see Class/candidates.py.
+on nine tenths of the valid split (--from valid); --from both tunes once on all of these. The last tenth is the
+validation set and the test split the test set in all cases. Facts about one pair of entities stay in one part. Queries
+for the head ask for the tail of the inverse relation. Lists may come from any other model: see Class/candidates.py.
 
 A row's output is the truth, then the candidate model's two best others. ``candidate_rank`` is the truth's filtered rank
 by the candidate model: a query whose truth is not listed keeps it. Training may drop such queries; validation and test
@@ -19,6 +20,10 @@ knows them: ranking leaves them out.
 --judge turns each training and validation list into one row per candidate, answered by True or False: hard negatives
 for ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions. Training
 lists may be longer (--train_candidates), for train_lora.py --draw to take some of each anew in every pass.
+
+--predict writes a second folder, tail_prediction/, to tune on: each query without its list, answered by the codes of
+the truth (its name without codes). inference.py --decode predict then scores the candidates of the lists by how likely
+each one's answer is to the query alone.
 
 A model that was trained on its queries puts their truth first: such lists are shuffled, unless they are judged, which
 shows no places, and --candidate_order ranked is given (train_lora.py --place_weight).
@@ -46,13 +51,14 @@ from Class.prompts import (
     judgements,
     link_prediction,
     numbered,
+    prediction,
     read_link_prediction,
     relation_text,
 )
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 from run_record import CommandParser, InputError, run_command
 
-TASK, JUDGED = "link_prediction", "candidate_judgement"
+TASK, JUDGED, PREDICTED = "link_prediction", "candidate_judgement", "tail_prediction"
 ORDERS = ("ranked", "shuffled")
 VALIDATION_PART = 0.1  # of the valid split, as in the paper
 CHUNK = 1024
@@ -255,6 +261,22 @@ def judged(rows: Iterable[Row]) -> Iterator[Row]:
             )  # fmt: skip
 
 
+def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
+    """Rows of ``rows_of`` as the query alone, answered by the truth's codes (its name where there are none).
+
+    Lists are not shown, so queries whose truth is not listed are as good as others.
+    """
+    entity = {name: i for i, name in enumerate(source.kg.entities)}
+    for row in rows:
+        question = read_link_prediction(row["instruction"])
+        assert question is not None
+        answer = source.code_texts[entity[row["truth"][0]]]
+        yield make_row(
+            prediction(question), answer, id=row["id"].replace(TASK, PREDICTED, 1), task_type=PREDICTED,
+            split=row["split"], triple=row["triple"], direction=row["direction"], truth=[answer],
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -268,8 +290,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--num_candidates", type=int, default=20, help="candidates that a prompt lists")
     group.add_argument("--train_candidates", type=int, default=0, metavar="N", help="the same in training lists, from "
                        "which train_lora.py --draw draws (0: as many)")  # fmt: skip
-    group.add_argument("--from", dest="tune_from", choices=["train", "valid"], default="valid",
-                       help="training rows: queries of the training split, or of nine tenths of valid")  # fmt: skip
+    group.add_argument("--from", dest="tune_from", choices=["train", "valid", "both"], default="valid",
+                       help="training rows: queries of the training split, of nine tenths of valid, or "
+                       "both")  # fmt: skip
     group.add_argument("--candidate_order", choices=ORDERS, help="how prompts list them (default: as ranked, but lists "
                        "of a model that was trained on their queries are shuffled)")  # fmt: skip
     group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
@@ -278,12 +301,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "truth and random entities, which is easier to learn from (0..1)")  # fmt: skip
     group.add_argument("--judge", action="store_true", help="training and validation rows: one per candidate, answered "
                        "by True or False")  # fmt: skip
+    group.add_argument("--predict", action="store_true", help="also write tail_prediction/: the queries without lists, "
+                       "answered by the truth's codes (its name without codes)")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.num_candidates < 2:
         parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
     if args.train_candidates and args.train_candidates < 2:
         parser.error(f"--train_candidates must be 0, or 2 or more, got {args.train_candidates}")
+    if args.judge and args.predict:
+        parser.error("--judge and --predict are two ways to ask about a list: give one of them")
+    if args.random_part and args.predict:
+        parser.error("--random_part changes lists, and --predict rows show none: leave it out")
     if not 0 <= args.random_part <= 1:
         parser.error(f"--random_part must be in 0..1, got {args.random_part}")
     return args
@@ -292,10 +321,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candidates) -> list[Plan]:
     """The splits' queries with their lists. InputError where a query has none, or ranked lists would leak."""
     parts = disjoint_parts(kg, args.seed)
-    train = parts.train if args.tune_from == "train" else parts.tuning
+    both = np.concatenate([parts.train, parts.tuning])
+    train = {"train": parts.train, "valid": parts.tuning, "both": both}[args.tune_from]
+    learned_from = {"both": "training and valid"}.get(args.tune_from, args.tune_from)
     plans, missing = [], []
     for split, triples, name in (
-        ("train", train, args.tune_from), ("validation", parts.validation, "valid"), ("test", parts.test, "test"),
+        ("train", train, learned_from), ("validation", parts.validation, "valid"), ("test", parts.test, "test"),
     ):  # fmt: skip
         queries = both_directions(triples, kg.num_relations)
         if split == "train":
@@ -304,7 +335,7 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
         if (rows < 0).any():
             missing.append(f"{int((rows < 0).sum()):,} of {len(queries):,} {name} queries ({split})")
             continue
-        memorised = args.tune_from == "train" and split == "train" and not candidates.held_out[rows].all()
+        memorised = args.tune_from != "valid" and split == "train" and not candidates.held_out[rows].all()
         if memorised and args.candidate_order == "ranked" and not args.judge:
             raise InputError(
                 "--candidate_order ranked: the lists of training queries come from a model that was trained on them "
@@ -348,6 +379,14 @@ def main(argv: list[str] | None = None) -> None:
             "queries": {split: count.summary() for split, count in counts.items()},
         },
     )  # fmt: skip
+    if args.predict:
+        alone = {
+            plan.split: predicted(
+                rows_of(source, candidates, plan._replace(drop_unlisted=False), answers, 2, args.seed, Count()), source
+            )
+            for plan in plans
+        }
+        write_task(args.out_dir / PREDICTED, PREDICTED, args, source, alone)
     for split, count in counts.items():
         summary = count.summary()
         model = "  ".join(f"{key} {value:.4f}" for key, value in summary["candidate_model"].items())

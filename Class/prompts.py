@@ -75,6 +75,14 @@ def judgements(question: Asked) -> list[str]:
     return [f"{JUDGE}{question.query} {candidate}" for candidate in question.candidates]
 
 
+PREDICT = "What completes this?\n"
+
+
+def prediction(question: Asked) -> str:
+    """The query alone, for all of its candidates: how likely is each one's answer to it?"""
+    return f"{PREDICT}{question.query}"
+
+
 def numbered(answers: Sequence[str]) -> str:
     """Numbered lines, the output of link prediction: ``1. <CODE>...</CODE>``."""
     return "\n".join(f"{number}. {answer}" for number, answer in enumerate(answers, 1))

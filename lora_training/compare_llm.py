@@ -4,27 +4,31 @@
     python lora_training/compare_llm.py --dataset data/family --seeds 0 --out lora_training/lora_outputs/quick --quick
 
 the candidate model          stage 1, trained on the training split; ranked by its own scores of all entities
-the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid: its codes go to
-                             the LLMs, its lists to the prompts, so that both rest on the same facts: the fair rival
+the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid, which the LLM
+                             sees too: its lists go to the prompts, and it is the fair rival
 copies the first candidate   the list as it stands
+the codes, by stage 1's scorer  another run of stage 1 on those same facts, whose codes the LLMs read: what its own
+                             decoder makes of them. No rival, since it never sees the lists, but a bar: how much of
+                             what is in the codes does an LLM get out of them?
 the LLM without codes        names alone
 the LLM with shuffled codes  every entity has another one's codes, the same in training and test
 the LLM with codes           the result
-each LLM and the list's order   its judgement and the candidate's place together, by two weights that validation gives
+each LLM and the list's order   its score and the candidate's place together, by two weights that validation gives
                              (score_answers.py), the same for all three
 
-The candidate model is a small one on purpose, for all rows alike: few codes and few epochs. The full one of the bundled
-graph (the demo's) has MRR .98, which leaves nothing to gain.
+As in the paper, lists and codes come from two models: codes of the model that ordered the list say what the order
+says already. The candidate model is a small one on purpose, for all rows alike: the full one of the bundled graph (the
+demo's) has MRR .98, which leaves nothing to gain.
 The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too.
 
-The LLMs judge: each candidate is put into the query's place, and log P(True) - log P(False) ranks them. A base as small
-as RECIPE's does not learn to copy its answer out of a list; judging needs no copying.
+The LLMs predict: asked (h, r, ?), an LLM answers with the codes of the tail, or its name where it has no codes, and
+candidates are ranked by how likely their answers are to the query alone (gen_lp_data_rq.py --predict, inference.py
+--decode predict). So every training row weighs the truth against all other answers, not against those of a list, and a
+base as small as RECIPE's need not learn to copy out of lists or to compare two entities of a prompt.
 
 Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. An LLM
-is tuned once, on queries of the training split, whose candidates stand in random order (stage 1 has learned these
-answers): at first beside random entities, then ever more often beside stage 1's candidates. What is easy to tell apart
-is learned first, the rest sooner. Each pass draws them anew, stage 1's out of its best eight: if they stayed the same,
-an answer that only test knows would be learned as wrong by heart. Validation is the last tenth of valid.
+is tuned once, on the queries of the training split and of nine tenths of valid, the facts that codes and lists rest on
+too. Validation is the last tenth of valid.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
 stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
@@ -50,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
-from Class.gen_lp_data_rq import TASK, disjoint_parts
+from Class.gen_lp_data_rq import PREDICTED, TASK, disjoint_parts
 from Class.instructions import Row, existing_split, read_rows, split_path
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.checkpoints import SECONDS
@@ -72,24 +76,25 @@ from tables.sanity import RANKING, check_ranking
 
 Recipe = dict[str, dict[str, Any]]
 
-# flags of each stage
+# flags of each stage; "codes": of the model whose codes are read, on top of "stage1", the candidate model's
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
+    "codes": {"seq_len": 1, "num_code": 128, "num_quantizers": 4, "code_dim": 128, "assign_every": 2},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
-             "lr": 3e-3, "prompt_words": 2, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
-    "data": {"num_candidates": 4, "train_candidates": 8},
-    "easy_data": {"random_part": 1},
-    "tuning": {"epochs": 9, "batch_size": 64, "learning_rate": 2e-3, "adam_beta2": 0.99, "token_weight": 0.02,
-               "draw": 4, "easy_until": 0.35, "lora_r": 64, "lora_alpha": 64, "lora_dropout": 0,
-               "matmul_precision": "medium", "eval_steps": 250, "eval_batch_size": 64, "logging_steps": 50},
+             "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
+    "data": {"num_candidates": 20},
+    "tuning": {"epochs": 9, "batch_size": 32, "learning_rate": 2e-3, "adam_beta2": 0.99, "lora_r": 64,
+               "lora_alpha": 64, "lora_dropout": 0, "matmul_precision": "medium", "eval_steps": 1000,
+               "eval_batch_size": 128, "logging_steps": 100},
     "answers": {},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
 QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
+    "codes": RECIPE["codes"] | {"epoch": 4, "eval_every": 4},
     "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
-    "data": RECIPE["data"] | {"limit": 960},
+    "data": RECIPE["data"] | {"limit": 240},
     "answers": {"limit": 200},
     "tuning": RECIPE["tuning"] | {"epochs": 4, "eval_steps": 4, "batch_size": 16, "logging_steps": 5},
 }
@@ -111,8 +116,9 @@ CANDIDATE_MODEL = "the candidate model"
 REFITTED = "the candidate model, refitted with nine tenths of valid"
 COPIED = "copies the first candidate"
 ORDERED = "{}, and the list's order"
+CODES_ALONE = "the codes, by stage 1's scorer"
 ROWS = (
-    CANDIDATE_MODEL, REFITTED, COPIED, *(variant.row for variant in VARIANTS),
+    CANDIDATE_MODEL, REFITTED, COPIED, CODES_ALONE, *(variant.row for variant in VARIANTS),
     *(ORDERED.format(variant.row) for variant in VARIANTS),
 )  # fmt: skip
 RESULTS = "inference_results.json"
@@ -189,17 +195,18 @@ class Places(NamedTuple):
         return self.root / variant.name / "data" / TASK
 
 
-def stem_of(dataset: str, recipe: Recipe) -> str:
+def stem_of(dataset: str, sizes: Mapping[str, Any]) -> str:
     """The name of stage 1's files."""
-    sizes = recipe["stage1"]
     return code_stem(dataset, sizes["seq_len"], sizes["num_code"], sizes["num_quantizers"])
 
 
-def stage1_steps(name: str, dataset: Path, folder: Path, recipe: Recipe, seed: int) -> tuple[Step, list[str]]:
-    """Training of stage 1 on ``dataset``, and the words that rank from its codes."""
-    stem = stem_of(dataset.name, recipe)
+def stage1_steps(
+    name: str, dataset: Path, folder: Path, values: Mapping[str, Any], seed: int
+) -> tuple[Step, list[str]]:
+    """Training of stage 1 on ``dataset`` with the flags ``values``, and the words that rank from its codes."""
+    stem = stem_of(dataset.name, values)
     codes, checkpoint = folder / f"{stem}.pt", folder / "checkpoints" / f"{stem}.pt"
-    words = ["run_rq.py", "--dataset", str(dataset), *flags(recipe["stage1"]), "--seed", str(seed)]
+    words = ["run_rq.py", "--dataset", str(dataset), *flags(values), "--seed", str(seed)]
     words += ["--out_dir", str(folder), "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]
     ranking = ["run_rq.py", "--dataset", str(dataset), "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
     return Step(name, words, [codes, codes.with_suffix(".json"), checkpoint]), ranking
@@ -213,8 +220,10 @@ def export_step(name: str, ranking: list[str], split: str, path: Path) -> Step:
 def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, recipe: Recipe, seed: int) -> list[Step]:
     """Everything that one seed takes, in order. ``refit``: the folder of ``write_refit``."""
     root = places.root
-    train, ranking = stage1_steps("stage1", dataset, root / "codes", recipe, seed)
-    train_again, ranking_again = stage1_steps("refit", refit, root / "refit", recipe, seed)
+    model = recipe["stage1"]
+    train, ranking = stage1_steps("stage1", dataset, root / "candidate_model", model, seed)
+    train_again, ranking_again = stage1_steps("refit", refit, root / "refit", model, seed)
+    coded, ranking_coded = stage1_steps("codes", refit, root / "codes", model | recipe["codes"], seed)
     base = root / "tiny_base"
     make_base = ["lora_training/make_tiny_base.py", "--dataset", str(dataset), "--out", str(base)]
     return [
@@ -222,9 +231,11 @@ def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, r
         export_step("candidates_plain", ranking, "test", places.candidates("plain")),
         train_again,
         *(export_step(f"candidates_{split}", ranking_again, split, places.candidates(split)) for split in kg_splits()),
+        coded,
+        export_step("candidates_coded", ranking_coded, "test", places.candidates("coded")),
         Step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
         *(step for variant in VARIANTS
-          for step in llm_steps(variant, dataset, train_again, base, places, recipe, seed)),
+          for step in llm_steps(variant, dataset, coded, base, places, recipe, seed)),
     ]  # fmt: skip
 
 
@@ -236,28 +247,24 @@ def kg_splits() -> tuple[str, str, str]:
 def llm_steps(
     variant: Variant, dataset: Path, stage1: Step, base: Path, places: Places, recipe: Recipe, seed: int
 ) -> list[Step]:
-    """Data, easy and not, tuning, and answers. ``stage1``: of ``stage1_steps``."""
+    """Data, tuning, and answers. ``stage1``: of ``stage1_steps``, whose codes are read."""
     codes, _, checkpoint = stage1.made
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in kg_splits()]
-    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, "--judge", *flags(recipe["data"])]
+    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, "--predict", *flags(recipe["data"])]
     data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(codes)])]
-
-    data += ["--candidates", *lists, "--from", "train"]
-    train = {which: split_path(folder / which / TASK, "train") for which in ("data", "easy_data")}
+    data += ["--candidates", *lists, "--from", "both", "--out_dir", str(folder / "data")]
     tuned, task = folder / "tuned", places.rows(variant)
+    train, validation = (split_path(folder / "data" / PREDICTED, split) for split in ("train", "validation"))
     words = ["lora_training/train_lora.py", "--model_name", str(base), "--output_dir", str(tuned)]
-    words += ["--train_data", str(train["data"]), "--easy_data", str(train["easy_data"])]
-    words += ["--val_data", str(split_path(task, "validation")), "--share_prompts", "--rank_loss"]
+    words += ["--train_data", str(train), "--val_data", str(validation)]
     words += [*flags(recipe["tuning"]), "--seed", str(seed)]
     words += [] if variant is WITHOUT else ["--code_init", str(checkpoint)]
-    answer = ["lora_training/inference.py", "--decode", "judge", "--lora_adapter", str(tuned / "lora_adapters")]
+    answer = ["lora_training/inference.py", "--decode", "predict", "--lora_adapter", str(tuned / "lora_adapters")]
     answer += ["--test_data", str(split_path(task, "test")), "--output", str(places.results(variant))]
     answer += flags(recipe["answers"])
-    more = {"data": {}, "easy_data": recipe["easy_data"]}
     return [
-        *(Step(f"{name}_{which}", [*data, *flags(more[which]), "--out_dir", str(folder / which)], [path])
-          for which, path in train.items()),
+        Step(f"{name}_data", data, [train]),
         Step(f"{name}_tuning", words, [tuned / "lora_adapters" / "run_record.json"], tuned / "checkpoints"),
         Step(f"{name}_answers", answer, [places.results(variant)]),
     ]  # fmt: skip
@@ -320,8 +327,13 @@ def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     )  # fmt: skip
 
 
-def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, plain_record: Path) -> dict[str, Found]:
-    """All rows of one seed. InputError where the three LLMs were not asked the same queries."""
+def seed_rows(
+    places: Places, kg: KnowledgeGraph, out: Path, plain_record: Path, coded_record: Path
+) -> dict[str, Found]:
+    """All rows of one seed. InputError where the three LLMs were not asked the same queries.
+
+    ``plain_record``, ``coded_record``: of the candidate model, and of the model whose codes are read.
+    """
     queries, tests = {}, {}
     for variant in VARIANTS:
         record = read_json(places.results(variant), "answers' record")
@@ -337,17 +349,22 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, plain_record: Path)
     if test_rows is None:
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
     count, with_codes = len(queries[WITH]), places.results(WITH)
-    with content_of(test_rows, "file of the answered rows", REPEATED):
-        ranks = ranks_of(places.candidates("plain"), itertools.islice(read_rows(test_rows), count), kg)
-        if len(ranks) != count:
-            raise ValueError(f"{len(ranks)} rows, {count} answers")
-        plain = ranking_metrics(ranks)
+    scored: dict[str, tuple[Path, Any]] = {}
+    for name, lists, path in (
+        (CANDIDATE_MODEL, "plain", plain_record), (CODES_ALONE, "coded", coded_record)
+    ):  # fmt: skip
+        with content_of(test_rows, "file of the answered rows", REPEATED):
+            ranks = ranks_of(places.candidates(lists), itertools.islice(read_rows(test_rows), count), kg)
+            if len(ranks) != count:
+                raise ValueError(f"{len(ranks)} rows, {count} answers")
+            scored[name] = (path, ranking_metrics(ranks))
     with content_of(with_codes, "answers' record", REPEATED):
         refit, copied = (tests[WITH][part] for part in ("candidate_model", "as_listed"))
     rows = {
-        CANDIDATE_MODEL: (plain_record, plain),
+        CANDIDATE_MODEL: scored[CANDIDATE_MODEL],
         REFITTED: (with_codes, refit),
         COPIED: (with_codes, copied),
+        CODES_ALONE: scored[CODES_ALONE],
         **{variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS},
     }
     for variant in VARIANTS:
@@ -455,8 +472,12 @@ def compare(
         places = Places(out / f"seed_{seed}")
         refit = places.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
-        run_steps(seed_steps(kg, dataset, refit, places, recipe, seed), places.marks, f"seed {seed}")
-        return seed_rows(places, kg, out, places.root / "codes" / f"{stem_of(dataset.name, recipe)}.json")
+        steps = seed_steps(kg, dataset, refit, places, recipe, seed)
+        run_steps(steps, places.marks, f"seed {seed}")
+        plain, coded = (
+            next(step for step in steps if step.name == name).made[1] for name in ("stage1", "codes")
+        )  # fmt: skip
+        return seed_rows(places, kg, out, plain, coded)
 
     with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for the steps' processes
         by_seed = dict(zip(args.seeds, pool.map(one_seed, args.seeds), strict=True))

@@ -7,6 +7,7 @@
 --decode says how link prediction is answered:
 score            the likelihood of each candidate's first answer line, exact, over one cache of the prompt
 judge            P(True) against P(False) of each candidate in the query's place, for rows of gen_lp_data_rq.py --judge
+predict          the likelihood of each candidate's answer to the query alone, tuned on gen_lp_data_rq.py --predict
 constrained      beam search over the candidates, --beams wide
 constrained_all  beam search over ALL entities; their other known answers are left out
 free             greedy text, read as numbered lines
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.instructions import Row, Source, existing_split, open_source, read_rows
-from Class.prompts import FALSE, TRUE, judgements, numbered, read_link_prediction
+from Class.prompts import FALSE, TRUE, Asked, judgements, numbered, prediction, read_link_prediction
 from lora_training.code_tokens import (
     RECORD,
     Saved,
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "inference_results.json"
-DECODES = ("score", "judge", "constrained", "constrained_all", "free")
+DECODES = ("score", "judge", "predict", "constrained", "constrained_all", "free")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 WINDOW = 256  # rows that are sorted by length and cut into batches together
 BEST = 3  # answers that a prompt of link prediction asks for
@@ -121,12 +122,22 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
     return lines
 
 
-def judged_prompts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the question that ``--judge`` asks of each candidate of a row; InputError where it is no list."""
+def question_of(row: Row) -> Asked:
+    """What the prompt of a row of link prediction asks; InputError where it is no list."""
     question = read_link_prediction(row["instruction"])
     if question is None:
-        raise InputError(f"row {row['id']} lists no candidates to judge; write it anew: python Class/gen_lp_data_rq.py")
-    return [encode_prompt({"instruction": prompt}, tokenizer) for prompt in judgements(question)]
+        raise InputError(f"row {row['id']} lists no candidates; write it anew: python Class/gen_lp_data_rq.py")
+    return question
+
+
+def judged_prompts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the question that ``--judge`` asks of each candidate of a row."""
+    return [encode_prompt({"instruction": prompt}, tokenizer) for prompt in judgements(question_of(row))]
+
+
+def predicted_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the question that ``--predict`` asks about a row."""
+    return encode_prompt({"instruction": prediction(question_of(row))}, tokenizer)
 
 
 def read_numbered(text: str, listed: Sequence[Listed]) -> list[float] | None:
@@ -386,6 +397,8 @@ class Answerer:
         decode = self.settings.decode
         if decode == "judge":
             return self._judge_candidates(row)
+        if decode == "predict":
+            return self._predict(row)
         prompt = encode_prompt(row, self.tokenizer)
         if decode == "constrained_all":
             return self._search_all(row, prompt)
@@ -410,6 +423,16 @@ class Answerer:
 
         true, false = score_endings(self.model, judged_prompts(row, self.tokenizer), self._verdicts()).T
         return ranked(row, "judge", listed_candidates(row), (true - false).tolist())
+
+    def _predict(self, row: Row) -> Answer:
+        """Scores through the end token: without it, a name would beat every longer one that it begins."""
+        from lora_training.candidate_scoring import score_candidates
+
+        listed = listed_candidates(row)
+        answers = [encode_answer(candidate.answer, self.tokenizer) for candidate in listed]
+        scores = score_candidates(self.model, predicted_prompt(row, self.tokenizer), answers)
+        lengths = [len(answer) for answer in answers]
+        return ranked(row, "predict", listed, scores.tolist(), tokens=None if len(set(lengths)) == 1 else lengths)
 
     def _search_all(self, row: Row, prompt: Sequence[int]) -> Answer:
         from lora_training.candidate_scoring import constrained_beams
@@ -480,8 +503,9 @@ class Part(NamedTuple):
 
 
 def decides(row: Row, with_codes: bool, decode: str) -> bool:
-    """Whether a validation row is needed: for a threshold, or to choose between sum and mean of unequal lengths."""
-    return is_judgement(row) or (is_ranking(row) and not with_codes and decode == "score")
+    """Whether a validation row is needed: for a threshold, to choose between sum and mean of unequal lengths, or to
+    weigh a prediction against the list's order."""
+    return is_judgement(row) or (is_ranking(row) and (decode == "predict" or (decode == "score" and not with_codes)))
 
 
 def batches(rows: Iterator[Row], settings: Settings) -> Iterator[list[Row]]:
@@ -526,8 +550,12 @@ def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
     limit = getattr(load_config(reader.base_model).get_text_config(), "max_position_embeddings", None)
     for row in found.longest:
         kind = kind_of(row, settings.decode)
-        judged = kind == "rank" and settings.decode == "judge"
-        prompts = judged_prompts(row, reader.tokenizer) if judged else [encode_prompt(row, reader.tokenizer)]
+        asked = settings.decode if kind == "rank" else ""
+        prompts = (
+            judged_prompts(row, reader.tokenizer) if asked == "judge"
+            else [predicted_prompt(row, reader.tokenizer)] if asked == "predict"
+            else [encode_prompt(row, reader.tokenizer)]
+        )  # fmt: skip
         prompt = max(map(len, prompts))
         answer = settings.max_new_tokens if kind == "write" else len(encode_answer(row["output"], reader.tokenizer))
         if limit is not None and prompt + answer > limit:

@@ -113,7 +113,7 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
 
 # ---------------------------------------------------------------- tokenizer
 
-PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.JUDGE)
+PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.JUDGE, prompts.PREDICT)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()) -> LlamaTokenizer:

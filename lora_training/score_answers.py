@@ -8,8 +8,8 @@ whose truth is not among the candidates keeps ``candidate_rank``, its rank by th
 all entities has no such model behind it: what it does not find counts as never found). Candidates without a score (free
 text, a narrow search) keep their listed order below the others. Where answers differ in length, sum and per-token mean
 of the log-likelihood are two rankings: the one with the higher validation MRR is used.
-Candidates that were judged one by one (inference.py --decode judge) are ranked by their judgements alone, and once more
-by judgement and place in the list together (``with_order``): two weights, fitted on validation and nothing else.
+Candidates that were scored without their list (inference.py --decode judge, predict) are ranked by their scores alone,
+and once more by score and place in the list together (``with_order``): two weights, fitted on validation alone.
 Judgements. True where log P(True) - log P(False) exceeds a threshold: the one with the best validation accuracy, of
 equally good ones the nearest to 0. Metrics at 0 stand beside it.
 The rest. Exact matches; lines of an answer may come in any order.
@@ -207,18 +207,25 @@ def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
     return found
 
 
-# ---------------------------------------------------------------- judgements and the list's order
+# ---------------------------------------------------------------- scores and the list's order
 
 
 class Weights(NamedTuple):
-    """``judgement * margin - place * log(place in the list)`` ranks candidates; neither is below 0."""
+    """``judgement * score - place * log(place in the list)`` ranks candidates; neither is below 0."""
 
     judgement: float
     place: float
 
 
-def judged_lists(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
-    """The judgements of one list after another, as listed, by their ids ``LIST-PLACE``; only lists with one True."""
+class Scored(NamedTuple):
+    """A list of which one candidate is right."""
+
+    scores: list[float]  # of its candidates, as listed
+    right: int  # place of the right one, from 0
+
+
+def judged_lists(answers: Iterable[Answer]) -> Iterator[Scored]:
+    """The lists that were judged candidate by candidate, put together by their ids ``LIST-PLACE``."""
     lists: dict[str, dict[int, Answer]] = {}
     for answer in answers:
         name, _, place = str(answer["id"]).rpartition("-")
@@ -227,19 +234,28 @@ def judged_lists(answers: Iterable[Answer]) -> Iterator[list[Answer]]:
     for found in lists.values():
         ordered = [found[place] for place in sorted(found)]
         if sorted(found) == list(range(1, len(found) + 1)) and sum(one["truth"] == [TRUE] for one in ordered) == 1:
-            yield ordered
+            right = next(i for i, one in enumerate(ordered) if one["truth"] == [TRUE])
+            yield Scored([margin(one) for one in ordered], right)
 
 
-def order_weights(answers: Iterable[Answer]) -> Weights | None:
+def scored_lists(answers: Iterable[Answer]) -> Iterator[Scored]:
+    """The lists of link prediction whose candidates all have scores and whose truth is among them."""
+    for answer in answers:
+        scores, truth = answer["scores"], answer["truth"][0]
+        if answer["parsed"] and scores and None not in scores and truth in answer["candidates"]:
+            yield Scored(scores, answer["candidates"].index(truth))
+
+
+def order_weights(lists: Iterable[Scored]) -> Weights | None:
     """The weights under which a choice among each list's candidates (a softmax over their scores) is likeliest.
 
     A conditional logit with a ridge of 0.01, by Newton's method: it is convex. Where one comes out below 0, which says
     that it misleads on validation, it is 0, and the other 1. None where no list can be used.
     """
     inputs, right = [], []
-    for ordered in judged_lists(answers):
-        inputs.append(np.array([[margin(one), -math.log(place)] for place, one in enumerate(ordered, 1)]))
-        right.append(next(i for i, one in enumerate(ordered) if one["truth"] == [TRUE]))
+    for found in lists:
+        inputs.append(np.array([[score, -math.log(place)] for place, score in enumerate(found.scores, 1)]))
+        right.append(found.right)
     if not inputs:
         return None
     weights = np.zeros(2)
@@ -272,9 +288,9 @@ def with_order(answer: Answer, weights: Weights) -> Answer:
     return answer | {"scores": scores}
 
 
-def score_with_order(splits: dict[str, list[Answer]], judgements: Sequence[Answer]) -> dict[str, Metrics]:
-    """By split of ``splits``: metrics by ``with_order``, with the weights that ``judgements`` of validation give."""
-    weights = order_weights(judgements)
+def score_with_order(splits: dict[str, list[Answer]], lists: Iterable[Scored]) -> dict[str, Metrics]:
+    """By split of ``splits``: metrics by ``with_order``, with the weights that ``lists`` of validation give."""
+    weights = order_weights(lists)
     if weights is None:
         return {}
     return {
@@ -400,8 +416,12 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
             score_ranking if is_ranking(first) else score_judgements if is_judgement(first) else score_texts
         )
         found[task] = score(splits)
-        if is_ranking(first) and first["decode"] == "judge":
-            for split, metrics in score_with_order(splits, tasks.get(JUDGED, {}).get("validation", [])).items():
+        if is_ranking(first) and first["decode"] in ("judge", "predict"):
+            lists = (
+                judged_lists(tasks.get(JUDGED, {}).get("validation", [])) if first["decode"] == "judge"
+                else scored_lists(splits.get("validation", []))
+            )  # fmt: skip
+            for split, metrics in score_with_order(splits, lists).items():
                 found[task][split]["with_order"] = metrics
     return found
 

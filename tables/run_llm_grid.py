@@ -73,9 +73,7 @@ def cell_steps(
 ) -> list[Step]:
     """Everything of one cell but the base, in order."""
     folder, sizes = cell_folder(out, length, size), {"seq_len": length, "num_code": size}
-    train, ranking = stage1_steps(
-        "stage1", dataset, folder / "codes", recipe | {"stage1": recipe["stage1"] | sizes}, seed
-    )
+    train, ranking = stage1_steps("stage1", dataset, folder / "codes", recipe["stage1"] | sizes, seed)
     lists = {split: folder / "candidates" / f"{split}.npz" for split in kg_splits()}
     exports = [export_step(f"candidates_{split}", ranking, split, path) for split, path in lists.items()]
     codes, _, checkpoint = train.made

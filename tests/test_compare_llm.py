@@ -22,6 +22,7 @@ from lora_training import compare_llm, inference, make_tiny_base, train_lora
 from lora_training.code_tokens import refuse_other_codes
 from lora_training.compare_llm import (
     CANDIDATE_MODEL,
+    CODES_ALONE,
     COPIED,
     ORDERED,
     QUICK,
@@ -103,20 +104,21 @@ def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
         write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
     write_rows(split_path(places.rows(WITH), "test"), rows)
     export_ranks(kg, places.candidates("plain"), 8.0)
+    export_ranks(kg, places.candidates("coded"), 5.0)
 
 
 def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     places = Places(tmp_path / "seed_0")
     fill(ring_kg, places)
-    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "codes" / "x.json")
+    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "x.json", tmp_path / "seed_0" / "y.json")
     assert tuple(found) == ROWS
     mrr = {name: one.metrics["mrr"] for name, one in found.items()}
-    expected = {CANDIDATE_MODEL: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4}
+    expected = {CANDIDATE_MODEL: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4, CODES_ALONE: 1 / 5}
     expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
     expected |= {ORDERED.format(variant.row): 0.75 for variant in VARIANTS}
     assert mrr == pytest.approx(expected)
     assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
-    assert found[CANDIDATE_MODEL].record == "seed_0/codes/x.json"
+    assert found[CANDIDATE_MODEL].record == "seed_0/x.json" and found[CODES_ALONE].record == "seed_0/y.json"
     record = "seed_0/with_codes/inference_results.json"
     assert record == found[WITH.row].record == found[COPIED].record == found[REFITTED].record
 
@@ -126,7 +128,7 @@ def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> N
     fill(ring_kg, places)
     write_json(answered(rows_of(ring_kg)[1:], lambda i: 1), places.results(SHUFFLED))
     with pytest.raises(InputError, match="other queries"):
-        seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json")
+        seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json", tmp_path / "y.json")
 
 
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
@@ -247,8 +249,12 @@ def test_every_step_has_flags_that_its_script_knows(
         if getattr(args, "seed", None) == 5:
             seeded.add(one.name)
     begun = {one.name: one.words[one.words.index("--code_init") + 1] for one in steps if "--code_init" in one.words}
-    stage1 = next(one for one in steps if one.name == "refit")
-    assert str(tmp_path / "ring_refit") in stage1.words, "the LLMs rest on what the refitted model rests on"
+    lists, stage1 = (next(one for one in steps if one.name == name) for name in ("refit", "codes"))
+    for model in (lists, stage1):
+        assert str(tmp_path / "ring_refit") in model.words, "codes, lists and LLMs rest on the same facts"
+    listed = {one.words[one.words.index("--eval_codes") + 1] for one in steps
+              if one.name in {f"candidates_{split}" for split in ("train", "valid", "test")}}  # fmt: skip
+    assert listed == {str(lists.made[0])} != {str(stage1.made[0])}, "lists and codes are of two models"
     named = [word for one in steps for word in one.words if word.endswith("_rq.pt") and one.name.endswith("_data")]
     assert named and set(named) == {str(stage1.made[0])}
     assert begun == {f"{name}_tuning": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"

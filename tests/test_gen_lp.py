@@ -160,6 +160,50 @@ def test_judged_rows_ask_for_each_candidate_of_the_lists(
                 ]
 
 
+@pytest.mark.parametrize("with_codes", [True, False])
+def test_predicted_rows_are_the_query_and_the_truth(
+    lists: dict[str, Path], codes: Path, tmp_path: Path, with_codes: bool
+) -> None:
+    """--predict: what the lists' rows ask without their lists, answered by the truth alone; tests untouched."""
+    which: list[str | Path] = ["--codes", codes] if with_codes else ["--no_codes", "--dataset", FAMILY]
+    words = [*which, "--candidates", *lists.values(), "--num_candidates", "4"]
+    parts = {
+        source: (generate(tmp_path / source, *words, "--from", source, "--no-drop_unlisted"),
+                 generate(tmp_path / f"{source}_alone", *words, "--from", source, "--predict"))
+        for source in ("train", "valid", "both")
+    }  # fmt: skip
+    for whole, alone in parts.values():
+        assert alone["test"] == whole["test"]
+        for split in ("train", "validation"):
+            assert len(alone[split]) == len(whole[split]) > 0
+            for one, row in zip(alone[split], whole[split], strict=True):
+                lines = row["instruction"].split("\n")
+                given, word = lines[1][8:-5].split(" | ")
+                assert one["instruction"] == f"What completes this?\n{lines[2][6:] if with_codes else given} {word}"
+                assert one["output"] == row["output"].split("\n")[0].removeprefix("1. ") == one["truth"][0]
+                assert one["triple"] == row["triple"] and one["candidates"] is None
+    asked = {
+        source: Counter((*row["triple"], row["direction"]) for row in alone["train"])
+        for source, (_, alone) in parts.items()
+    }
+    assert asked["both"] == asked["train"] + asked["valid"], "--from both tunes on the queries of the two"
+    assert parts["both"][1]["validation"] == parts["valid"][1]["validation"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--judge"], "give one of them"), (["--random_part", "0.5"], "--predict rows show no list"),
+     (["--train_candidates", "8"], "--predict rows show no list")],
+)  # fmt: skip
+def test_flags_of_lists_are_refused_where_no_list_is_shown(
+    lists: dict[str, Path], codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        generate(tmp_path, "--codes", codes, "--candidates", *lists.values(), "--predict", *flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_training_lists_may_be_longer(
     lists: dict[str, Path], codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
 from Class.instructions import read_rows
-from Class.prompts import judgements, read_link_prediction
+from Class.prompts import judgements, prediction, read_link_prediction
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
 from lora_training.code_tokens import (
@@ -321,6 +321,30 @@ def test_candidates_are_judged_one_by_one(world: World, tmp_path: Path, with_cod
         best = listed_candidates(row)[int(np.argmax(answer["scores"]))].answer
         assert answer["text"].startswith(f"1. {best}") and answer["tokens"] is None
     assert met, "candidates must differ for this test to say anything"
+    assert report(answers)["link_prediction"]["test"]["count"] == len(answers)
+
+
+@pytest.mark.parametrize("with_codes", [True, False])
+def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: Path, with_codes: bool) -> None:
+    """--decode predict: log P(answer, end | the prompt that --predict writes) of each candidate, by full passes."""
+    data = world.mix if with_codes else world.named
+    adapter = world.adapter if with_codes else world.named_adapter
+    answers = of(run(world, tmp_path / "told", "--decode", "predict", data=data, adapter=adapter), "link_prediction")
+    model = load_adapted(read_saved(adapter), str(world.base), torch.float32).merge_and_unload().eval()
+    tokenizer, rows = read_saved(adapter).tokenizer, rows_by_id(data)
+    end = tokenizer.eos_token
+    assert len(answers) == 2 * len(world.kg.test)
+    met = False
+    for answer in answers:
+        row = rows[answer["id"]]
+        asked = {"instruction": prediction(read_link_prediction(row["instruction"]))}  # type: ignore[arg-type]
+        assert not any(f"{line}\n" in asked["instruction"] for line in row["candidates"]), "no list is shown"
+        listed = [candidate.answer for candidate in listed_candidates(row)]
+        expected = likelihoods(model, tokenizer, asked, listed, end=True)
+        assert np.allclose(answer["scores"], expected, atol=4e-3) and answer["decode"] == "predict"
+        met |= np.ptp(expected) > 0.1
+        assert answer["text"].startswith(f"1. {listed[int(np.argmax(answer['scores']))]}") and answer["tokens"] is None
+    assert end and met, "candidates must differ for this test to say anything"
     assert report(answers)["link_prediction"]["test"]["count"] == len(answers)
 
 

@@ -23,15 +23,16 @@ def test_the_recipe_is_one_that_every_stage_takes() -> None:
     recipe = compare_llm.read_recipe(llm_in_small.RECIPE, False)
     given = read_json(llm_in_small.RECIPE, "recipe")
     assert given.keys() <= compare_llm.RECIPE.keys()
-    assert run_rq.parse_args(["--dataset", "x", *compare_llm.flags(recipe["stage1"])]).decoder == "complex"
+    for model in (recipe["stage1"], recipe["stage1"] | recipe["codes"]):
+        assert run_rq.parse_args(["--dataset", "x", *compare_llm.flags(model)]).decoder == "complex"
     base = make_tiny_base.parse_args(compare_llm.flags(recipe["base"]))
     with torch.device("meta"):
         size = sum(value.numel() for value in make_tiny_base.build_model(base, base.vocab_size).parameters())
     assert 60e6 < size <= 100e6
-    words = ["--model_name", "x", "--share_prompts", "--rank_loss", *compare_llm.flags(recipe["tuning"])]
+    words = ["--model_name", "x", *compare_llm.flags(recipe["tuning"])]
     args = train_lora.parse_args(words)
-    assert args.batch_size == 32 and args.eval_steps
-    data = ["--candidates", "x", *compare_llm.flags(recipe["data"]), *compare_llm.flags(recipe["easy_data"])]
+    assert args.batch_size == 128 and args.eval_steps
+    data = ["--candidates", "x", "--predict", *compare_llm.flags(recipe["data"])]
     assert gen_lp_data_rq.parse_args(data).num_candidates == 20
     assert inference.parse_args(compare_llm.flags(recipe["answers"])).limit == 8000
 

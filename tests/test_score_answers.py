@@ -19,6 +19,7 @@ from lora_training.score_answers import (
     best_threshold,
     classification_metrics,
     is_match,
+    judged_lists,
     main,
     order_weights,
     rank_of,
@@ -142,13 +143,17 @@ def judged_validation(strength: float, place: float, count: int = 3000, size: in
 
 def test_the_weights_of_judgement_and_order_are_found_again() -> None:
     made = judged_validation(0.7, 1.5)
-    assert order_weights(made) == pytest.approx((0.7, 1.5), abs=0.1)
-    assert order_weights(made[::-1]) == pytest.approx(order_weights(made)), "lists are found by their ids"
-    assert order_weights(judged_validation(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
-    misled = order_weights(judged_validation(-1.0, 1.0, 400))
+    assert order_weights(judged_lists(made)) == pytest.approx((0.7, 1.5), abs=0.1)
+    assert order_weights(judged_lists(made[::-1])) == pytest.approx(order_weights(judged_lists(made))), (
+        "lists are found by their ids"
+    )
+    assert order_weights(judged_lists(judged_validation(0.0, -1.0, 400))) == Weights(1.0, 0.0), (
+        "an order that misleads is not used"
+    )
+    misled = order_weights(judged_lists(judged_validation(-1.0, 1.0, 400)))
     assert misled == Weights(0.0, 1.0), "nor is a judgement"
-    assert order_weights([one | {"truth": ["False"]} for one in made]) is None
-    certain = order_weights(judged_validation(50.0, 0.0, 40))
+    assert order_weights(judged_lists(one | {"truth": ["False"]} for one in made)) is None
+    certain = order_weights(judged_lists(judged_validation(50.0, 0.0, 40)))
     assert certain is not None and math.isfinite(certain.judgement), (
         "what can be told apart perfectly has finite weights"
     )
