@@ -55,9 +55,13 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_codes(FAMILY, tmp_path_factory.mktemp("codes"), (4, 64, 3))
 
 
+def written(out: Path, task: str) -> Rows:
+    return {split: list(read_rows(out / task / f"{stem}.json")) for split, stem in FILE_STEMS.items()}
+
+
 def generate(out: Path, *words: str | Path) -> Rows:
     gen_lp_data_rq.main([*map(str, words), "--out_dir", str(out)])
-    return {split: list(read_rows(out / "link_prediction" / f"{stem}.json")) for split, stem in FILE_STEMS.items()}
+    return written(out, "link_prediction")
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +168,20 @@ def test_judged_rows_ask_for_each_candidate_of_the_lists(
 def test_predicted_rows_are_the_query_and_the_truth(
     lists: dict[str, Path], codes: Path, tmp_path: Path, with_codes: bool
 ) -> None:
-    """--predict: what the lists' rows ask without their lists, answered by the truth alone; tests untouched."""
+    """--predict adds what the lists' rows ask without their lists, answered by the truth alone."""
     which: list[str | Path] = ["--codes", codes] if with_codes else ["--no_codes", "--dataset", FAMILY]
     words = [*which, "--candidates", *lists.values(), "--num_candidates", "4"]
     parts = {
         source: (generate(tmp_path / source, *words, "--from", source, "--no-drop_unlisted"),
-                 generate(tmp_path / f"{source}_alone", *words, "--from", source, "--predict"))
+                 generate(tmp_path / f"{source}_more", *words, "--from", source, "--predict"),
+                 written(tmp_path / f"{source}_more", "tail_prediction"))
         for source in ("train", "valid", "both")
     }  # fmt: skip
-    for whole, alone in parts.values():
-        assert alone["test"] == whole["test"]
-        for split in ("train", "validation"):
+    for whole, dropped, alone in parts.values():
+        assert dropped["test"] == whole["test"] and dropped["validation"] == whole["validation"]
+        listed = [row["triple"] for row in whole["train"] if row["truth"][0] in row["candidates"]]
+        assert [row["triple"] for row in dropped["train"]] == listed, "lists are what they are without the flag"
+        for split in ("train", "validation", "test"):
             assert len(alone[split]) == len(whole[split]) > 0
             for one, row in zip(alone[split], whole[split], strict=True):
                 lines = row["instruction"].split("\n")
@@ -184,16 +191,15 @@ def test_predicted_rows_are_the_query_and_the_truth(
                 assert one["triple"] == row["triple"] and one["candidates"] is None
     asked = {
         source: Counter((*row["triple"], row["direction"]) for row in alone["train"])
-        for source, (_, alone) in parts.items()
+        for source, (_, _, alone) in parts.items()
     }
     assert asked["both"] == asked["train"] + asked["valid"], "--from both tunes on the queries of the two"
-    assert parts["both"][1]["validation"] == parts["valid"][1]["validation"]
+    assert parts["both"][2]["validation"] == parts["valid"][2]["validation"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--judge"], "give one of them"), (["--random_part", "0.5"], "--predict rows show no list"),
-     (["--train_candidates", "8"], "--predict rows show no list")],
+    [(["--judge"], "give one of them"), (["--random_part", "0.5"], "--predict rows show none: leave it out")],
 )  # fmt: skip
 def test_flags_of_lists_are_refused_where_no_list_is_shown(
     lists: dict[str, Path], codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str],

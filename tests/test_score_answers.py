@@ -26,6 +26,7 @@ from lora_training.score_answers import (
     ranking_metrics,
     read_answers,
     report,
+    scored_lists,
 )
 from model.ranking import rank_scores
 from run_record import ROOT, InputError, read_json
@@ -141,22 +142,44 @@ def judged_validation(strength: float, place: float, count: int = 3000, size: in
     return made
 
 
+def judged_weights(made: list[dict[str, Any]]) -> Weights | None:
+    return order_weights(judged_lists(made))
+
+
 def test_the_weights_of_judgement_and_order_are_found_again() -> None:
     made = judged_validation(0.7, 1.5)
-    assert order_weights(judged_lists(made)) == pytest.approx((0.7, 1.5), abs=0.1)
-    assert order_weights(judged_lists(made[::-1])) == pytest.approx(order_weights(judged_lists(made))), (
-        "lists are found by their ids"
-    )
-    assert order_weights(judged_lists(judged_validation(0.0, -1.0, 400))) == Weights(1.0, 0.0), (
-        "an order that misleads is not used"
-    )
-    misled = order_weights(judged_lists(judged_validation(-1.0, 1.0, 400)))
-    assert misled == Weights(0.0, 1.0), "nor is a judgement"
-    assert order_weights(judged_lists(one | {"truth": ["False"]} for one in made)) is None
-    certain = order_weights(judged_lists(judged_validation(50.0, 0.0, 40)))
+    assert judged_weights(made) == pytest.approx((0.7, 1.5), abs=0.1)
+    assert judged_weights(made[::-1]) == pytest.approx(judged_weights(made)), "lists are found by their ids"
+    assert judged_weights(judged_validation(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
+    assert judged_weights(judged_validation(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor is a judgement"
+    assert judged_weights([one | {"truth": ["False"]} for one in made]) is None
+    certain = judged_weights(judged_validation(50.0, 0.0, 40))
     assert certain is not None and math.isfinite(certain.judgement), (
         "what can be told apart perfectly has finite weights"
     )
+
+
+def predicted_validation(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lists of ``judged_validation`` as candidates scored by prediction, and one whose truth is not listed."""
+    names = ["a", "b", "c", "d"]
+    rows = [
+        answer(id=f"v{i}", split="validation", decode="predict", candidates=names, scores=found.scores,
+               truth=[names[found.right]])
+        for i, found in enumerate(judged_lists(made))
+    ]  # fmt: skip
+    unlisted = answer(id="out", split="validation", decode="predict", candidates=names, scores=[0.0, 9.0, 0.0, 0.0],
+                      truth=["x"], candidate_rank=9.0)  # fmt: skip
+    return [*rows, unlisted]
+
+
+def test_predictions_and_order_are_weighed_as_judgements_and_order_are() -> None:
+    made = judged_validation(0.7, 1.5, 600)
+    rows = predicted_validation(made)
+    assert order_weights(scored_lists(rows)) == pytest.approx(judged_weights(made)), "an unlisted truth says nothing"
+    tests = [answer(id="a", decode="predict", scores=[0.0, 0.4, -9.0], truth=["a"])]
+    found = report([*tests, *rows])["link_prediction"]["test"]
+    assert found["mrr"] == 1 / 2 and found["with_order"]["mrr"] == 1.0, "0.7 x 0.4 is less than 1.5 log 2"
+    assert found["with_order"]["weights"] == pytest.approx(judged_weights(made)._asdict())  # type: ignore[union-attr]
 
 
 def test_order_is_added_with_validations_weights_and_nothing_of_test() -> None:
