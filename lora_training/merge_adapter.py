@@ -80,7 +80,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def merge(saved: Saved, base_model: str, folder: Path, dtype: str, device: torch.device) -> float:
     """Write the merged model to a new ``folder``; returns the largest difference of logits relative to the largest.
 
-    RuntimeError where it is beyond ``BOUNDS``.
+    InputError where it is beyond ``BOUNDS``.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -97,7 +97,10 @@ def merge(saved: Saved, base_model: str, folder: Path, dtype: str, device: torch
     loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
     difference = float((logits_of(loaded.to(device), ids) - expected).abs().max() / expected.abs().max())
     if not difference <= BOUNDS[dtype]:
-        raise RuntimeError(f"the merged model's logits differ by {difference:.1e} of the largest, over {BOUNDS[dtype]}")
+        raise InputError(
+            f"the merged model's logits differ by {difference:.1e} of the largest, over {BOUNDS[dtype]}: nothing was "
+            "written; give --dtype float32, or answer with the adapter: inference.py --lora_adapter"
+        )
     return difference
 
 

@@ -930,8 +930,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("warmup_ratio", "lora_dropout", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} must be in [0, 1), got {getattr(args, name)}")
-    if not args.epochs > 0 or not args.learning_rate > 0:
-        parser.error(f"--epochs and --learning_rate must be above 0, got {args.epochs} and {args.learning_rate}")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed} is out of range, expected less than 2**32")
+    for name in ("epochs", "learning_rate"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file, and adapters go to a folder; name another")
     if not 0 < args.easy_until <= 1:
         parser.error(f"--easy_until must be above 0 and at most 1, got {args.easy_until}")
     if args.place_weight and not args.rank_loss:

@@ -108,7 +108,7 @@ def test_a_merge_that_changes_the_logits_fails(
         code_tokens.save_tokenizer(tokenizer, folder, shape)
 
     monkeypatch.setattr(merge_adapter, "save_tokenizer", tampering)
-    with pytest.raises(RuntimeError, match="logits differ by"):
+    with pytest.raises(InputError, match="logits differ by"):
         merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(tmp_path / "merged")])
     assert not list(tmp_path.iterdir()), "nothing is left of it"
 
