@@ -43,7 +43,20 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.candidates import Bools, Candidates, Floats, find_rows, known_pairs, other_answers, read_candidates
-from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
+from Class.instructions import (
+    PREDICTED,
+    STATS,
+    Ints,
+    Row,
+    Source,
+    add_flags,
+    check_flags,
+    make_row,
+    open_source,
+    train_command,
+    triple_keys,
+    write_task,
+)
 from Class.prompts import (
     ANSWERS,
     FALSE,
@@ -58,7 +71,7 @@ from Class.prompts import (
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 from run_record import CommandParser, InputError, run_command
 
-TASK, JUDGED, PREDICTED = "link_prediction", "candidate_judgement", "tail_prediction"
+TASK, JUDGED = "link_prediction", "candidate_judgement"
 ORDERS = ("ranked", "shuffled")
 VALIDATION_PART = 0.1  # of the valid split, as in the paper
 CHUNK = 1024
@@ -273,7 +286,7 @@ def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
         answer = source.code_texts[entity[row["truth"][0]]]
         yield make_row(
             prediction(question), answer, id=row["id"].replace(TASK, PREDICTED, 1), task_type=PREDICTED,
-            split=row["split"], triple=row["triple"], direction=row["direction"], truth=[answer],
+            split=row["split"], triple=row["triple"], direction=row["direction"], truth=row["truth"][:1],
         )  # fmt: skip
 
 
@@ -312,7 +325,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.judge and args.predict:
         parser.error("--judge and --predict are two ways to ask about a list: give one of them")
     if args.random_part and args.predict:
-        parser.error("--random_part changes lists, and --predict rows show none: leave it out")
+        parser.error("--random_part changes the lists, and with --predict nobody is tuned on them: leave it out")
+    beside = args.out_dir / PREDICTED
+    if not args.predict and (beside / STATS).is_file():
+        parser.error(f"--out_dir holds {beside}, whose rows belong to an earlier call; give --predict, or remove it")
     if not 0 <= args.random_part <= 1:
         parser.error(f"--random_part must be in 0..1, got {args.random_part}")
     return args
@@ -387,6 +403,7 @@ def main(argv: list[str] | None = None) -> None:
             for plan in plans
         }
         write_task(args.out_dir / PREDICTED, PREDICTED, args, source, alone)
+        print(f"next, to tune on queries without lists: {train_command(args.out_dir / PREDICTED, args.format)}")
     for split, count in counts.items():
         summary = count.summary()
         model = "  ".join(f"{key} {value:.4f}" for key, value in summary["candidate_model"].items())

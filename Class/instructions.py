@@ -48,6 +48,7 @@ OUT_FOLDER = ROOT / "lora_training" / "lora_data"
 FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # SPEC's file names
 FORMATS = ("json", "jsonl")
 STATS, LOCK = "dataset_stats.json", "dataset_stats.lock"
+PREDICTED = "tail_prediction"  # queries of link prediction without their lists
 TRAIN_FILES = ("train.txt", "train2id.txt")
 
 
@@ -296,7 +297,10 @@ def answer_command(model: str, train_data: Path) -> str:
 
     They are named where inference.py would not find them by itself.
     """
-    rows = existing_split(train_data.parent, "test")
+    folder = train_data.parent
+    if folder.name == PREDICTED:  # its queries are ranked over the lists beside it
+        folder, model = folder.parent / "link_prediction", f"{model} --decode predict"
+    rows = existing_split(folder, "test")
     named = rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test")
     return f"python inference.py {model}" + (f" --test_data {rows}" if named else "")
 

@@ -8,7 +8,8 @@ A relation may be asked backwards: --relation "inverse of mother". With --candid
 --export_candidates) a query that has a list there is asked as in link prediction, and its candidates are scored. All
 else is answered from ALL entities, by a beam search over their names (and codes): the first --beams. The prompts are
 those of the instruction data: knowledge reasoning for --head and --relation, question answering for --question, where
-an entity's name gets its codes. A model that was not tuned on them answers poorly.
+an entity's name gets its codes. A model that was not tuned on them (but by gen_lp_data_rq.py --predict, say) answers
+poorly.
 """
 
 from __future__ import annotations

@@ -7,14 +7,13 @@ the candidate model          stage 1, trained on the training split; ranked by i
 the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid, which the LLM
                              sees too: its lists go to the prompts, and it is the fair rival
 copies the first candidate   the list as it stands
-the codes, by stage 1's scorer  another run of stage 1 on those same facts, whose codes the LLMs read: what its own
-                             decoder makes of them. No rival, since it never sees the lists, but a bar: how much of
-                             what is in the codes does an LLM get out of them?
+the codes, by stage 1's scorer  another run of stage 1 on those same facts, whose codes the LLMs read: its own decoder
+                             ranks the same lists. How much of what is in the codes does an LLM get out of them?
 the LLM without codes        names alone
 the LLM with shuffled codes  every entity has another one's codes, the same in training and test
 the LLM with codes           the result
-each LLM and the list's order   its score and the candidate's place together, by two weights that validation gives
-                             (score_answers.py), the same for all three
+each of these four, and the list's order   its score and the candidate's place together, by two weights that validation
+                             gives (score_answers.py)
 
 As in the paper, lists and codes come from two models: codes of the model that ordered the list say what the order
 says already. The candidate model is a small one on purpose, for all rows alike: the full one of the bundled graph (the
@@ -54,11 +53,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
-from Class.gen_lp_data_rq import PREDICTED, TASK, disjoint_parts
-from Class.instructions import Row, existing_split, read_rows, split_path
+from Class.gen_lp_data_rq import TASK, disjoint_parts
+from Class.instructions import PREDICTED, Ints, Row, existing_split, read_rows, split_path
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.checkpoints import SECONDS
-from lora_training.score_answers import Metrics, ranking_metrics
+from lora_training.score_answers import Answer, Metrics, is_ranking, ranking_metrics, report
 from run_record import (
     ROOT,
     CommandParser,
@@ -119,8 +118,9 @@ ORDERED = "{}, and the list's order"
 CODES_ALONE = "the codes, by stage 1's scorer"
 ROWS = (
     CANDIDATE_MODEL, REFITTED, COPIED, CODES_ALONE, *(variant.row for variant in VARIANTS),
-    *(ORDERED.format(variant.row) for variant in VARIANTS),
+    *(ORDERED.format(row) for row in (CODES_ALONE, *(variant.row for variant in VARIANTS))),
 )  # fmt: skip
+RESCORED = 1000  # entities that the codes' own scorer lists: nearly all that a prompt may have
 RESULTS = "inference_results.json"
 REPEATED = "remove it and repeat the command: its step runs again"
 
@@ -232,7 +232,8 @@ def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, r
         train_again,
         *(export_step(f"candidates_{split}", ranking_again, split, places.candidates(split)) for split in kg_splits()),
         coded,
-        export_step("candidates_coded", ranking_coded, "test", places.candidates("coded")),
+        *(export_step(f"coded_{split}", [*ranking_coded, "--top", str(min(kg.num_entities, RESCORED))], split,
+                      places.candidates(f"coded_{split}")) for split in ("valid", "test")),
         Step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
         *(step for variant in VARIANTS
           for step in llm_steps(variant, dataset, coded, base, places, recipe, seed)),
@@ -264,7 +265,7 @@ def llm_steps(
     answer += ["--test_data", str(split_path(task, "test")), "--output", str(places.results(variant))]
     answer += flags(recipe["answers"])
     return [
-        Step(f"{name}_data", data, [train]),
+        Step(f"{name}_data", data, [train, validation, *(split_path(task, split) for split in ("validation", "test"))]),
         Step(f"{name}_tuning", words, [tuned / "lora_adapters" / "run_record.json"], tuned / "checkpoints"),
         Step(f"{name}_answers", answer, [places.results(variant)]),
     ]  # fmt: skip
@@ -287,19 +288,24 @@ def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
         write_text("".join(f"{i}\t{value}\n" for i, value in enumerate(values)), folder / f"{name}.dict")
 
 
-def ranks_of(candidates: Path, rows: Iterable[Row], kg: KnowledgeGraph) -> list[float]:
-    """The truth's rank among all entities, as ``candidates`` has it, for the query of each row of link prediction.
-
-    Raises InputError for a query that has no rank there.
-    """
+def queries_of(rows: Iterable[Row], kg: KnowledgeGraph) -> Ints:
+    """[n, 3]: the queries of rows of link prediction, inverse relations for those that ask for the head."""
     entity = {name: i for i, name in enumerate(kg.entities)}
     relation = {name: i for i, name in enumerate(kg.relations)}
     queries = []
     for row in rows:
         h, r, t = entity[row["triple"][0]], relation[row["triple"][1]], entity[row["triple"][2]]
         queries.append((h, r, t) if row["direction"] == "tail" else (t, r + kg.num_relations, h))
+    return np.array(queries, dtype=np.int64).reshape(-1, 3)
+
+
+def ranks_of(candidates: Path, rows: Iterable[Row], kg: KnowledgeGraph) -> list[float]:
+    """The truth's rank among all entities, as ``candidates`` has it, for the query of each row of link prediction.
+
+    Raises InputError for a query that has no rank there.
+    """
     found = read_candidates([candidates], kg)
-    wanted = np.array(queries, dtype=np.int64).reshape(-1, 3)
+    wanted = queries_of(rows, kg)
     at = find_rows(found, wanted, kg)
     ranks = np.where((at >= 0) & (found.truth[at] == wanted[:, 2]), found.rank[at], np.nan)
     if np.isnan(ranks).any():
@@ -307,6 +313,24 @@ def ranks_of(candidates: Path, rows: Iterable[Row], kg: KnowledgeGraph) -> list[
             f"candidates file {candidates} has no rank for {int(np.isnan(ranks).sum())} of the test queries"
         )
     return [float(rank) for rank in ranks]
+
+
+def rescored(answers: Sequence[Answer], rows: Mapping[str, Row], lists: Path, kg: KnowledgeGraph) -> list[Answer]:
+    """Answers whose candidates have the scores that ``lists`` give them; ``rows``: by id, for the queries.
+
+    A candidate that is not listed there is below all that are. Raises InputError where a query has no list.
+    """
+    found = read_candidates([lists], kg)
+    at = find_rows(found, queries_of((rows[answer["id"]] for answer in answers), kg), kg)
+    if found.scores is None or (at < 0).any():
+        raise InputError(f"candidates file {lists} has no scores for {int((at < 0).sum())} of the queries")
+    made = []
+    for answer, place in zip(answers, at.tolist(), strict=True):
+        ids, scores = found.ids[place], found.scores[place]
+        own = {kg.entities[e]: float(score) for e, score in zip(ids, scores, strict=True) if e >= 0}
+        lowest = min(own.values()) - 1
+        made.append(answer | {"scores": [own.get(name, lowest) for name in answer["candidates"]], "tokens": None})
+    return made
 
 
 # ---------------------------------------------------------------- rows
@@ -334,42 +358,41 @@ def seed_rows(
 
     ``plain_record``, ``coded_record``: of the candidate model, and of the model whose codes are read.
     """
-    queries, tests = {}, {}
+    queries, records = {}, {}
     for variant in VARIANTS:
-        record = read_json(places.results(variant), "answers' record")
+        records[variant] = read_json(places.results(variant), "answers' record")
         with content_of(places.results(variant), "answers' record", REPEATED):
-            queries[variant], tests[variant] = asked(record), record["metrics"][TASK]["test"]
+            queries[variant] = asked(records[variant])
     for variant in VARIANTS:
         if queries[variant] != queries[WITH]:
             raise InputError(
                 f"{places.results(variant)} answers other queries than {places.results(WITH)}; remove {places.marks} "
                 "and repeat the command"
             )
-    test_rows = existing_split(places.rows(WITH), "test")
-    if test_rows is None:
+    splits = {split: existing_split(places.rows(WITH), split) for split in ("validation", "test")}
+    if splits["test"] is None:
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
     count, with_codes = len(queries[WITH]), places.results(WITH)
-    scored: dict[str, tuple[Path, Any]] = {}
-    for name, lists, path in (
-        (CANDIDATE_MODEL, "plain", plain_record), (CODES_ALONE, "coded", coded_record)
-    ):  # fmt: skip
-        with content_of(test_rows, "file of the answered rows", REPEATED):
-            ranks = ranks_of(places.candidates(lists), itertools.islice(read_rows(test_rows), count), kg)
-            if len(ranks) != count:
-                raise ValueError(f"{len(ranks)} rows, {count} answers")
-            scored[name] = (path, ranking_metrics(ranks))
+    with content_of(splits["test"], "file of the answered rows", REPEATED):
+        ranks = ranks_of(places.candidates("plain"), itertools.islice(read_rows(splits["test"]), count), kg)
+        if len(ranks) != count:
+            raise ValueError(f"{len(ranks)} rows, {count} answers")
+    rows = {CANDIDATE_MODEL: (plain_record, ranking_metrics(ranks))}
     with content_of(with_codes, "answers' record", REPEATED):
-        refit, copied = (tests[WITH][part] for part in ("candidate_model", "as_listed"))
-    rows = {
-        CANDIDATE_MODEL: scored[CANDIDATE_MODEL],
-        REFITTED: (with_codes, refit),
-        COPIED: (with_codes, copied),
-        CODES_ALONE: scored[CODES_ALONE],
-        **{variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS},
-    }
-    for variant in VARIANTS:
-        with content_of(places.results(variant), "answers' record", REPEATED):
-            rows[ORDERED.format(variant.row)] = (places.results(variant), tests[variant]["with_order"])
+        tests = {variant: record["metrics"][TASK]["test"] for variant, record in records.items()}
+        rows |= {REFITTED: (with_codes, tests[WITH]["candidate_model"]), COPIED: (with_codes, tests[WITH]["as_listed"])}
+        answers = [answer for answer in records[WITH]["answers"] if is_ranking(answer)]
+        coded: list[Answer] = []
+        for split, lists in (("validation", "coded_valid"), ("test", "coded_test")):
+            path = splits[split]
+            by_id = {} if path is None else {row["id"]: row for row in read_rows(path)}
+            coded += rescored([one for one in answers if one["split"] == split], by_id, places.candidates(lists), kg)
+    scored = {CODES_ALONE: (coded_record, report(coded)[TASK]["test"])}
+    scored |= {variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS}
+    rows |= scored
+    for name, (path, metrics) in scored.items():
+        with content_of(path, "record", REPEATED):
+            rows[ORDERED.format(name)] = (path, metrics["with_order"])
     found = {}
     for name, (path, metrics) in rows.items():
         with content_of(path, "answers' record", REPEATED):
@@ -432,7 +455,10 @@ def read_recipe(path: Path | None, quick: bool) -> Recipe:
     unknown = sorted(given.keys() - RECIPE.keys())
     if unknown:
         raise InputError(f"--recipe {path} has a part {unknown[0]!r}; there are {', '.join(RECIPE)}")
-    return {part: values | given.get(part, {}) for part, values in recipe.items()}
+    merged = {part: values | given.get(part, {}) for part, values in recipe.items()}
+    if merged["stage1"] | merged["codes"] == merged["stage1"]:
+        raise InputError(f"--recipe {path}: codes has no flag that differs from stage1's, so the two models are one")
+    return merged
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -135,6 +135,11 @@ def judged_prompts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     return [encode_prompt({"instruction": prompt}, tokenizer) for prompt in judgements(question_of(row))]
 
 
+def predicted_texts(row: Row) -> tuple[str, str]:
+    """The question that ``--predict`` asks about a row, and the longest answer that a candidate is."""
+    return prediction(question_of(row)), max((one.answer for one in listed_candidates(row)), key=len)
+
+
 def predicted_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the question that ``--predict`` asks about a row."""
     return encode_prompt({"instruction": prediction(question_of(row))}, tokenizer)
@@ -527,7 +532,7 @@ class Survey(NamedTuple):
 
 def survey(parts: Sequence[Part], with_codes: bool, decode: str) -> Survey:
     """Count the rows and check each. InputError, by id, where one lacks what its answer needs."""
-    count, longest, seen = 0, dict[str, Row](), set[tuple[str, str]]()
+    count, longest, sizes, seen = 0, dict[str, Row](), dict[str, int](), set[tuple[str, str]]()
     for part in parts:
         for row in part.rows(with_codes, decode):
             count += 1
@@ -540,8 +545,11 @@ def survey(parts: Sequence[Part], with_codes: bool, decode: str) -> Survey:
                 raise InputError(f"{part.path}: {row['id']} of {row['split']} comes twice; write the data anew")
             seen.add(key)
             kind = kind_of(row, decode)
-            if len(row["instruction"]) >= len(longest.get(kind, {"instruction": ""})["instruction"]):
-                longest[kind] = row
+            size = sum(
+                map(len, predicted_texts(row) if kind == "rank" and decode == "predict" else [row["instruction"]])
+            )
+            if size >= sizes.get(kind, 0):
+                longest[kind], sizes[kind] = row, size
     return Survey(count, list(longest.values()))
 
 
@@ -557,7 +565,8 @@ def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
             else [encode_prompt(row, reader.tokenizer)]
         )  # fmt: skip
         prompt = max(map(len, prompts))
-        answer = settings.max_new_tokens if kind == "write" else len(encode_answer(row["output"], reader.tokenizer))
+        said = predicted_texts(row)[1] if asked == "predict" else row["output"]
+        answer = settings.max_new_tokens if kind == "write" else len(encode_answer(said, reader.tokenizer))
         if limit is not None and prompt + answer > limit:
             raise InputError(
                 f"row {row['id']} has {prompt} tokens and its answer up to {answer}, the model reads {limit}: nothing "
@@ -707,6 +716,11 @@ def answer_rows(args: argparse.Namespace) -> None:
     found = survey(parts, with_codes, args.decode)
     if not found.rows:
         raise InputError(f"--test_data {args.test_data} has no rows to answer")
+    if args.decode == "predict" and not any(is_ranking(row) for row in found.longest):
+        raise InputError(
+            f"--decode predict ranks lists, and --test_data {args.test_data} has none; give the one in "
+            "link_prediction/ that gen_lp_data_rq.py --predict wrote beside it"
+        )
     check_lengths(found, reader, settings)
     device = find_device(args.device)
     hashes = {part.path.name: sha256_file(part.path) for part in parts}

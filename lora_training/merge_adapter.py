@@ -99,7 +99,8 @@ def merge(saved: Saved, base_model: str, folder: Path, dtype: str, device: torch
     if not difference <= BOUNDS[dtype]:
         raise InputError(
             f"the merged model's logits differ by {difference:.1e} of the largest, over {BOUNDS[dtype]}: nothing was "
-            "written; give --dtype float32, or answer with the adapter: inference.py --lora_adapter"
+            f"written; {'' if dtype == 'float32' else 'give --dtype float32, or '}answer with the adapter: "
+            "inference.py --lora_adapter"
         )
     return difference
 

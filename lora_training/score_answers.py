@@ -211,9 +211,9 @@ def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
 
 
 class Weights(NamedTuple):
-    """``judgement * score - place * log(place in the list)`` ranks candidates; neither is below 0."""
+    """``score * own score - place * log(place in the list)`` ranks candidates; neither is below 0."""
 
-    judgement: float
+    score: float
     place: float
 
 
@@ -282,10 +282,24 @@ def with_order(answer: Answer, weights: Weights) -> Answer:
     if answer["scores"] is None:
         return answer
     scores = [
-        None if score is None else weights.judgement * score - weights.place * math.log(place)
+        None if score is None else weights.score * score - weights.place * math.log(place)
         for place, score in enumerate(answer["scores"], 1)
     ]
     return answer | {"scores": scores}
+
+
+def as_ranked(splits: dict[str, list[Answer]], chosen: Metrics) -> dict[str, list[Answer]]:
+    """Answers with the scores that rank them: per token where validation chose that (``score_ranking``)."""
+    if not str(chosen.get("lengths", "")).startswith("mean"):
+        return splits
+    return {split: [_per_token(answer) for answer in answers] for split, answers in splits.items()}
+
+
+def _per_token(answer: Answer) -> Answer:
+    if not answer["scores"] or not answer["tokens"]:
+        return answer
+    pairs = zip(answer["scores"], answer["tokens"], strict=True)
+    return answer | {"scores": [None if score is None else score / size for score, size in pairs], "tokens": None}
 
 
 def score_with_order(splits: dict[str, list[Answer]], lists: Iterable[Scored]) -> dict[str, Metrics]:
@@ -417,11 +431,12 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
         )
         found[task] = score(splits)
         if is_ranking(first) and first["decode"] in ("judge", "predict"):
+            ranked = as_ranked(splits, next(iter(found[task].values())))
             lists = (
                 judged_lists(tasks.get(JUDGED, {}).get("validation", [])) if first["decode"] == "judge"
-                else scored_lists(splits.get("validation", []))
+                else scored_lists(ranked.get("validation", []))
             )  # fmt: skip
-            for split, metrics in score_with_order(splits, lists).items():
+            for split, metrics in score_with_order(ranked, lists).items():
                 found[task][split]["with_order"] = metrics
     return found
 

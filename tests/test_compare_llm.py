@@ -43,7 +43,7 @@ from lora_training.compare_llm import (
     summary,
     write_refit,
 )
-from lora_training.score_answers import ranking_metrics, report
+from lora_training.score_answers import report
 from run_record import InputError, read_json, write_json
 from tables.results import collect
 from tests.test_instructions import write_codes
@@ -54,15 +54,16 @@ N = 4  # candidates that the toy rows list
 # ---------------------------------------------------------------- a toy seed
 
 
-def rows_of(kg: KnowledgeGraph) -> list[Row]:
-    """The test rows: the truth stands last among N candidates, its rank by the candidate model is N."""
+def rows_of(kg: KnowledgeGraph, split: str = "test") -> list[Row]:
+    """Rows of a split: the truth stands last among N candidates, its rank by the candidate model is N."""
     made = []
-    for i, (h, r, t) in enumerate(both_directions(kg.test, kg.num_relations).tolist()):
+    triples = kg.test if split == "test" else kg.valid
+    for i, (h, r, t) in enumerate(both_directions(triples, kg.num_relations).tolist()):
         tail = r < kg.num_relations
         triple = (h, r, t) if tail else (t, r - kg.num_relations, h)
         others = [e for e in range(kg.num_entities) if e != t][: N - 1]
         made.append(make_row(
-            "?", "1. x", id=f"link_prediction-test-{i}", task_type="link_prediction", split="test",
+            "?", "1. x", id=f"link_prediction-{split}-{i}", task_type="link_prediction", split=split,
             triple=[kg.entities[triple[0]], kg.relations[triple[1]], kg.entities[triple[2]]],
             direction="tail" if tail else "head", candidates=[kg.entities[e] for e in [*others, t]],
             truth=[kg.entities[t]], candidate_rank=float(N),
@@ -70,19 +71,22 @@ def rows_of(kg: KnowledgeGraph) -> list[Row]:
     return made
 
 
+def scores_at(place: int) -> list[float]:
+    """Scores of N candidates that put the last one at ``place``, the others in their order."""
+    return [-2.0 * k for k in range(N - 1)] + [1.0 - 2 * (place - 1)]
+
+
 def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
-    """A record of answers that rank the truth of row i at ``place(i)``, 1 to N."""
+    """A record of answers that rank the truth of row i at ``place(i)``, 1 to N (of test row i; validation's at 1)."""
     answers = []
     for i, row in enumerate(rows):
-        scores = [-2.0 * k for k in range(N - 1)] + [1.0 - 2 * (place(i) - 1)]
+        scores = scores_at(place(i) if row["split"] == "test" else 1)
         own = {
             key: row[key] for key in ("id", "task_type", "split", "direction", "candidates", "truth", "candidate_rank")
         }
-        said = {"decode": "score", "scores": scores, "tokens": None, "text": "", "expected": "", "parsed": True}
+        said = {"decode": "predict", "scores": scores, "tokens": None, "text": "", "expected": "", "parsed": True}
         answers.append(own | said)
-    metrics = report(answers)
-    metrics["link_prediction"]["test"]["with_order"] = ranking_metrics([1.0, 2.0])
-    return {"answers": answers, "metrics": metrics}
+    return {"answers": answers, "metrics": report(answers)}
 
 
 def export_ranks(kg: KnowledgeGraph, path: Path, rank: float) -> None:
@@ -97,14 +101,30 @@ def export_ranks(kg: KnowledgeGraph, path: Path, rank: float) -> None:
     )
 
 
+def export_scores(kg: KnowledgeGraph, path: Path, split: str, place: int) -> None:
+    """Lists of the codes' own scorer: the candidates of ``rows_of``, the truth at ``place``."""
+    queries = both_directions(kg.test if split == "test" else kg.valid, kg.num_relations)
+    entity = {name: i for i, name in enumerate(kg.entities)}
+    ids = np.array([[entity[name] for name in row["candidates"]] for row in rows_of(kg, split)])
+    order = np.argsort(-np.array(scores_at(place)))
+    scores = np.tile(np.array(scores_at(place))[order], (len(ids), 1))
+    n = len(ids)
+    write_candidates(
+        path,
+        Candidates(queries[:, :2], queries[:, 2], ids[:, order], scores, np.full(n, 9.0), np.full(n, True), {}),
+        kg,
+    )
+
+
 def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
     """What the steps of one seed leave, as far as rows need it: the truth of LLM v is at N - 1 - v for most rows."""
-    rows = rows_of(kg)
+    rows = [*rows_of(kg), *rows_of(kg, "validation")]
     for level, variant in enumerate(VARIANTS):
         write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
-    write_rows(split_path(places.rows(WITH), "test"), rows)
+    for split, lists in (("validation", "coded_valid"), ("test", "coded_test")):
+        write_rows(split_path(places.rows(WITH), split), rows_of(kg, split))
+        export_scores(kg, places.candidates(lists), split, 1 if split == "validation" else 2)
     export_ranks(kg, places.candidates("plain"), 8.0)
-    export_ranks(kg, places.candidates("coded"), 5.0)
 
 
 def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -113,10 +133,11 @@ def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: Knowledg
     found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "x.json", tmp_path / "seed_0" / "y.json")
     assert tuple(found) == ROWS
     mrr = {name: one.metrics["mrr"] for name, one in found.items()}
-    expected = {CANDIDATE_MODEL: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4, CODES_ALONE: 1 / 5}
+    expected = {CANDIDATE_MODEL: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4, CODES_ALONE: 1 / 2}
     expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
-    expected |= {ORDERED.format(variant.row): 0.75 for variant in VARIANTS}
+    alone = {name: mrr.pop(ORDERED.format(name)) for name in (CODES_ALONE, *(variant.row for variant in VARIANTS))}
     assert mrr == pytest.approx(expected)
+    assert alone == pytest.approx({name: expected[name] for name in alone}), "validation says: the order misleads"
     assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
     assert found[CANDIDATE_MODEL].record == "seed_0/x.json" and found[CODES_ALONE].record == "seed_0/y.json"
     record = "seed_0/with_codes/inference_results.json"
@@ -259,7 +280,7 @@ def test_every_step_has_flags_that_its_script_knows(
     assert named and set(named) == {str(stage1.made[0])}
     assert begun == {f"{name}_tuning": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
     unseeded = {one.name for one in steps} - seeded
-    assert all(name.startswith("candidates_") or name.endswith("_answers") for name in unseeded)
+    assert all(name.startswith(("candidates_", "coded_")) or name.endswith("_answers") for name in unseeded)
 
 
 # ---------------------------------------------------------------- the command

@@ -154,9 +154,7 @@ def test_the_weights_of_judgement_and_order_are_found_again() -> None:
     assert judged_weights(judged_validation(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor is a judgement"
     assert judged_weights([one | {"truth": ["False"]} for one in made]) is None
     certain = judged_weights(judged_validation(50.0, 0.0, 40))
-    assert certain is not None and math.isfinite(certain.judgement), (
-        "what can be told apart perfectly has finite weights"
-    )
+    assert certain is not None and math.isfinite(certain.score), "what can be told apart perfectly has finite weights"
 
 
 def predicted_validation(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
