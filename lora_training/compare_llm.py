@@ -5,10 +5,10 @@
 
 the candidate model          stage 1, trained on the training split; ranked by its own scores of all entities
 the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid, which the LLM
-                             sees too: its lists go to the prompts, and it is the fair rival
+                             sees too: its lists are ranked, and it is the rival of the LLM without codes
 copies the first candidate   the list as it stands
 the codes, by stage 1's scorer  another run of stage 1 on those same facts, whose codes the LLMs read: its own decoder
-                             ranks the same lists. How much of what is in the codes does an LLM get out of them?
+                             ranks the same lists. With the order, it is the rival of the LLM with codes
 the LLM without codes        names alone
 the LLM with shuffled codes  every entity has another one's codes, the same in training and test
 the LLM with codes           the result
