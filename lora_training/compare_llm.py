@@ -43,7 +43,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,20 +159,70 @@ def is_done(step: Step, marks: Path) -> bool:
     return (marks / f"{step.name}.json").is_file() and all(path.exists() for path in step.made)
 
 
+class Task(NamedTuple):
+    """A step and where it belongs."""
+
+    step: Step
+    marks: Path  # folder of the marks of what is done
+    title: str
+
+
+def needs(step: Step, others: Iterable[Step]) -> bool:
+    """Whether the step's words name what one of the others makes, or a folder that this lies in."""
+    named = {Path(word) for word in step.words}
+    return any(not named.isdisjoint((made, *made.parents)) for one in others if one is not step for made in one.made)
+
+
 def run_steps(steps: Sequence[Step], marks: Path, title: str) -> None:
     """Run the steps that are not done, one after another, each in a process of its own. InputError where one fails."""
-    for number, step in enumerate(steps, 1):
-        if is_done(step, marks):
-            continue
-        words = resumed(step)
-        print(f"\n[{title}, step {number} of {len(steps)}] {step.name}\n$ python {shlex.join(words)}", flush=True)
-        started = time.monotonic()
-        code = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
-        missing = [str(path) for path in step.made if not path.exists()]
-        if code or missing:
-            problem = f"ended with exit code {code}" if code else f"did not write {missing[0]}"
-            raise InputError(f"{title}, step {step.name} {problem}; see above, then repeat the command to go on")
-        write_json({"command": words, "seconds": round(time.monotonic() - started, 1)}, marks / f"{step.name}.json")
+    run_tasks(tasks_of(steps, marks, title), workers=1)
+
+
+def tasks_of(steps: Sequence[Step], marks: Path, title: str) -> list[Task]:
+    """Steps in order, each with its place among them."""
+    return [Task(step, marks, f"{title}, step {place} of {len(steps)}") for place, step in enumerate(steps, 1)]
+
+
+def run_tasks(tasks: Sequence[Task], workers: int) -> None:
+    """Run what is not done, up to ``workers`` steps side by side, each once what it names has been made.
+
+    ``tasks`` come in an order that they could run in. Side by side, a step's output goes to a file beside its mark.
+    InputError where a step fails; no other one is begun then, those that run are waited for.
+    """
+    waiting = [task for task in tasks if not is_done(task.step, task.marks)]
+    running: dict[Future[None], Task] = {}
+    with ThreadPoolExecutor(workers) as pool:  # its threads wait for the steps' processes
+        while waiting or running:
+            ahead = [task.step for task in (*running.values(), *waiting)]
+            ready = [task for task in waiting if not needs(task.step, ahead)]
+            for task in ready[: workers - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(run_task, task, workers > 1)] = task
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[ended]
+                ended.result()
+
+
+def run_task(task: Task, to_file: bool) -> None:
+    """Run one step and leave its mark. InputError where it fails or does not write what it should."""
+    step, log = task.step, task.marks / f"{task.step.name}.log"
+    words = resumed(step)
+    print(f"\n[{task.title}] {step.name}\n$ python {shlex.join(words)}", flush=True)
+    started = time.monotonic()
+    if to_file:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as sink:
+            ended = subprocess.run(
+                [sys.executable, *words], cwd=ROOT, check=False, stdout=sink, stderr=subprocess.STDOUT
+            )
+    else:
+        ended = subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+    missing = [str(path) for path in step.made if not path.exists()]
+    if ended.returncode or missing:
+        problem = f"ended with exit code {ended.returncode}" if ended.returncode else f"did not write {missing[0]}"
+        seen = log if to_file else "above"
+        raise InputError(f"{task.title}, step {step.name} {problem}; see {seen}, then repeat the command to go on")
+    write_json({"command": words, "seconds": round(time.monotonic() - started, 1)}, task.marks / f"{step.name}.json")
 
 
 class Places(NamedTuple):
@@ -465,7 +515,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/compare_llm.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of everything per seed")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many seeds side by side")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many steps side by side")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets everything; goes on where it is")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that every step runs")
     parser.add_argument("--recipe", type=Path, metavar="FILE.json", help='flags in place of RECIPE\'s: {"base": {...}}')
@@ -494,19 +544,19 @@ def compare(
     """All steps of all seeds that are not done, and the rows that come of them. ``started``: monotonic seconds."""
     check_plan(out, {"data set": kg.input_hashes, "recipe": recipe})
 
-    def one_seed(seed: int) -> dict[str, Found]:
-        places = Places(out / f"seed_{seed}")
-        refit = places.root / f"{kg.name}_refit"
+    places = {seed: Places(out / f"seed_{seed}") for seed in args.seeds}
+    steps: dict[int, list[Step]] = {}
+    for seed, place in places.items():
+        refit = place.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
-        steps = seed_steps(kg, dataset, refit, places, recipe, seed)
-        run_steps(steps, places.marks, f"seed {seed}")
-        plain, coded = (
-            next(step for step in steps if step.name == name).made[1] for name in ("stage1", "codes")
-        )  # fmt: skip
-        return seed_rows(places, kg, out, plain, coded)
-
-    with ThreadPoolExecutor(args.jobs) as pool:  # its threads wait for the steps' processes
-        by_seed = dict(zip(args.seeds, pool.map(one_seed, args.seeds), strict=True))
+        steps[seed] = seed_steps(kg, dataset, refit, place, recipe, seed)
+    run_tasks(
+        [task for seed in args.seeds for task in tasks_of(steps[seed], places[seed].marks, f"seed {seed}")], args.jobs
+    )
+    by_seed = {}
+    for seed in args.seeds:
+        plain, coded = (next(step for step in steps[seed] if step.name == name).made[1] for name in ("stage1", "codes"))
+        by_seed[seed] = seed_rows(places[seed], kg, out, plain, coded)
     rows = summary(by_seed)
     record = make_record(
         vars(args) | {"seed": None}, kg.input_hashes, time.monotonic() - started, dataset=kg.name, recipe=recipe,

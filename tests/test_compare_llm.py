@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +234,41 @@ def test_a_repeated_command_does_only_what_is_missing(tmp_path: Path) -> None:
     assert compare_llm.seconds_of(done).keys() == set("abc")
 
 
+def meeting(folder: Path, name: str, other: str, *named: Path) -> Step:
+    """A step that leaves ``name`` and ends well only when ``other`` comes while it runs."""
+    made = folder / name
+    text = f"""
+import pathlib, time
+pathlib.Path({str(made)!r}).touch()
+until = time.monotonic() + 20
+while not pathlib.Path({str(folder / other)!r}).exists():
+    assert time.monotonic() < until
+    time.sleep(0.02)
+print("met")
+"""
+    return Step(name, ["-c", text, *map(str, named)], [made])
+
+
+def test_steps_run_side_by_side_once_what_they_name_is_there(tmp_path: Path) -> None:
+    done, early = tmp_path / "done", tmp_path / "model" / "weights"
+    first = Step("first", ["-c", f"import pathlib, time; time.sleep(.5); p = pathlib.Path({str(early)!r}); "
+                           "p.parent.mkdir(); p.touch()"], [early])  # fmt: skip
+    reads = Step("reads", ["-c", f"open({str(early)!r}); open({str(tmp_path / 'read')!r}, 'w')", str(early.parent)],
+                 [tmp_path / "read"])  # fmt: skip
+    steps = [first, reads, meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]
+    compare_llm.run_tasks(compare_llm.tasks_of(steps, done, "seed 0"), workers=4)
+    assert compare_llm.seconds_of(done).keys() == {"first", "reads", "a", "b"}
+    assert (done / "a.log").read_text() == "met\n"
+
+
+def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
+    later = Step("later", [*step(tmp_path, "later").words, str(tmp_path / "b")], [tmp_path / "later"])
+    steps = [step(tmp_path, "a"), step(tmp_path, "b", 3), later]
+    with pytest.raises(InputError, match=r"step b ended with exit code 3; see .*b\.log"):
+        compare_llm.run_tasks(compare_llm.tasks_of(steps, tmp_path / "done", "seed 0"), workers=2)
+    assert not (tmp_path / "later").exists() and compare_llm.seconds_of(tmp_path / "done").keys() <= {"a"}
+
+
 def test_a_step_that_writes_nothing_is_not_done(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did not write"):
         run_steps([Step("x", ["-c", ""], [tmp_path / "x"])], tmp_path / "done", "seed 0")
@@ -294,12 +328,11 @@ def test_comparison_is_written_and_tables_pass_it_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare_llm.py"])
-    together = threading.Barrier(2, timeout=20)
-    monkeypatch.setattr(compare_llm, "run_steps", lambda *_: together.wait())
+    monkeypatch.setattr(compare_llm, "run_tasks", lambda tasks, workers: None)
     out = tmp_path / "out"
     for seed in (0, 2):
         fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
-    words = ["--dataset", str(ring), "--seeds", "0", "2", "--jobs", "2", "--out", str(out)]
+    words = ["--dataset", str(ring), "--seeds", "0", "2", "--out", str(out)]
     compare_llm.main(words)
     found = read_json(out / "comparison.json", "comparison")
     assert [row["row"] for row in found["rows"]] == list(ROWS) and found["dataset"] == "ring"
