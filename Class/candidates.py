@@ -387,9 +387,12 @@ def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph
     """Which of the listed ids [n, C] are known answers of their query (h, r, t) other than t itself."""
     indptr, known = known_pairs(answers, queries[:, 0], queries[:, 1])
     M = kg.num_entities
-    keys = np.repeat(np.arange(len(queries)), np.diff(indptr)) * M + known
-    found: Bools = np.isin(np.arange(len(queries))[:, None] * M + ids, keys) & (ids >= 0)
-    return found & (ids != queries[:, 2:])
+    if not len(known):
+        return np.zeros(ids.shape, dtype=bool)
+    keys = np.repeat(np.arange(len(queries)), np.diff(indptr)) * M + known  # ascending, as known tails are
+    wanted = np.arange(len(queries))[:, None] * M + ids
+    found: Bools = keys[np.searchsorted(keys, wanted).clip(max=len(keys) - 1)] == wanted
+    return found & (ids >= 0) & (ids != queries[:, 2:])
 
 
 def top_candidates(

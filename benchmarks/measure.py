@@ -119,9 +119,10 @@ def make_trainer(
     from model.RQGCN import RQGCN
     from model.trainer import Trainer, TrainSettings
     from run_record import seed_everything
-    from run_rq import model_arguments, parse_args
+    from run_rq import choose_levels, model_arguments, parse_args
 
     args = parse_args(list(flags))
+    choose_levels(args, kg)
     seed_everything(args.seed)
     config = model_arguments(args, None)
     model = RQGCN(kg.num_entities, kg.num_relations, **config)

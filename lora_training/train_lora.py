@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -280,6 +280,10 @@ def make_trainer(
     from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
     class Lora(Trainer):
+        def train(self, *words: Any, **more: Any) -> Any:
+            with half_precision_inputs(model, self.args):
+                return super().train(*words, **more)
+
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps, others = self.args.max_steps, len(train) - easy[0]
@@ -473,6 +477,17 @@ def add_products_first(model: PeftModel, fast: bool = False) -> int:
             layer.forward = MethodType(forward, layer)
             count += 1
     return count
+
+
+def half_precision_inputs(model: PeftModel, arguments: TrainingArguments) -> AbstractContextManager[None]:
+    """Let LoRA's pairs read a half-precision input as it is while autocast is on.
+
+    PEFT widens it to float32, the type of the pair's weights, for autocast to narrow it again: the same products of
+    more bytes. Under DeepSpeed and FSDP, whose engines cast by themselves, PEFT's way stays.
+    """
+    from peft.helpers import disable_input_dtype_casting
+
+    return disable_input_dtype_casting(model, active=(arguments.bf16 or arguments.fp16) and sharding() == "ddp")
 
 
 def check_ranks(model: PeftModel) -> None:

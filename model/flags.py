@@ -116,6 +116,9 @@ def build_parser() -> CommandParser:
     group.add_argument("--loss", choices=["ce", "bce"], default="ce", help="1-N loss: softmax or binary cross-entropy")
     group.add_argument("--num_negatives", type=int, default=0,
                        help="entities drawn per step for a sampled softmax, on large graphs (0: exact)")  # fmt: skip
+    group.add_argument("--tails_at_once", type=int, metavar="N",
+                       help="true tails of one query in a batch; one with more comes in parts, so that hubs do not "
+                       "dictate steps (default: all)")  # fmt: skip
     group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
     group.add_argument("--relation_weight", type=float, default=0.0, metavar="W",
@@ -261,6 +264,11 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--relation_weight {args.relation_weight} goes with a single model: leave --ensemble out")
     if args.num_negatives and args.loss != "ce":
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
+    if args.tails_at_once is not None and args.tails_at_once < 1:
+        parser.error(f"--tails_at_once {args.tails_at_once} is too small, expected 1 or more")
+    if args.tails_at_once and args.loss != "ce":
+        parser.error(f"--tails_at_once {args.tails_at_once} goes with --loss ce alone: --loss {args.loss} would take a "
+                     "query's other tails for false ones")  # fmt: skip
     if args.teacher and (args.loss != "ce" or args.num_negatives):
         parser.error("--teacher goes with the exact softmax: --loss ce without --num_negatives")
     for flag, partner in (("teacher_weight", "teacher"), ("split", "eval_codes")):

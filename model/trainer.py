@@ -37,6 +37,7 @@ from model.losses import (
     softmax_cross_entropy,
 )
 from model.precision import matmul_precision, return_freed_memory
+from model.queries import training_queries
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
@@ -56,6 +57,7 @@ class TrainSettings:
     batch: int = 1024
     loss: str = "ce"
     num_negatives: int = 0
+    tails_at_once: int | None = None
     lbl_smooth: float = 0.1
     vq_weight: float = 1.0
     text_weight: float = 1.0
@@ -115,11 +117,8 @@ class Trainer:
         self.device = torch.device(device)
         self.text = None if text is None else text.to(self.device)
         self.graph = RelationalGraph.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
-        known = kg.answers("train")
-        as_tensor = torch.from_numpy
-        self.heads = as_tensor(known.keys // (2 * kg.num_relations)).to(self.device)
-        self.rels = as_tensor(known.keys % (2 * kg.num_relations)).to(self.device)
-        self.indptr, self.targets = as_tensor(known.indptr).to(self.device), as_tensor(known.targets).to(self.device)
+        queries = training_queries(kg, settings.tails_at_once).to(self.device)
+        self.heads, self.rels, self.indptr, self.targets = queries
         least = min(settings.batch, len(self.heads))
         if least < world.size:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")

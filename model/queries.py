@@ -1,0 +1,48 @@
+"""The training queries (h, r, ?) with their true tails; those of a hub come in parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.knowledge_graph import KnowledgeGraph
+
+
+class Queries(NamedTuple):
+    """n queries of the training split in both directions; tails of query i: ``targets[indptr[i]:indptr[i + 1]]``."""
+
+    heads: Tensor  # int64 [n]
+    relations: Tensor  # int64 [n], in 0..2R-1
+    indptr: Tensor  # int64 [n + 1]
+    targets: Tensor  # int64: every true tail once
+
+    def to(self, device: torch.device) -> Queries:
+        """The same on another device."""
+        return Queries(*(tensor.to(device) for tensor in self))
+
+
+def training_queries(kg: KnowledgeGraph, tails_at_once: int | None = None) -> Queries:
+    """All queries of the training split; one of more than ``tails_at_once`` true tails comes in equal parts.
+
+    A batch's loss is the mean over its triples, so a query weighs as much as it has tails: with 3,612 of them, as in
+    FB15k-237, it is half of its batch, and the step that it dictates can undo epochs (docs/LOG.md). Parts fall into
+    different batches. What an epoch sums up is the same, since each tail has a softmax of its own over all entities.
+    """
+    known = kg.answers("train")
+    heads, relations = known.keys // (2 * kg.num_relations), known.keys % (2 * kg.num_relations)
+    found = Queries(*(torch.from_numpy(array) for array in (heads, relations, known.indptr, known.targets)))
+    return found if tails_at_once is None else in_parts(found, tails_at_once)
+
+
+def in_parts(queries: Queries, most: int) -> Queries:
+    """The queries with at most ``most`` tails each: a longer one comes several times, with a run of its tails each."""
+    size = queries.indptr.diff()
+    parts = (size + most - 1) // most
+    own = torch.repeat_interleave(torch.arange(len(size)), parts)
+    place = torch.arange(len(own)) - (parts.cumsum(0) - parts)[own]  # of a part among its query's
+    start = queries.indptr[own] + place * size[own] // parts[own]
+    return Queries(
+        queries.heads[own], queries.relations[own], torch.cat([start, queries.indptr[-1:]]), queries.targets
+    )
