@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -479,15 +479,25 @@ def add_products_first(model: PeftModel, fast: bool = False) -> int:
     return count
 
 
-def half_precision_inputs(model: PeftModel, arguments: TrainingArguments) -> AbstractContextManager[None]:
+@contextmanager
+def half_precision_inputs(model: PeftModel, arguments: TrainingArguments) -> Iterator[None]:
     """Let LoRA's pairs read a half-precision input as it is while autocast is on.
 
     PEFT widens it to float32, the type of the pair's weights, for autocast to narrow it again: the same products of
-    more bytes. Under DeepSpeed and FSDP, whose engines cast by themselves, PEFT's way stays.
+    more bytes. Under DeepSpeed and FSDP, whose engines cast by themselves, PEFT's way stays. (Its own
+    ``disable_input_dtype_casting`` fails on models with trained token rows.)
     """
-    from peft.helpers import disable_input_dtype_casting
+    from peft.tuners.lora import LoraLayer
 
-    return disable_input_dtype_casting(model, active=(arguments.bf16 or arguments.fp16) and sharding() == "ddp")
+    half = (arguments.bf16 or arguments.fp16) and sharding() == "ddp"
+    layers: list[Any] = [module for module in model.modules() if half and isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def check_ranks(model: PeftModel) -> None:

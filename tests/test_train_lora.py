@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---------------------------------------------------------------- what training leaves
+
+
+def test_half_precision_inputs_are_read_as_they_are_to_the_same_weights(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, with code tokens: pairs see bfloat16, not float32, and end with the bits of PEFT's own way."""
+    from peft.tuners.lora.layer import Linear
+
+    seen: dict[str, set[torch.dtype]] = {"ours": set(), "peft": set()}
+    run, cast = "ours", Linear._cast_input_dtype
+
+    def watched(self: Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        found = cast(self, x, dtype)
+        if self.training:
+            seen[run].add(found.dtype)
+        return found
+
+    monkeypatch.setattr(Linear, "_cast_input_dtype", watched)
+    half = {"bf16": True, "lora_dropout": 0, "max_steps": 3, "lora_r": 2}
+    train_lora.main(words(base, data, tmp_path / "ours", **half))
+    run = "peft"
+    monkeypatch.setattr(train_lora, "half_precision_inputs", lambda *_: nullcontext())
+    train_lora.main(words(base, data, tmp_path / "peft", **half))
+    assert seen == {"ours": {torch.bfloat16}, "peft": {torch.float32}}
+    ours, theirs = adapter(tmp_path / "ours"), adapter(tmp_path / "peft")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_code_rows_move_in_both_matrices_and_nothing_else_of_the_base(base: Path, trained: Path) -> None:
