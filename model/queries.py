@@ -43,6 +43,4 @@ def in_parts(queries: Queries, most: int) -> Queries:
     own = torch.repeat_interleave(torch.arange(len(size)), parts)
     place = torch.arange(len(own)) - (parts.cumsum(0) - parts)[own]  # of a part among its query's
     start = queries.indptr[own] + place * size[own] // parts[own]
-    return Queries(
-        queries.heads[own], queries.relations[own], torch.cat([start, queries.indptr[-1:]]), queries.targets
-    )
+    return Queries(queries.heads[own], queries.relations[own], torch.cat([start, queries.indptr[-1:]]), queries.targets)

@@ -646,7 +646,8 @@ def test_from_records_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert sum(row.task == CODES for row in rows) >= 4
     for group in groups(rows):
         if group.first.task == CODES and not group.first.variant:
-            assert f"{group.stat('mrr').mean:.3f}".removeprefix("0") in text
+            mrr = group.stat("mrr")
+            assert mrr is not None and f"{mrr.mean:.3f}".removeprefix("0") in text
             assert all(str(row.path) in text for row in group.rows)
     assert "### Table 2: Link prediction from quantized representations, no LLM, on family" in text
     make_tables.main([*flags, "--table", "2", "--format", "csv", "--out", str(tmp_path / "all.csv")])
