@@ -1,9 +1,9 @@
 """Every stage on the bundled graph, through the stages' own commands: `python demo_complete.py`.
 
 Trains, dumps the codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), turns the
-codes into instruction data, teaches them to a small LLM made on the spot, has it choose among candidates, and draws
-figures. Each step prints what it did, what it wrote and the command that does the same alone; the table at the end and
-PROJECT_SUMMARY.md are read off what the steps recorded.
+codes into instruction data, teaches them to a small LLM made on the spot, has it predict the answers of test queries,
+and draws figures. Each step prints what it did, what it wrote and the command that does the same alone; the table at
+the end and PROJECT_SUMMARY.md are read off what the steps recorded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from run_record import ROOT, CommandParser, InputError, make_record, read_json, 
 
 GRAPH = "data/family"
 STEM = "family_4_256_4_rq"
-TASK = "link_prediction"
+TASK, PREDICTED = "link_prediction", "tail_prediction"
 SUMMARY, RECORD = "PROJECT_SUMMARY.md", "demo.json"
 COLUMNS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
-CANDIDATES = 8  # that a prompt lists
+CANDIDATES = 8  # among which the answer is to be found
 
 
 class Size(NamedTuple):
@@ -38,18 +38,24 @@ class Size(NamedTuple):
 
 FULL = Size(
     stage1="--epoch 40 --eval_every 5",
-    rows=3000,
+    rows=24_000,
     base="--epochs 1",
     tuning="--epochs 1",
     figures="2 4 6 8 10 levels tokens usage",
 )
-QUICK = FULL._replace(stage1="--epoch 12 --eval_every 6", rows=160, base="--epochs 0.3", figures="6 10 levels usage")
+QUICK = FULL._replace(stage1="--epoch 12 --eval_every 6", rows=320, base="--epochs 0.3", figures="6 10 levels usage")
 STAGE1 = (
     "--seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 --encoder_every 2 "
     "--assign_every 2"
 )
-BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 8 --lr 0.003"
-LORA = "--batch_size 8 --learning_rate 0.003 --lora_dropout 0 --logging_steps 50 --overwrite"
+BASE = (
+    "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003 --prompt_tokens "
+    "--init_std 0.125 --attention_std 0.0125"
+)
+LORA = (
+    "--batch_size 32 --learning_rate 0.002 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 --lora_dropout 0 "
+    "--logging_steps 100 --eval_batch_size 128 --overwrite"
+)
 
 
 class Step(NamedTuple):
@@ -63,7 +69,8 @@ class Step(NamedTuple):
 def steps(out: Path, size: Size) -> list[Step]:
     """Everything in order; every file goes below ``out``."""
     codes, checkpoint = out / f"{STEM}.pt", out / "checkpoints" / f"{STEM}.pt"
-    data, base, tuned = out / "lora_data" / TASK, out / "tiny_base", out / "lora_outputs"
+    data, asked = out / "lora_data" / TASK, out / "lora_data" / PREDICTED
+    base, tuned = out / "tiny_base", out / "lora_outputs"
     adapter, answers, figures = tuned / "lora_adapters", out / "inference_results.json", out / "figures"
 
     def step(does: str, script: str, *parts: str | Path, made: Sequence[Path] = ()) -> Step:
@@ -88,20 +95,21 @@ def steps(out: Path, size: Size) -> list[Step]:
              *ranking, "--shuffle_codes --metrics_out", out / "shuffled.json", made=[out / "shuffled.json"]),
         step("ask a question of the codes", *ranking, "--predict ada_ashley mother --top 3"),
         *exports,
-        step(f"turn codes and candidates into questions: which of {CANDIDATES}, listed at random, is the answer?",
+        step(f"turn codes and candidates into questions: whose codes complete the triple, of {CANDIDATES} at random?",
              "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists.values(),
              "--from train --candidate_order shuffled --code_format compact", f"--num_candidates {CANDIDATES}",
-             f"--limit {size.rows} --out_dir", out / "lora_data",
-             made=[data / "train.json", data / "validation.json", data / "test_tasks.json"]),
+             f"--predict --limit {size.rows} --out_dir", out / "lora_data",
+             made=[asked / "train.json", asked / "validation.json", data / "test_tasks.json"]),
         step("look for leaks in it", "Class/check_leaks.py", data),
         step("make a small LLM from what the training split says in words (LLaMA2 takes its place on a GPU)",
              "lora_training/make_tiny_base.py", f"--dataset {GRAPH} --out", base, BASE, size.base, made=[base]),
-        step("LoRA: teach it the codes as tokens, and to choose",
-             "lora_training/train_lora.py", "--model_name", base, "--train_data", data / "train.json", "--val_data",
-             data / "validation.json", "--output_dir", tuned, LORA, size.tuning, made=[adapter]),
-        step("have it answer the test queries",
-             "lora_training/inference.py", "--lora_adapter", adapter, "--test_data", data / "test_tasks.json",
-             "--output", answers, "--overwrite", made=[answers, out / "answers.jsonl"]),
+        step("LoRA: teach it the codes as tokens, and to answer a query with those of its tail",
+             "lora_training/train_lora.py", "--model_name", base, "--train_data", asked / "train.json", "--val_data",
+             asked / "validation.json", "--output_dir", tuned, "--code_init", checkpoint, LORA, size.tuning,
+             made=[adapter]),
+        step("have it predict the answers of the test queries",
+             "lora_training/inference.py", "--decode predict --lora_adapter", adapter, "--test_data",
+             data / "test_tasks.json", "--output", answers, "--overwrite", made=[answers, out / "answers.jsonl"]),
         step("score its answers, from the answers alone",
              "lora_training/score_answers.py", "--answers", out / "answers.jsonl", "--output", out / "answered.json",
              made=[out / "answered.json"]),
@@ -142,7 +150,7 @@ def table(out: Path) -> list[Line]:
         Line("stage 1, recorded at the dump", read_json(out / f"{STEM}.json", "record")["test"], f"{STEM}.json"),
         Line("the dumped integers alone", read_json(out / "from_codes.json", "metrics"), "from_codes.json"),
         Line("shuffled codes (control)", read_json(out / "shuffled.json", "metrics"), "shuffled.json"),
-        Line(f"the LLM, choosing among {CANDIDATES}", answered, "answered.json"),
+        Line(f"the LLM, by its prediction, among {CANDIDATES}", answered, "answered.json"),
         Line(f"those {CANDIDATES} as listed, at random (control)", answered["as_listed"], "answered.json"),
     ]
 

@@ -8,8 +8,8 @@ A relation may be asked backwards: --relation "inverse of mother". With --candid
 --export_candidates) a query that has a list there is asked as in link prediction, and its candidates are scored. All
 else is answered from ALL entities, by a beam search over their names (and codes): the first --beams. The prompts are
 those of the instruction data: knowledge reasoning for --head and --relation, question answering for --question, where
-an entity's name gets its codes. A model that was not tuned on them (but by gen_lp_data_rq.py --predict, say) answers
-poorly.
+an entity's name gets its codes. A model answers well what it was tuned on: one by gen_lp_data_rq.py --predict is asked
+with --predict.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class Asker:
     source: Source
     candidates: Candidates | None = None
     beams: int = 20
+    predicts: bool = False  # ask as tail_prediction's rows do
     tries: dict[str, TokenTrie] = field(default_factory=dict)
 
     def query(self, query: Query) -> tuple[str, list[Found]]:
@@ -127,12 +128,15 @@ class Asker:
             return f"{len(listed)} candidates scored", self._known(query, self._score(query, listed))
         source, R = self.source, self.source.kg.num_relations
         h, relation, coded = query.head, source.relations[query.relation % R], source.with_codes
-        if query.relation < R:
+        texts = source.entity_texts
+        if self.predicts:
+            prompt, texts = self._predicted(query), source.code_texts
+        elif query.relation < R:
             prompt = prompts.predict_tail(source.shown[h], relation, source.entity_texts[h], coded)
         else:
             prompt = prompts.complete_head(relation, source.shown[h], source.entity_texts[h], coded)
         end = int(self.tokenizer.eos_token_id)
-        found = self._search(prompt, "entity", source.entity_texts, [end])
+        found = self._search(prompt, "entity", texts, [end])
         return f"all {source.kg.num_entities:,} entities searched, {self.beams} beams", self._known(query, found)
 
     def question(self, text: str) -> tuple[str, list[Found]]:
@@ -157,16 +161,31 @@ class Asker:
         ids = self.candidates.ids[rows[0]]
         return ids[ids >= 0][:LISTED].tolist()
 
-    def _score(self, query: Query, listed: list[int]) -> list[tuple[int, float]]:
-        from lora_training.candidate_scoring import score_candidates
-
+    def _listing(self, query: Query, listed: Sequence[int]) -> str:
+        """The prompt of link prediction."""
         source, R = self.source, self.source.kg.num_relations
         relation = prompts.relation_text(source.relations[query.relation % R], "tail" if query.relation < R else "head")
-        prompt = prompts.link_prediction(
+        return prompts.link_prediction(
             source.shown[query.head], relation, source.entity_texts[query.head],
             [source.entity_texts[e] for e in listed], source.with_codes,
         )  # fmt: skip
-        lines = candidate_lines([Listed(source.shown[e], source.code_texts[e]) for e in listed], self.tokenizer)
+
+    def _predicted(self, query: Query) -> str:
+        """The prompt of tail_prediction."""
+        question = prompts.read_link_prediction(self._listing(query, []))
+        assert question is not None
+        return prompts.prediction(question)
+
+    def _score(self, query: Query, listed: list[int]) -> list[tuple[int, float]]:
+        from lora_training.candidate_scoring import score_candidates
+
+        source = self.source
+        if self.predicts:
+            prompt = self._predicted(query)
+            lines = [encode_answer(source.code_texts[e], self.tokenizer) for e in listed]
+        else:
+            prompt = self._listing(query, listed)
+            lines = candidate_lines([Listed(source.shown[e], source.code_texts[e]) for e in listed], self.tokenizer)
         scores = score_candidates(self.model, encode_prompt({"instruction": prompt}, self.tokenizer), lines).tolist()
         return sorted(zip(listed, scores, strict=True), key=lambda pair: -pair[1])
 
@@ -238,6 +257,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--head", metavar="NAME", help="entity, by name or raw name")
     group.add_argument("--relation", metavar="NAME", help=f'relation, by name or raw name; "{INVERSE}NAME" backwards')
     group.add_argument("--question", metavar="TEXT", help="a question in words")
+    group.add_argument("--predict", action="store_true", help="ask as gen_lp_data_rq.py --predict tunes: an entity's "
+                       "codes are the answer (its name where it has none)")  # fmt: skip
     group.add_argument("--top", type=int, default=10, help="answers to print")
     group.add_argument("--beams", type=int, default=20, help="width of the search over all entities")
     group = parser.add_argument_group("entities")
@@ -248,6 +269,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--head and --relation go together")
     if args.question is not None and args.head is not None:
         parser.error("give --head and --relation, or --question, not both")
+    if args.question is not None and args.predict:
+        parser.error("--predict asks for head and relation, --question in words: give one of them")
     if args.top < 1 or args.beams < 1:
         parser.error(f"--top and --beams must be 1 or more, got {args.top} and {args.beams}")
     return args
@@ -279,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device)
     with enough_memory(f"{smaller(device)}, or fewer --beams than {args.beams}"):
         model: Any = load_model(reader, device, args.dtype)
-        asker = Asker(model, reader.tokenizer, source, candidates, args.beams)
+        asker = Asker(model, reader.tokenizer, source, candidates, args.beams, args.predict)
         if args.head is None and args.question is None:
             interact(asker, args.top)
         else:

@@ -136,6 +136,28 @@ def test_candidates_are_asked_as_in_link_prediction(
     assert "searched" in with_lists.query(Query(everyone.pop(), 0))[0]
 
 
+def test_a_prediction_is_asked_and_scored_as_it_is_tuned(
+    asker: Asker, world: World, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """The very prompts of tail_prediction, each entity's codes as answer, listed and over all entities alike."""
+    from Class.candidates import read_candidates
+    from Class.gen_lp_data_rq import Count, Plan, predicted, rows_of
+
+    kg = world.kg
+    lists = read_candidates([export(kg, tmp_path, count=6)["test"]], kg)
+    queries = np.concatenate([lists.queries, lists.truth[:, None]], axis=1)
+    everything = {"tuning": kg.answers("train"), "known": kg.answers()}
+    plan = Plan("test", queries[:3], np.arange(3), False, False)
+    rows = list(predicted(rows_of(asker.source, lists, plan, everything, 6, 0, Count()), asker.source))
+    for row, query, ids in zip(rows, queries.tolist(), lists.ids.tolist(), strict=False):
+        expected = likelihoods(asker.model, asker.tokenizer, row, asker.source.code_texts, end=True)
+        for candidates, entities in ((lists, ids), (None, range(kg.num_entities))):
+            own = Asker(asker.model, asker.tokenizer, asker.source, candidates, asker.beams, predicts=True)
+            found = {answer.entity: answer.score for answer in own.query(Query(*query[:2]))[1]}
+            assert found.keys() == set(entities)
+            assert np.allclose([found[e] for e in found], [expected[e] for e in found], atol=1e-3)
+
+
 # ---------------------------------------------------------------- the command
 
 
