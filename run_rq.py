@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CodeFiles, code_files, code_stem, load_codes, save_codes
-from model.flags import AUTO, parse_args, set_settings, take_open_settings
+from model.flags import AUTO, idle_flags, parse_args, set_settings, take_open_settings
 from model.from_codes import eval_codes, format_metrics
 from model.inputs import choose_device, load_checkpoint, load_given_codes, load_graph, load_teachers, load_text
 from run_record import (
@@ -175,6 +175,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
         keep_freed_memory()
     text = load_text(args.text_emb, kg.num_entities)
     choose_levels(args, kg)
+    for note in idle_flags(args):
+        print(f"note: {note}")
     stem = code_stem(kg.name, args.seq_len, args.num_code, args.num_quantizers, args.quantizer)
     if args.control or args.codes_from:
         stem = f"{stem}_{args.control or 'scorer'}"

@@ -235,6 +235,24 @@ def set_settings(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     _check_flags(args, build_parser())
 
 
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """What is asked for and never comes to act, one line each; no error, since a recipe cut short may hold it."""
+    notes = []
+    last = (args.epoch - 1) / args.epoch  # where the last epoch begins
+    freezes = args.codes_from or args.control or args.max_minutes or last >= args.freeze_at
+    for flag in ["frozen_noise", "weight_average"]:
+        if getattr(args, flag) and not freezes:
+            notes.append(
+                f"--{flag} {getattr(args, flag)} does nothing: codes freeze at --freeze_at {args.freeze_at}, the last "
+                f"of {args.epoch} epochs begins at {last:.2f}"
+            )
+    if args.z_noise and not args.warmup_epochs and not args.control:
+        notes.append(f"--z_noise {args.z_noise} does nothing: it is for the warm-up, and --warmup_epochs is 0")
+    if args.text_emb is None and args.text_weight != build_parser().get_default("text_weight"):
+        notes.append(f"--text_weight {args.text_weight} does nothing without --text_emb")
+    return notes
+
+
 def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     if args.batch < 2:
         parser.error(f"--batch {args.batch} is too small, expected 2 or more (batch norm)")

@@ -142,7 +142,7 @@ def run(args: argparse.Namespace, name: str, setting: Setting, seed: int) -> Pat
     ended = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     done = record_in(folder)
     if ended or done is None:
-        raise InputError(f"{name} seed {seed} ended with exit code {ended}; the same command goes on from there")
+        raise InputError(f"{name} seed {seed} ended with exit code {ended}: see above; then the same command goes on")
     return done
 
 

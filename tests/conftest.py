@@ -87,7 +87,7 @@ def ring_kg(ring: Path) -> KnowledgeGraph:
 
 
 @pytest.fixture(scope="session")
-def family_kg() -> KnowledgeGraph:
+def family() -> KnowledgeGraph:
     return KnowledgeGraph.load(ROOT / "data" / "family")
 
 

@@ -24,13 +24,8 @@ from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.evaluation import evaluate_codes
 from model.ranking import filtered_ranks
 from model.RQGCN import CodeScorer
-from run_record import ROOT, InputError
+from run_record import InputError
 from tests.test_instructions import write_graph
-
-
-@pytest.fixture(scope="module")
-def family() -> KnowledgeGraph:
-    return KnowledgeGraph.load(ROOT / "data" / "family")
 
 
 def scores_of(kg: KnowledgeGraph, levels: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -25,11 +25,6 @@ SHAPE = (4, 16, 3)  # few codes, so that entities share some
 
 
 @pytest.fixture(scope="module")
-def family() -> KnowledgeGraph:
-    return KnowledgeGraph.load(FAMILY)
-
-
-@pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_codes(FAMILY, tmp_path_factory.mktemp("codes"), SHAPE)
 

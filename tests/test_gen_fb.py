@@ -25,11 +25,6 @@ from tests.test_instructions import FAMILY, write_codes, write_graph
 PUBLIC = ROOT / "data" / "FB15k-237N"
 
 
-@pytest.fixture(scope="module")
-def family() -> KnowledgeGraph:
-    return KnowledgeGraph.load(FAMILY)
-
-
 def as_set(triples: np.ndarray) -> set[tuple[int, ...]]:
     return set(map(tuple, triples.tolist()))
 

@@ -23,11 +23,6 @@ from tests.test_instructions import FAMILY, write_codes, write_graph
 Rows = dict[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def family() -> KnowledgeGraph:
-    return KnowledgeGraph.load(FAMILY)
-
-
 def export(kg: KnowledgeGraph, folder: Path, count: int = 20) -> dict[str, Path]:
     """Lists of a scorer that knows the training split by heart and guesses the rest, the truth near the top."""
     M, R = kg.num_entities, kg.num_relations

@@ -22,10 +22,10 @@ def test_a_hub_comes_in_equal_runs_of_its_tails() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_the_epochs_loss_and_gradient_are_those_of_whole_queries(family_kg: KnowledgeGraph, most: int) -> None:
+def test_the_epochs_loss_and_gradient_are_those_of_whole_queries(family: KnowledgeGraph, most: int) -> None:
     torch.manual_seed(0)
-    entities = torch.randn(family_kg.num_entities, 8, dtype=torch.float64)
-    relations = torch.randn(2 * family_kg.num_relations, 8, dtype=torch.float64)
+    entities = torch.randn(family.num_entities, 8, dtype=torch.float64)
+    relations = torch.randn(2 * family.num_relations, 8, dtype=torch.float64)
 
     def summed(queries: Queries) -> tuple[torch.Tensor, torch.Tensor]:
         e = entities.clone().requires_grad_()
@@ -33,7 +33,7 @@ def test_the_epochs_loss_and_gradient_are_those_of_whole_queries(family_kg: Know
         loss = softmax_cross_entropy(e[queries.heads] * relations[queries.relations], e, Targets(*targets), 0.1)
         return loss.detach(), torch.autograd.grad(loss, e)[0]
 
-    whole, parts = training_queries(family_kg), training_queries(family_kg, most)
+    whole, parts = training_queries(family), training_queries(family, most)
     assert len(parts.heads) > len(whole.heads) and int(parts.indptr.diff().max()) == most
     for a, b in zip(summed(parts), summed(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

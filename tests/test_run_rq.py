@@ -20,6 +20,7 @@ import torch
 import run_rq
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model import inputs
+from model.flags import idle_flags
 from model.from_codes import load_scored_codes
 from model.sizes import sizes_named, smaller_model
 from model.stored import fault_of
@@ -208,9 +209,9 @@ def test_the_integers_alone_carry_the_graph(ring_run: Run, ring_kg: KnowledgeGra
         assert_equals_by_hand(ring_run, ring_kg, split)
 
 
-def test_the_integers_alone_carry_the_bundled_graph(family_run: Run, family_kg: KnowledgeGraph) -> None:
+def test_the_integers_alone_carry_the_bundled_graph(family_run: Run, family: KnowledgeGraph) -> None:
     assert family_run.record["test"]["mrr"] > 0.3
-    assert_equals_by_hand(family_run, family_kg, "test")
+    assert_equals_by_hand(family_run, family, "test")
 
 
 def test_no_two_entities_of_a_dump_share_their_code(family_run: Run, ring_run: Run) -> None:
@@ -235,10 +236,10 @@ def test_controls_leave_a_record_and_no_codes(rq: Command, ring: Path, tmp_path:
     assert record["control"] == control and 0 < record["test"]["mrr"] <= 1
 
 
-def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family_kg: KnowledgeGraph) -> None:
+def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family: KnowledgeGraph) -> None:
     """The stated tie rule is for equal scores: a matrix product must not tell two equal rows apart."""
     args = run_rq.parse_args(family_run.scored())
-    scorer, relations, codes = load_scored_codes(args, family_kg, torch.device("cpu"))
+    scorer, relations, codes = load_scored_codes(args, family, torch.device("cpu"))
     codes[:500:9] = codes[500:][: len(codes[:500:9])]  # the collision pass left none
     whole, inverse, counts = torch.unique(codes.flatten(1), dim=0, return_inverse=True, return_counts=True)
     first = torch.full((len(whole),), len(codes)).scatter_reduce_(0, inverse, torch.arange(len(codes)), "amin")[inverse]
@@ -246,7 +247,7 @@ def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family_kg: Kn
     with torch.no_grad():
         q_all = scorer.entity_vectors_from_codes(codes)
         assert torch.equal(q_all, q_all[first])
-        triples = with_inverse(family_kg.test, family_kg.num_relations)
+        triples = with_inverse(family.test, family.num_relations)
         for size in (len(triples), 257, 31, 1):
             heads, rels = torch.from_numpy(triples[:size, 0]), torch.from_numpy(triples[:size, 1])
             scores = scorer.scores(q_all[heads], relations[rels], q_all)
@@ -349,18 +350,18 @@ def test_one_changed_row_changes_the_ranking(rq: Command, ring_run: Run, tmp_pat
     assert mrr_of(rq, ring_run, tmp_path, codes) != ring_run.record["test"]["mrr"]
 
 
-def test_predict_prints_the_best_tails_by_name(rq: Command, family_run: Run, family_kg: KnowledgeGraph) -> None:
-    head = int(family_kg.test[0, 0])
-    relation = int(family_kg.test[0, 1])
-    scorer, relations, codes = load_scored_codes(run_rq.parse_args(family_run.scored()), family_kg, torch.device("cpu"))
+def test_predict_prints_the_best_tails_by_name(rq: Command, family_run: Run, family: KnowledgeGraph) -> None:
+    head = int(family.test[0, 0])
+    relation = int(family.test[0, 1])
+    scorer, relations, codes = load_scored_codes(run_rq.parse_args(family_run.scored()), family, torch.device("cpu"))
     q_all = scorer.entity_vectors_from_codes(codes)
     words = {
-        relation: family_kg.relations[relation],
-        relation + family_kg.num_relations: "~" + family_kg.relations[relation],
+        relation: family.relations[relation],
+        relation + family.num_relations: "~" + family.relations[relation],
     }
     for asked, word in words.items():
         scores = (q_all @ (q_all[head] * relations[asked])).tolist()
-        outcome = rq(*family_run.scored(None, None, "--predict", family_kg.labels[head], word, "--top", "5"))
+        outcome = rq(*family_run.scored(None, None, "--predict", family.labels[head], word, "--top", "5"))
         assert outcome.code == 0, outcome.err
         lines = re.findall(r"^ *(\d+)\. +(-?[\d.]+)  (.*) \[(.*?)\](?:  known \((\w+)\))?$", outcome.out, re.MULTILINE)
         assert [int(line[0]) for line in lines] == [1, 2, 3, 4, 5]
@@ -368,11 +369,11 @@ def test_predict_prints_the_best_tails_by_name(rq: Command, family_run: Run, fam
         known = {
             (h, r, t): split
             for split in ("test", "valid", "train")
-            for h, r, t in with_inverse(family_kg.split(split), family_kg.num_relations).tolist()
+            for h, r, t in with_inverse(family.split(split), family.num_relations).tolist()
         }
         for (_, shown, label, raw, mark), score in zip(lines, tops, strict=True):
-            tail = family_kg.entities.index(raw)
-            assert family_kg.labels[tail] == label
+            tail = family.entities.index(raw)
+            assert family.labels[tail] == label
             assert float(shown) == pytest.approx(score, abs=2e-4) == pytest.approx(scores[tail], abs=2e-4)
             assert mark == known.get((head, asked, tail), "")
 
@@ -539,6 +540,25 @@ def test_codes_that_are_frozen_from_the_start_need_no_freeze_at(frozen: list[str
     flags = ["--freeze_at", "1", "--frozen_noise", "0.3", "--weight_average", "0.9"]
     assert run_rq.parse_args([*flags, *frozen]).frozen_noise == 0.3
     assert run_rq.parse_args([*flags, "--frozen_noise", "0", "--weight_average", "0"]).freeze_at == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--frozen_noise", "0.3", "--epoch", "6"], ["--frozen_noise 0.3 does nothing", "begins at 0.83"]),
+        (["--weight_average", "0.9", "--epoch", "2", "--freeze_at", "0.6"], ["--weight_average 0.9 does nothing"]),
+        (["--z_noise", "0.5", "--warmup_epochs", "0"], ["--z_noise 0.5 does nothing"]),
+        (["--text_weight", "0.5"], ["--text_weight 0.5 does nothing"]),
+        (["--frozen_noise", "0.3", "--epoch", "7"], []),
+        (["--frozen_noise", "0.3", "--epoch", "6", "--max_minutes", "1"], []),
+        (["--weight_average", "0.9", "--epoch", "2", "--control", "random_codes"], []),
+        (["--z_noise", "0.5", "--warmup_epochs", "0", "--control", "unquantized"], []),
+        (["--text_weight", "0.5", "--text_emb", "e.npy"], []),
+    ],
+)
+def test_what_never_comes_to_act_is_named(flags: list[str], said: list[str]) -> None:
+    notes = idle_flags(run_rq.parse_args(flags))
+    assert len(notes) == bool(said) and all(word in notes[0] for word in said)
 
 
 def test_a_gpu_that_is_not_there_is_refused_and_device_wins(rq: Command, ring: Path, tmp_path: Path) -> None:

@@ -268,11 +268,11 @@ def test_a_teacher_without_weight_changes_nothing(
     assert not torch.allclose(found[1.0], found[None], atol=1e-4)
 
 
-def test_a_student_comes_near_its_teacher(family_run: Run, family_kg: KnowledgeGraph, tmp_path: Path) -> None:
+def test_a_student_comes_near_its_teacher(family_run: Run, family: KnowledgeGraph, tmp_path: Path) -> None:
     """By its teacher's answers alone, a student agrees with them more than one that sees the true tails alone."""
     flags = FAMILY_FLAGS | {"gcn_layers": 0, "epoch": 3, "codes_from": family_run.codes, "seed": 4}
-    teacher = models_of(family_run, family_kg)
-    triples = torch.from_numpy(with_inverse(family_kg.valid, family_kg.num_relations))
+    teacher = models_of(family_run, family)
+    triples = torch.from_numpy(with_inverse(family.valid, family.num_relations))
 
     @torch.no_grad()
     def law(model: Trained) -> torch.Tensor:
@@ -283,7 +283,7 @@ def test_a_student_comes_near_its_teacher(family_run: Run, family_kg: KnowledgeG
     for name, more in (("alone", {}), ("taught", {"teacher": family_run.checkpoint, "teacher_weight": 1.0})):
         run = finished(family_run.dataset, tmp_path / name, name, name=name, **flags, **more)
         of_teacher = law(teacher)
-        apart[name] = float((of_teacher.exp() * (of_teacher - law(models_of(run, family_kg)))).sum(1).mean())
+        apart[name] = float((of_teacher.exp() * (of_teacher - law(models_of(run, family)))).sum(1).mean())
         if more:
             assert run.record["inputs"]["teacher 1"] and run.record["args"]["teacher"] == str(family_run.checkpoint)
     assert apart["taught"] < 0.8 * apart["alone"], apart

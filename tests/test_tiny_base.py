@@ -23,11 +23,6 @@ FAMILY = ROOT / "data" / "family"
 
 
 @pytest.fixture(scope="module")
-def family() -> KnowledgeGraph:
-    return KnowledgeGraph.load(FAMILY, use_cache=False)
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "base"
     run(out)
