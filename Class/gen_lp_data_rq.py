@@ -4,7 +4,6 @@
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates test.npz --split test
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz
     python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
-    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --judge      for --decode judge
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --predict    for --decode predict
 
 The paper's protocol tunes twice: first on the training split's queries (--from train, into a folder of its own), then
@@ -17,16 +16,11 @@ by the candidate model: a query whose truth is not listed keeps it. Training may
 never do. ``truth`` starts with the truth; other right answers follow it that are listed because only the test split
 knows them: ranking leaves them out.
 
---judge turns each training and validation list into one row per candidate, answered by True or False: hard negatives
-for ranking by P(True). Test rows stay lists, from which inference.py --decode judge asks the same questions. Training
-lists may be longer (--train_candidates), for train_lora.py --draw to take some of each anew in every pass.
-
 --predict writes a second folder, tail_prediction/, to tune on: each query without its list, answered by the codes of
 the truth (its name without codes). inference.py --decode predict then scores the candidates of the lists by how likely
 each one's answer is to the query alone.
 
-A model that was trained on its queries puts their truth first: such lists are shuffled, unless they are judged, which
-shows no places, and --candidate_order ranked is given (train_lora.py --place_weight).
+A model that was trained on its queries puts their truth first: such lists are shuffled.
 """
 
 from __future__ import annotations
@@ -42,7 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.candidates import Bools, Candidates, Floats, find_rows, known_pairs, other_answers, read_candidates
+from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
 from Class.instructions import (
     PREDICTED,
     STATS,
@@ -59,9 +53,6 @@ from Class.instructions import (
 )
 from Class.prompts import (
     ANSWERS,
-    FALSE,
-    TRUE,
-    judgements,
     link_prediction,
     numbered,
     prediction,
@@ -71,7 +62,7 @@ from Class.prompts import (
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 from run_record import CommandParser, InputError, run_command
 
-TASK, JUDGED = "link_prediction", "candidate_judgement"
+TASK = "link_prediction"
 ORDERS = ("ranked", "shuffled")
 VALIDATION_PART = 0.1  # of the valid split, as in the paper
 CHUNK = 1024
@@ -133,20 +124,6 @@ def make_lists(
     order = np.argsort(out, axis=1, kind="stable")[:, :count]
     ids = np.take_along_axis(np.where(out, -1, ids), order, axis=1)
     return Lists(ids, np.take_along_axis(filtered & ~out, order, axis=1), rank)
-
-
-def draw_lists(
-    lists: Lists, queries: Ints, num_entities: int, tuning: Answers, part: float, rng: np.random.Generator
-) -> None:
-    """Replace a random ``part`` of ``lists`` by the truth and entities that are no known answer, in random order."""
-    indptr, known = known_pairs(tuning, queries[:, 0], queries[:, 1])
-    for i in np.flatnonzero(rng.random(len(queries)) < part).tolist():
-        truth, size = queries[i, 2], lists.ids.shape[1]
-        wrong = np.delete(np.arange(num_entities), [*known[indptr[i] : indptr[i + 1]], truth])
-        drawn = [truth, *rng.choice(wrong, min(size - 1, len(wrong)), replace=False)]
-        lists.ids[i] = -1
-        lists.ids[i, : len(drawn)] = rng.permutation(drawn)
-        lists.others[i] = False
 
 
 def _rank_in_list(candidates: Candidates, rows: Ints, truth: Ints, filtered: Bools) -> Floats:
@@ -212,7 +189,6 @@ class Plan(NamedTuple):
     rows: Ints  # [n]
     shuffle: bool
     drop_unlisted: bool
-    random_part: float = 0.0  # of the lists: right answer and random entities
 
 
 def rows_of(
@@ -225,8 +201,6 @@ def rows_of(
     for start in range(0, len(plan.queries), CHUNK):
         queries, rows = plan.queries[start : start + CHUNK], plan.rows[start : start + CHUNK]
         lists = make_lists(candidates, rows, queries, kg, answers["tuning"], answers["known"], num_candidates)
-        if plan.random_part:
-            draw_lists(lists, queries, kg.num_entities, answers["tuning"], plan.random_part, rng)
         for (h, r, t), ids, others, rank in zip(queries.tolist(), *lists, strict=True):
             ranked = ids[ids >= 0].tolist()
             also_right = [ranked[i] for i in np.flatnonzero(others)] if plan.split == "test" else []
@@ -259,21 +233,6 @@ def rows_of(
             )  # fmt: skip
 
 
-def judged(rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows of ``rows_of`` as one row per candidate: does it complete the triple? Their lists hold one right answer."""
-    for row in rows:
-        question = read_link_prediction(row["instruction"])
-        assert question is not None
-        for place, (prompt, candidate) in enumerate(zip(judgements(question), row["candidates"], strict=True), 1):
-            head, relation, tail = row["triple"]
-            answer = TRUE if candidate == row["truth"][0] else FALSE
-            yield make_row(
-                prompt, answer, id=f"{row['id']}-{place}", task_type=JUDGED, split=row["split"],
-                triple=(head, relation, candidate) if row["direction"] == "tail" else (candidate, relation, tail),
-                direction=row["direction"], truth=[answer],
-            )  # fmt: skip
-
-
 def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
     """Rows of ``rows_of`` as the query alone, answered by the truth's codes (its name where there are none).
 
@@ -301,8 +260,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--candidates", nargs="+", required=True, metavar="FILE", help="lists (.npz or .json), all splits"
     )
     group.add_argument("--num_candidates", type=int, default=20, help="candidates that a prompt lists")
-    group.add_argument("--train_candidates", type=int, default=0, metavar="N", help="the same in training lists, from "
-                       "which train_lora.py --draw draws (0: as many)")  # fmt: skip
     group.add_argument("--from", dest="tune_from", choices=["train", "valid", "both"], default="valid",
                        help="training rows: queries of the training split, of nine tenths of valid, or "
                        "both")  # fmt: skip
@@ -310,27 +267,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "of a model that was trained on their queries are shuffled)")  # fmt: skip
     group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
                        help="leave out training queries whose truth is not listed")  # fmt: skip
-    group.add_argument("--random_part", type=float, default=0.0, metavar="P", help="so much of the training lists: the "
-                       "truth and random entities, which is easier to learn from (0..1)")  # fmt: skip
-    group.add_argument("--judge", action="store_true", help="training and validation rows: one per candidate, answered "
-                       "by True or False")  # fmt: skip
     group.add_argument("--predict", action="store_true", help="also write tail_prediction/: the queries without lists, "
                        "answered by the truth's codes (its name without codes)")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.num_candidates < 2:
         parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
-    if args.train_candidates and args.train_candidates < 2:
-        parser.error(f"--train_candidates must be 0, or 2 or more, got {args.train_candidates}")
-    if args.judge and args.predict:
-        parser.error("--judge and --predict are two ways to ask about a list: give one of them")
-    if args.random_part and args.predict:
-        parser.error("--random_part changes the lists, and with --predict nobody is tuned on them: leave it out")
     beside = args.out_dir / PREDICTED
     if not args.predict and (beside / STATS).is_file():
         parser.error(f"--out_dir holds {beside}, whose rows belong to an earlier call; give --predict, or remove it")
-    if not 0 <= args.random_part <= 1:
-        parser.error(f"--random_part must be in 0..1, got {args.random_part}")
     return args
 
 
@@ -352,14 +297,13 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
             missing.append(f"{int((rows < 0).sum()):,} of {len(queries):,} {name} queries ({split})")
             continue
         memorised = args.tune_from != "valid" and split == "train" and not candidates.held_out[rows].all()
-        if memorised and args.candidate_order == "ranked" and not args.judge:
+        if memorised and args.candidate_order == "ranked":
             raise InputError(
                 "--candidate_order ranked: the lists of training queries come from a model that was trained on them "
                 'and puts the truth first; leave the flag out, or give lists from K folds ("folds": K in their info)'
             )
         shuffle = args.candidate_order == "shuffled" or (memorised and args.candidate_order is None)
-        training = split == "train"
-        plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and training, args.random_part * training))
+        plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and split == "train"))
     if missing:
         raise InputError(
             f"--candidates {' '.join(map(str, args.candidates))} has no list for {' and '.join(missing)}; make them: "
@@ -378,17 +322,12 @@ def main(argv: list[str] | None = None) -> None:
     answers = {"tuning": kg.answers("train", "valid"), "known": kg.answers()}
     counts = {plan.split: Count() for plan in plans}
     orders = {plan.split: ORDERS[plan.shuffle] for plan in plans}
-    sizes = dict.fromkeys(counts, args.num_candidates)
-    sizes["train"] = args.train_candidates or args.num_candidates
-    folder = args.out_dir / TASK
     rows = {
-        plan.split: rows_of(source, candidates, plan, answers, sizes[plan.split], args.seed, counts[plan.split])
+        plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, args.seed, counts[plan.split])
         for plan in plans
     }
-    if args.judge:
-        rows |= {split: judged(rows[split]) for split in ("train", "validation")}
     write_task(
-        folder, TASK, args, source, rows,
+        args.out_dir / TASK, TASK, args, source, rows,
         lambda: {
             "candidate_order": orders,
             "candidates": candidates.info,

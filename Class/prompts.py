@@ -67,14 +67,6 @@ def read_link_prediction(instruction: str) -> Asked | None:
     return Asked(f"{head} {relation}", rest.split("\n")[:-1])  # the last line says what to do
 
 
-JUDGE = "Is this true?\n"
-
-
-def judgements(question: Asked) -> list[str]:
-    """One prompt per candidate: is the triple true that it completes? They differ from the candidate on."""
-    return [f"{JUDGE}{question.query} {candidate}" for candidate in question.candidates]
-
-
 PREDICT = "What completes this?\n"
 
 

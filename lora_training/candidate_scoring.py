@@ -216,34 +216,6 @@ def score_choices(
 
 
 @torch.inference_mode()
-def score_endings(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]],
-    row_tokens: int = ROW_TOKENS,
-) -> Tensor:  # fmt: skip
-    """``score_choices`` of prompts that begin alike -> float64 [B, C]: what they share is read once.
-
-    Needs no padding. A model whose attention takes no 4D mask, and choices of several tokens, go the long way.
-    """
-    if best_way(model) != "packed" or any(len(choice) != 1 for choice in choices):
-        return torch.stack([score_candidates(model, prompt, choices, "full") for prompt in prompts])
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    shared = common_prefix(distinct)
-    if not shared:
-        raise ValueError("the prompts have no common beginning")
-    prefix = Prefix(model, shared)
-    own = [prompt[len(shared) :] for prompt in distinct]
-    found: dict[tuple[int, ...], Tensor] = {}
-    for group in _groups(range(len(own)), [len(tokens) for tokens in own], row_tokens):
-        logits = prefix.feed([Branch((), own[i]) for i in group])
-        last = torch.tensor([len(own[i]) for i in group], device=logits.device).cumsum(0) - 1
-        ids = torch.tensor([choice[0] for choice in choices], device=logits.device)
-        scores = torch.stack([log_probs(logits[last], one.expand(len(group))) for one in ids], dim=1)
-        found |= {distinct[i]: score for i, score in zip(group, scores, strict=True)}
-        prefix.forget()
-    return torch.stack([found[tuple(prompt)] for prompt in prompts])
-
-
-@torch.inference_mode()
 def generate_freely(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_id: int, pad_id: int, max_new_tokens: int
 ) -> list[list[int]]:

@@ -15,9 +15,8 @@ STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
 # what two runs must share for one to go on from the other's checkpoint
 PLANNED = (
     "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
-    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "share_prompts",
-    "rank_loss", "token_weight", "place_weight", "draw", "easy_until", "adam_beta2", "seed", "load_in_4bit", "bf16",
-    "fp16", "matmul_precision", "eval_steps",
+    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "adam_beta2",
+    "seed", "load_in_4bit", "bf16", "fp16", "matmul_precision", "eval_steps",
 )  # fmt: skip
 
 
@@ -47,9 +46,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from."""
     plan: dict[str, Any] = {key: getattr(args, key) for key in PLANNED}
     plan |= {"train_sha256": sha256_file(args.train_data), "validation_sha256": sha256_file(args.val_data)}
-    for key in ("code_init", "easy_data"):
-        path = getattr(args, key)
-        plan[f"{key}_sha256"] = sha256_file(path) if path else None
+    plan["code_init_sha256"] = sha256_file(args.code_init) if args.code_init else None
     return plan | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 

@@ -6,7 +6,6 @@
 
 --decode says how link prediction is answered:
 score            the likelihood of each candidate's first answer line, exact, over one cache of the prompt
-judge            P(True) against P(False) of each candidate in the query's place, for rows of gen_lp_data_rq.py --judge
 predict          the likelihood of each candidate's answer to the query alone, tuned on gen_lp_data_rq.py --predict
 constrained      beam search over the candidates, --beams wide
 constrained_all  beam search over ALL entities; their other known answers are left out
@@ -42,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.instructions import Row, Source, existing_split, open_source, read_rows
-from Class.prompts import FALSE, TRUE, Asked, judgements, numbered, prediction, read_link_prediction
+from Class.prompts import FALSE, TRUE, Asked, numbered, prediction, read_link_prediction
 from lora_training.code_tokens import (
     RECORD,
     Saved,
@@ -80,7 +79,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "inference_results.json"
-DECODES = ("score", "judge", "predict", "constrained", "constrained_all", "free")
+DECODES = ("score", "predict", "constrained", "constrained_all", "free")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 WINDOW = 256  # rows that are sorted by length and cut into batches together
 BEST = 3  # answers that a prompt of link prediction asks for
@@ -128,11 +127,6 @@ def question_of(row: Row) -> Asked:
     if question is None:
         raise InputError(f"row {row['id']} lists no candidates; write it anew: python Class/gen_lp_data_rq.py")
     return question
-
-
-def judged_prompts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the question that ``--judge`` asks of each candidate of a row."""
-    return [encode_prompt({"instruction": prompt}, tokenizer) for prompt in judgements(question_of(row))]
 
 
 def predicted_texts(row: Row) -> tuple[str, str]:
@@ -358,14 +352,12 @@ class Answerer:
             return [self._rank(row) for row in rows]
         return self._judge(rows) if kind == "judge" else self._write(rows)
 
-    def _verdicts(self) -> list[list[int]]:
-        return [encode_answer(text, self.tokenizer, end=False) for text in (TRUE, FALSE)]
-
     def _judge(self, rows: Sequence[Row]) -> list[Answer]:
         from lora_training.candidate_scoring import score_choices
 
         prompts = [encode_prompt(row, self.tokenizer) for row in rows]
-        found = score_choices(self.model, prompts, self._verdicts(), int(self.tokenizer.pad_token_id)).tolist()
+        verdicts = [encode_answer(text, self.tokenizer, end=False) for text in (TRUE, FALSE)]
+        found = score_choices(self.model, prompts, verdicts, int(self.tokenizer.pad_token_id)).tolist()
         return [
             make_answer(
                 row, "score", candidates=[TRUE, FALSE], scores=[true, false], text=TRUE if true > false else FALSE
@@ -400,8 +392,6 @@ class Answerer:
         from lora_training.candidate_scoring import TokenTrie, common_prefix, constrained_beams, score_candidates
 
         decode = self.settings.decode
-        if decode == "judge":
-            return self._judge_candidates(row)
         if decode == "predict":
             return self._predict(row)
         prompt = encode_prompt(row, self.tokenizer)
@@ -422,12 +412,6 @@ class Answerer:
         lengths = [len(line) for line in own]
         tokens = None if len(set(lengths)) == 1 else lengths
         return ranked(row, decode, listed, scores, tokens=tokens)
-
-    def _judge_candidates(self, row: Row) -> Answer:
-        from lora_training.candidate_scoring import score_endings
-
-        true, false = score_endings(self.model, judged_prompts(row, self.tokenizer), self._verdicts()).T
-        return ranked(row, "judge", listed_candidates(row), (true - false).tolist())
 
     def _predict(self, row: Row) -> Answer:
         """Scores through the end token: without it, a name would beat every longer one that it begins."""
@@ -558,14 +542,9 @@ def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
     limit = getattr(load_config(reader.base_model).get_text_config(), "max_position_embeddings", None)
     for row in found.longest:
         kind = kind_of(row, settings.decode)
-        asked = settings.decode if kind == "rank" else ""
-        prompts = (
-            judged_prompts(row, reader.tokenizer) if asked == "judge"
-            else [predicted_prompt(row, reader.tokenizer)] if asked == "predict"
-            else [encode_prompt(row, reader.tokenizer)]
-        )  # fmt: skip
-        prompt = max(map(len, prompts))
-        said = predicted_texts(row)[1] if asked == "predict" else row["output"]
+        predicts = kind == "rank" and settings.decode == "predict"
+        prompt = len((predicted_prompt if predicts else encode_prompt)(row, reader.tokenizer))
+        said = predicted_texts(row)[1] if predicts else row["output"]
         answer = settings.max_new_tokens if kind == "write" else len(encode_answer(said, reader.tokenizer))
         if limit is not None and prompt + answer > limit:
             raise InputError(

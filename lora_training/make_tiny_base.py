@@ -74,16 +74,11 @@ def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
         yield "\n".join([f"{shown[e]}: {description}" if description else shown[e], *own])
 
 
-def judgement_prompts() -> list[str]:
-    """What ``--decode judge`` asks, of no triple at all."""
-    return prompts.judgements(prompts.Asked("", [""] * 4))
-
-
 def template_texts() -> list[str]:
     """The prompts' fixed words, for the tokenizer alone."""
     made = [
         prompts.classification("", "", "", "", "", True),
-        *judgement_prompts(),
+        prompts.prediction(prompts.Asked("", [])),
         prompts.link_prediction("", "", "", [""], True),
         prompts.predict_tail("", "", "", True),
         prompts.validate_triple("", "", "", "", "", True),
@@ -98,11 +93,8 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
     The rows of words that a base never meets end up alike in its head, and LoRA, which leaves them as they are, cannot
     make it say one of them then.
     """
-    asked = [prompts.classification("", "", "", "", "", True), *judgement_prompts()]
-    words = [
-        f"{prompt_text({'instruction': prompt})} {answer}"  # the blank is that of encode_answer
-        for prompt in asked for answer in (prompts.TRUE, prompts.FALSE)
-    ]  # fmt: skip
+    asked = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
+    words = [f"{asked} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # the blank is that of encode_answer
     found = []
     for place, text in enumerate(texts, 1):
         found.append(text)
@@ -113,7 +105,7 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
 
 # ---------------------------------------------------------------- tokenizer
 
-PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.JUDGE, prompts.PREDICT)
+PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.PREDICT)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()) -> LlamaTokenizer:
@@ -278,7 +270,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="say a prompt's fixed words after "
                         "every Nth text, so that it knows True and False (0: off)")  # fmt: skip
     parser.add_argument("--prompt_tokens", action="store_true", help="the prompts' fixed beginnings and ends are one "
-                        "token each: shorter rows of judgements")  # fmt: skip
+                        "token each: shorter rows")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")

@@ -33,8 +33,6 @@ class Example(NamedTuple):
 
     input_ids: list[int]  # prompt, then answer
     labels: list[int]  # IGNORED on the prompt, then the answer's ids
-    # of rows joined by ``share_prompts``: the length of what they share, then of each one's rest; () for a single row
-    pieces: tuple[int, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -88,39 +86,6 @@ def encode_examples(
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for row, prompt, answer in zip(block, ids[::2], ids[1::2], strict=True):
             yield _example(row, start + prompt, [*answer, tokenizer.eos_token_id], max_length)
-
-
-def share_prompts(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
-    """Examples that follow each other and share most of each one's prompt, as one: the beginning is read once.
-
-    Their rests stand one after another, and must neither see each other nor count each other's positions. No joined
-    example is longer than ``max_length``.
-    """
-    group: list[Example] = []
-    shared = 0
-    for example in examples:
-        if group:
-            room, first = min(shared, example.prompt_length - 1), group[0].input_ids
-            common = next((i for i in range(room) if first[i] != example.input_ids[i]), room)
-            more = [*group, example]
-            length = sum(len(one.input_ids) for one in more) - common * len(group)
-            if 2 * common > max(one.prompt_length for one in more) and length <= max_length:
-                group, shared = more, common
-                continue
-            yield _joined(group, shared)
-        group, shared = [example], example.prompt_length - 1
-    if group:
-        yield _joined(group, shared)
-
-
-def _joined(group: list[Example], shared: int) -> Example:
-    if len(group) == 1:
-        return group[0]
-    ids, labels = group[0].input_ids[:shared], [IGNORED] * shared
-    for example in group:
-        ids += example.input_ids[shared:]
-        labels += example.labels[shared:]
-    return Example(ids, labels, (shared, *(len(example.input_ids) - shared for example in group)))
 
 
 def _example(row: Mapping[str, Any], prompt: list[int], answer: list[int], max_length: int) -> Example:

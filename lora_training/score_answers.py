@@ -8,8 +8,8 @@ whose truth is not among the candidates keeps ``candidate_rank``, its rank by th
 all entities has no such model behind it: what it does not find counts as never found). Candidates without a score (free
 text, a narrow search) keep their listed order below the others. Where answers differ in length, sum and per-token mean
 of the log-likelihood are two rankings: the one with the higher validation MRR is used.
-Candidates that were scored without their list (inference.py --decode judge, predict) are ranked by their scores alone,
-and once more by score and place in the list together (``with_order``): two weights, fitted on validation alone.
+Candidates that were scored without their list (inference.py --decode predict) are ranked by their scores alone, and
+once more by score and place in the list together (``with_order``): two weights, fitted on validation alone.
 Judgements. True where log P(True) - log P(False) exceeds a threshold: the one with the best validation accuracy, of
 equally good ones the nearest to 0. Metrics at 0 stand beside it.
 The rest. Exact matches; lines of an answer may come in any order.
@@ -38,8 +38,7 @@ Metrics = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
-JUDGED = "candidate_judgement"  # rows of gen_lp_data_rq.py --judge
-JUDGEMENTS = ("triple_classification", "validate_triple", JUDGED)  # an entity of another task may be named True
+JUDGEMENTS = ("triple_classification", "validate_triple")  # an entity of another task may be named True
 SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
 # every line of answers.jsonl has them all
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
@@ -222,20 +221,6 @@ class Scored(NamedTuple):
 
     scores: list[float]  # of its candidates, as listed
     right: int  # place of the right one, from 0
-
-
-def judged_lists(answers: Iterable[Answer]) -> Iterator[Scored]:
-    """The lists that were judged candidate by candidate, put together by their ids ``LIST-PLACE``."""
-    lists: dict[str, dict[int, Answer]] = {}
-    for answer in answers:
-        name, _, place = str(answer["id"]).rpartition("-")
-        if answer["parsed"] and place.isdecimal():
-            lists.setdefault(name, {})[int(place)] = answer
-    for found in lists.values():
-        ordered = [found[place] for place in sorted(found)]
-        if sorted(found) == list(range(1, len(found) + 1)) and sum(one["truth"] == [TRUE] for one in ordered) == 1:
-            right = next(i for i, one in enumerate(ordered) if one["truth"] == [TRUE])
-            yield Scored([margin(one) for one in ordered], right)
 
 
 def scored_lists(answers: Iterable[Answer]) -> Iterator[Scored]:
@@ -430,13 +415,9 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
             score_ranking if is_ranking(first) else score_judgements if is_judgement(first) else score_texts
         )
         found[task] = score(splits)
-        if is_ranking(first) and first["decode"] in ("judge", "predict"):
+        if is_ranking(first) and first["decode"] == "predict":
             ranked = as_ranked(splits, next(iter(found[task].values())))
-            lists = (
-                judged_lists(tasks.get(JUDGED, {}).get("validation", [])) if first["decode"] == "judge"
-                else scored_lists(ranked.get("validation", []))
-            )  # fmt: skip
-            for split, metrics in score_with_order(ranked, lists).items():
+            for split, metrics in score_with_order(ranked, scored_lists(ranked.get("validation", []))).items():
                 found[task][split]["with_order"] = metrics
     return found
 

@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +35,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.instructions import answer_command, read_rows
-from Class.prompts import FALSE, TRUE
 from lora_training.checkpoints import (
     CHECKPOINTS,
     OTHER_CHECKPOINT,
@@ -75,8 +73,8 @@ from lora_training.memory import (
     row_parameters,
     sharding,
 )
-from lora_training.prompts import IGNORED, Example, encode_answer, encode_examples, share_prompts
-from lora_training.token_rows import ByLength, Collate, DrawnLists, EasyFirst, TokenRows
+from lora_training.prompts import IGNORED, Example, encode_examples
+from lora_training.token_rows import ByLength, Collate, TokenRows
 from run_record import (
     CommandParser,
     InputError,
@@ -97,7 +95,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 ADAPTERS = "lora_adapters"
-BEST_BY = {False: "eval_loss", True: "eval_mrr"}  # with --rank_loss: how lists are ranked, not how sure the model is
 OLDEST = (5, 23)  # of transformers
 FAST = "medium"  # of --matmul_precision, as run_rq.py has it
 
@@ -111,46 +108,26 @@ def say(text: str) -> None:
 # ---------------------------------------------------------------- data
 
 
-def encode_file(
-    path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool, share: bool = False
-) -> TokenRows:
-    """All rows of an instruction-data file as tokens. InputError where it is missing, empty or holds too long a row.
-
-    ``share``: rows that begin alike become one (``share_prompts``).
-    """
-    rows, read, skipped = TokenRows(), 0, 0
-
-    def short() -> Iterator[Example]:
-        nonlocal read, skipped
-        for example in encode_examples(read_rows(path), tokenizer, 0 if skip_long else max_length):
-            if skip_long and len(example.input_ids) > max_length:
-                skipped += 1
-                continue
-            read += 1
-            yield example
-
-    for example in share_prompts(short(), max_length) if share else short():
-        rows.append(example)
+def encode_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool) -> TokenRows:
+    """All rows of an instruction-data file as tokens. InputError where it is missing, empty or holds too long a row."""
+    rows, skipped = TokenRows(), 0
+    for example in encode_examples(read_rows(path), tokenizer, 0 if skip_long else max_length):
+        if skip_long and len(example.input_ids) > max_length:
+            skipped += 1
+        else:
+            rows.append(example)
     if not len(rows):
         why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
         raise InputError(f"{path} trains nothing: {why}; write it: python Class/gen_fb_data_rq.py")
-    lengths, answers, joined = rows.lengths, rows.answers, f", joined to {len(rows):,}" if share else ""
+    lengths, answers = rows.lengths, rows.answers
     say(
-        f"{path}: {read:,} rows{joined}; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
+        f"{path}: {len(rows):,} rows; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; of these "
         f"answers: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")
     )
     return rows
 
 
 # ---------------------------------------------------------------- the trainer
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """The ids that True and False begin with as answers. InputError where they are the same."""
-    true, false = (encode_answer(text, tokenizer)[0] for text in (TRUE, FALSE))
-    if true == false:
-        raise InputError("--rank_loss: the tokenizer begins True and False with the same token; leave the flag out")
-    return true, false
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -160,71 +137,11 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="none")
 
 
-def mean_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None,
-    verdicts: tuple[int, int, float] | None = None, token_weight: float = 1.0,
-) -> torch.Tensor:  # fmt: skip
-    """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes).
-
-    ``verdicts``: what ``ranking_losses`` take (ids of True and False, weight of the place): these are added to
-    ``token_weight`` times the others.
-    """
+def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Sum over this pass's answer tokens by the number of them in the whole step (all passes, all processes)."""
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     losses = token_losses(logits, labels)
-    total = token_weight * losses.sum()
-    if verdicts is not None:
-        total = total + ranking_losses(logits, labels, *verdicts).sum()
-    return total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-
-
-def ranking_losses(
-    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int, place_weight: float = 0.0
-) -> torch.Tensor:  # fmt: skip
-    """-log of the share that the right ones of a joined row's judgements have in a softmax over all of them -> [B].
-
-    The softmax is over the margins, by which candidates are ranked. A row counts as often as it has answer tokens; one
-    without both verdicts counts nothing. Arguments as for ``token_losses``.
-    """
-    import torch
-
-    margins, right, both = judged_margins(logits, labels, true, false, place_weight)
-    margins, right = margins[both], right[both]
-    losses = margins.logsumexp(1) - margins.masked_fill(~right, -torch.inf).logsumexp(1)
-    found = torch.zeros(len(labels), device=logits.device)
-    found[both] = losses * (labels != IGNORED).sum(1)[both]
-    return found
-
-
-def reciprocal_ranks(
-    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int, place_weight: float = 0.0
-) -> torch.Tensor:  # fmt: skip
-    """1 / rank of the best right one among a joined row's judgements by margin, ties at their mean -> [B].
-
-    NaN for a row without both verdicts. Arguments as for ``token_losses``.
-    """
-    import torch
-
-    margins, right, both = judged_margins(logits, labels, true, false, place_weight)
-    own = margins.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    wrong = ~right & margins.isfinite()
-    ranks = 1 + (wrong & (margins > own)).sum(1) + (wrong & (margins == own)).sum(1) / 2
-    return torch.where(both, 1 / ranks, torch.nan)
-
-
-def judged_margins(
-    logits: torch.Tensor, labels: torch.Tensor, true: int, false: int, place_weight: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log P(True) - log P(False) where a verdict stands in the labels and -inf elsewhere [B, T]; which of these places
-    say True [B, T]; which rows have both verdicts [B]. The n-th verdict of a row loses ``place_weight`` log n."""
-    import torch
-
-    supervised = labels != IGNORED
-    judged = supervised & ((labels == true) | (labels == false))
-    margins = torch.full(labels.shape, -torch.inf, device=logits.device)
-    margins[judged] = (logits[:, true] - logits[:, false]).float()[judged[supervised]]
-    margins = margins - place_weight * judged.cumsum(1).clamp(min=1).log()
-    right = judged & (labels == true)
-    return margins, right, right.any(1) & (judged & ~right).any(1)
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
 
 class Stopped(Exception):
@@ -265,15 +182,13 @@ class Stop:
 
 
 def make_trainer(
-    model: PeftModel, arguments: TrainingArguments, train: TokenRows | DrawnLists, validation: TokenRows,
-    collate: Collate, seed: int, began: float, asked: Stop | None = None,
-    verdicts: tuple[int, int, float] | None = None, token_weight: float = 1.0, easy: tuple[int, float] = (0, 0.0),
+    model: PeftModel, arguments: TrainingArguments, train: TokenRows, validation: TokenRows, collate: Collate,
+    seed: int, began: float, asked: Stop | None = None,
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer with our row order, loss (``mean_loss``) and validation, and one printed line per report.
 
     ``began``: the monotonic time at which the run began, the time before an interruption counted. ``asked``: to stop;
-    the step that runs is then ended and saved, and ``Stopped`` is raised. ``easy``: how many of the first rows are easy
-    ones, and ``until`` of ``EasyFirst``.
+    the step that runs is then ended and saved, and ``Stopped`` is raised.
     """
     stop = asked or Stop()
     import torch
@@ -286,13 +201,7 @@ def make_trainer(
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            steps, others = self.args.max_steps, len(train) - easy[0]
-            total = steps * rows if steps > 0 else self.args.num_train_epochs * others
-            order = (
-                EasyFirst(train.lengths, rows, seed, *easy, total) if easy[0] else ByLength(train.lengths, rows, seed)
-            )
-            order.lists = train if isinstance(train, DrawnLists) else None
-            return order
+            return ByLength(train.lengths, rows, seed)
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
             """Loss as in training and share of rows whose every token is the likeliest, over all processes."""
@@ -307,26 +216,15 @@ def make_trainer(
                 losses, right = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(labels, dtype=torch.bool)
                 losses[supervised] = token_losses(logits, labels)
                 right[supervised] = logits.argmax(-1) == labels[supervised]
-                summed, ranks = (
-                    token_weight * losses.sum(1),
-                    torch.full((len(labels),), torch.nan, device=labels.device),
-                )
-                if verdicts is not None:
-                    summed = summed + ranking_losses(logits, labels, *verdicts)
-                    ranks = reciprocal_ranks(logits, labels, *verdicts)
-                rows = torch.stack([summed, supervised.sum(1).float(), right.all(1).float(), ranks], 1)  # [B, 4]
+                rows = torch.stack([losses.sum(1), supervised.sum(1).float(), right.all(1).float()], 1)  # [B, 3]
                 found.append(self.accelerator.gather_for_metrics(rows).double().cpu())
             self.model_wrapped.train()
-            everything = torch.cat(found)
-            loss, tokens, right_rows, _ = everything.sum(0).tolist()
-            ranked = everything[:, 3][~everything[:, 3].isnan()]
+            loss, tokens, right_rows = torch.cat(found).sum(0).tolist()
             metrics = {
                 f"{metric_key_prefix}_loss": loss / tokens,
                 f"{metric_key_prefix}_exact": right_rows / sum(len(part) for part in found),
                 f"{metric_key_prefix}_seconds": round(time.monotonic() - started, 1),
             }
-            if verdicts is not None:
-                metrics[f"{metric_key_prefix}_mrr"] = float(ranked.mean()) if len(ranked) else 0.0
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -356,7 +254,6 @@ def make_trainer(
             if "eval_loss" in logs:
                 say(
                     f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, exact {logs['eval_exact']:.3f}"
-                    + (f", MRR within lists {logs['eval_mrr']:.4f}" if "eval_mrr" in logs else "")
                 )
             elif "loss" in logs and done:
                 tokens = (
@@ -371,7 +268,7 @@ def make_trainer(
 
     trainer = Lora(
         model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate,
-        compute_loss_func=partial(mean_loss, verdicts=verdicts, token_weight=token_weight),
+        compute_loss_func=mean_loss,
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -558,7 +455,6 @@ class Plan(NamedTuple):
     micro_batch: int
     checkpoint: Path | None
     codebooks: torch.Tensor | None = None  # [Q, K, code_dim] that new rows start from
-    easy: int = 0  # the first so many rows of ``train`` are those of --easy_data
 
 
 def check_version() -> None:
@@ -611,14 +507,13 @@ def first_codebooks(args: argparse.Namespace, shape: CodeShape | None, is_new: b
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     """Every check that needs no weights, and the tokens of all rows."""
-    files = {"--train_data": args.train_data, "--val_data": args.val_data, "--easy_data": args.easy_data}
-    for flag, path in files.items():
-        if path is not None and not path.is_file():
+    for flag, path in (("--train_data", args.train_data), ("--val_data", args.val_data)):
+        if not path.is_file():
             raise InputError(f"{flag} {path} does not exist; write it: python Class/gen_fb_data_rq.py")
     codes = read_codes_info(args.train_data)
-    for flag, path in files.items():
-        if path is not None:
-            refuse_other_codes(codes, read_codes_info(path), f"--train_data {args.train_data}", f"{flag} {path}")
+    refuse_other_codes(
+        codes, read_codes_info(args.val_data), f"--train_data {args.train_data}", f"--val_data {args.val_data}"
+    )
     before = Path(args.model_name) / RECORD
     if before.is_file() and "codes" in (known := read_json(before, "record")):  # a merged model, tuned once more
         refuse_other_codes(known["codes"], codes, f"--model_name {args.model_name}", f"--train_data {args.train_data}")
@@ -639,19 +534,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     there = {name.rsplit(".", 1)[-1] for name, _, _ in model.layer_sizes}
     if not there.issuperset(wanted):
         raise InputError(f"--lora_target {args.lora_target}: {args.model_name} has {', '.join(sorted(there))}")
-    train, validation, easy = (
-        encode_file(path, tokenizer, args.max_length, args.skip_long, args.share_prompts) if path else TokenRows()
-        for path in files.values()
+    train, validation = (
+        encode_file(path, tokenizer, args.max_length, args.skip_long) for path in (args.train_data, args.val_data)
     )
-    if args.rank_loss and not validation.pieces:
-        raise InputError(
-            f"--rank_loss: the rows of {args.val_data} are no lists to choose from; write it: "
-            "python Class/gen_lp_data_rq.py --judge"
-        )
-    easy_rows = len(easy)
-    if easy_rows:
-        easy.extend(train)
-        train = easy
 
     lora, rows = lora_parameters(model, args.lora_r, wanted), row_parameters(model, len(code_ids))
     say(
@@ -686,7 +571,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
             say("that is more than it has: configs/fsdp2.yaml, --load_in_4bit or a lower --max_length with --skip_long")
     else:
         say(f"expected memory: {need(micro) / GIB:.1f} GiB at {micro} x {longest} tokens, on the CPU")
-    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks, easy_rows)
+    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks)
 
 
 # ---------------------------------------------------------------- the command
@@ -720,8 +605,7 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
         optim="adamw_torch", adam_beta2=args.adam_beta2, bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
         activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs=recomputation(),
         ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
-        save_total_limit=2, load_best_model_at_end=True, greater_is_better=args.rank_loss,
-        metric_for_best_model=BEST_BY[args.rank_loss],
+        save_total_limit=2, load_best_model_at_end=True, greater_is_better=False, metric_for_best_model="eval_loss",
         seed=args.seed, remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True,
         report_to=args.report_to, average_tokens_across_devices=True, **every,
     )  # fmt: skip
@@ -787,14 +671,7 @@ def tune(args: argparse.Namespace) -> None:
     if plan.checkpoint is not None:
         started -= check_checkpoint(plan.checkpoint)
     stop = Stop()
-    train: TokenRows | DrawnLists = plan.train
-    if args.draw:
-        train = DrawnLists(plan.train, args.draw, first_tokens(plan.tokenizer)[0], args.seed)
-    trainer = make_trainer(
-        model, arguments, train, plan.validation, collate, args.seed, started, stop,
-        (*first_tokens(plan.tokenizer), args.place_weight) if args.rank_loss else None, args.token_weight,
-        (plan.easy, args.easy_until),
-    )  # fmt: skip
+    trainer = make_trainer(model, arguments, plan.train, plan.validation, collate, args.seed, started, stop)
     say(
         f"{arguments.world_size} process(es), each {arguments.gradient_accumulation_steps} x {plan.micro_batch} rows a "
         f"step; {device}, {str(dtype).removeprefix('torch.')}"
@@ -848,10 +725,10 @@ def tune(args: argparse.Namespace) -> None:
             "lora": lora_parameters(plan.model, args.lora_r, targets(args)),
             "rows": row_parameters(plan.model, len(plan.code_ids)),
         },
-        rows={"train": len(plan.train) - plan.easy, "easy": plan.easy, "validation": len(plan.validation)},
+        rows={"train": len(plan.train), "validation": len(plan.validation)},
         tokens_per_row=round(float(plan.train.lengths.mean()), 1), steps=state.global_step,
         validation={key: round(v, 6) for key, v in best.items()},
-        best_step=best_step(history, args.rank_loss), reload_difference=difference,
+        best_step=best_step(history), reload_difference=difference,
         resumed_from=args.resume_from_checkpoint,
         history=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
     )  # fmt: skip
@@ -867,17 +744,16 @@ def tune(args: argparse.Namespace) -> None:
 
 def inputs(args: argparse.Namespace) -> dict[str, Path]:
     """The files that a run reads beside its base; two of one name are told apart by their flag."""
-    given = {"easy": args.easy_data, "train": args.train_data, "validation": args.val_data, "code_init": args.code_init}
+    given = {"train": args.train_data, "validation": args.val_data, "code_init": args.code_init}
     names = [path.name for path in given.values() if path]
     return {
         path.name if names.count(path.name) == 1 else f"{key}: {path.name}": path for key, path in given.items() if path
     }
 
 
-def best_step(history: list[dict[str, Any]], by_rank: bool = False) -> int | None:
-    """The step with the lowest validation loss, or with the highest MRR within validation's lists."""
-    key, sign = BEST_BY[by_rank], -1 if by_rank else 1
-    found = [(sign * entry[key], entry["step"]) for entry in history if key in entry]
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """The step with the lowest validation loss."""
+    found = [(entry["eval_loss"], entry["step"]) for entry in history if "eval_loss" in entry]
     return min(found)[1] if found else None
 
 
@@ -905,22 +781,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--weight_decay", type=float, default=0.0, help="of everything trained")
     group.add_argument("--max_length", type=int, default=2048, help="tokens per row; longer ones are refused, not cut")
     group.add_argument("--skip_long", action="store_true", help="leave longer rows out instead")
-    group.add_argument("--share_prompts", action="store_true", help="rows that follow each other and begin alike are "
-                       "one row, its beginning read once (gen_lp_data_rq.py --judge)")  # fmt: skip
-    group.add_argument("--rank_loss", action="store_true", help="add the loss of choosing the true one among the "
-                       "judgements that --share_prompts joins")  # fmt: skip
-    group.add_argument("--token_weight", type=float, default=1.0, help="of the answer tokens' own loss beside "
-                       "--rank_loss (0: choosing alone)")  # fmt: skip
-    group.add_argument("--place_weight", type=float, default=0.0, metavar="W", help="with --rank_loss: judgements are "
-                       "compared after W log(place in the list) is taken off, so that they learn what a ranked list "
-                       "does not say")  # fmt: skip
-    group.add_argument("--draw", type=int, default=0, metavar="N", help="of each list that --share_prompts joins, the "
-                       "true one and N - 1 others, drawn anew in every pass (0: all; gen_lp_data_rq.py "
-                       "--train_candidates)")  # fmt: skip
-    group.add_argument("--easy_data", type=Path, metavar="FILE", help="rows that come first and ever more seldom: "
-                       "what is easy to tell apart is learned first (gen_lp_data_rq.py --random_part 1)")  # fmt: skip
-    group.add_argument("--easy_until", type=float, default=0.5, metavar="SHARE", help="of the run: from there on none "
-                       "of --easy_data")  # fmt: skip
     group.add_argument("--eval_steps", type=int, default=0, help="validate and save every so often (0: every epoch)")
     group.add_argument("--logging_steps", type=int, default=10, help="steps per printed line")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -948,8 +808,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "gradient_accumulation", "lora_r", "lora_alpha", "max_length", "logging_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    for name in ("max_steps", "micro_batch_size", "eval_batch_size", "eval_steps", "seed", "weight_decay",
-                 "token_weight", "place_weight"):  # fmt: skip
+    for name in ("max_steps", "micro_batch_size", "eval_batch_size", "eval_steps", "seed", "weight_decay"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must be 0 or more, got {getattr(args, name)}")
     for name in ("warmup_ratio", "lora_dropout", "adam_beta2"):
@@ -962,16 +821,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file, and adapters go to a folder; name another")
-    if not 0 < args.easy_until <= 1:
-        parser.error(f"--easy_until must be above 0 and at most 1, got {args.easy_until}")
-    if args.place_weight and not args.rank_loss:
-        parser.error("--place_weight weighs in --rank_loss: give that as well")
-    if args.token_weight != 1 and not args.rank_loss:
-        parser.error("--token_weight weighs against --rank_loss: give that as well")
-    if args.rank_loss and not args.share_prompts:
-        parser.error("--rank_loss compares judgements of one query: give --share_prompts as well")
-    if args.draw and (args.draw < 2 or not args.share_prompts):
-        parser.error(f"--draw must be 0, or 2 or more with --share_prompts, got {args.draw}")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         parser.error(f"--micro_batch_size {args.micro_batch_size} does not divide --batch_size {args.batch_size}")
     return args

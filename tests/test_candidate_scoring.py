@@ -28,7 +28,6 @@ from lora_training.candidate_scoring import (
     log_probs,
     score_candidates,
     score_choices,
-    score_endings,
 )
 from run_record import ROOT, read_json
 
@@ -171,24 +170,6 @@ def test_choices_of_a_padded_batch_are_those_of_each_prompt() -> None:
     assert padded["input_ids"].tolist() == [[0, 0, 5], [6, 7, 8]]
     assert padded["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
     assert padded["position_ids"].tolist() == [[0, 0, 0], [0, 1, 2]]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("row_tokens", [1, 12, 2048])
-def test_prompts_that_begin_alike_are_judged_as_if_each_was_read_whole(attention: str, row_tokens: int) -> None:
-    model, rng = tiny_llama(attention=attention), np.random.default_rng(7)
-    shared = rng.integers(3, V, 30).tolist()
-    prompts = [shared + own for own in draw(rng, [9, 4, 1, 6, 9])]
-    prompts += [prompts[1], shared]  # one comes twice, one is what all begin with
-    choices = [[5], [60], [9]]
-    expected = torch.tensor([[by_hand(model, prompt, choice) for choice in choices] for prompt in prompts])
-    found = score_endings(model, prompts, choices, row_tokens)
-    assert torch.allclose(found, expected.double(), atol=1e-4, rtol=0)
-    assert torch.equal(found[1], found[5]), "equal prompts tie to the bit"
-    assert (expected[0] - expected[1]).abs().min() > 1e-3
-    two = [[5, 7], [60]]  # a choice of two tokens: the long way
-    expected = torch.tensor([[by_hand(model, prompt, choice) for choice in two] for prompt in prompts])
-    assert torch.allclose(score_endings(model, prompts, two), expected.double(), atol=1e-4, rtol=0)
 
 
 def test_free_text_is_the_greedy_argmax_of_each_prompt() -> None:

@@ -16,7 +16,7 @@ import torch
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
 from Class.instructions import read_rows
-from Class.prompts import judgements, prediction, read_link_prediction
+from Class.prompts import prediction, read_link_prediction
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
 from lora_training.code_tokens import (
@@ -296,32 +296,6 @@ def test_a_wide_search_over_the_candidates_is_scoring(world: World, scored: tupl
         assert np.allclose(answer["scores"], expected[answer["id"]], atol=1e-3)
     narrow = run(world, tmp_path, "--decode", "constrained", "--beams", "2", "--overwrite", data=data)
     assert all(sum(score is not None for score in answer["scores"]) == 2 for answer in narrow)
-
-
-@pytest.mark.parametrize("with_codes", [True, False])
-def test_candidates_are_judged_one_by_one(world: World, tmp_path: Path, with_codes: bool) -> None:
-    """--decode judge: log P(True) - log P(False) of the prompts that --judge writes, by full passes."""
-    data = world.mix if with_codes else world.named
-    adapter = world.adapter if with_codes else world.named_adapter
-    answers = of(run(world, tmp_path / "judged", "--decode", "judge", data=data, adapter=adapter), "link_prediction")
-    model = load_adapted(read_saved(adapter), str(world.base), torch.float32).merge_and_unload().eval()
-    tokenizer, rows = read_saved(adapter).tokenizer, rows_by_id(data)
-    assert len(answers) == 2 * len(world.kg.test)
-    met = False
-    for answer in answers:
-        row = rows[answer["id"]]
-        prompts = judgements(read_link_prediction(row["instruction"]))  # type: ignore[arg-type]
-        assert len(prompts) == len(row["candidates"]) and answer["decode"] == "judge"
-        expected = [
-            np.subtract(*likelihoods(model, tokenizer, {"instruction": prompt}, ["True", "False"]))
-            for prompt in prompts
-        ]
-        assert np.allclose(answer["scores"], expected, atol=1e-4)
-        met |= np.ptp(expected) > 0.1
-        best = listed_candidates(row)[int(np.argmax(answer["scores"]))].answer
-        assert answer["text"].startswith(f"1. {best}") and answer["tokens"] is None
-    assert met, "candidates must differ for this test to say anything"
-    assert report(answers)["link_prediction"]["test"]["count"] == len(answers)
 
 
 @pytest.mark.parametrize("with_codes", [True, False])

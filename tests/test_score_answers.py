@@ -19,7 +19,6 @@ from lora_training.score_answers import (
     best_threshold,
     classification_metrics,
     is_match,
-    judged_lists,
     main,
     order_weights,
     rank_of,
@@ -125,68 +124,44 @@ def test_an_entity_named_true_is_no_judgement() -> None:
     assert "threshold" in report([judged(0, "test", True, 1.0)])["triple_classification"]["test"]
 
 
-# ---------------------------------------------------------------- judged lists and their order
+# ---------------------------------------------------------------- predictions and the list's order
 
 
-def judged_validation(strength: float, place: float, count: int = 3000, size: int = 4) -> list[dict[str, Any]]:
-    """Judgements of lists whose truths are drawn from softmax(strength * margin - place * log(place in the list))."""
-    rng, made = np.random.default_rng(5), []
-    margins = rng.normal(0, 2, (count, size))
-    scores = strength * margins - place * np.log(np.arange(1, size + 1)) + rng.gumbel(size=(count, size))
-    for i, (own, truth) in enumerate(zip(margins.tolist(), scores.argmax(1).tolist(), strict=True)):
-        made += [
-            judged(0, "validation", at == truth, value)
-            | {"id": f"link_prediction-validation-{i}-{at + 1}", "task_type": "candidate_judgement"}
-            for at, value in enumerate(own)
-        ]
-    return made
+def predicted_validation(strength: float, place: float, count: int = 3000, size: int = 4) -> list[dict[str, Any]]:
+    """Lists whose truths are drawn from softmax(strength * score - place * log(place in the list))."""
+    rng, names = np.random.default_rng(5), ["a", "b", "c", "d"][:size]
+    own = rng.normal(0, 2, (count, size))
+    drawn = strength * own - place * np.log(np.arange(1, size + 1)) + rng.gumbel(size=(count, size))
+    return [
+        answer(id=f"v{i}", split="validation", decode="predict", candidates=names, scores=scores, truth=[names[truth]])
+        for i, (scores, truth) in enumerate(zip(own.tolist(), drawn.argmax(1).tolist(), strict=True))
+    ]
 
 
-def judged_weights(made: list[dict[str, Any]]) -> Weights | None:
-    return order_weights(judged_lists(made))
+def weights_of(made: list[dict[str, Any]]) -> Weights | None:
+    return order_weights(scored_lists(made))
 
 
-def test_the_weights_of_judgement_and_order_are_found_again() -> None:
-    made = judged_validation(0.7, 1.5)
-    assert judged_weights(made) == pytest.approx((0.7, 1.5), abs=0.1)
-    assert judged_weights(made[::-1]) == pytest.approx(judged_weights(made)), "lists are found by their ids"
-    assert judged_weights(judged_validation(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
-    assert judged_weights(judged_validation(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor is a judgement"
-    assert judged_weights([one | {"truth": ["False"]} for one in made]) is None
-    certain = judged_weights(judged_validation(50.0, 0.0, 40))
+def test_the_weights_of_score_and_order_are_found_again() -> None:
+    made = predicted_validation(0.7, 1.5)
+    assert weights_of(made) == pytest.approx((0.7, 1.5), abs=0.1)
+    assert weights_of(predicted_validation(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
+    assert weights_of(predicted_validation(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor are scores"
+    assert weights_of([one | {"truth": ["x"]} for one in made]) is None
+    certain = weights_of(predicted_validation(50.0, 0.0, 40))
     assert certain is not None and math.isfinite(certain.score), "what can be told apart perfectly has finite weights"
-
-
-def predicted_validation(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lists of ``judged_validation`` as candidates scored by prediction, and one whose truth is not listed."""
-    names = ["a", "b", "c", "d"]
-    rows = [
-        answer(id=f"v{i}", split="validation", decode="predict", candidates=names, scores=found.scores,
-               truth=[names[found.right]])
-        for i, found in enumerate(judged_lists(made))
-    ]  # fmt: skip
-    unlisted = answer(id="out", split="validation", decode="predict", candidates=names, scores=[0.0, 9.0, 0.0, 0.0],
+    unlisted = answer(id="out", split="validation", decode="predict", candidates=["a", "b"], scores=[0.0, 9.0],
                       truth=["x"], candidate_rank=9.0)  # fmt: skip
-    return [*rows, unlisted]
-
-
-def test_predictions_and_order_are_weighed_as_judgements_and_order_are() -> None:
-    made = judged_validation(0.7, 1.5, 600)
-    rows = predicted_validation(made)
-    assert order_weights(scored_lists(rows)) == pytest.approx(judged_weights(made)), "an unlisted truth says nothing"
-    tests = [answer(id="a", decode="predict", scores=[0.0, 0.4, -9.0], truth=["a"])]
-    found = report([*tests, *rows])["link_prediction"]["test"]
-    assert found["mrr"] == 1 / 2 and found["with_order"]["mrr"] == 1.0, "0.7 x 0.4 is less than 1.5 log 2"
-    assert found["with_order"]["weights"] == pytest.approx(judged_weights(made)._asdict())  # type: ignore[union-attr]
+    assert weights_of([*made, unlisted]) == weights_of(made), "an unlisted truth says nothing"
 
 
 def test_order_is_added_with_validations_weights_and_nothing_of_test() -> None:
     tests = [
-        answer(id="a", decode="judge", scores=[0.0, 1.0, -1.0], truth=["a"]),
-        answer(id="b", decode="judge", scores=[0.0, 0.4, 2.9], truth=["c"]),
-        answer(id="c", decode="judge", truth=["x"], candidate_rank=5.0),
+        answer(id="a", decode="predict", scores=[0.0, 1.0, -1.0], truth=["a"]),
+        answer(id="b", decode="predict", scores=[0.0, 0.4, 2.9], truth=["c"]),
+        answer(id="c", decode="predict", truth=["x"], candidate_rank=5.0),
     ]
-    found = report([*tests, *judged_validation(1.0, 2.0)])["link_prediction"]["test"]
+    found = report([*tests, *predicted_validation(1.0, 2.0)])["link_prediction"]["test"]
     assert found["mrr"] == pytest.approx((1 / 2 + 1 + 1 / 5) / 3)
     a, b = found["with_order"]["weights"].values()
     assert (a, b) == pytest.approx((1.0, 2.0), abs=0.15)
@@ -195,8 +170,8 @@ def test_order_is_added_with_validations_weights_and_nothing_of_test() -> None:
     )
     assert found["with_order"]["mrr"] == pytest.approx((1 + 1 + 1 / 5) / 3)
     assert "with_order" not in report(tests)["link_prediction"]["test"], "no validation, no weights"
-    others = [one | {"decode": "score"} for one in tests]
-    assert "with_order" not in report([*others, *judged_validation(1.0, 2.0, 50)])["link_prediction"]["test"]
+    others = [one | {"decode": "score"} for one in (*tests, *predicted_validation(1.0, 2.0, 50))]
+    assert "with_order" not in report(others)["link_prediction"]["test"]
 
 
 # ---------------------------------------------------------------- judgements

@@ -89,8 +89,8 @@ def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:
 
 
 def test_prompt_tokens_are_one_token_each_and_come_back(tmp_path: Path) -> None:
-    """A judgement's prompt loses its fixed words' tokens, wherever the rows were read, and text stays what it was."""
-    row = {"instruction": prompts.judgements(prompts.Asked("a has b", ["c d"]))[0], "output": prompts.TRUE}
+    """A query's prompt loses its fixed words' tokens, wherever the rows were read, and text stays what it was."""
+    row = {"instruction": prompts.prediction(prompts.Asked("a has b", ["c d"])), "output": "c d"}
     text, lengths = prompt_text(row), []
     for name, extra in {"plain": [], "short": ["--prompt_tokens"]}.items():
         make_tiny_base.main(["--dataset", str(FAMILY), "--out", str(tmp_path / name), "--vocab_size", "900",
@@ -100,7 +100,7 @@ def test_prompt_tokens_are_one_token_each_and_come_back(tmp_path: Path) -> None:
         lengths.append(len(ids))
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    assert pieces[:2] == ["### Instruction:\n", "Is this true?\n"] and pieces[-1] == "\n\n### Response:\n"
+    assert pieces[:2] == ["### Instruction:\n", "What completes this?\n"] and pieces[-1] == "\n\n### Response:\n"
     assert lengths[1] <= lengths[0] - 10
 
 

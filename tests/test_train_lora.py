@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from transformers.utils import logging
 import run_record
 from lora_training import code_tokens, memory, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
-from lora_training.prompts import Example, encode_answer, encode_examples, share_prompts
+from lora_training.prompts import Example, encode_examples
 from model.precision import has_bfloat16
 from run_record import ROOT, InputError, read_json, save_torch, write_json
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
@@ -264,31 +263,6 @@ def test_interrupted_and_resumed_is_bit_identical(
     ]
 
 
-def test_easy_rows_are_resumed_to_the_bit(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted in the second epoch of a run that begins with easy rows; without them the adapter is another."""
-    easy = write_data(tmp_path / "easy", count=9) / "train.json"
-    more = {"easy_data": easy, "easy_until": 0.75, "max_steps": 10}
-    train_lora.main(words(base, data, tmp_path / "whole", **more))
-    with monkeypatch.context() as patch:
-        interrupt_after(9, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train_lora.main(words(base, data, tmp_path / "cut", **more))
-    with pytest.raises(InputError, match=r"easy_until 0\.75 before, 0\.5 now"):
-        train_lora.main(
-            words(base, data, tmp_path / "cut", resume_from_checkpoint="last", **more | {"easy_until": 0.5})
-        )
-    train_lora.main(words(base, data, tmp_path / "cut", resume_from_checkpoint="last", **more))
-    train_lora.main(words(base, data, tmp_path / "none", max_steps=10))
-    whole, cut, none = (adapter(tmp_path / name) for name in ("whole", "cut", "none"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert not any(torch.equal(whole[name], none[name]) for name in whole)
-    found = record(tmp_path / "whole")
-    assert found["rows"] == {"train": 24, "easy": 9, "validation": 24}
-    assert set(found["inputs"]) == {"easy: train.json", "train: train.json", "validation.json"}
-
-
 def test_the_time_before_an_interruption_counts(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,68 +311,6 @@ def test_loss_at_answer_positions_is_the_models_own_loss(base: Path) -> None:
     )
 
 
-def test_joined_rows_have_the_losses_of_single_ones() -> None:
-    """Rows that begin alike are read once: the same loss per answer token, fewer tokens, nothing seen of each other."""
-    rng = np.random.default_rng(3)
-
-    def rest(n: int) -> list[int]:
-        return rng.integers(3, 482, n).tolist()
-
-    single = []
-    for shared, owns in ((30, [5, 9, 2]), (20, [4]), (25, [7, 7])):
-        start = rest(shared)
-        for own in owns:
-            prompt, answer = start + rest(own), rest(2)
-            single.append(Example(prompt + answer, [-100] * len(prompt) + answer))
-    rows = train_lora.TokenRows()
-    for example in share_prompts(single, 2048):
-        rows.append(example)
-    joined = [rows[i] for i in range(len(rows))]
-    assert [one.pieces for one in joined] == [(30, 7, 11, 4), (), (25, 9, 9)]
-    assert rows.lengths.tolist() == [52, 26, 43] and rows.answers.tolist() == [6, 2, 4]
-    model, losses = small_model(482).eval(), []
-    for examples in (single, joined):
-        batch = train_lora.Collate(0)(examples)
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            losses.append(train_lora.token_losses(model(**batch).logits, labels))
-    assert torch.allclose(losses[0], losses[1], atol=1e-5) and losses[0].std() > 1e-3
-    assert list(share_prompts(single, 51)) == [*share_prompts(single[:2], 51), *single[2:4], *joined[2:]]
-
-
-def test_rank_loss_is_the_softmax_over_a_rows_margins() -> None:
-    """By hand: rows of three, two and no verdicts; one row whose verdicts are all False counts nothing."""
-    T, F, E, pad = 7, 8, 2, -100
-    labels = torch.tensor([
-        [pad, T, E, pad, F, E, pad, F, E], [pad, pad, F, E, pad, F, E, pad, pad],
-        [pad, 5, E, pad, pad, pad, pad, pad, pad], [pad, F, E, pad, T, E, pad, pad, pad],
-    ])  # fmt: skip
-    logits = torch.randn(int((labels != pad).sum()), 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    margins = (logits[:, T] - logits[:, F]).detach()
-    first, last = margins[[0, 2, 4]], margins[[12, 14]]
-    expected = torch.zeros(4)
-    expected[0], expected[3] = -6 * first.log_softmax(0)[0], -4 * last.log_softmax(0)[1]
-    found = train_lora.ranking_losses(logits, labels, T, F)
-    assert torch.allclose(found, expected, atol=1e-5) and expected[0] > 0.1
-    ranks = train_lora.reciprocal_ranks(logits, labels, T, F)
-    places = [1 + int((first[1:] > first[0]).sum()), 1 + int(last[0] > last[1])]
-    assert ranks[[0, 3]].tolist() == pytest.approx([1 / place for place in places]) and ranks[[1, 2]].isnan().all()
-    flat = train_lora.reciprocal_ranks(torch.zeros_like(logits), labels, T, F)
-    assert flat[[0, 3]].tolist() == pytest.approx([1 / 2, 1 / 1.5]), "equal margins share a rank"
-    placed = first - 1.5 * torch.tensor([1.0, 2.0, 3.0]).log()
-    weighed = train_lora.ranking_losses(logits, labels, T, F, 1.5)
-    assert float(weighed[0].detach()) == pytest.approx(-6 * float(placed.log_softmax(0)[0]), abs=1e-4)
-    listed = train_lora.reciprocal_ranks(torch.zeros_like(logits), labels, T, F, 1.5)
-    assert listed[[0, 3]].tolist() == [1, 1 / 2], "equal margins: as listed"
-    own = torch.nn.functional.cross_entropy(logits, labels[labels != pad], reduction="sum")
-    total = train_lora.mean_loss((logits,), labels, 20, (T, F, 0))
-    assert torch.allclose(total, (own + expected.sum()) / 20, atol=1e-5)
-    light = train_lora.mean_loss((logits,), labels, 20, (T, F, 0), 0.25)
-    assert torch.allclose(light, (own / 4 + expected.sum()) / 20, atol=1e-5)
-    total.backward()
-    assert logits.grad is not None and bool(logits.grad.isfinite().all())
-
-
 @pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 2, "gradient_checkpointing": True}])
 def test_how_a_step_is_cut_does_not_change_it(base: Path, data: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """Answers have 2 to 27 tokens: a mean of means would differ by far more than rounding."""
@@ -410,15 +322,13 @@ def test_how_a_step_is_cut_does_not_change_it(base: Path, data: Path, tmp_path: 
     assert logged[0] == pytest.approx(logged[1], abs=1e-4)
 
 
-def test_the_best_checkpoint_is_the_one_that_ranks_best() -> None:
-    history = [{"eval_loss": loss, "eval_mrr": mrr, "step": step} for loss, mrr, step in ((1, 0.2, 5), (2, 0.5, 9))]
-    history = [{"loss": 0.1, "step": 4}, *history]
-    assert train_lora.best_step(history) == 5 and train_lora.best_step(history, by_rank=True) == 9
+def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_loss() -> None:
+    history = [{"loss": 0.1, "step": 4}, {"eval_loss": 1.0, "step": 5}, {"eval_loss": 2.0, "step": 9}]
+    assert train_lora.best_step(history) == 5
     plan = train_lora.Plan({}, None, None, None, [], None, None, 1, None)  # type: ignore[arg-type]
-    for words, chosen in (([], ("eval_loss", False)), (["--share_prompts", "--rank_loss"], ("eval_mrr", True))):
-        args = train_lora.parse_args([*words, "--gradient_checkpointing", "--no-bf16"])
-        found = train_lora.training_arguments(args, plan, torch.device("cpu"))
-        assert (found.metric_for_best_model, found.greater_is_better) == chosen
+    args = train_lora.parse_args(["--gradient_checkpointing", "--no-bf16"])
+    found = train_lora.training_arguments(args, plan, torch.device("cpu"))
+    assert (found.metric_for_best_model, found.greater_is_better) == ("eval_loss", False)
 
 
 def test_row_order() -> None:
@@ -436,109 +346,6 @@ def test_row_order() -> None:
     assert padded(first) < 1.1 * lengths.sum() < 1.6 * lengths.sum() < padded(random)
     longest_steps = [int(lengths[first[i : i + 8]].max()) for i in range(0, 1000, 8)]
     assert longest_steps != sorted(longest_steps, reverse=True), "steps come in random order, not by length"
-
-
-# the hand-made tokenizer begins True and False with the same token, these not
-RIGHT, WRONG = "<ENT>", "</ENT>"
-
-
-def judged_rows(lists: int, candidates: int) -> list[dict[str, Any]]:
-    """Rows of judgements as gen_lp_data_rq.py --judge writes them: the right one's place changes from list to list."""
-    return [
-        {
-            "id": f"train-{i}-{place}",
-            "task_type": "candidate_judgement",
-            "instruction": f"{i:03d}" * 20 + f" {place * 7 + i}",  # lists differ early, their rows late
-            "input": "",
-            "output": RIGHT if place == i % candidates else WRONG,
-        }
-        for i in range(lists) for place in range(candidates)
-    ]  # fmt: skip
-
-
-def test_lists_are_drawn_anew_in_every_pass(base: Path) -> None:
-    """What is drawn of a list is the list that these rows alone would have made; the right one is always in it."""
-    tokenizer = load_tokenizer(str(base))
-    add_code_tokens(tokenizer, SHAPE)
-    single = list(encode_examples(judged_rows(30, 6), tokenizer))
-    true = verdicts(tokenizer)[0]
-    rows = train_lora.TokenRows()
-    for example in share_prompts(single, 2048):
-        rows.append(example)
-    assert [len(rows[i].pieces) for i in range(len(rows))] == [7] * 30
-    lists = train_lora.DrawnLists(rows, 3, true, seed=0)
-    order = train_lora.ByLength(lists.lengths, 4, seed=0)
-    order.lists = lists
-    chosen: list[set[int]] = [set() for _ in range(30)]
-    passes = []
-    for epoch in range(8):
-        order.set_epoch(epoch)
-        passes.append([lists[i] for i in range(30)])
-        assert passes[-1] == [lists[i] for i in range(30)], "a row is the same whenever it is asked for in a pass"
-        for i, example in enumerate(passes[-1]):
-            own = single[6 * i : 6 * i + 6]
-            (at,) = (some for some in itertools.combinations(range(6), 3) if joined(rows[i], own, some) == example)
-            assert i % 6 in at
-            chosen[i] |= set(at)
-    assert passes[0] != passes[1] and all(len(places) >= 5 for places in chosen)
-    assert lists.lengths.tolist() == [len(example.input_ids) for example in passes[0]]
-    assert train_lora.DrawnLists(rows, 6, true, seed=0)[0] == rows[0], "no more than there are: as it is"
-    assert [train_lora.DrawnLists(rows, 3, true, seed=1)[i] for i in range(30)] != passes[0]
-
-
-def verdicts(tokenizer: Any) -> tuple[int, int]:
-    """``first_tokens`` of RIGHT and WRONG."""
-    right, wrong = (encode_answer(text, tokenizer)[0] for text in (RIGHT, WRONG))
-    return right, wrong
-
-
-def joined(whole: Example, own: list[Example], places: tuple[int, ...]) -> Example:
-    """What a joined example of some of its rows must hold, by hand."""
-    shared = whole.pieces[0]
-    ids, labels = own[0].input_ids[:shared], own[0].labels[:shared]
-    for place in places:
-        ids, labels = ids + own[place].input_ids[shared:], labels + own[place].labels[shared:]
-    return Example(ids, labels, (shared, *(len(own[place].input_ids) - shared for place in places)))
-
-
-def test_drawn_lists_are_resumed_to_the_bit(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted in the second pass; where all of each list is read the adapter is another."""
-    folder = write_data(tmp_path / "lists")
-    for split in ("train", "validation"):
-        write_rows(judged_rows(12, 5), folder / f"{split}.json")
-    more = {"share_prompts": True, "rank_loss": True, "draw": 2, "max_steps": 8}
-    monkeypatch.setattr(train_lora, "first_tokens", verdicts)
-    train_lora.main(words(base, folder, tmp_path / "whole", **more))
-    with monkeypatch.context() as patch:
-        interrupt_after(5, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train_lora.main(words(base, folder, tmp_path / "cut", **more))
-    with pytest.raises(InputError, match="draw 2 before, 3 now"):
-        train_lora.main(words(base, folder, tmp_path / "cut", resume_from_checkpoint="last", **more | {"draw": 3}))
-    train_lora.main(words(base, folder, tmp_path / "cut", resume_from_checkpoint="last", **more))
-    train_lora.main(words(base, folder, tmp_path / "all", **more | {"draw": 0}))
-    whole, cut, everything = (adapter(tmp_path / name) for name in ("whole", "cut", "all"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert not any(torch.equal(whole[name], everything[name]) for name in whole)
-
-
-def test_easy_rows_come_first_and_end_where_they_should() -> None:
-    lengths, easy, epochs = np.random.default_rng(0).integers(20, 90, 700), 200, 4
-    order = train_lora.EasyFirst(lengths, 4, 0, easy, 0.5, epochs * 500)
-    run: list[int] = []
-    for epoch in range(epochs):
-        order.set_epoch(epoch)
-        rows = list(order)
-        assert list(order) == rows and len(rows) == len(order) == 500 and max(rows) < 700
-        run += rows
-    parts = [np.mean([row < easy for row in run[start : start + 250]]) for start in range(0, 2000, 250)]
-    assert parts == pytest.approx([0.875, 0.625, 0.375, 0.125, 0, 0, 0, 0], abs=0.09)
-    assert sorted(run[1500:]) == list(range(200, 700)), "an epoch without easy rows says each other row once"
-    assert len({row for row in run if row < easy}) == easy, "all easy rows have their turn"
-    other = train_lora.EasyFirst(lengths, 4, 1, easy, 0.5, epochs * 500)
-    assert list(other) != run[:500]
 
 
 def test_a_pair_larger_than_its_weight_is_multiplied_first(base: Path) -> None:
@@ -705,14 +512,6 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "--learning_rate must be above 0 and finite, got nan" in refused(learning_rate="nan")
     assert f"--seed {2**32} is out of range, expected less than 2**32" in refused(seed=2**32)
     assert "is a file, and adapters go to a folder" in refused(output_dir=__file__)
-    assert "--easy_until must be above 0 and at most 1, got 0.0" in refused(easy_until=0)
-    assert "--draw must be 0, or 2 or more with --share_prompts, got 4" in refused(draw=4)
-    assert "--place_weight weighs in --rank_loss" in refused(place_weight=1)
-    assert "--token_weight weighs against --rank_loss" in refused(token_weight=0.5)
-    assert "--easy_data /nowhere/e.json does not exist" in refused(easy_data="/nowhere/e.json")
-    assert "are no lists to choose from; write it: python Class/gen_lp_data_rq.py --judge" in refused(
-        share_prompts=True, rank_loss=True, max_length=400
-    )
     assert "has down_proj, gate_proj, k_proj" in refused(lora_target="q_proj,query")
     assert "nowhere/model does not exist" in refused(model_name="/nowhere/model")
     assert "holds no checkpoint; start without the flag" in refused(resume_from_checkpoint="last")
