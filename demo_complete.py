@@ -100,7 +100,7 @@ def steps(out: Path, size: Size) -> list[Step]:
              "--from train --candidate_order shuffled --code_format compact", f"--num_candidates {CANDIDATES}",
              f"--predict --limit {size.rows} --out_dir", out / "lora_data",
              made=[asked / "train.json", asked / "validation.json", data / "test_tasks.json"]),
-        step("look for leaks in it", "Class/check_leaks.py", data),
+        step("look for leaks in it", "Class/check_leaks.py", out / "lora_data"),
         step("make a small LLM from what the training split says in words (LLaMA2 takes its place on a GPU)",
              "lora_training/make_tiny_base.py", f"--dataset {GRAPH} --out", base, BASE, size.base, made=[base]),
         step("LoRA: teach it the codes as tokens, and to answer a query with those of its tail",
@@ -189,7 +189,8 @@ def summary(lines: Sequence[Line], done: Sequence[tuple[Step, float]], record: d
         f"Written by `{record['command']}` on {record['finished']}: commit {record['git_commit']}, {record['device']}, "
         f"{record['wall_seconds']:.0f} s. Every number is read off the file beside it.", "",
         f"| test split | {' | '.join(COLUMNS.values())} | from |", "|---|---:|---:|---:|---:|---|", *rows, "",
-        f"Filtered ranks, both directions, over all entities; the LLM's over the {CANDIDATES} that it was given.", "",
+        f"Filtered ranks, both directions, over all entities; the LLM's are of {CANDIDATES} candidates, by how likely "
+        "their codes are as its answer.", "",
         "| step | seconds | wrote |", "|---|---:|---|", *taken, "",
         "Each step alone, from the repository root:", "", *commands, "",
         "The LLM is a LLaMA of a few hundred thousand parameters: it shows that every step runs, not what codes bring "

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CodeFiles, code_files, code_stem, load_codes, save_codes
-from model.flags import AUTO, idle_flags, parse_args, set_settings, take_open_settings
+from model.flags import AUTO, idle_flags, parse_args, set_settings, take_open_settings, with_defaults
 from model.from_codes import eval_codes, format_metrics
 from model.inputs import choose_device, load_checkpoint, load_given_codes, load_graph, load_teachers, load_text
 from run_record import (
@@ -141,9 +141,10 @@ def check_existing(
     stored = load_checkpoint(checkpoint)
     then = stored["comparable"]
     free = LIMITS if args.restore else set()
-    differing = sorted(key for key in (now.keys() | then.keys()) - free if now.get(key) != then.get(key))
+    meant = with_defaults(then)
+    differing = sorted(key for key in (now.keys() | then.keys()) - free if now.get(key) != meant.get(key))
     if differing:
-        shown = ", ".join(f"{key} (there {then.get(key)}, here {now.get(key)})" for key in differing[:3])
+        shown = ", ".join(f"{key} (there {meant.get(key)}, here {now.get(key)})" for key in differing[:3])
         goes_on = "--restore to go on, " if set(differing) <= LIMITS else ""
         hint = "give the same flags" if args.restore else f"give {goes_on}another --name and --out_dir, or --overwrite"
         raise InputError(f"{checkpoint} comes from other arguments: {shown}; {hint}")

@@ -223,6 +223,8 @@ def print_answers(source: Source, title: str, how: str, found: Sequence[Found], 
 def ask(asker: Asker, top: int, head: str | None, relation: str | None, question: str | None) -> None:
     """Answer one query or question. InputError where a name is unknown or ambiguous."""
     source = asker.source
+    if question is not None and asker.predicts:
+        raise InputError("--predict asks HEAD | RELATION: leave it out for a question in words")
     if question is not None:
         print_answers(source, question, *asker.question(question), top)
         return
@@ -270,7 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.question is not None and args.head is not None:
         parser.error("give --head and --relation, or --question, not both")
     if args.question is not None and args.predict:
-        parser.error("--predict asks for head and relation, --question in words: give one of them")
+        parser.error("--predict asks for head and relation: leave it out for a --question in words")
     if args.top < 1 or args.beams < 1:
         parser.error(f"--top and --beams must be 1 or more, got {args.top} and {args.beams}")
     return args

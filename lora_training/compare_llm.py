@@ -43,7 +43,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +169,7 @@ class Task(NamedTuple):
 def needs(step: Step, others: Iterable[Step]) -> bool:
     """Whether the step's words name what one of the others makes, or a folder that this lies in."""
     named = {Path(word) for word in step.words}
-    return any(not named.isdisjoint((made, *made.parents)) for one in others if one is not step for made in one.made)
+    return any(not named.isdisjoint((made, *made.parents)) for one in others for made in one.made)
 
 
 def run_steps(steps: Sequence[Step], marks: Path, title: str) -> None:
@@ -184,45 +183,94 @@ def tasks_of(steps: Sequence[Step], marks: Path, title: str) -> list[Task]:
 
 
 def run_tasks(tasks: Sequence[Task], workers: int) -> None:
-    """Run what is not done, up to ``workers`` steps side by side, each once what it names has been made.
+    """Run what is not done, up to ``workers`` steps side by side, each once what it names of earlier ones is there.
 
     ``tasks`` come in an order that they could run in. Side by side, a step's output goes to a file beside its mark.
-    InputError where a step fails; no other one is begun then, those that run are waited for.
+    InputError where a step fails; no other one is begun then, those that run are waited for. SIGTERM is passed on to
+    them, Ctrl-C has reached them; a second signal ends them at once.
     """
     waiting = [task for task in tasks if not is_done(task.step, task.marks)]
-    running: dict[Future[None], Task] = {}
-    with ThreadPoolExecutor(workers) as pool:  # its threads wait for the steps' processes
-        while waiting or running:
-            ahead = [task.step for task in (*running.values(), *waiting)]
-            ready = [task for task in waiting if not needs(task.step, ahead)]
-            for task in ready[: workers - len(running)]:
+    running: list[Running] = []
+    problems: list[str] = []
+    try:
+        while running or (waiting and not problems):
+            for task in () if problems else ready(waiting, running)[: workers - len(running)]:
                 waiting.remove(task)
-                running[pool.submit(run_task, task, workers > 1)] = task
-            for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[ended]
-                ended.result()
+                running.append(begin(task, to_file=workers > 1))
+            ended = [one for one in running if one.process.poll() is not None]
+            running = [one for one in running if one not in ended]
+            for problem in filter(None, map(finish, ended)):
+                problems.append(problem)
+                if running:
+                    print(f"{problem}; {len(running)} steps still run", file=sys.stderr, flush=True)
+            if not ended:
+                time.sleep(0.05)
+    except BaseException as stop:
+        end_all(running, pass_on=not isinstance(stop, KeyboardInterrupt))
+        raise
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise InputError(f"{problems[0]}{more}, then repeat the command to go on")
 
 
-def run_task(task: Task, to_file: bool) -> None:
-    """Run one step and leave its mark. InputError where it fails or does not write what it should."""
-    step, log = task.step, task.marks / f"{task.step.name}.log"
-    words = resumed(step)
-    print(f"\n[{task.title}] {step.name}\n$ python {shlex.join(words)}", flush=True)
+class Running(NamedTuple):
+    """A task whose process has been started."""
+
+    task: Task
+    process: subprocess.Popen[bytes]
+    words: list[str]
+    started: float  # monotonic seconds
+    log: Path | None  # that gets its output
+
+
+def ready(waiting: Sequence[Task], running: Sequence[Running]) -> list[Task]:
+    """The tasks that need nothing of those that run or stand before them."""
+    ahead, found = [one.task.step for one in running], []
+    for task in waiting:
+        if not needs(task.step, ahead):
+            found.append(task)
+        ahead.append(task.step)
+    return found
+
+
+def begin(task: Task, to_file: bool) -> Running:
+    """Start a step's process."""
+    words, log = resumed(task.step), task.marks / f"{task.step.name}.log" if to_file else None
+    print(f"\n[{task.title}] {task.step.name}\n$ python {shlex.join(words)}", flush=True)
     started = time.monotonic()
-    if to_file:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as sink:
-            ended = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, check=False, stdout=sink, stderr=subprocess.STDOUT
-            )
-    else:
-        ended = subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+    if log is None:
+        return Running(task, subprocess.Popen([sys.executable, *words], cwd=ROOT), words, started, log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as sink:
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
+    return Running(task, process, words, started, log)
+
+
+def finish(ended: Running) -> str | None:
+    """Leave the mark of a step that ended well; else what went wrong."""
+    step, code = ended.task.step, ended.process.returncode
     missing = [str(path) for path in step.made if not path.exists()]
-    if ended.returncode or missing:
-        problem = f"ended with exit code {ended.returncode}" if ended.returncode else f"did not write {missing[0]}"
-        seen = log if to_file else "above"
-        raise InputError(f"{task.title}, step {step.name} {problem}; see {seen}, then repeat the command to go on")
-    write_json({"command": words, "seconds": round(time.monotonic() - started, 1)}, task.marks / f"{step.name}.json")
+    if code or missing:
+        problem = f"ended with exit code {code}" if code else f"did not write {missing[0]}"
+        return f"{ended.task.title}, step {step.name} {problem}; see {ended.log or 'above'}"
+    record = {"command": ended.words, "seconds": round(time.monotonic() - ended.started, 1)}
+    write_json(record, ended.task.marks / f"{step.name}.json")
+    return None
+
+
+def end_all(running: Iterable[Running], pass_on: bool) -> None:
+    """Wait for processes that were asked to end, ``pass_on``: by us; a signal while they are waited for kills them."""
+    processes = [one.process for one in running]
+    try:
+        for process in processes:
+            if pass_on:
+                process.terminate()
+        for process in processes:
+            process.wait()
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
 
 
 class Places(NamedTuple):

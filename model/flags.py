@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,9 @@ def build_parser() -> CommandParser:
     group.add_argument("--loss", choices=["ce", "bce"], default="ce", help="1-N loss: softmax or binary cross-entropy")
     group.add_argument("--num_negatives", type=int, default=0,
                        help="entities drawn per step for a sampled softmax, on large graphs (0: exact)")  # fmt: skip
-    group.add_argument("--tails_at_once", type=int, metavar="N",
+    group.add_argument("--tails_at_once", type=int, default=0, metavar="N",
                        help="true tails of one query in a batch; one with more comes in parts, so that hubs do not "
-                       "dictate steps (default: all)")  # fmt: skip
+                       "dictate steps (0, the default: all)")  # fmt: skip
     group.add_argument("--lbl_smooth", type=float, default=0.1, help="label smoothing")
     group.add_argument("--text_weight", type=float, default=1.0, help="weight of the semantic loss (with --text_emb)")
     group.add_argument("--relation_weight", type=float, default=0.0, metavar="W",
@@ -235,6 +236,11 @@ def set_settings(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     _check_flags(args, build_parser())
 
 
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a run, those that came to be after it at their defaults: what it did is what they stand for."""
+    return {action.dest: action.default for action in build_parser()._actions if action.dest != "help"} | dict(stored)
+
+
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """What is asked for and never comes to act, one line each; no error, since a recipe cut short may hold it."""
     notes = []
@@ -267,7 +273,7 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         )
     for flag in ["gcn_layers", "tf_layers", "max_minutes", "l2", "patience", "num_workers", "vq_weight", "text_weight",
                  "seed", "warmup_epochs", "num_negatives", "z_noise", "frozen_noise",
-                 "relation_weight"]:  # fmt: skip
+                 "relation_weight", "tails_at_once"]:  # fmt: skip
         if not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 0 or more")
     for flag in ["gcn_drop", "lbl_smooth", "decoder_drop", "weight_average"]:
@@ -282,8 +288,6 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--relation_weight {args.relation_weight} goes with a single model: leave --ensemble out")
     if args.num_negatives and args.loss != "ce":
         parser.error(f"--num_negatives {args.num_negatives} samples the softmax: it goes with --loss ce alone")
-    if args.tails_at_once is not None and args.tails_at_once < 1:
-        parser.error(f"--tails_at_once {args.tails_at_once} is too small, expected 1 or more")
     if args.tails_at_once and args.loss != "ce":
         parser.error(f"--tails_at_once {args.tails_at_once} goes with --loss ce alone: --loss {args.loss} would take a "
                      "query's other tails for false ones")  # fmt: skip

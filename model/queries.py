@@ -23,17 +23,19 @@ class Queries(NamedTuple):
         return Queries(*(tensor.to(device) for tensor in self))
 
 
-def training_queries(kg: KnowledgeGraph, tails_at_once: int | None = None) -> Queries:
-    """All queries of the training split; one of more than ``tails_at_once`` true tails comes in equal parts.
+def training_queries(kg: KnowledgeGraph, tails_at_once: int = 0) -> Queries:
+    """All queries of the training split; one of more than ``tails_at_once`` true tails (0: any number) comes in parts.
 
     A batch's loss is the mean over its triples, so a query weighs as much as it has tails: with 3,612 of them, as in
-    FB15k-237, it is half of its batch, and the step that it dictates can undo epochs (docs/LOG.md). Parts fall into
-    different batches. What an epoch sums up is the same, since each tail has a softmax of its own over all entities.
+    FB15k-237, it is half of its batch, and the step that it dictates can undo epochs (docs/LOG.md). Parts are spread
+    over batches. With the exact softmax, each tail's is over all entities either way: parts change no triple's loss,
+    only which triples share a step. With a sampled one, a part's other true tails may be drawn as negatives. The
+    semantic loss, a mean over queries, counts a hub once per part.
     """
     known = kg.answers("train")
     heads, relations = known.keys // (2 * kg.num_relations), known.keys % (2 * kg.num_relations)
     found = Queries(*(torch.from_numpy(array) for array in (heads, relations, known.indptr, known.targets)))
-    return found if tails_at_once is None else in_parts(found, tails_at_once)
+    return in_parts(found, tails_at_once) if tails_at_once else found
 
 
 def in_parts(queries: Queries, most: int) -> Queries:

@@ -57,7 +57,7 @@ class TrainSettings:
     batch: int = 1024
     loss: str = "ce"
     num_negatives: int = 0
-    tails_at_once: int | None = None
+    tails_at_once: int = 0
     lbl_smooth: float = 0.1
     vq_weight: float = 1.0
     text_weight: float = 1.0

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run_rq
-from model.flags import AUTO
+from model.flags import AUTO, with_defaults
 from run_record import ROOT, CommandParser, InputError, content_of, only_run, read_json, run_command, write_json
 from tables.sanity import RANKING, check_ranking, number
 
@@ -113,13 +113,13 @@ def record_in(folder: Path) -> Path | None:
 def check_same(record_path: Path, words: list[str]) -> None:
     """InputError where the record is another run's than that of ``words``: its score would stand for theirs.
 
-    A flag that is new since the record says nothing.
+    A flag that is newer than the record stands there at its default.
     """
     flags = run_rq.parse_args(words[1:])
     now = run_rq.comparable({key: run_rq.as_plain(value) for key, value in vars(flags).items()}, {})
     record = read_json(record_path, "record")
     with content_of(record_path, "run record", f"remove {record_path.parent}, then the same command"):
-        then = record["args"] | {"dataset": record["dataset"]}
+        then = with_defaults(record["args"]) | {"dataset": record["dataset"]}
         now |= {"dataset": (flags.dataset or Path("FB15k-237")).resolve().name}
         named_later = {"name", *(key for key, value in now.items() if value == AUTO)}
         keys = sorted(key for key in then.keys() & now.keys() - named_later if then[key] != now[key])

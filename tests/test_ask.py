@@ -155,6 +155,8 @@ def test_a_prediction_is_asked_and_scored_as_it_is_tuned(
             own = Asker(asker.model, asker.tokenizer, asker.source, candidates, asker.beams, predicts=True)
             found = {answer.entity: answer.score for answer in own.query(Query(*query[:2]))[1]}
             assert found.keys() == set(entities)
+            with pytest.raises(InputError, match="leave it out for a question in words"):
+                ask.ask(own, 3, None, None, "Who is next?")
             assert np.allclose([found[e] for e in found], [expected[e] for e in found], atol=1e-3)
 
 
@@ -169,8 +171,11 @@ def test_the_command_prints_ranked_answers(
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("(Entity 7 | next | ?)"))
     assert [line.split(".")[0].strip() for line in lines[start + 1 :]] == ["1", "2", "3"]
+    ask.main([str(word) for word in (*base, "--head", "Entity 7", "--relation", "next", "--predict")])
+    assert capsys.readouterr().out.splitlines()[-3:] != lines[start + 1 :], "another question has other scores"
     for words, message in (
         (["--head", "Entity 7"], "go together"), (["--question", "x", "--head", "a", "--relation", "b"], "not both"),
+        (["--question", "x", "--predict"], "leave it out for a --question in words"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             ask.main([str(word) for word in (*base, *words)])

@@ -32,6 +32,13 @@ def test_tables_leave_blanks_and_keep_columns(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "way  ratio\na     1.23\nbcd\n"
 
 
+def test_levels_that_are_left_open_are_settled(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    """The GPU checklist gives the paper's sizes and no number of levels."""
+    sizes = flags_of({key: value for key, value in SHAPE.items() if key != "num_quantizers"})
+    trainer = make_trainer(ring_kg, [*sizes, "--device", "cpu", "--batch", "32"], tmp_path / "x.pt")
+    assert trainer.model.rq_codebook.num_quantizers >= 1 and run_steps(trainer, 1) > 0
+
+
 def test_parts_of_a_step_are_counted_and_put_back(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     trainer = make_trainer(ring_kg, [*SMALL, "--encoder_every", "2", "--warmup_epochs", "0"], tmp_path / "x.pt")
     before = {name: getattr(trainer, name) for name in ("_scorer_step", "_encoder_step", "_refresh")}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from lora_training.compare_llm import (
     write_refit,
 )
 from lora_training.score_answers import report
-from run_record import InputError, read_json, write_json
+from run_record import ROOT, InputError, read_json, write_json
 from tables.results import collect
 from tests.test_instructions import write_codes
 
@@ -261,6 +263,46 @@ def test_steps_run_side_by_side_once_what_they_name_is_there(tmp_path: Path) -> 
     assert (done / "a.log").read_text() == "met\n"
 
 
+def test_a_folder_that_all_steps_name_holds_nobody_up(tmp_path: Path) -> None:
+    """OUT below the data set's folder: every step names a folder above what all of them make."""
+    steps = [step(tmp_path, name) for name in "abc"]
+    steps = [one._replace(words=[*one.words, str(tmp_path)]) for one in steps]
+    compare_llm.run_tasks(compare_llm.tasks_of(steps, tmp_path / "done", "seed 0"), workers=2)
+    assert runs(tmp_path, *"abc") == [1, 1, 1]
+
+
+def test_sigterm_ends_the_steps_too(tmp_path: Path) -> None:
+    """Asked alone, the command asks its steps, which end in their own way; a second signal kills them."""
+    for name, asked, wanted in (("once", 1, "ended in its own way"), ("twice", 2, "")):
+        said = tmp_path / name
+        child = (
+            "import pathlib, signal, sys, time\n"
+            f"said = pathlib.Path({str(said)!r})\n"
+            "def end(*_):\n    said.with_suffix('.asked').touch()\n    time.sleep(2)\n"
+            "    said.write_text('ended in its own way')\n    sys.exit(143)\n"
+            "signal.signal(signal.SIGTERM, end)\nsaid.with_suffix('.begun').touch()\ntime.sleep(60)\n"
+        )
+        parent = (
+            "import sys; from pathlib import Path; from run_record import run_command\n"
+            "from lora_training.compare_llm import Step, run_steps\n"
+            f"run_command(lambda: run_steps([Step('s', ['-c', {child!r}], [])], Path({str(tmp_path / 'done')!r}), 't'))"
+        )
+        process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+        wait_for(said.with_suffix(".begun"))
+        for _ in range(asked):
+            process.terminate()
+            wait_for(said.with_suffix(".asked"))
+        assert process.wait(20) == 143
+        assert (said.read_text() if said.exists() else "") == wanted
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not come"
+        time.sleep(0.02)
+
+
 def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
     later = Step("later", [*step(tmp_path, "later").words, str(tmp_path / "b")], [tmp_path / "later"])
     steps = [step(tmp_path, "a"), step(tmp_path, "b", 3), later]
@@ -328,12 +370,14 @@ def test_comparison_is_written_and_tables_pass_it_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare_llm.py"])
-    monkeypatch.setattr(compare_llm, "run_tasks", lambda tasks, workers: None)
+    asked: list[int] = []
+    monkeypatch.setattr(compare_llm, "run_tasks", lambda tasks, workers: asked.extend((len(tasks), workers)))
     out = tmp_path / "out"
     for seed in (0, 2):
         fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
-    words = ["--dataset", str(ring), "--seeds", "0", "2", "--out", str(out)]
+    words = ["--dataset", str(ring), "--seeds", "0", "2", "--jobs", "5", "--out", str(out)]
     compare_llm.main(words)
+    assert asked == [2 * 19, 5], "every step of both seeds, five side by side"
     found = read_json(out / "comparison.json", "comparison")
     assert [row["row"] for row in found["rows"]] == list(ROWS) and found["dataset"] == "ring"
     by_row = {row["row"]: row for row in found["rows"]}

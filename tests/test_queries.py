@@ -8,6 +8,7 @@ import torch
 from data.knowledge_graph import KnowledgeGraph
 from model.losses import Targets, gather_targets, softmax_cross_entropy
 from model.queries import Queries, in_parts, training_queries
+from tests.conftest import TrainerMaker
 
 
 def test_a_hub_comes_in_equal_runs_of_its_tails() -> None:
@@ -37,3 +38,11 @@ def test_the_epochs_loss_and_gradient_are_those_of_whole_queries(family: Knowled
     assert len(parts.heads) > len(whole.heads) and int(parts.indptr.diff().max()) == most
     for a, b in zip(summed(parts), summed(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_trainer_takes_queries_in_parts(trainer_of: TrainerMaker) -> None:
+    whole, parts = trainer_of(), trainer_of(tails_at_once=1)
+    assert int(whole.indptr.diff().max()) > 1 == int(parts.indptr.diff().max())
+    assert len(parts.heads) == len(parts.targets) == len(whole.targets) > len(whole.heads)
+    parts.fit()
+    assert parts.best is not None

@@ -25,7 +25,7 @@ from model.from_codes import load_scored_codes
 from model.sizes import sizes_named, smaller_model
 from model.stored import fault_of
 from model.trainer import Trainer
-from run_record import InputError, load_torch
+from run_record import InputError, load_torch, save_torch
 from tests.conftest import (
     CODE_DIM,
     RING,
@@ -516,6 +516,8 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
         (["--freeze_at", "1", "--frozen_noise", "0.3"], ["--frozen_noise 0.3", "--freeze_at 1"]),
         (["--freeze_at", "1", "--weight_average", "0.9"], ["--weight_average 0.9", "--freeze_at 1"]),
         (["--freeze_at", "1", "--weight_average", "0.9", "--control", "posthoc"], ["--weight_average 0.9"]),
+        (["--tails_at_once", "-1"], ["--tails_at_once -1"]),
+        (["--tails_at_once", "4", "--loss", "bce"], ["--tails_at_once 4", "--loss bce"]),
         (["--restore", "--overwrite"], ["--restore", "--overwrite"]),
         (["--dump_only"], ["--dump_only", "--restore"]),
         (["--metrics_out", "x.json"], ["--eval_codes"]),
@@ -540,6 +542,17 @@ def test_codes_that_are_frozen_from_the_start_need_no_freeze_at(frozen: list[str
     flags = ["--freeze_at", "1", "--frozen_noise", "0.3", "--weight_average", "0.9"]
     assert run_rq.parse_args([*flags, *frozen]).frozen_noise == 0.3
     assert run_rq.parse_args([*flags, "--frozen_noise", "0", "--weight_average", "0"]).freeze_at == 1
+
+
+def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tmp_path: Path) -> None:
+    words = small_flags(ring, tmp_path, epoch=2)
+    assert rq(*words).code == 0
+    path = next((tmp_path / "checkpoints").glob("*.pt"))
+    stored = load_torch(path, "checkpoint")
+    assert stored["comparable"].pop("tails_at_once") == 0
+    save_torch(stored, path)
+    assert_refused(rq(*words, "--restore", "--tails_at_once", "2"), "tails_at_once (there 0, here 2)")
+    assert rq(*words, "--restore").code == 0
 
 
 @pytest.mark.parametrize(
