@@ -121,7 +121,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_half_precision_inputs_are_read_as_they_are_to_the_same_weights(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, with code tokens: pairs see bfloat16, not float32, and end with the bits of PEFT's own way."""
+    """In bfloat16, with code tokens, without dropout: pairs see bfloat16, not float32, and end with PEFT's own bits."""
     from peft.tuners.lora.layer import Linear
 
     seen: dict[str, set[torch.dtype]] = {"ours": set(), "peft": set()}
