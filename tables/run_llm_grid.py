@@ -26,14 +26,13 @@ from lora_training.compare_llm import (
     RECIPE,
     RESULTS,
     Recipe,
-    Step,
     check_plan,
     export_step,
     flags,
     kg_splits,
-    run_steps,
     stage1_steps,
 )
+from lora_training.steps import Step, run_steps
 from run_record import ROOT, CommandParser, only_run, run_command
 from tables.rows import LINKS, TRIPLES
 

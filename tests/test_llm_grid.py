@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from Class.instructions import split_path
-from lora_training.compare_llm import Recipe, Step, is_done, resumed
+from lora_training.compare_llm import Recipe
+from lora_training.steps import Step, is_done, resumed
 from run_record import InputError, only_run
 from tables import run_llm_grid
 from tables.case_studies import record_beside

@@ -12,6 +12,7 @@ import run_rq
 from data import embed_text
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, train_lora
+from lora_training.steps import Step
 from run_record import InputError, read_json, write_json
 from tables import run_ablations, run_llm_grid
 from tests.conftest import arguments
@@ -75,7 +76,7 @@ def half_tuned(folder: Path, words: list[str]) -> None:
     shutil.rmtree(folder / "half" / "checkpoints" / "checkpoint-2")
 
 
-def leave(steps: list[compare_llm.Step], marks: Path) -> None:
+def leave(steps: list[Step], marks: Path) -> None:
     """Marks and (empty) files of steps, as if each had ended well."""
     for step in steps:
         for path in step.made:
