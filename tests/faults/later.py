@@ -132,9 +132,9 @@ LATER = [
                 File(f"comparison/seed_0/{name}/inference_results.json", damage.THERE, ("comparison/seed_0",))
                 for name in ("with_codes", "without_codes")
             ),
-            File(
-                "comparison/seed_0/candidates/plain.npz",
-                LISTS,
+            *(
+                File(f"comparison/seed_0/candidates/{name}.npz", LISTS)
+                for name in ("plain", "coded_valid", "coded_test")
             ),
             File(
                 "comparison/seed_0/with_codes/data/link_prediction/test_tasks.json",
