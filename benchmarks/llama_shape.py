@@ -165,7 +165,7 @@ def build_model(args: argparse.Namespace, lora: argparse.Namespace, plan: Plan, 
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         resize_model(base, plan.tokenizer, lora.seed)
     base.config.use_cache = False
-    return add_adapter(base, lora, plan.code_ids)
+    return add_adapter(base, lora, plan.row_ids)
 
 
 # ---------------------------------------------------------------- a measurement

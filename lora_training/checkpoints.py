@@ -15,8 +15,8 @@ STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
 # what two runs must share for one to go on from the other's checkpoint
 PLANNED = (
     "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
-    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "max_length", "skip_long", "adam_beta2",
-    "seed", "load_in_4bit", "bf16", "fp16", "matmul_precision", "eval_steps",
+    "weight_decay", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "train_rows", "max_length", "skip_long",
+    "adam_beta2", "seed", "load_in_4bit", "bf16", "fp16", "matmul_precision", "eval_steps",
 )  # fmt: skip
 
 

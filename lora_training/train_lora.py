@@ -311,8 +311,8 @@ def targets(args: argparse.Namespace) -> tuple[str, ...]:
     return () if args.lora_target == "all-linear" else tuple(args.lora_target.split(","))
 
 
-def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list[int]) -> PeftModel:
-    """LoRA on the linear layers, and the code tokens' rows of embedding and head.
+def add_adapter(model: PreTrainedModel, args: argparse.Namespace, row_ids: list[int]) -> PeftModel:
+    """LoRA on the linear layers, and the rows ``row_ids`` of embedding and head.
 
     No prepare_model_for_kbit_training with 4-bit weights: it makes embedding, head and norms float32 for the training
     alone, and the saved adapter then gives other logits. What else it does is done here.
@@ -325,7 +325,7 @@ def add_adapter(model: PreTrainedModel, args: argparse.Namespace, code_ids: list
         LoraConfig(
             r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
             target_modules=list(targets(args)) or "all-linear",
-            trainable_token_indices=trainable_rows(model, code_ids) if code_ids else None,
+            trainable_token_indices=trainable_rows(model, row_ids) if row_ids else None,
         ),
     )  # fmt: skip
     if recomputation()["use_reentrant"]:
@@ -449,7 +449,7 @@ class Plan(NamedTuple):
     shape: CodeShape | None
     model: Shape
     tokenizer: PreTrainedTokenizerBase
-    code_ids: list[int]
+    row_ids: list[int]  # trained in embedding and head
     train: TokenRows
     validation: TokenRows
     micro_batch: int
@@ -538,10 +538,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
         encode_file(path, tokenizer, args.max_length, args.skip_long) for path in (args.train_data, args.val_data)
     )
 
-    lora, rows = lora_parameters(model, args.lora_r, wanted), row_parameters(model, len(code_ids))
+    row_ids = list(range(len(tokenizer))) if args.train_rows == "all" else code_ids
+    lora, rows = lora_parameters(model, args.lora_r, wanted), row_parameters(model, len(row_ids))
     say(
         f"{args.model_name}: {model.parameters:,} parameters; trained: {lora:,} of LoRA (r {args.lora_r}), {rows:,} in "
-        f"{model.matrices} x {len(code_ids):,} rows of code tokens ({(lora + rows) / model.parameters:.2%})"
+        f"{model.matrices} x {len(row_ids):,} rows of {args.train_rows} tokens ({(lora + rows) / model.parameters:.2%})"
     )
     longest, answer = int(train.lengths.max()), int(train.answers.max())
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -571,7 +572,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
             say("that is more than it has: configs/fsdp2.yaml, --load_in_4bit or a lower --max_length with --skip_long")
     else:
         say(f"expected memory: {need(micro) / GIB:.1f} GiB at {micro} x {longest} tokens, on the CPU")
-    return Plan(codes, shape, model, tokenizer, code_ids, train, validation, micro, checkpoint, codebooks)
+    return Plan(codes, shape, model, tokenizer, row_ids, train, validation, micro, checkpoint, codebooks)
 
 
 # ---------------------------------------------------------------- the command
@@ -659,7 +660,7 @@ def tune(args: argparse.Namespace) -> None:
     arguments = training_arguments(args, plan, device)  # opens the process group
     main_process = arguments.process_index == 0
     checkpoints = args.output_dir / CHECKPOINTS
-    model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0, plan.codebooks), args, plan.code_ids)
+    model = add_adapter(grown_base(args, plan.tokenizer, dtype, device.index or 0, plan.codebooks), args, plan.row_ids)
     if main_process:
         if plan.checkpoint is None:
             shutil.rmtree(checkpoints, ignore_errors=True)
@@ -723,7 +724,7 @@ def tune(args: argparse.Namespace) -> None:
         vocabulary=len(plan.tokenizer), codes=plan.codes, processes=arguments.world_size, sharding=sharding(),
         trained_parameters={
             "lora": lora_parameters(plan.model, args.lora_r, targets(args)),
-            "rows": row_parameters(plan.model, len(plan.code_ids)),
+            "rows": row_parameters(plan.model, len(plan.row_ids)),
         },
         rows={"train": len(plan.train), "validation": len(plan.validation)},
         tokens_per_row=round(float(plan.train.lengths.mean()), 1), steps=state.global_step,
@@ -791,6 +792,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lora_dropout", type=float, default=0.05, help="on the adapters' inputs")
     group.add_argument("--code_init", type=Path, metavar="CK.pt", help="stage 1's checkpoint: the code tokens' rows "
                        "start from its codebooks (default: random rows)")  # fmt: skip
+    group.add_argument("--train_rows", choices=["code", "all"], default="code", help="rows of embedding and head that "
+                       "train: the code tokens', or all, so that answers in words can learn theirs too (for small "
+                       "vocabularies)")  # fmt: skip
     group.add_argument("--lora_target", default="all-linear", help="all-linear, or names: q_proj,v_proj")
     group = parser.add_argument_group("precision and memory")
     kind = group.add_mutually_exclusive_group()

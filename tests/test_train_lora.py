@@ -118,6 +118,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- what training leaves
 
 
+def test_all_rows_train_where_they_are_to(base: Path, data: Path, tmp_path: Path) -> None:
+    """Words that come up move in embedding and head, without codes too, where nothing moves by default."""
+    before = load_file(str(base / "model.safetensors"))
+    names = write_data(tmp_path / "names", codes={"file": None})
+    lines = [{"id": str(i), "task_type": "t", "instruction": f"name {i % 5}", "input": "", "output": "a name"}
+             for i in range(8)]  # fmt: skip
+    for split in ("train", "validation"):
+        write_rows(lines, names / f"{split}.json")
+    for which, rows_of, count in (("all", data, 482), ("all", names, 446), ("code", names, 0)):
+        out = tmp_path / f"{which}_{count}"
+        train_lora.main(words(base, rows_of, out, train_rows=which, max_steps=2, eval_steps=0))
+        assert record(out)["trained_parameters"]["rows"] == 2 * count * small_model().config.hidden_size
+        after = dict(code_tokens.load_adapted(read_saved(out / "lora_adapters"), str(base), torch.float32)
+                     .merge_and_unload().state_dict())  # fmt: skip
+        for matrix in ("model.embed_tokens.weight", "lm_head.weight"):
+            moved = int((after[matrix][:446] != before[matrix]).any(1).sum())
+            assert moved > 5 if which == "all" else moved == 0
+
+
 def test_half_precision_inputs_are_read_as_they_are_to_the_same_weights(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
