@@ -56,7 +56,7 @@ from Class.prompts import (
     link_prediction,
     numbered,
     prediction,
-    read_link_prediction,
+    read_query,
     relation_text,
 )
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
@@ -240,7 +240,7 @@ def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
     """
     entity = {name: i for i, name in enumerate(source.kg.entities)}
     for row in rows:
-        question = read_link_prediction(row["instruction"])
+        question = read_query(row["instruction"])
         assert question is not None
         answer = source.code_texts[entity[row["truth"][0]]]
         yield make_row(

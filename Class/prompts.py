@@ -8,7 +8,6 @@ without codes; ``code_text`` is of ``Source.code_texts``. Names come escaped (``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 TRUE, FALSE = "True", "False"
 ANSWERS = 3  # that a link prediction prompt asks for, as in the paper
@@ -49,30 +48,23 @@ def link_prediction(head: str, relation: str, head_text: str, candidate_texts: S
     )
 
 
-class Asked(NamedTuple):
-    """What a prompt of ``link_prediction`` asks."""
-
-    query: str  # "head relation", the head with its codes where there are any
-    candidates: list[str]  # as listed
-
-
-def read_link_prediction(instruction: str) -> Asked | None:
-    """The inverse of ``link_prediction``; None for any other text."""
-    top, found, rest = instruction.partition("Candidates:\n")
+def read_query(instruction: str) -> str | None:
+    """What a prompt of ``link_prediction`` asks, "head relation", the head with its codes where there are any; None for
+    any other text."""
+    top, found, _ = instruction.partition("Candidates:\n")
     lines = top.split("\n")
     if not found or len(lines) < 3:
         return None
     name, _, relation = lines[1].removeprefix("Query: (").removesuffix(" | ?)").rpartition(" | ")
-    head = lines[2].removeprefix("Head: ") or name
-    return Asked(f"{head} {relation}", rest.split("\n")[:-1])  # the last line says what to do
+    return f"{lines[2].removeprefix('Head: ') or name} {relation}"
 
 
 PREDICT = "What completes this?\n"
 
 
-def prediction(question: Asked) -> str:
-    """The query alone, for all of its candidates: how likely is each one's answer to it?"""
-    return f"{PREDICT}{question.query}"
+def prediction(query: str) -> str:
+    """The query alone, for all candidates: how likely is each one's answer to it?"""
+    return f"{PREDICT}{query}"
 
 
 def numbered(answers: Sequence[str]) -> str:

@@ -172,7 +172,7 @@ class Asker:
 
     def _predicted(self, query: Query) -> str:
         """The prompt of tail_prediction."""
-        question = prompts.read_link_prediction(self._listing(query, []))
+        question = prompts.read_query(self._listing(query, []))
         assert question is not None
         return prompts.prediction(question)
 

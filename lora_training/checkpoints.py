@@ -54,10 +54,13 @@ def check_plan(args: argparse.Namespace) -> None:
     """InputError where a resumed run differs from the one that wrote the checkpoints."""
     file = args.output_dir / CHECKPOINTS / PLAN
     before, now = read_json(file, "plan"), run_plan(args)
-    before = before if isinstance(before, dict) else {}
+    before = {"train_rows": "code"} | (before if isinstance(before, dict) else {})  # plans of before have no such entry
     differing = [f"{key} {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
     if differing:
-        raise InputError(f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}")
+        raise InputError(
+            f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}; give the same flags, or "
+            "--overwrite in place of --resume_from_checkpoint"
+        )
 
 
 def saved_sums(checkpoint: Path) -> dict[str, str]:

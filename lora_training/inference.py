@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.instructions import Row, Source, existing_split, open_source, read_rows
-from Class.prompts import FALSE, TRUE, Asked, numbered, prediction, read_link_prediction
+from Class.prompts import FALSE, TRUE, numbered, prediction, read_query
 from lora_training.code_tokens import (
     RECORD,
     Saved,
@@ -121,9 +121,9 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
     return lines
 
 
-def question_of(row: Row) -> Asked:
+def question_of(row: Row) -> str:
     """What the prompt of a row of link prediction asks; InputError where it is no list."""
-    question = read_link_prediction(row["instruction"])
+    question = read_query(row["instruction"])
     if question is None:
         raise InputError(f"row {row['id']} lists no candidates; write it anew: python Class/gen_lp_data_rq.py")
     return question

@@ -78,7 +78,7 @@ def template_texts() -> list[str]:
     """The prompts' fixed words, for the tokenizer alone."""
     made = [
         prompts.classification("", "", "", "", "", True),
-        prompts.prediction(prompts.Asked("", [])),
+        prompts.prediction(""),
         prompts.link_prediction("", "", "", [""], True),
         prompts.predict_tail("", "", "", True),
         prompts.validate_triple("", "", "", "", "", True),
@@ -90,8 +90,8 @@ def template_texts() -> list[str]:
 def with_prompt_words(texts: list[str], every: int) -> list[str]:
     """The texts, and after every ``every``-th a prompt about no triple at all, judged True and False in turn.
 
-    The rows of words that a base never meets end up alike in its head, and LoRA, which leaves them as they are, cannot
-    make it say one of them then.
+    The rows of words that a base never meets end up alike in its head, and LoRA, which by default leaves them as they
+    are, cannot make it say one of them then.
     """
     asked = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
     words = [f"{asked} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # the blank is that of encode_answer

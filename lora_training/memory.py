@@ -2,9 +2,9 @@
 
     weights      every parameter in the compute type; with 4-bit weights the layers' matrices at 4.127 bits (nf4: 4 bits
                  and one scale per 64, itself quantized), embedding and head in the compute type
-    trained      LoRA pairs and new rows: parameter, gradient and two Adam moments, all float32 (16 bytes); with several
-                 processes one more gradient copy (DDP's buckets)
-    row copies   PEFT writes the new rows into a copy of the embedding and of the head on every forward; its gradient
+    trained      LoRA pairs and rows that train: parameter, gradient and two Adam moments, all float32 (16 bytes); with
+                 several processes one more gradient copy (DDP's buckets)
+    row copies   PEFT writes these rows into a copy of the embedding and of the head on every forward; its gradient
     activations  checkpointing: one [B, T, D] per layer, and one layer's inside while it is recomputed; else all of them
     logits       supervised positions alone: [N, V] in the compute type, in float32 and its gradient
 

@@ -1,4 +1,4 @@
-"""Base model + adapter -> one model in Hugging Face form: W_after = W + (alpha / r) * B @ A, the codes' rows in place.
+"""Base model + adapter -> one model in Hugging Face form: W_after = W + (alpha / r) * B @ A, the trained rows in place.
 
     cd lora_training && python merge_adapter.py                     lora_outputs/lora_adapters -> lora_outputs/merged
 

@@ -287,9 +287,9 @@ def _per_token(answer: Answer) -> Answer:
     return answer | {"scores": [None if score is None else score / size for score, size in pairs], "tokens": None}
 
 
-def score_with_order(splits: dict[str, list[Answer]], lists: Iterable[Scored]) -> dict[str, Metrics]:
-    """By split of ``splits``: metrics by ``with_order``, with the weights that ``lists`` of validation give."""
-    weights = order_weights(lists)
+def score_with_order(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
+    """By split: metrics by ``with_order``, with the weights that validation's lists give."""
+    weights = order_weights(scored_lists(splits.get("validation", [])))
     if weights is None:
         return {}
     return {
@@ -417,7 +417,7 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
         found[task] = score(splits)
         if is_ranking(first) and first["decode"] == "predict":
             ranked = as_ranked(splits, next(iter(found[task].values())))
-            for split, metrics in score_with_order(ranked, scored_lists(ranked.get("validation", []))).items():
+            for split, metrics in score_with_order(ranked).items():
                 found[task][split]["with_order"] = metrics
     return found
 

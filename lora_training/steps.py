@@ -70,18 +70,20 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> None:
 
     ``tasks`` come in an order that they could run in. Side by side, a step's output goes to a file beside its mark.
     InputError where a step fails; no other one is begun then, those that run are waited for. SIGTERM is passed on to
-    them, Ctrl-C has reached them; a second signal ends them at once.
+    them, Ctrl-C in a terminal has reached them; a second signal ends them at once. What ends well all the same is done.
     """
     waiting = [task for task in tasks if not is_done(task.step, task.marks)]
     running: list[Running] = []
     problems: list[str] = []
+    changed = True  # since the last look at what may begin
     try:
         while running or (waiting and not problems):
-            for task in () if problems else ready(waiting, running)[: workers - len(running)]:
+            free = workers - len(running) if changed and not problems else 0
+            for task in ready(waiting, running, free):
                 waiting.remove(task)
                 running.append(begin(task, to_file=workers > 1))
             ended = [one for one in running if one.process.poll() is not None]
-            running = [one for one in running if one not in ended]
+            running, changed = [one for one in running if one not in ended], bool(ended)
             for problem in filter(None, map(finish, ended)):
                 problems.append(problem)
                 if running:
@@ -90,6 +92,9 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> None:
                 time.sleep(0.05)
     except BaseException as stop:
         end_all(running, pass_on=not isinstance(stop, KeyboardInterrupt))
+        for one in running:
+            if one.process.returncode == 0:
+                finish(one)
         raise
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
@@ -106,10 +111,12 @@ class Running(NamedTuple):
     log: Path | None  # that gets its output
 
 
-def ready(waiting: Sequence[Task], running: Sequence[Running]) -> list[Task]:
-    """The tasks that need nothing of those that run or stand before them."""
-    ahead, found = [one.task.step for one in running], []
+def ready(waiting: Sequence[Task], running: Sequence[Running], most: int) -> list[Task]:
+    """The first ``most`` tasks that need nothing of those that run or stand before them."""
+    ahead, found = [one.task.step for one in running], list[Task]()
     for task in waiting:
+        if len(found) == most:
+            break
         if not needs(task.step, ahead):
             found.append(task)
         ahead.append(task.step)
@@ -125,6 +132,8 @@ def begin(task: Task, to_file: bool) -> Running:
         return Running(task, subprocess.Popen([sys.executable, *words], cwd=ROOT), words, started, log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as sink:
+        sink.write(f"$ python {shlex.join(words)}\n".encode())
+        sink.flush()
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
     return Running(task, process, words, started, log)
 
@@ -134,7 +143,8 @@ def finish(ended: Running) -> str | None:
     step, code = ended.task.step, ended.process.returncode
     missing = [str(path) for path in step.made if not path.exists()]
     if code or missing:
-        problem = f"ended with exit code {code}" if code else f"did not write {missing[0]}"
+        problem = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        problem = problem if code else f"did not write {missing[0]}"
         return f"{ended.task.title}, step {step.name} {problem}; see {ended.log or 'above'}"
     record = {"command": ended.words, "seconds": round(time.monotonic() - ended.started, 1)}
     write_json(record, ended.task.marks / f"{step.name}.json")
@@ -153,11 +163,12 @@ def end_all(running: Iterable[Running], pass_on: bool) -> None:
     except BaseException:
         for process in processes:
             process.kill()
+            process.wait()
         raise
 
 
 def seconds_of(marks: Path) -> dict[str, float]:
-    """Seconds per step of one seed, as its marks have it."""
+    """Seconds per step of one seed, as its marks have it: of the call that ended it."""
     found = {}
     for path in sorted(marks.glob("*.json")):
         with content_of(path, "mark of a step", REPEATED):

@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 2 train_lora.py ...                               two GPUs
     accelerate launch --config_file configs/fsdp2.yaml train_lora.py ...        or another of configs/
 
-Trained: a LoRA pair on every linear layer, and the rows of the code tokens in embedding and head; all else keeps its
-bits. The loss is the mean over all answer tokens of an optimisation step, over all processes and passes alike, so that
-how a step is cut into pieces does not change it. Logits are computed at answer positions alone.
+Trained: a LoRA pair on every linear layer, and the rows of the code tokens in embedding and head (--train_rows all:
+every token's); all else keeps its bits. The loss is the mean over all answer tokens of an optimisation step, over all
+processes and passes alike, so that how a step is cut into pieces does not change it. Logits are computed at answer
+positions alone.
 
 An optimisation step has batch_size * gradient_accumulation * processes rows. Every --eval_steps the validation loss is
 taken and a checkpoint written; the best one becomes OUTPUT_DIR/lora_adapters, together with the tokenizer and the run

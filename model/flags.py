@@ -237,23 +237,28 @@ def set_settings(args: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of a run, those that came to be after it at their defaults: what it did is what they stand for."""
-    return {action.dest: action.default for action in build_parser()._actions if action.dest != "help"} | dict(stored)
+    """The flags of a run, at their defaults where it has none: those that came to be after it, whose defaults must
+    stand for what was done before."""
+    defaults = {action.dest: action.default for action in build_parser()._actions if action.dest != "help"}
+    return defaults | {name: value for name, value in stored.items() if value is not None or defaults.get(name) is None}
 
 
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """What is asked for and never comes to act, one line each; no error, since a recipe cut short may hold it."""
     notes = []
+    given = bool(args.codes_from) or args.control == "random_codes"  # frozen from the start
+    uncoded = args.control in ("unquantized", "posthoc")  # one long warm-up
     last = (args.epoch - 1) / args.epoch  # where the last epoch begins
-    freezes = args.codes_from or args.control or args.max_minutes or last >= args.freeze_at
+    warm = (last if args.warmup_epochs < 1 else args.epoch - 1) < args.warmup_epochs
+    never = not given and not args.max_minutes and (last < args.freeze_at or (warm and not uncoded))
     for flag in ["frozen_noise", "weight_average"]:
-        if getattr(args, flag) and not freezes:
-            notes.append(
-                f"--{flag} {getattr(args, flag)} does nothing: codes freeze at --freeze_at {args.freeze_at}, the last "
-                f"of {args.epoch} epochs begins at {last:.2f}"
-            )
-    if args.z_noise and not args.warmup_epochs and not args.control:
-        notes.append(f"--z_noise {args.z_noise} does nothing: it is for the warm-up, and --warmup_epochs is 0")
+        if getattr(args, flag) and (never or (uncoded and flag == "frozen_noise")):
+            why = f"the last of {args.epoch} epochs begins at {last:.2f}, --freeze_at is {args.freeze_at}"
+            why = f"--control {args.control} has no codes to freeze" if uncoded and flag == "frozen_noise" else why
+            why = "the warm-up lasts to the end" if warm and not uncoded else why
+            notes.append(f"--{flag} {getattr(args, flag)} does nothing: {why}")
+    if args.z_noise and (given or not (args.warmup_epochs or uncoded)):
+        notes.append(f"--z_noise {args.z_noise} does nothing: it is for the warm-up, and this run has none")
     if args.text_emb is None and args.text_weight != build_parser().get_default("text_weight"):
         notes.append(f"--text_weight {args.text_weight} does nothing without --text_emb")
     return notes

@@ -134,8 +134,8 @@ def recipe(
 ) -> Recipe:
     """Values for the flags of ``standing``, for a graph of M entities with or without text embeddings.
 
-    ``standing``: flag -> the value that stands where a run's record does not know the flag. ``one_level``: for VQ,
-    as many codes per entity, all of them positions, and z as wide. InputError without runs.
+    ``standing``: flag -> the value that stands where a run's record has none. ``one_level``: for VQ, as many codes per
+    entity, all of them positions, and z as wide. InputError without runs.
     """
     if not runs:
         raise InputError(f"--recipe auto: {RECORDS} holds no run to go by; give --recipe paper, or a --config")
@@ -146,7 +146,7 @@ def recipe(
         return round(size, 6), run.positions * len(run.mrr) > MOST_CODES, names, -run.mrr[-1]
 
     run = min(runs, key=distance)
-    settings = {name: run.args.get(name, value) for name, value in standing.items()}
+    settings = standing | {name: run.args[name] for name in standing if run.args.get(name) is not None}
     tokens, text = run.positions * len(run.mrr), " with text" if run.args.get("text_emb") else ""
     where = f"{run.path.relative_to(ROOT) if run.path.is_relative_to(ROOT) else run.path}"
     reasons = [

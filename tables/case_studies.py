@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE, END_CODE
 from Class.instructions import Row, read_rows
-from Class.prompts import prediction, read_link_prediction
+from Class.prompts import prediction, read_query
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
 from lora_training.score_answers import SEARCHED, TRUE, Answer, known_rank, margin, rank_of, read_answers, report
 from run_record import CommandParser, InputError, content_of, read_json, run_command, write_text
@@ -224,7 +224,7 @@ def question(row: Row) -> str:
 
 def exchange(case: Case) -> str:
     """Prompt and answer; of candidates that were scored without their list, what was asked and the best three."""
-    question = read_link_prediction(case.row["instruction"])
+    question = read_query(case.row["instruction"])
     asked, said = case.row["instruction"], "Answer"
     if question is not None and case.answer["decode"] == "predict":
         asked, said = prediction(question), "Best by score"

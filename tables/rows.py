@@ -252,10 +252,12 @@ def stage1_defaults() -> Record:
 
 @functools.lru_cache(maxsize=1)
 def training_defaults() -> Record:
-    """train_lora.py's flags at their defaults."""
+    """train_lora.py's flags at their defaults, and those that are gone at the defaults that they had."""
     from lora_training.train_lora import parse_args
 
-    return vars(parse_args([]))
+    gone = {"share_prompts": False, "rank_loss": False, "token_weight": 1.0, "place_weight": 0.0, "draw": 0,
+            "easy_until": 0.5}  # fmt: skip
+    return gone | vars(parse_args([]))
 
 
 def other_flags(args: Record, defaults: Record, unlabelled: set[str]) -> list[str]:

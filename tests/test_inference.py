@@ -16,7 +16,7 @@ import torch
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
 from Class.instructions import read_rows
-from Class.prompts import prediction, read_link_prediction
+from Class.prompts import prediction, read_query
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
 from lora_training.code_tokens import (
@@ -311,7 +311,7 @@ def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: P
     met = False
     for answer in answers:
         row = rows[answer["id"]]
-        asked = {"instruction": prediction(read_link_prediction(row["instruction"]))}  # type: ignore[arg-type]
+        asked = {"instruction": prediction(read_query(row["instruction"]))}  # type: ignore[arg-type]
         assert not any(f"{line}\n" in asked["instruction"] for line in row["candidates"]), "no list is shown"
         listed = [candidate.answer for candidate in listed_candidates(row)]
         expected = likelihoods(model, tokenizer, asked, listed, end=True)

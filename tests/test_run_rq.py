@@ -550,9 +550,10 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
     path = next((tmp_path / "checkpoints").glob("*.pt"))
     stored = load_torch(path, "checkpoint")
     assert stored["comparable"].pop("tails_at_once") == 0
-    save_torch(stored, path)
-    assert_refused(rq(*words, "--restore", "--tails_at_once", "2"), "tails_at_once (there 0, here 2)")
-    assert rq(*words, "--restore").code == 0
+    for before in ({}, {"tails_at_once": None}):  # nor does a flag say anything that had no default then
+        save_torch(stored | {"comparable": stored["comparable"] | before}, path)
+        assert_refused(rq(*words, "--restore", "--tails_at_once", "2"), "tails_at_once (there 0, here 2)")
+        assert rq(*words, "--restore").code == 0
 
 
 @pytest.mark.parametrize(
@@ -562,6 +563,9 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
         (["--weight_average", "0.9", "--epoch", "2", "--freeze_at", "0.6"], ["--weight_average 0.9 does nothing"]),
         (["--z_noise", "0.5", "--warmup_epochs", "0"], ["--z_noise 0.5 does nothing"]),
         (["--text_weight", "0.5"], ["--text_weight 0.5 does nothing"]),
+        (["--z_noise", "0.5", "--control", "random_codes"], ["--z_noise 0.5 does nothing"]),
+        (["--frozen_noise", "0.3", "--control", "unquantized"], ["--control unquantized has no codes to freeze"]),
+        (["--frozen_noise", "0.3", "--epoch", "10", "--warmup_epochs", "0.95"], ["the warm-up lasts to the end"]),
         (["--frozen_noise", "0.3", "--epoch", "7"], []),
         (["--frozen_noise", "0.3", "--epoch", "6", "--max_minutes", "1"], []),
         (["--weight_average", "0.9", "--epoch", "2", "--control", "random_codes"], []),

@@ -65,7 +65,7 @@ def test_steps_run_side_by_side_once_what_they_name_is_there(tmp_path: Path) -> 
     steps = [first, reads, meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]
     run_tasks(tasks_of(steps, done, "seed 0"), workers=4)
     assert seconds_of(done).keys() == {"first", "reads", "a", "b"}
-    assert (done / "a.log").read_text() == "met\n"
+    assert (done / "a.log").read_text().endswith("met\n")
 
 
 def test_a_folder_that_all_steps_name_holds_nobody_up(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:
 
 def test_prompt_tokens_are_one_token_each_and_come_back(tmp_path: Path) -> None:
     """A query's prompt loses its fixed words' tokens, wherever the rows were read, and text stays what it was."""
-    row = {"instruction": prompts.prediction(prompts.Asked("a has b", ["c d"])), "output": "c d"}
+    row = {"instruction": prompts.prediction("a has b"), "output": "c d"}
     text, lengths = prompt_text(row), []
     for name, extra in {"plain": [], "short": ["--prompt_tokens"]}.items():
         make_tiny_base.main(["--dataset", str(FAMILY), "--out", str(tmp_path / name), "--vocab_size", "900",
