@@ -481,9 +481,13 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
             os.kill(os.getpid(), number)
 
     flags = small_flags(ring, tmp_path, epoch=6)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", save_then_stop)
-        outcome = rq(*flags)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as it is in a job that a shell runs behind it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "save", save_then_stop)
+            outcome = rq(*flags)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert outcome.code == code and "epoch 3 is saved" in outcome.err and "--restore" in outcome.err
     assert not list(tmp_path.glob("codes/*"))
     dumped = rq(*flags, "--restore", "--dump_only")
