@@ -95,7 +95,7 @@ def steps(out: Path, size: Size) -> list[Step]:
              *ranking, "--shuffle_codes --metrics_out", out / "shuffled.json", made=[out / "shuffled.json"]),
         step("ask a question of the codes", *ranking, "--predict ada_ashley mother --top 3"),
         *exports,
-        step(f"turn codes and candidates into questions: whose codes complete the triple, of {CANDIDATES} at random?",
+        step(f"turn codes and candidates into questions: whose codes complete it, of {CANDIDATES} listed at random?",
              "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists.values(),
              "--from train --candidate_order shuffled --code_format compact", f"--num_candidates {CANDIDATES}",
              f"--predict --limit {size.rows} --out_dir", out / "lora_data",
