@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,7 @@ def make_trainer(
     kg: KnowledgeGraph, flags: Sequence[str], checkpoint: Path, device: torch.device | str = "cpu"
 ) -> Trainer:
     """The trainer that ``run_rq.py FLAGS`` would make for ``kg``; it is seeded and has trained nothing yet."""
+    from model.inputs import load_text
     from model.RQGCN import RQGCN
     from model.trainer import Trainer, TrainSettings
     from run_record import seed_everything
@@ -124,26 +125,36 @@ def make_trainer(
     args = parse_args(list(flags))
     choose_levels(args, kg)
     seed_everything(args.seed)
-    config = model_arguments(args, None)
+    text = load_text(args.text_emb, kg.num_entities)
+    config = model_arguments(args, text)
     model = RQGCN(kg.num_entities, kg.num_relations, **config)
     settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
-    return Trainer(kg, model, settings, checkpoint, config, {}, None, device, lambda line: None)
+    return Trainer(kg, model, settings, checkpoint, config, {}, text, device, lambda line: None)
 
 
 @contextmanager
-def around_parts(
-    trainer: Trainer, context: Callable[[str], AbstractContextManager[object]], parts: Sequence[str] = tuple(STEP_PARTS)
-) -> Iterator[None]:
-    """Every call of the trainer's ``parts`` (methods, or those of an attribute) runs inside ``context(part)``."""
+def around_parts(trainer: Trainer, context: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
+    """Every call of one of STEP_PARTS (methods, or those of an attribute) runs inside ``context(part)``.
+
+    Outermost calls alone: what a part calls of another is its own.
+    """
     replaced = []
-    for part in parts:
+    inside = False
+    for part in STEP_PARTS:
         *owners, name = part.split(".")
         owner = getattr(trainer, owners[0]) if owners else trainer
         method = getattr(owner, name)
 
         def wrapped(*args: Any, method: Callable[..., Any] = method, part: str = part, **kwargs: Any) -> Any:
-            with context(part):
+            nonlocal inside
+            if inside:
                 return method(*args, **kwargs)
+            inside = True
+            try:
+                with context(part):
+                    return method(*args, **kwargs)
+            finally:
+                inside = False
 
         setattr(owner, name, wrapped)
         replaced.append((owner, name, method))
@@ -155,26 +166,21 @@ def around_parts(
 
 
 class PartTimes:
-    """Seconds and calls of each part; outermost calls alone, so that a part that calls another counts as one."""
+    """Seconds and calls of each part."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device, self.seconds, self.calls, self._inside = device, dict[str, float](), dict[str, int](), False
+        self.device, self.seconds, self.calls = device, dict[str, float](), dict[str, int]()
 
     @contextmanager
-    def _measured(self, part: str) -> Iterator[None]:
-        self._inside = True
+    def __call__(self, part: str) -> Iterator[None]:
         finish(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
             finish(self.device)
-            self._inside = False
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
             self.calls[part] = self.calls.get(part, 0) + 1
-
-    def __call__(self, part: str) -> AbstractContextManager[object]:
-        return nullcontext() if self._inside else self._measured(part)
 
 
 def run_steps(trainer: Trainer, steps: int) -> float:

@@ -52,6 +52,11 @@ SHOWN_OPERATORS = 12
 GATHERS, SCATTERS = ("index_select", "index", "embedding", "gather"), ("index_add_", "index_add")
 
 
+def stored_bytes(x: torch.Tensor) -> int:
+    """Bytes of a tensor; of a sparse one, of its indices and values (sampled negatives have such gradients)."""
+    return x._indices().nbytes + x._values().nbytes if x.is_sparse else x.nbytes
+
+
 class Traffic(TorchDispatchMode):
     """Bytes that operators read and write: all their tensors, of gathers and scatters only the rows they touch."""
 
@@ -61,7 +66,7 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             read, written = (
-                sum(x.nbytes for x in tree_leaves(y) if isinstance(x, torch.Tensor)) for y in (args, result)
+                sum(stored_bytes(x) for x in tree_leaves(y) if isinstance(x, torch.Tensor)) for y in (args, result)
             )
             name = func.overloadpacket.__name__
             if name in GATHERS:
@@ -117,7 +122,7 @@ def profile_step(trainer: Trainer, cycles: int, rates: Mapping[str, float]) -> l
         if seconds < whole:
             whole, best = seconds, parts
     counted = PartCosts()
-    with around_parts(trainer, counted, INSIDE):
+    with around_parts(trainer, counted):
         run_steps(trainer, cycle)
     rows: list[Row] = []
     for part in INSIDE:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from benchmarks.gpu_checklist import keep_results, parity
 from benchmarks.measure import PartTimes, around_parts, make_trainer, print_table, run_steps
 from benchmarks.time_to_quality import original_model, original_step, ours_row, train_original
 from data.knowledge_graph import KnowledgeGraph
+from model.trainer import Phase
 from run_record import ROOT, InputError, load_torch, read_json, save_torch
 from tests.conftest import SHAPE, K, L, M, Q, flags_of, small_flags
 
@@ -78,8 +80,22 @@ def test_profile_adds_up(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     scorer = parts[0]
     assert scorer["floor_ms"] == pytest.approx(1e3 * scorer["gflop"])  # at 1 GFLOP/s
     assert parts[2]["floor_ms"] == pytest.approx(2e3 * parts[2]["gflop"])  # codes are searched in full precision
+    costs = step_profile.PartCosts()
+    with costs("search"):
+        trainer._refresh(Phase(0.0, "codes"))
+    once = costs.flops["search"] / step_profile.cycle_of(trainer)
+    assert parts[2]["gflop"] * 1e9 == once, "the epoch's own search at its start is no part of a step"
     # scores [32, M] against D: one product forward, two backward, at least
     assert scorer["gflop"] * 1e9 >= 3 * 2 * 32 * M * SHAPE["gcn_dim"]
+
+
+def test_profile_of_a_recipe_with_text_and_sampled_negatives(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    np.save(tmp_path / "text.npy", np.eye(M, dtype=np.float32))
+    recipe = ["--text_emb", str(tmp_path / "text.npy"), "--inputs", "neighbours+text", "--num_negatives", "8"]
+    trainer = step_profile.ready_trainer(ring_kg, [*SMALL, *recipe], "cpu", tmp_path)
+    assert trainer.text is not None and trainer.text.shape == (M, M)
+    scorer, *_, whole = step_profile.profile_step(trainer, 1, {"medium": 1e9, "highest": 5e8})
+    assert 0 < scorer["gbyte"] < whole["gbyte"]
 
 
 # ---------------------------------------------------------------- time to quality
