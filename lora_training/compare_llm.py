@@ -30,8 +30,8 @@ is tuned once, on the queries of the training split and of nine tenths of valid,
 too. Validation is the last tenth of valid.
 
 Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
-stopped. OUT/comparison.json gets the rows, with the records that they come from; those are what tables/ reads:
-python tables/make_tables.py --records OUT.
+stopped. OUT/comparison.json gets the rows, with the records that they come from (which tables/ reads: python
+tables/make_tables.py --records OUT), and what codes bring, with its standard error over the queries (paired.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,19 @@ from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.instructions import PREDICTED, Ints, Row, existing_split, read_rows, split_path
 from data.knowledge_graph import KnowledgeGraph
-from lora_training.score_answers import Answer, Metrics, is_ranking, ranking_metrics, report
+from lora_training.paired import paired
+from lora_training.score_answers import (
+    OWN,
+    WITH_ORDER,
+    Answer,
+    Metrics,
+    by_task,
+    is_ranking,
+    query_of,
+    ranking_metrics,
+    score_ranking,
+    worths,
+)
 from lora_training.steps import REPEATED, Step, run_tasks, seconds_of, tasks_of
 from run_record import (
     ROOT,
@@ -116,6 +128,12 @@ CODES_ALONE = "the codes, by stage 1's scorer"
 ROWS = (
     CANDIDATE_MODEL, REFITTED, COPIED, CODES_ALONE, *(variant.row for variant in VARIANTS),
     *(ORDERED.format(row) for row in (CODES_ALONE, *(variant.row for variant in VARIANTS))),
+)  # fmt: skip
+# of MRRs, by the same queries: what codes bring to the LLM, and the LLM to what there is without it
+DIFFERENCES = (
+    *((WITH.row, other) for other in (WITHOUT.row, SHUFFLED.row, CODES_ALONE)),
+    *((ORDERED.format(WITH.row), other)
+      for other in (CANDIDATE_MODEL, REFITTED, *map(ORDERED.format, (WITHOUT.row, SHUFFLED.row, CODES_ALONE)))),
 )  # fmt: skip
 RESCORED = 1000  # entities that the codes' own scorer lists: nearly all that a prompt may have
 RESULTS = "inference_results.json"
@@ -299,6 +317,7 @@ class Found(NamedTuple):
 
     record: str  # that it comes from, relative to OUT
     metrics: Metrics  # MRR, Hits@1/3/10 and the number of queries
+    worth: dict[str, float]  # each query's reciprocal rank
 
 
 def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -332,31 +351,53 @@ def seed_rows(
         raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
     count, with_codes = len(queries[WITH]), places.results(WITH)
     with content_of(splits["test"], "file of the answered rows", REPEATED):
-        ranks = ranks_of(places.candidates("plain"), itertools.islice(read_rows(splits["test"]), count), kg)
+        answered = list(itertools.islice(read_rows(splits["test"]), count))
+        ranks = ranks_of(places.candidates("plain"), answered, kg)
         if len(ranks) != count:
             raise ValueError(f"{len(ranks)} rows, {count} answers")
-    rows = {CANDIDATE_MODEL: (plain_record, ranking_metrics(ranks))}
+    worth = {query_of(row): 1 / rank for row, rank in zip(answered, ranks, strict=True)}
+    rows = {CANDIDATE_MODEL: (plain_record, ranking_metrics(ranks), worth)}
     with content_of(with_codes, "answers' record", REPEATED):
-        tests = {variant: record["metrics"][TASK]["test"] for variant, record in records.items()}
-        rows |= {REFITTED: (with_codes, tests[WITH]["candidate_model"]), COPIED: (with_codes, tests[WITH]["as_listed"])}
         answers = [answer for answer in records[WITH]["answers"] if is_ranking(answer)]
+        tests = {variant.row: (places.results(variant), *scored_test(record["answers"]))
+                 for variant, record in records.items()}  # fmt: skip
+        _, own, by_row = tests[WITH.row]
+        rows |= {row: (with_codes, own[rival], by_row[rival])
+                 for row, rival in ((REFITTED, "candidate_model"), (COPIED, "as_listed"))}  # fmt: skip
         coded: list[Answer] = []
         for split, lists in (("validation", "coded_valid"), ("test", "coded_test")):
             path = splits[split]
             by_id = {} if path is None else {row["id"]: row for row in read_rows(path)}
             coded += rescored([one for one in answers if one["split"] == split], by_id, places.candidates(lists), kg)
-    scored = {CODES_ALONE: (coded_record, report(coded)[TASK]["test"])}
-    scored |= {variant.row: (places.results(variant), tests[variant]) for variant in VARIANTS}
-    rows |= scored
-    for name, (path, metrics) in scored.items():
+    tests[CODES_ALONE] = (coded_record, *scored_test(coded))
+    for name, (path, own, by_row) in tests.items():
         with content_of(path, "record", REPEATED):
-            rows[ORDERED.format(name)] = (path, metrics["with_order"])
+            rows[name] = (path, own, by_row[OWN])
+            rows[ORDERED.format(name)] = (path, own[WITH_ORDER], by_row[WITH_ORDER])
     found = {}
-    for name, (path, metrics) in rows.items():
+    for name in ROWS:
+        path, metrics, worth = rows[name]
         with content_of(path, "answers' record", REPEATED):
             kept = {key: metrics[key] for key in RANKING} | {"count": count}
         check_ranking(path, name, kept)
-        found[name] = Found(str(path.relative_to(out)), kept)
+        found[name] = Found(str(path.relative_to(out)), kept, worth)
+    return found
+
+
+def scored_test(answers: Iterable[Answer]) -> tuple[Metrics, dict[str, dict[str, float]]]:
+    """Metrics of the test queries' answers, and by row of ``ranks_by_row`` each query's reciprocal rank."""
+    splits = by_task(answers)[TASK]
+    return score_ranking(splits)["test"], worths(splits)["test"]
+
+
+def differences(by_seed: Mapping[int, Mapping[str, Found]]) -> list[dict[str, Any]]:
+    """What DIFFERENCES say, over all seeds."""
+    found = []
+    for row, other in DIFFERENCES:
+        ours, theirs = ([rows[name].worth for rows in by_seed.values()] for name in (row, other))
+        difference = paired(ours, theirs)
+        runs = dict(zip(map(str, by_seed), difference.runs, strict=True))
+        found.append({"row": row, "minus": other} | difference._asdict() | {"runs": runs})
     return found
 
 
@@ -385,6 +426,15 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             spread = row["std"][name]
             cells.append(f"{row['mean'][name]:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
         print(f"{row['row']:60}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def print_differences(found: Sequence[Mapping[str, Any]]) -> None:
+    """One line per difference."""
+    print(f"\n{'differences of MRR over the same queries':112}{'mean':>8}{'error':>8}  by seed")
+    for one in found:
+        error = "" if one["error"] is None else f"{one['error']:.4f}"
+        runs = " ".join(f"{value:+.4f}" for value in one["runs"].values())
+        print(f"{one['row'] + ' - ' + one['minus']:112}{one['mean']:+8.4f}{error:>8}  {runs}")
 
 
 # ---------------------------------------------------------------- the command
@@ -465,13 +515,15 @@ def compare(
     for seed in args.seeds:
         plain, coded = (next(step for step in steps[seed] if step.name == name).made[1] for name in ("stage1", "codes"))
         by_seed[seed] = seed_rows(places[seed], kg, out, plain, coded)
-    rows = summary(by_seed)
+    rows, compared = summary(by_seed), differences(by_seed)
     record = make_record(
         vars(args) | {"seed": None}, kg.input_hashes, time.monotonic() - started, dataset=kg.name, recipe=recipe,
         seconds={str(seed): seconds_of(out / f"seed_{seed}" / "done") for seed in args.seeds}, rows=rows,
+        differences=compared,
     )  # fmt: skip
     write_json(record, out / "comparison.json")
     print_rows(rows)
+    print_differences(compared)
     print(f"wrote {out / 'comparison.json'}")
 
 

@@ -2,6 +2,7 @@
 
     cd lora_training && python score_answers.py                        answers.jsonl, as inference.py leaves it
     cd lora_training && python score_answers.py --answers other/answers.jsonl --output metrics.json
+    cd lora_training && python score_answers.py --against other/answers.jsonl           what the difference is, how sure
 
 Link prediction. The rank of the truth among its candidates, ties at their mean, other right answers left out; a query
 whose truth is not among the candidates keeps ``candidate_rank``, its rank by the model that chose them (a search over
@@ -22,23 +23,28 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lora_training.paired import Difference, paired
 from run_record import CommandParser, InputError, parse_json, run_command, sha256_file, write_json
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
+Splits = dict[str, list[Answer]]  # by split
+Differences = dict[str, dict[str, dict[str, Difference]]]  # by task type, split and row
 
 HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
 JUDGEMENTS = ("triple_classification", "validate_triple")  # an entity of another task may be named True
+OWN, WITH_ORDER = "own", "with_order"  # ranks by an answer's scores, and by scores and places together
 SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
 # every line of answers.jsonl has them all
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
@@ -125,7 +131,7 @@ def _wrong_field(answer: Answer) -> str | None:
 # ---------------------------------------------------------------- link prediction
 
 
-def rank_of(answer: Answer, per_token: bool = False) -> float:
+def rank_of(answer: Answer) -> float:
     """Rank of the truth by the answer's scores, merged with ``candidate_rank``; infinite where it is never found."""
     truth, candidates = answer["truth"][0], answer["candidates"]
     if not answer["parsed"]:
@@ -134,8 +140,6 @@ def rank_of(answer: Answer, per_token: bool = False) -> float:
         return math.inf if answer["decode"] == SEARCHED else known_rank(answer)
     at, others = candidates.index(truth), set(answer["truth"][1:])
     scores = answer["scores"]
-    if per_token and answer["tokens"] is not None:
-        scores = [None if s is None else s / n for s, n in zip(scores, answer["tokens"], strict=True)]
     rank = 1.0
     for place, (name, score) in enumerate(zip(candidates, scores, strict=True)):
         if place == at or name in others:
@@ -167,15 +171,28 @@ def ranking_metrics(ranks: Sequence[float]) -> Metrics:
     return found | {f"hits@{k}": float((values <= k).mean()) if len(values) else None for k in HITS}
 
 
-def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
-    """Metrics of link prediction by split; the normalisation of unequal lengths is chosen on validation."""
-    unequal = any(answer["tokens"] is not None for answers in splits.values() for answer in answers)
-    by_mrr = {way: ranking_metrics([rank_of(answer, way == "mean") for answer in splits.get("validation", [])])["mrr"]
-              for way in ("sum", "mean")}  # fmt: skip
-    chosen = "mean" if unequal and by_mrr["mean"] is not None and by_mrr["mean"] > by_mrr["sum"] else "sum"
+def ranks_by_row(answers: Sequence[Answer], choice: Choice) -> dict[str, list[float]]:
+    """Ranks of the truths of one split, in the answers' order: by the answers themselves (OWN) and by their rivals.
+
+    ``candidate_model``: by the model that chose the candidates; ``as_listed``: the first candidate always copied;
+    ``with_order``: by score and place together, where validation gave their weights.
+    """
+    own = [per_token(answer) for answer in answers] if choice.lengths == "mean" else answers
+    found = {OWN: [rank_of(answer) for answer in own], "candidate_model": [known_rank(answer) for answer in answers]}
+    if answers and answers[0]["decode"] != SEARCHED:
+        found["as_listed"] = [listed_rank(answer) for answer in answers]
+    if choice.weights is not None:
+        found[WITH_ORDER] = [rank_of(with_order(answer, choice.weights)) for answer in own]
+    return found
+
+
+def score_ranking(splits: Splits) -> dict[str, Metrics]:
+    """Metrics of link prediction by split; what there is to choose is chosen on validation."""
+    choice = choose(splits)
     found = {}
     for split, answers in splits.items():
-        ranks = [rank_of(answer, chosen == "mean") for answer in answers]
+        by_row = ranks_by_row(answers, choice)
+        ranks = by_row.pop(OWN)
         listed = [answer["truth"][0] in answer["candidates"] for answer in answers]
         found[split] = {
             **ranking_metrics(ranks),
@@ -192,18 +209,46 @@ def score_ranking(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
                 )
                 for direction in ("head", "tail")
             },
-            "candidate_model": ranking_metrics([known_rank(answer) for answer in answers]),
+            **{row: ranking_metrics(own) for row, own in by_row.items()},
         }
-        if answers[0]["decode"] != SEARCHED:
-            found[split]["as_listed"] = ranking_metrics([listed_rank(answer) for answer in answers])
-        if unequal:
-            found[split] |= {"lengths": f"{chosen} of log-likelihoods" if by_mrr["sum"] is not None
+        if choice.lengths is not None:
+            found[split] |= {"lengths": f"{choice.lengths} of log-likelihoods" if splits.get("validation")
                              else "sum of log-likelihoods (no validation answers to choose on)"}  # fmt: skip
             found[split] |= {
-                f"by_{way}": ranking_metrics([rank_of(answer, way == "mean") for answer in answers])
-                for way in ("sum", "mean")
+                "by_sum": ranking_metrics([rank_of(answer) for answer in answers]),
+                "by_mean": ranking_metrics([rank_of(per_token(answer)) for answer in answers]),
             }
+        if choice.weights is not None:
+            found[split][WITH_ORDER] |= {"weights": choice.weights._asdict(), "weights_from": "validation"}
     return found
+
+
+class Choice(NamedTuple):
+    """What validation says of how answers are to be ranked."""
+
+    lengths: str | None  # "sum" or "mean" per token of a candidate's log-likelihoods; None: all are equally long
+    weights: Weights | None  # of score and place, for predictions
+
+
+def choose(splits: Splits) -> Choice:
+    """The better of sum and mean by validation MRR (the sum where there is no validation), and ``order_weights``."""
+    validation = splits.get("validation", [])
+    lengths = None
+    if any(answer["tokens"] is not None for answers in splits.values() for answer in answers):
+        means = [per_token(answer) for answer in validation]
+        by_sum, by_mean = (ranking_metrics([rank_of(answer) for answer in way])["mrr"] for way in (validation, means))
+        lengths = "mean" if validation and by_mean > by_sum else "sum"
+        validation = means if lengths == "mean" else validation
+    predicted = any(answer["decode"] == "predict" for answers in splits.values() for answer in answers)
+    return Choice(lengths, order_weights(scored_lists(validation)) if predicted else None)
+
+
+def per_token(answer: Answer) -> Answer:
+    """An answer whose scores are means over their tokens, where they have several."""
+    if not answer["scores"] or not answer["tokens"]:
+        return answer
+    pairs = zip(answer["scores"], answer["tokens"], strict=True)
+    return answer | {"scores": [None if score is None else score / size for score, size in pairs], "tokens": None}
 
 
 # ---------------------------------------------------------------- scores and the list's order
@@ -273,32 +318,6 @@ def with_order(answer: Answer, weights: Weights) -> Answer:
     return answer | {"scores": scores}
 
 
-def as_ranked(splits: dict[str, list[Answer]], chosen: Metrics) -> dict[str, list[Answer]]:
-    """Answers with the scores that rank them: per token where validation chose that (``score_ranking``)."""
-    if not str(chosen.get("lengths", "")).startswith("mean"):
-        return splits
-    return {split: [_per_token(answer) for answer in answers] for split, answers in splits.items()}
-
-
-def _per_token(answer: Answer) -> Answer:
-    if not answer["scores"] or not answer["tokens"]:
-        return answer
-    pairs = zip(answer["scores"], answer["tokens"], strict=True)
-    return answer | {"scores": [None if score is None else score / size for score, size in pairs], "tokens": None}
-
-
-def score_with_order(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
-    """By split: metrics by ``with_order``, with the weights that validation's lists give."""
-    weights = order_weights(scored_lists(splits.get("validation", [])))
-    if weights is None:
-        return {}
-    return {
-        split: ranking_metrics([rank_of(with_order(answer, weights)) for answer in answers])
-        | {"weights": weights._asdict(), "weights_from": "validation"}
-        for split, answers in splits.items()
-    }
-
-
 # ---------------------------------------------------------------- judgements
 
 
@@ -310,13 +329,19 @@ def margin(answer: Answer) -> float:
     return float(scores[TRUE] - scores[FALSE])
 
 
+def judgements(margins: Sequence[float], labels: Sequence[bool], threshold: float) -> NDArray[np.bool_]:
+    """What is said of each triple: True where its margin exceeds the threshold, the wrong thing where it is NaN."""
+    values, true = np.asarray(margins, dtype=np.float64), np.asarray(labels, dtype=bool)
+    return np.where(np.isnan(values), ~true, values > threshold)
+
+
 def classification_metrics(margins: Sequence[float], labels: Sequence[bool], threshold: float) -> Metrics:
     """Accuracy, precision, recall and F1 of ``margin > threshold``; NaN margins are wrong whatever the label is.
 
     Precision, recall and F1 are None where their denominator is 0.
     """
-    values, true = np.asarray(margins, dtype=np.float64), np.asarray(labels, dtype=bool)
-    said = np.where(np.isnan(values), ~true, values > threshold)
+    true = np.asarray(labels, dtype=bool)
+    said = judgements(margins, labels, threshold)
     hit, wrong, missed = int((said & true).sum()), int((said & ~true).sum()), int((~said & true).sum())
 
     def share(part: float, whole: float) -> float | None:
@@ -346,25 +371,36 @@ def best_threshold(margins: Sequence[float], labels: Sequence[bool]) -> float:
     return float(good[np.abs(good).argmin()])
 
 
-def score_judgements(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
+def score_judgements(splits: Splits) -> dict[str, Metrics]:
     """Metrics of True/False tasks by split, at the validation threshold and at 0."""
-    margins = {split: [margin(answer) for answer in answers] for split, answers in splits.items()}
-    labels = {split: [answer["truth"] == [TRUE] for answer in answers] for split, answers in splits.items()}
-    # a text says True or False and nothing in between: there is no threshold to choose
-    tuned = any(answer["decode"] != "free" for answer in splits.get("validation", []))
-    threshold = best_threshold(margins["validation"], labels["validation"]) if tuned else 0.0
-    return {
-        split: {
-            **classification_metrics(margins[split], labels[split], threshold),
+    threshold = chosen_threshold(splits)
+    found = {}
+    for split, answers in splits.items():
+        margins, labels = [margin(answer) for answer in answers], [is_true(answer) for answer in answers]
+        found[split] = {
+            **classification_metrics(margins, labels, threshold or 0.0),
             "count": len(answers),
-            "positives": sum(labels[split]),
+            "positives": sum(labels),
             "parse_failures": sum(not answer["parsed"] for answer in answers),
-            "threshold": threshold,
-            "threshold_from": "validation" if tuned else "none",
-            "at_zero": classification_metrics(margins[split], labels[split], 0.0),
+            "threshold": threshold or 0.0,
+            "threshold_from": "none" if threshold is None else "validation",
+            "at_zero": classification_metrics(margins, labels, 0.0),
         }
-        for split, answers in splits.items()
-    }
+    return found
+
+
+def is_true(answer: Answer) -> bool:
+    """Whether the triple to be judged is true."""
+    return bool(answer["truth"] == [TRUE])
+
+
+def chosen_threshold(splits: Splits) -> float | None:
+    """``best_threshold`` of validation; None where there is none to choose: no validation, or texts, which say True or
+    False and nothing in between."""
+    validation = splits.get("validation", [])
+    if all(answer["decode"] == "free" for answer in validation):
+        return None
+    return best_threshold([margin(answer) for answer in validation], [is_true(answer) for answer in validation])
 
 
 # ---------------------------------------------------------------- the rest
@@ -379,7 +415,7 @@ def is_match(answer: Answer) -> bool:
     return bool(answer["parsed"]) and lines(answer["text"]) == lines(answer["expected"])
 
 
-def score_texts(splits: dict[str, list[Answer]]) -> dict[str, Metrics]:
+def score_texts(splits: Splits) -> dict[str, Metrics]:
     """Exact matches and parse failures by split, as counts and shares."""
     found = {}
     for split, answers in splits.items():
@@ -403,22 +439,77 @@ def is_ranking(row: Answer) -> bool:
     return row["task_type"] == "link_prediction"
 
 
-def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
-    """Task type -> split -> metrics."""
-    tasks: dict[str, dict[str, list[Answer]]] = {}
+def by_task(answers: Iterable[Answer]) -> dict[str, Splits]:
+    """Task type -> split -> its answers."""
+    tasks: dict[str, Splits] = {}
     for answer in answers:
         tasks.setdefault(answer["task_type"], {}).setdefault(answer["split"], []).append(answer)
+    return dict(sorted(tasks.items()))
+
+
+def first_of(splits: Splits) -> Answer:
+    """An answer that stands for its task."""
+    return next(iter(splits.values()))[0]
+
+
+def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
+    """Task type -> split -> metrics."""
     found = {}
-    for task, splits in sorted(tasks.items()):
-        first = next(iter(splits.values()))[0]
-        score: Callable[[dict[str, list[Answer]]], dict[str, Metrics]] = (
-            score_ranking if is_ranking(first) else score_judgements if is_judgement(first) else score_texts
-        )
+    for task, splits in by_task(answers).items():
+        first = first_of(splits)
+        score = score_ranking if is_ranking(first) else score_judgements if is_judgement(first) else score_texts
         found[task] = score(splits)
-        if is_ranking(first) and first["decode"] == "predict":
-            ranked = as_ranked(splits, next(iter(found[task].values())))
-            for split, metrics in score_with_order(ranked).items():
-                found[task][split]["with_order"] = metrics
+    return found
+
+
+def query_of(answer: Answer) -> str:
+    """What tells queries apart: ids count rows, so those of another cut of valid bear the same ids."""
+    return f"{answer['id']} ({answer['truth'][0]})"
+
+
+def worths(splits: Splits) -> dict[str, dict[str, dict[str, float]]]:
+    """Split -> row -> what each answer, by id and truth, adds to the mean that its task is measured by.
+
+    Reciprocal ranks for link prediction (rows as in ``ranks_by_row``), whether it is right for the rest.
+    """
+    first, threshold, found = first_of(splits), 0.0, {}
+    if is_ranking(first):
+        choice = choose(splits)
+    elif is_judgement(first):
+        threshold = chosen_threshold(splits) or 0.0
+    for split, answers in splits.items():
+        if is_ranking(first):
+            rows = {row: [1 / rank for rank in ranks] for row, ranks in ranks_by_row(answers, choice).items()}
+        elif is_judgement(first):
+            labels = [is_true(answer) for answer in answers]
+            said = judgements([margin(answer) for answer in answers], labels, threshold).tolist()
+            rows = {OWN: [float(one == label) for one, label in zip(said, labels, strict=True)]}
+        else:
+            rows = {OWN: [float(is_match(answer)) for answer in answers]}
+        asked = [query_of(answer) for answer in answers]
+        found[split] = {row: dict(zip(asked, values, strict=True)) for row, values in rows.items()}
+    return found
+
+
+def differences(answers: Iterable[Answer], others: Iterable[Answer]) -> Differences:
+    """What ``answers`` have above ``others``, for the tasks and splits that both hold.
+
+    Of link prediction's rows, those that are the LLM's. Raises ValueError where they hold nothing in common, or where
+    one was asked other queries of a split.
+    """
+    theirs, found = by_task(others), Differences()
+    for task, splits in by_task(answers).items():
+        first, second = worths(splits), worths(theirs[task]) if task in theirs else {}
+        for split in (split for split in first if split in second):
+            for row in (OWN, WITH_ORDER):
+                if row in first[split] and row in second[split]:
+                    rows = found.setdefault(task, {}).setdefault(split, {})
+                    try:
+                        rows[row] = paired([first[split][row]], [second[split][row]])
+                    except ValueError as error:
+                        raise ValueError(f"{task} {split}: {error}") from error
+    if not found:
+        raise ValueError("no task and split in common")
     return found
 
 
@@ -445,16 +536,35 @@ def print_report(found: dict[str, dict[str, Metrics]]) -> None:
                 f"{metrics['parse_failures']} did not parse"
             )
             for rival, name in (
-                ("with_order", "with the list's order"), ("candidate_model", "candidate model"),
+                (WITH_ORDER, "with the list's order"), ("candidate_model", "candidate model"),
                 ("as_listed", "copy the listed order"),
             ):  # fmt: skip
                 if rival in metrics:
                     print(f"    {name:22} {numbers(metrics[rival])}")
 
 
+def against_file(answers: Iterable[Answer], path: Path) -> list[dict[str, Any]]:
+    """``differences`` to a file of answers, printed. InputError where the two cannot be compared."""
+    try:
+        found = differences(answers, read_answers(path).answers)
+    except ValueError as error:
+        raise InputError(f"--against {path}: {error}; give answers to the same rows of data") from error
+    lines = []
+    for task, splits in found.items():
+        for split, rows in splits.items():
+            for row, difference in rows.items():
+                way = " with the list's order" if row == WITH_ORDER else ""
+                print(f"{task} {split}{way}, minus {path}: {difference}, {difference.queries:,} queries")
+                lines.append({"task_type": task, "split": split, "row": row, **difference._asdict()})
+    return lines
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/score_answers.py", description=__doc__.split("\n")[0])
     parser.add_argument("--answers", type=Path, default=HERE / "answers.jsonl", metavar="FILE", help="by inference.py")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="other answers to the same queries"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the metrics there too")
     return parser.parse_args(argv)
 
@@ -466,8 +576,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"answers file {args.answers} holds no complete answer; go on with inference.py")
     found = report(answers)
     print_report(found)
+    against = {str(path): against_file(answers, path) for path in args.against}
     if args.output:
-        write_json({"answers": {args.answers.name: sha256_file(args.answers)}, "metrics": found}, args.output)
+        hashes = {args.answers.name: sha256_file(args.answers)}
+        compared = {path: {"sha256": sha256_file(Path(path)), "differences": lines} for path, lines in against.items()}
+        write_json({"answers": hashes, "metrics": found, "against": compared}, args.output)
         print(f"wrote {args.output}")
 
 

@@ -29,7 +29,17 @@ from Class.codes import CODE, END_CODE
 from Class.instructions import Row, read_rows
 from Class.prompts import prediction, read_query
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
-from lora_training.score_answers import SEARCHED, TRUE, Answer, known_rank, margin, rank_of, read_answers, report
+from lora_training.score_answers import (
+    SEARCHED,
+    TRUE,
+    Answer,
+    known_rank,
+    margin,
+    per_token,
+    rank_of,
+    read_answers,
+    report,
+)
 from run_record import CommandParser, InputError, content_of, read_json, run_command, write_text
 from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, commit_words, common, lacks_record, shown
 
@@ -116,14 +126,14 @@ def key(row: Row | Answer) -> tuple[str, str]:
 # ---------------------------------------------------------------- choosing
 
 
-def per_token(run: Run) -> bool:
+def by_mean(run: Run) -> bool:
     """Whether names of unequal length are ranked by their mean per token, as the metrics are."""
     return str(run.metrics[LINKS]["test"].get("lengths", "")).startswith("mean")
 
 
 def gain(answer: Answer, mean: bool) -> float:
     """1 / rank by the LLM - 1 / rank by the candidates' model."""
-    return 1 / rank_of(answer, mean) - 1 / known_rank(answer)
+    return 1 / rank_of(per_token(answer) if mean else answer) - 1 / known_rank(answer)
 
 
 def could_choose(answer: Answer) -> bool:
@@ -134,7 +144,7 @@ def could_choose(answer: Answer) -> bool:
 
 def pick_links(run: Run, count: int) -> list[Pick]:
     """Gains, losses and queries that stayed."""
-    mean = per_token(run)
+    mean = by_mean(run)
     cases = [case for case in run.cases[LINKS] if could_choose(case.answer)]
     gains = [gain(case.answer, mean) for case in cases]
 
@@ -238,9 +248,8 @@ def link_case(case: Case, mean: bool) -> str:
     listed = dict(zip(row["candidates"], listed_candidates(row), strict=True))
     names = {name: candidate.name for name, candidate in listed.items()}
     truth, *others = answer["truth"]
-    lengths = answer["tokens"] if mean and answer["tokens"] is not None else [1] * len(answer["candidates"])
-    scores = answer["scores"] or [None] * len(lengths)
-    values = [None if score is None else score / length for score, length in zip(scores, lengths, strict=True)]
+    ranked = per_token(answer) if mean else answer
+    values = ranked["scores"] or [None] * len(answer["candidates"])
     lines = [f"| by score | listed | candidate | codes | {'score per token' if mean else 'score'} | |",
              "| ---: | ---: | --- | --- | ---: | --- |"]  # fmt: skip
     order = sorted(range(len(values)), key=lambda i: math.inf if (value := values[i]) is None else -value)
@@ -252,7 +261,7 @@ def link_case(case: Case, mean: bool) -> str:
         score = "" if value is None else f"{value:.3f}"
         said = "truth" if name == truth else "another right answer, not counted" if name in others else ""
         lines.append(f"| {place} | {at} | {plain(names.get(name, name))} | {shown_codes} | {score} | {said} |")
-    before, after = known_rank(answer), rank_of(answer, mean)
+    before, after = known_rank(answer), rank_of(ranked)
     return (
         f"Truth: {plain(names.get(truth, truth))}. Rank before (candidates' model): {rank_text(before)}, "
         f"after (LLM): {rank_text(after)}.\n\n{exchange(case)}" + "\n".join(lines) + "\n"
@@ -272,7 +281,7 @@ def page(run: Run, count: int) -> str:
     """The whole text. InputError where no task of Tables 8 to 10 was answered."""
     record, parts = run.record, []
     if LINKS in run.cases:
-        mean = per_token(run)
+        mean = by_mean(run)
         parts += section(run, LINKS, pick_links(run, count), lambda case: link_case(case, mean))
     if TRIPLES in run.cases:
         threshold = run.metrics[TRIPLES]["test"]["threshold"]

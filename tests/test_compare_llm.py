@@ -153,7 +153,7 @@ def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> N
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
     values = {0: 0.5, 1: 0.7, 4: 0.9}
     by_seed = {
-        seed: {name: Found(f"{seed}", {"mrr": mrr, "hits@1": mrr, "hits@3": 1.0, "hits@10": 1.0}) for name in ROWS}
+        seed: {name: Found(f"{seed}", {"mrr": mrr, "hits@1": mrr, "hits@3": 1.0, "hits@10": 1.0}, {}) for name in ROWS}
         for seed, mrr in values.items()
     }
     rows = summary(by_seed)
@@ -264,7 +264,15 @@ def test_comparison_is_written_and_tables_pass_it_over(
     values = {seed: metrics["mrr"] for seed, metrics in by_row[VARIANTS[0].row]["seeds"].items()}
     assert values == pytest.approx(first)
     assert by_row[VARIANTS[0].row]["mean"]["mrr"] == pytest.approx(sum(first.values()) / 2)
-    assert "±" in capsys.readouterr().out
+    differences = {(one["row"], one["minus"]): one for one in found["differences"]}
+    gained = differences[WITH.row, VARIANTS[0].row]
+    assert gained["runs"].keys() == {"0", "2"} and gained["queries"] == n
+    for row, minus in differences:
+        expected_gain = by_row[row]["mean"]["mrr"] - by_row[minus]["mean"]["mrr"]
+        assert differences[row, minus]["mean"] == pytest.approx(expected_gain)
+    assert gained["error"] > 0, "two queries are answered alike by both"
+    said = capsys.readouterr().out
+    assert "±" in said and f"{WITH.row} - {VARIANTS[0].row}" in said
     (tmp_path / "alone").mkdir()
     (out / "comparison.json").rename(tmp_path / "alone" / "comparison.json")
     assert collect([tmp_path / "alone"]) == ([], [])

@@ -15,17 +15,21 @@ import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from lora_training.score_answers import (
+    OWN,
     Weights,
     best_threshold,
+    by_task,
     classification_metrics,
     is_match,
     main,
     order_weights,
+    per_token,
     rank_of,
     ranking_metrics,
     read_answers,
     report,
     scored_lists,
+    worths,
 )
 from model.ranking import rank_scores
 from run_record import ROOT, InputError, read_json
@@ -80,7 +84,7 @@ def test_rules_of_the_rank() -> None:
     assert rank_of(answer(scores=[None, None, -3.0], truth=["b", "a"])) == 2
     assert rank_of(answer(scores=[-5.0, None, None], truth=["a"])) == 1
     assert rank_of(answer(scores=[-1.0, -1.0, -1.0])) == 2
-    assert rank_of(answer(scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3]), per_token=True) == 1
+    assert rank_of(per_token(answer(scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3]))) == 1
     assert rank_of(answer(scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3])) == 2
 
 
@@ -272,3 +276,46 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     script = ROOT / "lora_training" / "score_answers.py"
     ended = subprocess.run([sys.executable, script, "--answers", path], capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "no complete answer" in ended.stderr
+
+
+def test_against_other_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks 1, 2, 3 and two right judgements of two, against ranks 2, 2, 2 and one."""
+    lists = {1: [-2.0, -1.0, -3.0], 2: [-1.0, -2.0, -3.0], 3: [-1.0, -3.0, -2.0]}
+
+    def file(name: str, ranks: tuple[int, ...], margins: tuple[float, ...]) -> Path:
+        links = [answer(id=f"l-{i}", scores=lists[rank]) for i, rank in enumerate(ranks)]
+        return write(tmp_path / name, [*links, *(judged(i, "test", True, m) for i, m in enumerate(margins))])
+
+    ours, theirs = file("ours.jsonl", (1, 2, 3), (1.0, 2.0)), file("theirs.jsonl", (2, 2, 2), (1.0, -1.0))
+    main(["--answers", str(ours), "--against", str(theirs), str(ours), "--output", str(tmp_path / "m.json")])
+    said = capsys.readouterr().out
+    assert f"link_prediction test, minus {theirs}: +0.1111 (standard error" in said
+    written = read_json(tmp_path / "m.json", "metrics")["against"]
+    judgement, links = sorted(written[str(theirs)]["differences"], key=lambda line: -line["mean"])
+    worth = np.array([1 / 2, 0, 1 / 3 - 1 / 2])
+    assert links["mean"] == pytest.approx(worth.mean()) and links["queries"] == 3
+    assert links["error"] == pytest.approx(worth.std(ddof=1) / math.sqrt(3))
+    assert judgement["mean"] == 0.5 and judgement["task_type"] == "triple_classification"
+    assert [line["mean"] for line in written[str(ours)]["differences"]] == [0, 0]
+    fewer = file("fewer.jsonl", (1, 2), (1.0, 2.0))
+    with pytest.raises(InputError, match=r"link_prediction test: not the same queries: 1 are asked by one alone"):
+        main(["--answers", str(ours), "--against", str(fewer)])
+    other = write(tmp_path / "v.jsonl", [answer(split="validation")])
+    with pytest.raises(InputError, match="no task and split in common"):
+        main(["--answers", str(ours), "--against", str(other)])
+
+
+def test_what_is_compared_is_what_is_reported() -> None:
+    """The means of every task's worths are its metrics, lengths, weights and thresholds chosen on validation alike."""
+    unequal = answer(id="u", decode="predict", scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3])
+    links = [*predicted_validation(1.0, 2.0, 60), unequal, answer(id="w", decode="predict")]
+    judgements = [judged(i, split, i >= 4, float(i)) for i in range(9) for split in ("validation", "test")]
+    text = answer(task_type="codes_to_name", scores=None, candidates=None, text="b\na", expected="a\nb")
+    texts = [text, text | {"id": "y", "text": "c"}]
+    for made, metric in ((links, "mrr"), (judgements, "accuracy"), (texts, "exact_match")):
+        ((_, splits),) = by_task(made).items()
+        for split, rows in worths(splits).items():
+            metrics = report(made)[made[0]["task_type"]][split]
+            for row, worth in rows.items():
+                said = metrics[metric] if row == OWN else metrics[row][metric]
+                assert np.mean(list(worth.values())) == pytest.approx(said)
