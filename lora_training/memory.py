@@ -4,7 +4,8 @@
                  and one scale per 64, itself quantized), embedding and head in the compute type
     trained      LoRA pairs and rows that train: parameter, gradient and two Adam moments, all float32 (16 bytes); with
                  several processes one more gradient copy (DDP's buckets)
-    row copies   PEFT writes these rows into a copy of the embedding and of the head on every forward; its gradient
+    row copies   PEFT writes these rows into a copy of the embedding and of the head on every forward; its gradient; and
+                 what the rows were before
     activations  checkpointing: one [B, T, D] per layer, and one layer's inside while it is recomputed; else all of them
     logits       supervised positions alone: [N, V] in the compute type, in float32 and its gradient
 
@@ -157,7 +158,7 @@ def expected_memory(
     return Need(
         weights=weights,
         trained=state + copies,
-        row_copies=2.0 * shape.matrices * V * D * bytes_per_weight if rows else 0.0,
+        row_copies=(2.0 * shape.matrices * V * D + rows) * bytes_per_weight if rows else 0.0,
         activations=activations,
         logits=supervised * V * (bytes_per_weight + 8),
     )

@@ -92,6 +92,8 @@ def test_the_memory_table_is_computed() -> None:
     for name, how in ways.items():
         need = [expected_memory(shape, lora, rows, 4100, batch, 2048, 256, **how) for batch in (1, 4)]
         assert f"| {name} | {need[0].total / GIB:.1f} | {need[1].total / GIB:.1f} |" in TEXT
+    whole = expected_memory(shape, lora, row_parameters(shape, 36100), 4100, 1, 2048, 256)
+    assert f"`--train_rows all` takes {whole.total / GIB:.1f} on one GPU" in " ".join(TEXT.split())
 
 
 def test_the_parser_offers_every_decoder() -> None:
