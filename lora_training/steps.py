@@ -6,10 +6,13 @@ A step that ended well leaves a mark, ``NAME.json``, so that the same plan goes 
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +84,8 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> None:
             free = workers - len(running) if changed and not problems else 0
             for task in ready(waiting, running, free):
                 waiting.remove(task)
-                running.append(begin(task, to_file=workers > 1))
+                with signals_held():  # between its start and its place in the list, a process has nobody to end it
+                    running.append(begin(task, to_file=workers > 1))
             ended = [one for one in running if one.process.poll() is not None]
             running, changed = [one for one in running if one not in ended], bool(ended)
             for problem in filter(None, map(finish, ended)):
@@ -121,6 +125,24 @@ def ready(waiting: Sequence[Task], running: Sequence[Running], most: int) -> lis
             found.append(task)
         ahead.append(task.step)
     return found
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGTERM and Ctrl-C that come inside act at its end. Ignored ones stay ignored, in processes begun inside too."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, lambda given, frame: came.append(given))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for given in came:
+            signal.raise_signal(given)
 
 
 def begin(task: Task, to_file: bool) -> Running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_training.steps import Step, resumed, run_steps, run_tasks, seconds_of, tasks_of
+from lora_training.steps import Running, Step, Task, begin, resumed, run_steps, run_tasks, seconds_of, tasks_of
 from run_record import ROOT, InputError
 
 
@@ -31,12 +32,12 @@ def test_a_repeated_command_does_only_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="step b ended with exit code 3"):
         run_steps([step(tmp_path, "a"), step(tmp_path, "b", 3), step(tmp_path, "c")], done, "seed 0")
     assert not (tmp_path / "c").exists()
-    steps = [step(tmp_path, name) for name in "abc"]
+    again = [step(tmp_path, name) for name in "abc"]
     for _ in range(2):
-        run_steps(steps, done, "seed 0")
+        run_steps(again, done, "seed 0")
         assert runs(tmp_path, *"abc") == [1, 2, 1]
     (tmp_path / "c").unlink()
-    run_steps(steps, done, "seed 0")
+    run_steps(again, done, "seed 0")
     assert runs(tmp_path, *"abc") == [1, 2, 2], "what is gone is made again"
     assert seconds_of(done).keys() == set("abc")
 
@@ -106,6 +107,32 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < until, f"{path} did not come"
         time.sleep(0.02)
+
+
+def test_a_signal_at_the_start_of_a_step_ends_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held until the process has its place in the list: by it who ends is known."""
+    begun: list[Running] = []
+
+    def interrupted(task: Task, to_file: bool) -> Running:
+        begun.append(begin(task, to_file))
+        signal.raise_signal(signal.SIGTERM)
+        return begun[-1]
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr("lora_training.steps.begin", interrupted)
+    sleeping = Step("sleeps", ["-c", "import time; time.sleep(60)"], [tmp_path / "never"])
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped):
+            run_tasks(tasks_of([sleeping], tmp_path / "done", ""), workers=1)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert [one.process.returncode for one in begun] == [-signal.SIGTERM]
 
 
 def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
