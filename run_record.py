@@ -428,14 +428,14 @@ def find_device(name: str | None, flag: str = "--device") -> torch.device:
 
 
 def device_name(device: str | torch.device) -> str:
-    """``cpu (N threads)`` or the GPU's own name."""
+    """``cpu (N threads, AVX512)``, by what a recipe's time depends on most, or the GPU's own name."""
     import torch
 
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type} ({threads} thread{'s' * (threads > 1)})"
+    return f"{device.type} ({threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def peak_memory_mb(device: str | torch.device = "cpu") -> float:

@@ -168,6 +168,7 @@ def row(name: str, setting: Setting, record_path: Path) -> dict[str, Any]:
             **{key: metrics[key] for key in RANKING},
             "mrr_by_levels": record.get("valid_mrr_by_levels"),
             "minutes": number(record_path, "wall_seconds", record["wall_seconds"]) / 60,
+            "device": record["device"],
             "git_commit": record["git_commit"],
             "record": f"{record_path.parent.name}/{record_path.name}",
         }
