@@ -80,7 +80,7 @@ def test_entities_with_equal_codes_score_alike() -> None:
 
 
 def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
-    """run_rq.py on the bundled graph: files of SPEC's names and shapes, and the integers carry the graph."""
+    """run_rq.py on the bundled graph: files of the fixed names and shapes, and the integers carry the graph."""
     import run_rq
 
     with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,7 @@ class CodeFiles(NamedTuple):
 
 
 def code_stem(dataset: str, seq_len: int, num_code: int, num_quantizers: int, quantizer: str = "rq") -> str:
-    """SPEC's name of a codes file without its ending; VQ codes are named without the level count."""
+    """The name of a codes file without its ending; VQ codes are named without the level count."""
     if quantizer == "vq":
         return f"{dataset}_{seq_len}_{num_code}"
     return f"{dataset}_{seq_len}_{num_code}_{num_quantizers}_rq"

@@ -3,7 +3,7 @@
     python Class/gen_entity_data_rq.py                                        all four, with what stage 1 left
     python Class/gen_entity_data_rq.py --tasks knowledge_reasoning question_answering --no_codes
 
-entity_representation  name -> codes, codes -> name, codes -> description, both -> description (SPEC's example)
+entity_representation  name -> codes, codes -> name, codes -> description, both -> description
 knowledge_reasoning    predict a tail, complete a triple (head or relation), validate a triple: as many True as False
 code_understanding     which of two is nearer, levels shared at a position, a hidden code: computed from the codes
 question_answering     questions over one and two relations in words, answered by all that is known

@@ -45,7 +45,7 @@ CODES_FOLDER = ROOT / "codes_new"
 DEMO_FOLDER = ROOT / "demo_output"
 BUNDLED = ROOT / "data" / "family"
 OUT_FOLDER = ROOT / "lora_training" / "lora_data"
-FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # SPEC's file names
+FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # of the files
 FORMATS = ("json", "jsonl")
 STATS, LOCK = "dataset_stats.json", "dataset_stats.lock"
 PREDICTED = "tail_prediction"  # queries of link prediction without their lists
@@ -112,7 +112,7 @@ def codes_key(info: Mapping[str, Any]) -> tuple[str | None, bool, int]:
 
 
 def split_path(folder: str | Path, split: str, file_format: str = "json") -> Path:
-    """SPEC's file of a split: train, validation or test_tasks."""
+    """The file of a split: train, validation or test_tasks."""
     return Path(folder) / f"{FILE_STEMS[split]}.{file_format}"
 
 
@@ -259,7 +259,7 @@ def write_task(
 
 
 def fill_top(task_folder: Path, out_dir: Path) -> bool:
-    """Give SPEC's three files and dataset_stats.json the content of one task, by hard link where the disk allows it.
+    """Give the LoRA stage's files and dataset_stats.json the content of one task, by hard link where the disk can.
 
     A mix that build_mix.py wrote is left alone: then nothing is done and False is returned.
     """

@@ -91,7 +91,7 @@ def codes_to_description(code_text: str) -> str:
 
 
 def explain_codes(name: str, entity_text: str) -> str:
-    """SPEC's example: name and codes -> description."""
+    """Name and codes -> description."""
     return f"Explain the quantized representation of entity '{name}':\n{entity_text}"
 
 

@@ -174,7 +174,7 @@ def build_parser() -> CommandParser:
     group.add_argument("--metrics_out", type=Path, metavar="FILE.json", help="write the metrics there")
     group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
     group.add_argument("--predict", nargs=2, metavar=("HEAD", "RELATION"),
-                       help="print the top tails; ~RELATION asks for heads instead")  # fmt: skip
+                       help="print the top tails; '~RELATION', quoted, asks for heads instead")  # fmt: skip
     group.add_argument(
         "--export_candidates", type=Path, metavar="FILE", help="ranked candidates of --split: .json or .npz"
     )

@@ -297,10 +297,12 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         dataset = data_set["datasets"].get(task)
         if not dataset:
             raise refuse(path, "data.datasets", f"names no data set of {task}", "the one of its rows")
-        check_answers(path, task, splits, limit, known_counts(dataset, data))
+        test, sizes = splits.get("test", {}), known_counts(dataset, data)
+        check_answers(path, task, splits, limit, sizes)
         check_scored(path, task, splits, record.get("answers"))
-        test, setting = splits.get("test", {}), answer_setting(record, training, given, dataset, limit)
-        what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, "limited": bool(limit), **base}
+        cut = 0 if asked_all(task, test, sizes) else limit
+        setting = answer_setting(record, training, given, dataset, cut)
+        what = {"task": task, "dataset": dataset, "setting": setting, "codes": given, "limited": bool(cut), **base}
         rows.append(
             Row(variant="", metrics=numbers(test, names), valid=numbers(splits.get("validation"), names), **what)
         )
@@ -333,6 +335,15 @@ def answer_setting(record: Record, training: Record | None, given: str, dataset:
     words += [f"decode {decode}"] if decode != "score" else []
     words += [f"{limit:,} test rows at most"] if limit else []
     return ", ".join(words)
+
+
+def asked_all(task: str, test: Record, sizes: dict[str, int]) -> bool:
+    """Whether the test split was answered as a whole, whatever --limit would have cut."""
+    if task == LINKS:
+        return "test" in sizes and test.get("count") == 2 * sizes["test"]
+    if "test negatives" in sizes:
+        return bool(test.get("count") == sizes["test"] + sizes["test negatives"])
+    return "test" in sizes and test.get("positives") == sizes["test"]  # sampled negatives, one or more for each
 
 
 def check_answers(path: Path, task: str, splits: Record, limit: int, sizes: dict[str, int]) -> None:

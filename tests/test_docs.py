@@ -15,7 +15,7 @@ from tables.levels import level_lines, with_levels
 from tests.pages import check_command, indented, page_commands, read_page
 
 PAGES = ("README.md", "README.zh.md", "docs/MIGRATION.md", "docs/ARCHITECTURE.md", "docs/ROBUSTNESS.md",
-         "data/README.md", "CONTRIBUTING.md")  # fmt: skip
+         "data/README.md", "benchmarks/README.md", "CONTRIBUTING.md")  # fmt: skip
 ROOMS = ("Class", "benchmarks", "data", "lora_training", "model", "tables")
 README, CHINESE = read_page("README.md"), read_page("README.zh.md")
 COMMANDS = sorted({(page, command) for page in PAGES for command in page_commands(read_page(page))})

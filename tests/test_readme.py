@@ -14,7 +14,9 @@ import pytest
 from lora_training.memory import GIB, expected_memory, lora_parameters, model_shape, row_parameters
 from model.decoders import DECODERS
 from model.flags import build_parser
+from model.trainer import TrainSettings
 from run_record import ROOT, read_json
+from run_rq import parse_args
 from tests.pages import page_commands, read_page
 
 TEXT = read_page("README.md").replace("\\\n", " ")
@@ -68,12 +70,17 @@ def test_the_readme_begins_with_make() -> None:
 def test_figures_are_the_records() -> None:
     rows = [line.strip("| ").split(" | ") for line in TEXT.splitlines() if "`tables/records/" in line and "|" in line]
     assert len(rows) >= 2
-    for _, codes, mrr, hits1, hits10, shuffled, effort, path in rows:
+    for _, codes, mrr, hits1, hits10, shuffled, effort, recipe, path in rows:
         record = read_json(ROOT / path.strip("` "), "record")
         test = record["test"]
         figures = [test["mrr"], test["hits@1"], test["hits@10"], record["test_shuffled_codes"]["mrr"]]
         assert [f"{float(cell):.3f}" for cell in (mrr, hits1, hits10, shuffled)] == [f"{x:.3f}" for x in figures]
         assert codes == f"{record['shape'][1]} x {record['shape'][2]} of {record['args']['num_code']:,}"
+        if recipe.endswith(".txt`"):
+            flags = vars(parse_args(["--config", str(ROOT / "configs" / recipe.strip("`"))]))
+            differing = {key for key in TrainSettings.__dataclass_fields__.keys() & record["args"].keys()
+                         if record["args"][key] != flags[key]}  # fmt: skip
+            assert differing <= {"seed", "max_minutes"}, f"{path} is not a run of {recipe}: {differing}"
         assert effort == f"{record['epochs']} in {record['wall_seconds'] / 60:.0f}"
 
 

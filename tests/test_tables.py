@@ -453,8 +453,13 @@ def test_a_limited_run_says_so(tmp_path: Path, ring: Path) -> None:
     chain = Chain(tmp_path)
     chain.record["args"]["limit"] = 30
     write_json(chain.record, chain.path)
+    assert not any(row.limited or "at most" in row.setting for row in read_chain(chain, ring)), "24 are all there are"
+    chain.record["args"]["limit"] = 20
+    chain.record["answers"] = answers(np.random.default_rng(0), 20, "test")
+    chain.record["metrics"] = report(chain.record["answers"])
+    write_json(chain.record, chain.path)
     rows = read_chain(chain, ring)
-    assert all(row.setting.endswith("30 test rows at most") and row.limited for row in rows)
+    assert all(row.setting.endswith("20 test rows at most") and row.limited for row in rows)
     tables = make_tables.make_tables([3, 4], [chain.path], ring.parent)
     found = [line for table in tables if table.title.endswith("on ring") for line in table.lines]
     assert len(found) == 4 and not any(line.competes for line in found), "other queries than the full runs'"
