@@ -398,6 +398,16 @@ def git_commit() -> str | None:
         return None
 
 
+def by_name(given: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The files of ``given`` (role -> file) by their names, as records name inputs; those of one name by role too, but
+    for the role "", which is its name alone."""
+    names = [path.name for path in given.values() if path]
+    return {
+        path.name if names.count(path.name) == 1 or not role else f"{role}: {path.name}": path
+        for role, path in given.items() if path
+    }  # fmt: skip
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, the platform and the recorded packages that are installed (none is imported for it)."""
     found = {"python": platform.python_version(), "platform": platform.platform()}

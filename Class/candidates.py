@@ -142,7 +142,8 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
     """The lists of one or several files (of different splits or folds), checked against ``kg``.
 
     ``info`` is that of the first file, with ``files``: the names of all. Raises InputError with file and row: unknown
-    name or id, ids of another data set, repeated candidate, rising scores, rank below 1, a query that comes twice.
+    name or id, ids of another data set, repeated candidate, rising scores, rank below 1, a query of two
+    lists (the same list twice counts once).
     """
     parts = [_read(check_ending(path), kg) for path in paths]
     C = max(part.ids.shape[1] for part in parts)
@@ -160,13 +161,17 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
         np.concatenate([part.held_out for part in parts]),
         parts[0].info | {"files": [Path(path).name for path in paths]},
     )
-    keys = np.sort(_keys(merged.queries, merged.truth, kg))
-    twice = int((keys[1:] == keys[:-1]).sum())
-    if twice:
+    # a triple that a data set repeats has its list as often
+    _, first, place = np.unique(_keys(merged.queries, merged.truth, kg), return_index=True, return_inverse=True)
+    other = (merged.ids != merged.ids[first[place]]).any(axis=1)
+    if other.any():
         raise InputError(
-            f"--candidates {' '.join(map(str, paths))}: {twice} queries have two lists; give each one once"
+            f"--candidates {' '.join(map(str, paths))}: {int(other.sum())} queries have two lists; give each one once"
         )
-    return merged
+    first.sort()
+    queries, truth, ids, scores, rank, held_out, info = merged
+    kept = None if scores is None else scores[first]
+    return Candidates(queries[first], truth[first], ids[first], kept, rank[first], held_out[first], info)
 
 
 def _read(path: Path, kg: KnowledgeGraph) -> Candidates:

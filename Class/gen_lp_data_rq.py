@@ -191,6 +191,11 @@ class Plan(NamedTuple):
     drop_unlisted: bool
 
 
+def _named(h: int, r: int, t: int, R: int) -> tuple[int, int, int]:
+    """A query's triple in its relation's own direction."""
+    return (h, r, t) if r < R else (t, r - R, h)
+
+
 def rows_of(
     source: Source, candidates: Candidates, plan: Plan, answers: dict[str, Answers], num_candidates: int, seed: int,
     count: Count,
@@ -212,10 +217,14 @@ def rows_of(
             if plan.drop_unlisted and t not in ranked:
                 count.dropped += 1
                 continue
+            if not ranked:
+                raise InputError(
+                    f"--candidates: no candidate is left for the query {source.raw_triple(*_named(h, r, t, R))} of "
+                    f"{plan.split} once other right answers are out of its list; give longer lists"
+                )
             shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
             best = [t, *(entity for entity in ranked if entity != t)][:ANSWERS]
             direction = "tail" if r < R else "head"
-            triple = (h, r, t) if r < R else (t, r - R, h)
             yield make_row(
                 link_prediction(
                     source.shown[h], relation_text(source.relations[r % R], direction), source.entity_texts[h],
@@ -225,7 +234,7 @@ def rows_of(
                 id=f"{TASK}-{plan.split}-{count.queries - 1}",
                 task_type=TASK,
                 split=plan.split,
-                triple=source.raw_triple(*triple),
+                triple=source.raw_triple(*_named(h, r, t, R)),
                 direction=direction,
                 candidates=[kg.entities[entity] for entity in shown],
                 truth=[kg.entities[entity] for entity in [t, *also_right]],

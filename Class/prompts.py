@@ -50,7 +50,7 @@ def link_prediction(head: str, relation: str, head_text: str, candidate_texts: S
 
 def read_query(instruction: str) -> str | None:
     """What a prompt of ``link_prediction`` asks, "head relation", the head with its codes where there are any; None for
-    any other text."""
+    a text without a list."""
     top, found, _ = instruction.partition("Candidates:\n")
     lines = top.split("\n")
     if not found or len(lines) < 3:

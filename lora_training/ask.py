@@ -38,6 +38,7 @@ from lora_training.inference import (
     add_model_flags,
     candidate_lines,
     check_model,
+    check_window,
     load_model,
     open_codes,
     smaller,
@@ -159,7 +160,7 @@ class Asker:
         if not len(rows):
             return None
         ids = self.candidates.ids[rows[0]]
-        return ids[ids >= 0][:LISTED].tolist()
+        return ids[ids >= 0][:LISTED].tolist() or None
 
     def _listing(self, query: Query, listed: Sequence[int]) -> str:
         """The prompt of link prediction."""
@@ -295,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.base_model is None and args.lora_adapter is None and ADAPTER.is_dir():
         args.lora_adapter = ADAPTER
     reader = check_model(args.base_model, args.lora_adapter)
+    check_window(reader, "score")
     source = open_source_of(reader, args)
     candidates = read_candidates(args.candidates, source.kg) if args.candidates else None
     if args.head is not None:  # names are looked up before the weights are loaded

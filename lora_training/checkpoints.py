@@ -50,15 +50,15 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     return plan | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
-def check_plan(args: argparse.Namespace) -> None:
-    """InputError where a resumed run differs from the one that wrote the checkpoints."""
-    file = args.output_dir / CHECKPOINTS / PLAN
-    before, now = read_json(file, "plan"), run_plan(args)
+def check_plan(args: argparse.Namespace, checkpoint: Path) -> None:
+    """InputError where a resumed run differs from the one that wrote ``checkpoint``."""
+    folder = checkpoint.parent
+    before, now = read_json(folder / PLAN, "plan"), run_plan(args)
     before = {"train_rows": "code"} | (before if isinstance(before, dict) else {})  # plans of before have no such entry
     differing = [f"{key} {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
     if differing:
         raise InputError(
-            f"cannot go on from {args.output_dir / CHECKPOINTS}: {'; '.join(differing)}; give the same flags, or "
+            f"cannot go on from {folder}: {'; '.join(differing)}; give the same flags, or "
             "--overwrite in place of --resume_from_checkpoint"
         )
 

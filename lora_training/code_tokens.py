@@ -196,9 +196,7 @@ def usable(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_base(
-    name: str, dtype: torch.dtype, quantization: Any = None, device_map: Any = None, attention: str = "sdpa"
-) -> PreTrainedModel:
+def load_base(name: str, dtype: torch.dtype, quantization: Any = None, device_map: Any = None) -> PreTrainedModel:
     """AutoModelForCausalLM of a hub id or folder in ``dtype``; never runs code that comes with the weights."""
     load_config(name)
     from transformers import AutoModelForCausalLM
@@ -208,7 +206,7 @@ def load_base(
     model: PreTrainedModel
     try:
         model, found = loader.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, low_cpu_mem_usage=True, trust_remote_code=False,
+            name, dtype=dtype, attn_implementation="sdpa", low_cpu_mem_usage=True, trust_remote_code=False,
             output_loading_info=True, **more,
         )  # fmt: skip
     except Exception as error:
@@ -438,12 +436,10 @@ def check_base(saved: Saved, base_model: str) -> None:
         )
 
 
-def load_adapted(
-    saved: Saved, base_model: str, dtype: torch.dtype, quantization: Any = None, device_map: Any = None
-) -> PeftModel:
+def load_adapted(saved: Saved, base_model: str, dtype: torch.dtype) -> PeftModel:
     """The base model, grown to the adapter's tokenizer, with the adapter on it (see merge_adapter.py for speed)."""
     check_base(saved, base_model)
-    model = load_base(base_model, dtype, quantization, device_map)
+    model = load_base(base_model, dtype)
     resize_model(model, saved.tokenizer, seed=0)  # whatever is drawn, the adapter brings all new rows
     return put_adapter(model, saved.folder).eval()
 

@@ -143,10 +143,11 @@ RESULTS = "inference_results.json"
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
-    """``{"lr": 0.1, "on": True}`` -> ``["--lr", "0.1", "--on"]``."""
+    """``{"lr": 0.1, "on": True, "off": False}`` -> ``["--lr", "0.1", "--on"]``."""
     return [
         word
         for name, value in values.items()
+        if value is not False
         for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
 
@@ -173,7 +174,8 @@ class Places(NamedTuple):
 
 def stem_of(dataset: str, sizes: Mapping[str, Any]) -> str:
     """The name of stage 1's files."""
-    return code_stem(dataset, sizes["seq_len"], sizes["num_code"], sizes["num_quantizers"])
+    levels, quantizer = sizes.get("num_quantizers", 1), sizes.get("quantizer", "rq")
+    return code_stem(dataset, sizes["seq_len"], sizes["num_code"], levels, quantizer)
 
 
 def stage1_steps(
@@ -298,8 +300,10 @@ def rescored(answers: Sequence[Answer], rows: Mapping[str, Row], lists: Path, kg
     """
     found = read_candidates([lists], kg)
     at = find_rows(found, queries_of((rows[answer["id"]] for answer in answers), kg), kg)
-    if found.scores is None or (at < 0).any():
-        raise InputError(f"candidates file {lists} has no scores for {int((at < 0).sum())} of the queries")
+    if found.scores is None:
+        raise InputError(f"candidates file {lists} has no scores; write it anew: run_rq.py --export_candidates")
+    if (at < 0).any():
+        raise InputError(f"candidates file {lists} has no list for {int((at < 0).sum())} of the queries")
     made = []
     for answer, place in zip(answers, at.tolist(), strict=True):
         ids, scores = found.ids[place], found.scores[place]
@@ -343,12 +347,14 @@ def seed_rows(
     for variant in VARIANTS:
         if queries[variant] != queries[WITH]:
             raise InputError(
-                f"{places.results(variant)} answers other queries than {places.results(WITH)}; remove {places.marks} "
-                "and repeat the command"
+                f"{places.results(variant)} answers other queries than {places.results(WITH)}; remove "
+                f"{places.results(variant).parent} and {places.results(WITH).parent}, and repeat the command"
             )
     splits = {split: existing_split(places.rows(WITH), split) for split in ("validation", "test")}
     if splits["test"] is None:
-        raise InputError(f"{places.rows(WITH)} holds no test rows; remove {places.marks} and repeat the command")
+        raise InputError(
+            f"{places.rows(WITH)} holds no test rows; remove {places.root / WITH.name} and repeat the command"
+        )
     count, with_codes = len(queries[WITH]), places.results(WITH)
     with content_of(splits["test"], "file of the answered rows", REPEATED):
         answered = list(itertools.islice(read_rows(splits["test"]), count))
@@ -371,6 +377,11 @@ def seed_rows(
             coded += rescored([one for one in answers if one["split"] == split], by_id, places.candidates(lists), kg)
     tests[CODES_ALONE] = (coded_record, *scored_test(coded))
     for name, (path, own, by_row) in tests.items():
+        if WITH_ORDER not in own:
+            raise InputError(
+                f"{path}: no validation list holds its truth, so scores and the lists' order have no weights; "
+                "give more num_candidates, or a larger valid split"
+            )
         with content_of(path, "record", REPEATED):
             rows[name] = (path, own, by_row[OWN])
             rows[ORDERED.format(name)] = (path, own[WITH_ORDER], by_row[WITH_ORDER])

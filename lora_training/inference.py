@@ -44,6 +44,7 @@ from Class.instructions import Row, Source, existing_split, open_source, read_ro
 from Class.prompts import FALSE, TRUE, numbered, prediction, read_query
 from lora_training.code_tokens import (
     RECORD,
+    WEIGHTS,
     Saved,
     check_base,
     check_model_name,
@@ -61,6 +62,7 @@ from lora_training.score_answers import Answer, is_judgement, is_ranking, print_
 from run_record import (
     CommandParser,
     InputError,
+    by_name,
     find_device,
     make_record,
     only_run,
@@ -194,7 +196,7 @@ class Reader(NamedTuple):
         """What tells this model from another: hashes of the record and, for an adapter, of the weights."""
         found = {"base_model": self.base_model}
         if self.saved:
-            files = [RECORD] if self.merged else [RECORD, "adapter_model.safetensors"]
+            files = [RECORD] if self.merged else [RECORD, WEIGHTS]
             found |= {name: sha256_file(self.saved.folder / name) for name in files}
         return found
 
@@ -204,8 +206,6 @@ def check_model(base_model: str | None, lora_adapter: Path | None) -> Reader:
     if lora_adapter is not None:
         saved = read_saved(lora_adapter)
         base_model = base_model or saved.base
-        if not (lora_adapter / "adapter_model.safetensors").is_file():
-            raise InputError(f"--lora_adapter {lora_adapter} has no adapter_model.safetensors; train it: train_lora.py")
         check_base(saved, base_model)
         return Reader(base_model, saved, False, saved.tokenizer)
     if base_model is None:
@@ -325,7 +325,8 @@ def make_answer(row: Row, decode: str, **found: Any) -> Answer:
     return {
         "id": row["id"], "task_type": row["task_type"], "split": row["split"], "direction": row.get("direction"),
         "decode": decode, "candidates": row.get("candidates"), "scores": None, "tokens": None, "truth": row["truth"],
-        "candidate_rank": row.get("candidate_rank"), "text": "", "expected": row["output"], "parsed": True, **found,
+        "triple": row.get("triple"), "candidate_rank": row.get("candidate_rank"), "text": "", "expected": row["output"],
+        "parsed": True, **found,
     }  # fmt: skip
 
 
@@ -537,8 +538,20 @@ def survey(parts: Sequence[Part], with_codes: bool, decode: str) -> Survey:
     return Survey(count, list(longest.values()))
 
 
+def check_window(reader: Reader, decode: str) -> None:
+    """InputError where answers are to be scored behind a prompt that the model's sliding window forgets."""
+    from transformers import DynamicCache
+
+    if decode != "free" and any(DynamicCache(config=load_config(reader.base_model)).is_sliding):
+        raise InputError(
+            f"{reader.base_model} has a sliding window, so candidates cannot share a prompt: give --decode free, or "
+            "another model"
+        )
+
+
 def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
     """InputError where the longest prompt and its answer do not fit the model; nothing is cut."""
+    check_window(reader, settings.decode)
     limit = getattr(load_config(reader.base_model).get_text_config(), "max_position_embeddings", None)
     for row in found.longest:
         kind = kind_of(row, settings.decode)
@@ -702,7 +715,8 @@ def answer_rows(args: argparse.Namespace) -> None:
         )
     check_lengths(found, reader, settings)
     device = find_device(args.device)
-    hashes = {part.path.name: sha256_file(part.path) for part in parts}
+    named = by_name({"validation" if part.needed else "": part.path for part in parts})
+    hashes = {name: sha256_file(file) for name, file in named.items()}
     path = answers_path(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     plan = {
@@ -713,6 +727,7 @@ def answer_rows(args: argparse.Namespace) -> None:
     if args.decode == "constrained_all":
         everything = open_everything(info, args.codes, args.dataset, reader.tokenizer)
         check_names(everything, parts, with_codes)
+        plan["graph"] = everything.source.kg.input_hashes
     done = resume(path, plan, args.overwrite)
     print(
         f"{found.rows:,} rows to answer, {len(done):,} of them answered before; loading {reader.base_model} on {device}"

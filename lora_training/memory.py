@@ -80,12 +80,18 @@ class Need(NamedTuple):
 
 
 def model_shape(config: PretrainedConfig) -> Shape:
-    """The sizes of ``config``'s model, built without memory."""
+    """The sizes of ``config``'s model, built without memory. InputError where it is no causal language model."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"a {config.model_type} model cannot be built as a causal language model (AutoModelForCausalLM): "
+            f"{str(error).splitlines()[0][:100]}"
+        ) from error
     head = model.get_output_embeddings()
     sizes = tuple(
         (name, module.in_features, module.out_features)

@@ -43,6 +43,7 @@ Differences = dict[str, dict[str, dict[str, Difference]]]  # by task type, split
 HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
+LARGEST = sys.float_info.max  # JSON may hold whole numbers beyond it
 JUDGEMENTS = ("triple_classification", "validate_triple")  # an entity of another task may be named True
 OWN, WITH_ORDER = "own", "with_order"  # ranks by an answer's scores, and by scores and places together
 SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
@@ -106,7 +107,10 @@ def _wrong_field(answer: Answer) -> str | None:
         return isinstance(value, list) and len(value) >= least and all(isinstance(name, str) for name in value)
 
     def numbers(value: Any, *others: type) -> bool:
-        return isinstance(value, list) and all(type(item) in (int, float, *others) for item in value)
+        def number(item: Any) -> bool:
+            return type(item) in (int, float) and abs(item) <= LARGEST
+
+        return isinstance(value, list) and all(number(item) or type(item) in others for item in value)
 
     candidates, scores, tokens, rank = (answer[key] for key in ("candidates", "scores", "tokens", "candidate_rank"))
     size = len(candidates) if names(candidates) else -1
@@ -118,7 +122,8 @@ def _wrong_field(answer: Answer) -> str | None:
         "candidates": candidates is None or size >= 0,
         "scores": scores is None or (numbers(scores, type(None)) and len(scores) == size),
         "tokens": tokens is None or (numbers(tokens) and len(tokens) == size and all(n > 0 for n in tokens)),
-        "candidate_rank": rank is None or (type(rank) in (int, float) and rank >= 1),
+        "candidate_rank": rank is None or (numbers([rank]) and rank >= 1),
+        "triple": answer.get("triple") is None or (names(answer["triple"]) and len(answer["triple"]) == 3),
     }
     if good["truth"] and is_ranking(answer):
         good["candidates"], good["scores"] = size >= 0, good["scores"] and (scores is not None or not answer["parsed"])
@@ -463,8 +468,9 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
 
 
 def query_of(answer: Answer) -> str:
-    """What tells queries apart: ids count rows, so those of another cut of valid bear the same ids."""
-    return f"{answer['id']} ({answer['truth'][0]})"
+    """What tells queries apart: ids count rows, so those of another cut of valid or of other negatives are the same."""
+    what = answer.get("triple") if is_judgement(answer) else None  # answers of before have no triple
+    return f"{answer['id']} ({', '.join(what or answer['truth'][:1])})"
 
 
 def worths(splits: Splits) -> dict[str, dict[str, dict[str, float]]]:

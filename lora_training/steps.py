@@ -84,8 +84,9 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> None:
             free = workers - len(running) if changed and not problems else 0
             for task in ready(waiting, running, free):
                 waiting.remove(task)
-                with signals_held():  # between its start and its place in the list, a process has nobody to end it
-                    running.append(begin(task, to_file=workers > 1))
+                with signals_held() as came:  # between its start and its place here, a process has nobody to end it
+                    if not came:
+                        running.append(begin(task, to_file=workers > 1))
             ended = [one for one in running if one.process.poll() is not None]
             running, changed = [one for one in running if one not in ended], bool(ended)
             for problem in filter(None, map(finish, ended)):
@@ -128,8 +129,9 @@ def ready(waiting: Sequence[Task], running: Sequence[Running], most: int) -> lis
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """SIGTERM and Ctrl-C that come inside act at its end. Ignored ones stay ignored, in processes begun inside too."""
+def signals_held() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C that come inside act at its end; yields those that have come. Ignored ones stay ignored, in
+    processes begun inside too."""
     came: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -137,7 +139,7 @@ def signals_held() -> Iterator[None]:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, lambda given, frame: came.append(given))
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

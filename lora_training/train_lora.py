@@ -52,6 +52,7 @@ from lora_training.code_tokens import (
     CodeShape,
     add_code_tokens,
     code_shape,
+    is_codes_info,
     load_base,
     load_config,
     load_tokenizer,
@@ -79,6 +80,7 @@ from lora_training.token_rows import ByLength, Collate, TokenRows
 from run_record import (
     CommandParser,
     InputError,
+    by_name,
     is_disk_full,
     make_record,
     memory_wanted,
@@ -506,6 +508,17 @@ def first_codebooks(args: argparse.Namespace, shape: CodeShape | None, is_new: b
     return read_codebooks(args.code_init, shape)
 
 
+def check_report_to(name: str) -> None:
+    """InputError for a logger that transformers does not know, or whose package is not there."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks([name] if name not in ("all", "none") else []):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--report_to {name}: {' '.join(str(error).split())[:200]}; or leave it out") from error
+
+
 def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     """Every check that needs no weights, and the tokens of all rows."""
     for flag, path in (("--train_data", args.train_data), ("--val_data", args.val_data)):
@@ -516,11 +529,16 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
         codes, read_codes_info(args.val_data), f"--train_data {args.train_data}", f"--val_data {args.val_data}"
     )
     before = Path(args.model_name) / RECORD
-    if before.is_file() and "codes" in (known := read_json(before, "record")):  # a merged model, tuned once more
+    if before.is_file():  # a merged model, tuned once more
+        known = read_json(before, "record")
+        if not isinstance(known, dict) or not is_codes_info(known.get("codes", {"file": None})):
+            raise InputError(f"{before} does not say which codes {args.model_name} knows; merge it anew")
+    if before.is_file() and "codes" in known:
         refuse_other_codes(known["codes"], codes, f"--model_name {args.model_name}", f"--train_data {args.train_data}")
+    check_report_to(args.report_to)
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
-        check_plan(args)
+        check_plan(args, checkpoint)
         check_checkpoint(checkpoint)
     shape = code_shape(codes)
     config = load_config(args.model_name)
@@ -547,11 +565,13 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     )
     longest, answer = int(train.lengths.max()), int(train.answers.max())
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest > context:
-        raise InputError(
-            f"{args.train_data} has a row of {longest} tokens, {args.model_name} reads {context}; leave such rows out: "
-            f"--max_length {context} --skip_long"
-        )
+    for path, rows_of_file in ((args.train_data, train), (args.val_data, validation)):
+        most = int(rows_of_file.lengths.max(initial=0))
+        if most > context:
+            raise InputError(
+                f"{path} has a row of {most} tokens, {args.model_name} reads {context}; leave such rows out: "
+                f"--max_length {context} --skip_long"
+            )
     added = max(0, len(tokenizer) - model.vocabulary)
 
     def need(batch: int) -> float:
@@ -745,12 +765,8 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files that a run reads beside its base; two of one name are told apart by their flag."""
-    given = {"train": args.train_data, "validation": args.val_data, "code_init": args.code_init}
-    names = [path.name for path in given.values() if path]
-    return {
-        path.name if names.count(path.name) == 1 else f"{key}: {path.name}": path for key, path in given.items() if path
-    }
+    """The files that a run reads beside its base."""
+    return by_name({"train": args.train_data, "validation": args.val_data, "code_init": args.code_init})
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:

@@ -132,6 +132,8 @@ def test_candidates_are_asked_as_in_link_prediction(
         source.shown[query.head], relation, source.entity_texts[query.head], listed, True)}  # fmt: skip
     lines = [f"1. {source.code_texts[answer.entity]}" for answer in found]
     assert np.allclose(likelihoods(asker.model, asker.tokenizer, row, lines), [a.score for a in found], atol=1e-3)
+    empty = lists._replace(ids=np.full_like(lists.ids, -1))
+    assert "searched" in Asker(asker.model, asker.tokenizer, asker.source, empty, asker.beams).query(query)[0]
     everyone = set(range(world.kg.num_entities)) - set(lists.queries[:, 0].tolist())
     assert "searched" in with_lists.query(Query(everyone.pop(), 0))[0]
 

@@ -109,8 +109,11 @@ def test_files_come_back_as_they_went(tmp_path: Path, little: KnowledgeGraph, en
         assert same(found, part) and found.info["model"] == "mine" and found.info["split"] == path.stem
     both = read_candidates(paths, little)
     assert len(both.ids) == 4 and np.array_equal(both.rank, np.concatenate([part.rank for part in lists]))
+    assert same(read_candidates([paths[0], paths[0]], little), lists[0]), "a triple that is there twice"
+    swapped = lists[0]._replace(ids=lists[0].ids[:, [1, 0, 2]], scores=None)
+    write_candidates(tmp_path / f"other.{ending}", swapped, little)
     with pytest.raises(InputError, match="2 queries have two lists"):
-        read_candidates([paths[0], paths[0]], little)
+        read_candidates([paths[0], tmp_path / f"other.{ending}"], little)
 
 
 def test_names_and_ids_mean_the_same(tmp_path: Path, little: KnowledgeGraph) -> None:

@@ -150,6 +150,17 @@ def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> N
         seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json", tmp_path / "y.json")
 
 
+def test_no_weights_without_a_truth_in_validation(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    fill(ring_kg, places)
+    for variant in VARIANTS:
+        record = read_json(places.results(variant), "record")
+        unlisted = [one | {"truth": ["nobody"]} if one["split"] == "validation" else one for one in record["answers"]]
+        write_json({"answers": unlisted, "metrics": report(unlisted)}, places.results(variant))
+    with pytest.raises(InputError, match="no validation list holds its truth"):
+        seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json", tmp_path / "y.json")
+
+
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
     values = {0: 0.5, 1: 0.7, 4: 0.9}
     by_seed = {
@@ -284,6 +295,8 @@ def test_a_recipe_file_replaces_single_flags(tmp_path: Path) -> None:
     write_json({"tuning": {"epochs": 2}}, tmp_path / "r.json")
     recipe = read_recipe(tmp_path / "r.json", quick=False)
     assert recipe["tuning"] == RECIPE["tuning"] | {"epochs": 2} and recipe["base"] == RECIPE["base"]
+    assert compare_llm.flags({"lr": 0.1, "on": True, "off": False}) == ["--lr", "0.1", "--on"]
+    assert compare_llm.stem_of("ring", {"seq_len": 2, "num_code": 8, "quantizer": "vq"}) == "ring_2_8"
     write_json({"third": {}}, tmp_path / "r.json")
     with pytest.raises(InputError, match="part 'third'"):
         read_recipe(tmp_path / "r.json", quick=False)

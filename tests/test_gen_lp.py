@@ -249,6 +249,23 @@ def test_lists_of_another_model(tmp_path: Path, family: KnowledgeGraph, codes: P
     assert unknown == stats["candidate_rank_unknown"] > 800 and stats["candidate_model"]["mrr"] < 0.05
 
 
+def test_lists_that_hold_nothing_but_known_answers_are_refused(
+    tmp_path: Path, family: KnowledgeGraph, codes: Path
+) -> None:
+    """A list by query alone, of the tails that training knows: nothing is left to choose from."""
+    known: dict[tuple[int, int], list[int]] = {}
+    for h, r, t in with_inverse(family.train, 16).tolist():
+        known.setdefault((h, r), []).append(t)
+    rows = [
+        {"query": [h, r % 16], "direction": "tail" if r < 16 else "head", "candidates": known.get((h, r), [0])[:3]}
+        for h, r in np.unique(with_inverse(np.concatenate([family.valid, family.test]), 16)[:, :2], axis=0).tolist()
+    ]
+    (tmp_path / "known.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(InputError, match=r"no candidate is left for the query \[.*longer lists"):
+        generate(tmp_path / "out", "--codes", codes, "--candidates", tmp_path / "known.json")
+    assert not list((tmp_path / "out").rglob("dataset_stats.json")), "what is unfinished is not taken for data"
+
+
 # ---------------------------------------------------------------- leaks
 
 

@@ -58,6 +58,18 @@ class World(NamedTuple):
     named_adapter: Path
 
 
+def test_a_sliding_window_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, MistralConfig
+
+    for name, config in (("window", MistralConfig(sliding_window=8)), ("plain", LlamaConfig())):
+        config.save_pretrained(str(tmp_path / name))
+    window, plain = (inference.Reader(str(tmp_path / name), None, False, None) for name in ("window", "plain"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="has a sliding window, .* give --decode free"):
+        inference.check_window(window, "score")
+    inference.check_window(window, "free")
+    inference.check_window(plain, "score")
+
+
 def save_adapter(base: Path, data: Path, folder: Path) -> Path:
     """An untrained adapter whose B and new rows are drawn, so that it changes every logit."""
     from peft import LoraConfig, get_peft_model

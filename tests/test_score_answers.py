@@ -255,6 +255,8 @@ def test_a_torn_last_line_is_left_out_and_other_faults_are_named(tmp_path: Path)
     for lines, message in (
         ([*whole, whole[1]], "4: 1 of test is answered twice"),
         ([whole[0], {"id": "1"}], "2: an answer lacks task_type"),
+        ([whole[0] | {"scores": [10**400, 1, 2]}], "1: scores does not fit"),
+        ([whole[0] | {"triple": ["a", "b"]}], "1: triple does not fit"),
     ):
         with pytest.raises(InputError, match=message):
             read_answers(write(path, lines))
@@ -297,6 +299,10 @@ def test_against_other_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert links["error"] == pytest.approx(worth.std(ddof=1) / math.sqrt(3))
     assert judgement["mean"] == 0.5 and judgement["task_type"] == "triple_classification"
     assert [line["mean"] for line in written[str(ours)]["differences"]] == [0, 0]
+    ours_of = [one | {"triple": ["a", "r", f"b{i}"]} for i, one in enumerate(read_answers(ours).answers)]
+    negatives = write(tmp_path / "negatives.jsonl", [one | {"triple": ["a", "r", "c"]} for one in ours_of])
+    with pytest.raises(InputError, match="triple_classification test: not the same queries"):
+        main(["--answers", str(write(tmp_path / "with.jsonl", ours_of)), "--against", str(negatives)])
     fewer = file("fewer.jsonl", (1, 2), (1.0, 2.0))
     with pytest.raises(InputError, match=r"link_prediction test: not the same queries: 1 are asked by one alone"):
         main(["--answers", str(ours), "--against", str(fewer)])

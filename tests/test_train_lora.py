@@ -268,15 +268,19 @@ def test_interrupted_and_resumed_is_bit_identical(
         with pytest.raises(KeyboardInterrupt):
             train_lora.main(words(base, data, tmp_path))
     assert not (tmp_path / "lora_adapters").exists()
+    elsewhere = {"resume_from_checkpoint": tmp_path / "checkpoints" / "checkpoint-4"}
+    with pytest.raises(InputError, match=r"cannot go on from .*: learning_rate 0.01 before, 0.02 now"):
+        train_lora.main(words(base, data, tmp_path / "other", **elsewhere, learning_rate=0.02))
+    train_lora.main(words(base, data, tmp_path / "other", **elsewhere))
     with pytest.raises(InputError, match="unfinished run; go on with --resume_from_checkpoint last"):
         train_lora.main(words(base, data, tmp_path))
     with pytest.raises(InputError, match=r"cannot go on from .*: learning_rate 0.01 before, 0.02 now"):
         train_lora.main(words(base, data, tmp_path, resume_from_checkpoint="last", learning_rate=0.02))
     train_lora.main(words(base, data, tmp_path, resume_from_checkpoint="last"))
-    expected, found = adapter(trained), adapter(tmp_path)
+    expected, found, other = adapter(trained), adapter(tmp_path), adapter(tmp_path / "other")
     assert expected.keys() == found.keys()
     for name in expected:
-        assert torch.equal(expected[name], found[name]), name
+        assert torch.equal(expected[name], found[name]) and torch.equal(expected[name], other[name]), name
     assert [e["eval_loss"] for e in record(tmp_path)["history"] if "eval_loss" in e] == [
         e["eval_loss"] for e in record(trained)["history"] if "eval_loss" in e
     ]
@@ -535,12 +539,32 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "nowhere/model does not exist" in refused(model_name="/nowhere/model")
     assert "holds no checkpoint; start without the flag" in refused(resume_from_checkpoint="last")
     assert "is no checkpoint" in refused(resume_from_checkpoint="/nowhere")
+    assert "--report_to foo: " in refused(report_to="foo")
+    assert "--report_to comet_ml: CometCallback requires comet-ml" in refused(report_to="comet_ml")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(refused: Callable[..., str]) -> None:
     assert "--fp16 needs a GPU, and none is visible" in refused(fp16=True)
     assert "--load_in_4bit needs a GPU" in refused(load_in_4bit=True)
+
+
+def test_bad_bases(refused: Callable[..., str], base: Path, data: Path, tmp_path: Path) -> None:
+    """A model of another kind, one whose record is damaged, and one that reads less than a validation row."""
+    (tmp_path / "t5").mkdir()
+    write_json({"model_type": "t5"}, tmp_path / "t5" / "config.json")
+    assert "a t5 model cannot be built as a causal language model" in refused(model_name=tmp_path / "t5")
+    damaged, narrow = tmp_path / "damaged", tmp_path / "narrow"
+    shutil.copytree(base, damaged)
+    for content in ("3", '{"codes": "x"}'):
+        (damaged / "run_record.json").write_text(content)
+        assert "run_record.json does not say which codes" in refused(model_name=damaged)
+    shutil.copytree(base, narrow)
+    write_json(read_json(base / "config.json", "config") | {"max_position_embeddings": 276}, narrow / "config.json")
+    longer = write_data(tmp_path / "longer")
+    lines = read_json(longer / "validation.json", "rows")
+    write_rows([lines[0] | {"instruction": "word " * 300}, *lines[1:]], longer / "validation.json")
+    assert "validation.json has a row of" in refused(longer, model_name=narrow)
 
 
 def test_bad_data(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
