@@ -64,7 +64,7 @@ def test_a_sliding_window_is_refused_before_weights_are_loaded(tmp_path: Path) -
     for name, config in (("window", MistralConfig(sliding_window=8)), ("plain", LlamaConfig())):
         config.save_pretrained(str(tmp_path / name))
     window, plain = (inference.Reader(str(tmp_path / name), None, False, None) for name in ("window", "plain"))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="has a sliding window, .* give --decode free"):
+    with pytest.raises(InputError, match=r"has a sliding window, .* give --decode free"):
         inference.check_window(window, "score")
     inference.check_window(window, "free")
     inference.check_window(plain, "score")
