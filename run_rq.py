@@ -194,6 +194,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
         )
     if args.codes_from is not None and files.codes.exists():
         raise InputError(f"{files.codes} has a record, --codes_from would write over it; give another --name")
+    if args.codes_from is not None and checkpoint.resolve() == args.codes_from.resolve():
+        raise InputError(f"--codes_from {args.codes_from} is where this run's checkpoint goes; give another --name")
     if checkpoint.resolve() in [teacher.resolve() for teacher in args.teacher or ()]:
         raise InputError(f"--teacher {checkpoint} is the checkpoint that this run writes; give another --name")
     inputs = dict(kg.input_hashes)
@@ -284,7 +286,7 @@ def continue_from(trainer: Trainer, stored: dict[str, Any]) -> None:
     try:
         trainer.restore(stored)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"checkpoint {trainer.checkpoint} does not hold this model: {reason}; use --overwrite"
         ) from error
@@ -336,6 +338,7 @@ def dump(args: argparse.Namespace, run: Prepared, trainer: Trainer) -> None:
         embeddings = scorer.rq_codebook.decode_from_codes(codes.to(device)).detach()
     else:
         print(f"{files.embeddings.name} would exceed 2 GiB and is left out; --save_emb writes it")
+        files.embeddings.unlink(missing_ok=True)  # those of other codes
     written = save_codes(files, codes.squeeze(-1) if args.quantizer == "vq" else codes, run.kg.entities, embeddings)
     codes = load_codes(files.codes, run.kg.num_entities, args.num_code).to(device)
 

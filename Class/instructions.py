@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
-from data.knowledge_graph import KnowledgeGraph
+from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
 from run_record import (
     ROOT,
     InputError,
@@ -49,7 +49,6 @@ FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"
 FORMATS = ("json", "jsonl")
 STATS, LOCK = "dataset_stats.json", "dataset_stats.lock"
 PREDICTED = "tail_prediction"  # queries of link prediction without their lists
-TRAIN_FILES = ("train.txt", "train2id.txt")
 
 
 # ---------------------------------------------------------------- rows
@@ -510,7 +509,7 @@ def read_record(codes: Path) -> dict[str, Any]:
             f"args.{key}" for key, value in counts.items()
             if not ((type(value) is int and value > 0) or (key == "num_quantizers" and value is None))
         ]  # fmt: skip
-        if not isinstance(_train_hash(inputs), str):
+        if not isinstance(train_hash(inputs), str):
             missing.append(f"inputs.{TRAIN_FILES[0]}")
         if not isinstance(outputs.get(codes.name), str):
             missing.append(f"outputs.{codes.name}")
@@ -525,10 +524,6 @@ def read_record(codes: Path) -> dict[str, Any]:
 _RECORD_PARTS = ("args", "inputs", "outputs")
 
 
-def _train_hash(hashes: Mapping[str, str]) -> str | None:
-    return next((hashes[name] for name in TRAIN_FILES if name in hashes), None)
-
-
 def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = None) -> Path | None:
     """The folder whose training file has the hash in the record: as recorded, in data/, or beside ``near``."""
     name = record["dataset"]
@@ -538,7 +533,7 @@ def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = 
         places += [near, near.resolve().parent / name]
     for place in places:
         for file in TRAIN_FILES:
-            if (place / file).is_file() and sha256_file(place / file) == _train_hash(record["inputs"]):
+            if (place / file).is_file() and sha256_file(place / file) == train_hash(record["inputs"]):
                 return place
     return None
 
@@ -570,7 +565,7 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
     wanted = (len(names), int(record["args"]["seq_len"]), int(record["args"].get("num_quantizers") or codes.shape[2]))
     if codes.shape != wanted:
         raise InputError(f"codes file {path} is {list(codes.shape)}, its names and record say {list(wanted)}")
-    own = _train_hash(record["inputs"]) == _train_hash(kg.input_hashes)
+    own = train_hash(record["inputs"]) == train_hash(kg.input_hashes)
     info: dict[str, Any] = {
         "file": path.name, "sha256": record["outputs"][path.name], "record": str(path.with_suffix(".json")),
         "dataset": record["dataset"], "seq_len": wanted[1], "num_code": num_code, "num_quantizers": wanted[2],

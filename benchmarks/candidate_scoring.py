@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.measure import benchmark_parser, write_rows
 from lora_training.candidate_scoring import WAYS, TokenTrie, constrained_beams, score_candidates
-from run_record import run_command
+from run_record import find_device, run_command
 
 REFERENCE = "full"
 
@@ -71,6 +71,7 @@ def main() -> int:
     if args.quick:
         args.prompts, args.turns, args.width, args.layers = [1024], 1, 384, 4
     torch.set_num_threads(args.threads)
+    args.device = str(find_device(args.device))
     torch.manual_seed(args.seed)
     begun, rng = time.perf_counter(), np.random.default_rng(args.seed)
     if args.model:

@@ -4,7 +4,7 @@
 
 Needs torch, numpy and tqdm, and Triton, which comes with CUDA torch: no DGL, no Numba, no network. --data (or DATA)
 is a graph folder, by default data/FB15k-237, which git ignores: copy it to the machine first. --out (or OUT)
-receives table.txt, checklist.json and, when training got far enough, metrics.json (the run record), codes_int16.pt and
+receives table.txt, checklist.json and, when training got far enough, metrics.json (the run record), codes.pt and
 decoder.pt (scorer, relations and configuration). Checkpoints stay in --work (or WORK): a second call with the
 same folder goes on from there. --total_minutes: of training over all calls, to which the schedules are fitted; by
 default what this call has left, so that one call is a whole short run.
@@ -139,7 +139,8 @@ def step_times(
 def train(args: argparse.Namespace, flags: list[str], seconds: float) -> list[Row]:
     """run_rq.py for ``seconds``, from its checkpoint where there is one; then the best epoch's codes are dumped."""
     codes, checkpoint = args.work / "codes", args.work / "gpu_checklist.pt"
-    minutes = args.total_minutes or seconds / 60
+    spent = load_torch(checkpoint, "checkpoint")["last"]["seconds"] if checkpoint.exists() else 0.0
+    minutes = args.total_minutes or (spent + seconds) / 60  # --max_minutes counts earlier calls too
     words = [sys.executable, str(ROOT / "run_rq.py"), "--dataset", str(args.data), *flags, "--name", checkpoint.stem,
              "--out_dir", str(codes), "--checkpoint_dir", str(args.work), "--device", args.device,
              "--max_minutes", f"{minutes:.3f}"]  # fmt: skip
@@ -168,12 +169,12 @@ def train(args: argparse.Namespace, flags: list[str], seconds: float) -> list[Ro
 
 
 def keep_results(out: Path, record: Row, codes_file: Path, checkpoint: Path) -> None:
-    """metrics.json, codes_int16.pt and decoder.pt: all that is needed to rank from the codes."""
+    """metrics.json, codes.pt and decoder.pt: all that is needed to rank from the codes."""
     stored = load_torch(checkpoint, "checkpoint")
     best = stored["best"]
     scorer = {name: value.cpu() for name, value in best["model"].items() if name.startswith("scorer.")}
     write_json(record, out / "metrics.json")
-    save_torch(load_torch(codes_file, "codes").to(torch.int16), out / "codes_int16.pt")
+    save_torch(load_torch(codes_file, "codes"), out / "codes.pt")
     slim = {key: best[key] for key in ("epoch", "valid", "codes_sha256")}
     last = {key: stored["last"][key] for key in ("epoch", "seconds", "history")}
     # what run_rq.py --eval_codes CODES --checkpoint decoder.pt reads of a checkpoint, and no more

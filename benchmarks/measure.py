@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+def positive(word: str) -> int:
+    """A flag's number of things; ArgumentTypeError below 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
+    return int(word)
+
+
 def benchmark_parser(doc: str, quick: str) -> CommandParser:
     """A parser with the flags of every benchmark: --quick (``quick`` says what it leaves out), --json and --threads."""
     parser = CommandParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}; under 50 s on two cores")
     parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
     return parser
 
 

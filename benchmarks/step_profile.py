@@ -45,7 +45,7 @@ from benchmarks.time_to_quality import RECIPE
 from data.knowledge_graph import KnowledgeGraph
 from model.precision import FULL, keep_freed_memory
 from model.trainer import Phase, Trainer
-from run_record import run_command
+from run_record import find_device, run_command
 
 INSIDE = ("_scorer_step", "_encoder_step", "_refresh", "optimizer.step")
 SHOWN_OPERATORS = 12
@@ -185,6 +185,7 @@ def main() -> int:
     args.dataset = args.dataset or (FAMILY if args.quick else DATASET)
     if args.quick:
         args.cycles = 1
+    args.device = str(find_device(args.device))
     kg = KnowledgeGraph.load(args.dataset)
     flags = [*RECIPE, *words[cut + 1 :], "--device", args.device]
     with tempfile.TemporaryDirectory() as folder:

@@ -142,9 +142,15 @@ def fetch(
         missing = [file for file, public in wanted.items() if public.path and not (source / file).is_file()]
         if missing:
             raise InputError(f"--source {source} has no {', '.join(missing)}; expected the files of {name}")
-        for file, public in wanted.items():  # all of them before the first is copied
+        for file, public in list(wanted.items()):  # all of them before the first is copied
             if (source / file).is_file():
-                _check(name, file, str(source / file), source / file, public.sha256)
+                try:
+                    _check(name, file, str(source / file), source / file, public.sha256)
+                except InputError as error:
+                    if public.path is not None:
+                        raise
+                    wanted = {key: value for key, value in wanted.items() if key != file}
+                    say(f"{name}/{file}: left out, {error}")
     for file, public in wanted.items():
         path = target / file
         if public.path is None and (source is None or not (source / file).is_file()):

@@ -503,6 +503,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--dim {args.dim}: the width of an encoder is its own; leave --dim out")
     if args.device and (args.endpoint or not args.model):
         parser.error(f"--device {args.device} is for an encoder run here; leave it out")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed {args.seed} is out of range, expected 0 or more and less than 2**32")
     if args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args

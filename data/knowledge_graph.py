@@ -17,7 +17,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -49,6 +49,14 @@ OPTIONAL = (
 CACHE_FOLDER = ROOT / "data" / ".cache"
 CACHE_FORMAT = 1  # part of the cache's key: raise it when what is stored, or how it is derived, changes
 CACHE_FROM_BYTES = 2**20  # below this, parsing is as fast as the cache
+
+
+TRAIN_FILES = ("train.txt", "train2id.txt")
+
+
+def train_hash(hashes: Mapping[str, Any]) -> Any:
+    """The sha256 of the training split among a graph's, a record's or a checkpoint's input hashes; None without one."""
+    return next((hashes[name] for name in TRAIN_FILES if name in hashes), None)
 
 
 def with_inverse(triples: Ints, num_relations: int) -> Ints:

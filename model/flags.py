@@ -12,6 +12,7 @@ from typing import Any
 from run_record import CommandParser
 
 AUTO = "auto"
+MOST_LEVELS = 1024  # far beyond what pays; each is a codebook
 PAPER = "paper"
 # of the groups that hold a run's settings: what bounds or watches a run, or asks another question of the same settings
 NO_SETTINGS = {
@@ -87,7 +88,12 @@ def build_parser() -> CommandParser:
                        help="what the encoder starts from: learned, text, neighbours (what an entity's nearest by "
                        "text have learned), joined by +; with commas, each member of --ensemble its own")  # fmt: skip
     group.add_argument("--text_neighbours", type=int, metavar="N", help="neighbours that --inputs takes (default: 10)")
-    group.add_argument("--gcn_dim", type=int, default=200, help="D, width of the graph layers and of q_e")
+    group.add_argument(
+        "--gcn_dim",
+        type=int,
+        default=200,
+        help="D, width of the graph layers and of q_e (without graph layers D is --init_dim)",
+    )
     group.add_argument("--gcn_layers", type=int, default=2, help="graph layers; 0 leaves the graph encoder out")
     group.add_argument("--gcn_drop", type=float, default=0.2, help="dropout of the graph layers")
     group.add_argument("--opn", choices=["mult", "sub"], default="mult", help="composition of neighbour and relation")
@@ -259,6 +265,14 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
             notes.append(f"--{flag} {getattr(args, flag)} does nothing: {why}")
     if args.z_noise and (given or not (args.warmup_epochs or uncoded)):
         notes.append(f"--z_noise {args.z_noise} does nothing: it is for the warm-up, and this run has none")
+    if not args.gcn_layers:
+        default = build_parser().get_default
+        for flag in ["gcn_dim", "gcn_drop", "opn", "act"]:
+            value = getattr(args, flag)
+            if value != default(flag) and not (flag == "gcn_dim" and value == args.init_dim):
+                notes.append(f"--{flag} {value} does nothing: without --gcn_layers D is --init_dim {args.init_dim}")
+    if args.patience and args.control == "posthoc":
+        notes.append(f"--patience {args.patience} does nothing: --control posthoc has no codes until its end")
     if args.text_emb is None and args.text_weight != build_parser().get_default("text_weight"):
         notes.append(f"--text_weight {args.text_weight} does nothing without --text_emb")
     return notes
@@ -272,6 +286,14 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
     for flag in at_least_one:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is too small, expected 1 or more")
+    for flag in [*at_least_one, "batch", "tails_at_once", "num_negatives", "gcn_layers", "tf_layers", "num_quantizers"]:
+        if getattr(args, flag) != AUTO and getattr(args, flag) >= 2**31:
+            parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected less than 2**31")
+    for flag in ["lr", "encoder_lr", "l2", "z_noise", "frozen_noise", "vq_weight", "text_weight", "relation_weight"]:
+        if getattr(args, flag) is not None and getattr(args, flag) > 1e9:
+            parser.error(f"--{flag} {getattr(args, flag)} is out of range, expected 1e9 at most")
+    if args.num_quantizers != AUTO and args.num_quantizers > MOST_LEVELS:
+        parser.error(f"--num_quantizers {args.num_quantizers} is out of range, expected {MOST_LEVELS} at most")
     if args.text_neighbours is not None and (args.text_neighbours < 1 or "neighbours" not in (args.inputs or "")):
         parser.error(
             f"--text_neighbours {args.text_neighbours} must be 1 or more, with a source neighbours in --inputs"
@@ -338,6 +360,8 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error("--dump_only dumps an existing run: give --restore with it")
     if args.eval_codes and not args.checkpoint:
         parser.error("--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes")
+    if args.top is not None and not (args.predict or args.export_candidates):
+        parser.error(f"--top {args.top} says nothing without --predict or --export_candidates: leave it out")
     if args.top is not None and args.top < 1:
         parser.error(f"--top {args.top} is too small, expected 1 or more")
     for flag in ["checkpoint", "predict", "shuffle_codes", "metrics_out", "export_candidates", "top"]:

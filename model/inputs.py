@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 from Class.codes import load_codes, load_entities
-from run_record import ROOT, InputError, find_device, load_torch
+from data.knowledge_graph import train_hash
+from run_record import ROOT, InputError, content_of, find_device, load_torch, read_json, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +101,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return stored
 
 
+def check_trained_on(what: str, hashes: Mapping[str, Any], kg: KnowledgeGraph) -> None:
+    """InputError where ``what`` learned from another training split than ``kg``'s, by the hashes of its inputs: facts
+    of it may be test facts here. Nothing is said of what has no such hash."""
+    found, own = train_hash(hashes), train_hash(kg.input_hashes)
+    if found is not None and own is not None and found != own:
+        raise InputError(
+            f"{what} was trained on another split than {kg.name}'s (sha256 {str(found)[:12]}, here {own[:12]}): "
+            "what it knows may be test facts here; give the data set of its run"
+        )
+
+
+def learned_from(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The hashes of a checkpoint's inputs."""
+    found = stored.get("comparable")
+    prefix = "file "
+    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)} if found else {}
+
+
 def load_given_codes(args: argparse.Namespace, kg: KnowledgeGraph) -> torch.Tensor:
     """The integers [M, L, Q] of --codes_from. Raises InputError where they are not of this graph or of these flags."""
     codes = load_codes(args.codes_from, kg.num_entities, args.num_code)
@@ -108,6 +128,10 @@ def load_given_codes(args: argparse.Namespace, kg: KnowledgeGraph) -> torch.Tens
             f"{[args.seq_len, args.num_quantizers]}: give --seq_len {codes.shape[1]} --num_quantizers {codes.shape[2]}"
         )
     check_entities(args.codes_from, kg)
+    record = args.codes_from.with_suffix(".json")
+    if record.is_file():
+        with content_of(record, "run record", "remove it, or give other codes"):
+            check_trained_on(f"--codes_from {args.codes_from}", read_json(record, "record")["inputs"], kg)
     return codes
 
 
@@ -131,6 +155,11 @@ def load_teachers(
         stored = load_checkpoint(path)
         if stored["best"] is None:
             raise InputError(f"--teacher {path} has no scored epoch yet; train on with --restore")
+        files = learned_from(stored)
+        check_trained_on(f"--teacher {path}", files, kg)
+        reads = text is not None and stored["best"].get("codes") is None and stored["config"].get("text_dim")
+        if reads and sha256_file(args.text_emb) not in files.values():
+            raise InputError(f"--teacher {path} started from other texts than --text_emb {args.text_emb}")
         try:
             models.append(trained_model(stored["config"], stored["best"], kg, text, device))
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -155,6 +184,7 @@ def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedS
     stored = load_checkpoint(path)
     if stored["best"] is None:
         raise InputError(f"checkpoint {path} has no epoch with codes yet; train on with --restore")
+    check_trained_on(f"--checkpoint {path}", learned_from(stored), kg)
     try:
         scorer, relations = scorer_of(stored["config"], stored["best"], device)
         seq_len = int(stored["config"]["seq_len"])

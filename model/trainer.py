@@ -185,7 +185,7 @@ class Trainer:
         until = self.settings.warmup_epochs
         if self._never_frozen() or (progress if until < 1 else epoch) < until:
             return Phase(progress, "warm-up")
-        return Phase(progress, "frozen" if progress >= self.settings.freeze_at else "codes")
+        return Phase(progress, "frozen" if progress >= self.settings.freeze_at < 1 else "codes")
 
     def _elapsed(self) -> float:
         return self.world.same(self.seconds + time.monotonic() - self._clock)
@@ -430,6 +430,7 @@ class Trainer:
             if self.epoch % self.settings.eval_every == 0 or done:
                 row["valid"] = self._validate(row["phase"])
             self._advance_clock()
+            done = done or ("valid" in row and self._finished())  # the time may have ended while it was ranked
             row["seconds"] = self.seconds
             self.history.append(row)
             done = done or self._out_of_patience()

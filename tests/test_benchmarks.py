@@ -18,7 +18,7 @@ from benchmarks.measure import PartTimes, around_parts, make_trainer, print_tabl
 from benchmarks.time_to_quality import original_model, original_step, ours_row, train_original
 from data.knowledge_graph import KnowledgeGraph
 from model.trainer import Phase
-from run_record import ROOT, InputError, load_torch, read_json, save_torch
+from run_record import ROOT, InputError, load_torch, read_json
 from tests.conftest import SHAPE, K, L, M, Q, flags_of, small_flags
 
 SMALL = [*flags_of(SHAPE), "--device", "cpu", "--batch", "32"]
@@ -176,13 +176,12 @@ def test_what_is_kept_ranks_like_the_run(ring: Path, tmp_path: Path, rq: Any) ->
     checkpoint = next((tmp_path / "checkpoints").glob("*.pt"))
     record, out = read_json(codes.with_suffix(".json"), "record"), tmp_path / "out"
     keep_results(out, record, codes, checkpoint)
-    assert {file.name for file in out.iterdir()} == {"metrics.json", "codes_int16.pt", "decoder.pt"}
-    kept = load_torch(out / "codes_int16.pt", "codes")
-    assert kept.dtype == torch.int16 and torch.equal(kept.long(), load_torch(codes, "codes").long())
+    assert {file.name for file in out.iterdir()} == {"metrics.json", "codes.pt", "decoder.pt"}
+    kept = load_torch(out / "codes.pt", "codes")
+    assert torch.equal(kept, load_torch(codes, "codes"))
     assert "entity_embedding" not in load_torch(out / "decoder.pt", "decoder")["best"]["model"]
-    save_torch(kept.long(), tmp_path / "codes.pt")
     words = {
-        "dataset": ring, "eval_codes": tmp_path / "codes.pt", "checkpoint": out / "decoder.pt", "device": "cpu",
+        "dataset": ring, "eval_codes": out / "codes.pt", "checkpoint": out / "decoder.pt", "device": "cpu",
         "metrics_out": tmp_path / "m.json",
     }  # fmt: skip
     assert rq(*flags_of(words)).code == 0
@@ -208,7 +207,7 @@ def test_checklist_runs_bare_and_goes_on_from_its_checkpoint(tmp_path: Path) -> 
     assert first.returncode == 0, first.stdout + first.stderr
     out = tmp_path / "out"
     assert {file.name for file in out.iterdir()} == {
-        "table.txt", "checklist.json", "metrics.json", "codes_int16.pt", "decoder.pt", "train.log",
+        "table.txt", "checklist.json", "metrics.json", "codes.pt", "decoder.pt", "train.log",
     }  # fmt: skip
     assert first.stdout.endswith((out / "table.txt").read_text())
     assert "numba is not installed" in first.stdout and "FAILED" not in first.stdout

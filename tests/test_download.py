@@ -135,6 +135,11 @@ def test_source_folder(server: Server, tmp_path: Path, nested: bool) -> None:
     target = fetch("toy", tmp_path / "out", source, base_url=server.url, say=lambda line: None)
     assert {path.name for path in target.iterdir()} == {*CONTENT, "extra.npy"} and server.requests == []
 
+    (folder / "extra.npy").write_bytes(b"one's own embeddings")
+    said: list[str] = []
+    without = fetch("toy", tmp_path / "own", source, say=said.append)
+    assert {path.name for path in without.iterdir()} == set(CONTENT) and "extra.npy: left out" in "".join(said)
+
     (folder / "valid.txt").write_bytes(b"changed")
     with pytest.raises(InputError, match=r"toy/valid\.txt .* expected"):
         fetch("toy", tmp_path / "again", source, say=lambda line: None)

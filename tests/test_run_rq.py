@@ -568,6 +568,12 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
         (["--weight_average", "0.9", "--epoch", "2", "--freeze_at", "0.6"], ["--weight_average 0.9 does nothing"]),
         (["--z_noise", "0.5", "--warmup_epochs", "0"], ["--z_noise 0.5 does nothing"]),
         (["--text_weight", "0.5"], ["--text_weight 0.5 does nothing"]),
+        (
+            ["--gcn_layers", "0", "--gcn_dim", "512"],
+            ["--gcn_dim 512 does nothing: without --gcn_layers D is --init_dim"],
+        ),
+        (["--gcn_layers", "0", "--gcn_dim", "128", "--init_dim", "128"], []),
+        (["--patience", "2", "--control", "posthoc"], ["--patience 2 does nothing"]),
         (["--z_noise", "0.5", "--control", "random_codes"], ["--z_noise 0.5 does nothing"]),
         (["--frozen_noise", "0.3", "--control", "unquantized"], ["--control unquantized has no codes to freeze"]),
         (["--frozen_noise", "0.3", "--epoch", "10", "--warmup_epochs", "0.95"], ["the warm-up lasts to the end"]),
@@ -581,6 +587,14 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
 def test_what_never_comes_to_act_is_named(flags: list[str], said: list[str]) -> None:
     notes = idle_flags(run_rq.parse_args(flags))
     assert len(notes) == bool(said) and all(word in notes[0] for word in said)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("batch", 10**21), ("tails_at_once", 10**23), ("num_quantizers", 10**20), ("lr", 1e300), ("z_noise", 1e300)],
+)
+def test_numbers_beyond_all_use_are_refused(rq: Command, ring: Path, tmp_path: Path, flag: str, value: float) -> None:
+    assert_refused(rq(*small_flags(ring, tmp_path, **{flag: value})), f"--{flag}", "is out of range")
 
 
 def test_a_gpu_that_is_not_there_is_refused_and_device_wins(rq: Command, ring: Path, tmp_path: Path) -> None:

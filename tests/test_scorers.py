@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,28 @@ def test_what_a_run_rests_on_is_not_written_over(rq: Command, ring: Path, tmp_pa
     assert_refused(rq(*flags, "--codes_from", str(run.codes)), "--codes_from", "another --name")
     assert_refused(rq(*flags, "--teacher", str(run.checkpoint)), "--teacher", "another --name")
     assert before == [path.read_bytes() for path in (run.codes.with_suffix(".json"), run.checkpoint)]
+    beside = [*small_flags(ring, tmp_path, checkpoint_dir=run.codes.parent, codes_from=run.codes, name=run.codes.stem,
+                           out_dir=tmp_path / "elsewhere"), "--overwrite"]  # fmt: skip
+    codes = run.codes.read_bytes()
+    assert_refused(rq(*beside), "is where this run's checkpoint goes", "another --name")
+    assert run.codes.read_bytes() == codes
+
+
+def test_what_learned_from_other_facts_is_refused(rq: Command, ring: Path, ring_run: Run, tmp_path: Path) -> None:
+    """The same graph with its test triples in training: its codes, its answers and its scorer know them."""
+    leaky = tmp_path / "leaky" / ring.name
+    shutil.copytree(ring, leaky)
+    with open(leaky / "train.txt", "a") as file:
+        file.write((ring / "test.txt").read_text())
+    run = finished(leaky, tmp_path / "knows", RING, epoch=2)
+    flags = small_flags(ring, tmp_path / "honest", name="honest", epoch=2)
+    words = ("trained on another split", "test facts", "data set of its run")
+    assert_refused(rq(*flags, "--codes_from", str(run.codes)), "--codes_from", *words)
+    assert_refused(rq(*flags, "--teacher", str(run.checkpoint)), "--teacher", *words)
+    assert_refused(rq(*ring_run.scored(run.codes, run.checkpoint)), "--checkpoint", *words)
+    same = tmp_path / "copy" / ring.name
+    shutil.copytree(ring, same)
+    assert rq(*small_flags(same, tmp_path / "same", name="same", epoch=1, codes_from=ring_run.codes)).code == 0
 
 
 # ---------------------------------------------------------------- several scorers

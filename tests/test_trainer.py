@@ -374,6 +374,30 @@ def test_max_minutes_fits_the_schedule_to_the_clock(trainer_of: TrainerMaker, mo
     assert "valid" in by_clock.history[-1]  # though no third epoch: it is the last
 
 
+def test_time_that_ends_while_an_epoch_is_ranked_ends_the_run(
+    trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No epoch begins when the time is over, and none is frozen where --freeze_at 1 says never."""
+    now = [0.0]
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    trainer = trainer_of(epoch=10**6, max_minutes=10 / 60, freeze_at=1.0)
+    validate, train = trainer._validate, trainer._train_epoch
+
+    def slowly(phase: str) -> dict[str, Any]:
+        now[0] += 4
+        return validate(phase)
+
+    def timed() -> dict[str, Any]:
+        now[0] += 2
+        return train()
+
+    monkeypatch.setattr(trainer, "_validate", slowly)
+    monkeypatch.setattr(trainer, "_train_epoch", timed)
+    trainer.fit()
+    assert trainer.seconds == 12 and len(trainer.history) == 2
+    assert all(row["phase"] != "frozen" and "valid" in row for row in trainer.history)
+
+
 @pytest.mark.parametrize("shape", [{"warmup_epochs": 0.5, "freeze_at": 0.5}, {"warmup_epochs": 0.5, "freeze_at": 0.75}])
 def test_a_longer_run_that_warms_up_again_starts_its_codes_anew(
     trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
