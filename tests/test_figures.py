@@ -176,7 +176,8 @@ def test_samples_share_their_facts_and_cosines_are_cosines(inputs: Inputs, tmp_p
 def row(L: int, K: int, mrr: float, **more: Any) -> Any:
     args = {"seq_len": L, "num_code": K, "num_quantizers": 2, "quantizer": "rq"} | more.pop("args", {})
     rest = more.pop("rest", "ConvE, GCN 2")
-    return SimpleNamespace(valid={"mrr": mrr}, setting=f"RQ {L} x 2 of {K:,}, {rest}", record={"args": args} | more)
+    setting = f"RQ {L} x 2 of {K:,}, {rest}"
+    return SimpleNamespace(valid={"mrr": mrr}, setting=setting, record={"args": args} | more, path=Path("run.json"))
 
 
 def test_curves_average_seeds_and_keep_settings_apart() -> None:
@@ -189,6 +190,10 @@ def test_curves_average_seeds_and_keep_settings_apart() -> None:
 
 def test_labels_keep_what_differs() -> None:
     assert runs.tell_apart(["RQ, ConvE, lr 1, seed 0", "RQ, ConvE, lr 2, seed 0"]) == ["RQ, lr 1", "RQ, lr 2"]
+    long = [f"RQ 1 x 16, {'x' * 60}, seed {seed}" for seed in (0, 1)]
+    assert runs.fitting(long, ["a_seed0", "a_seed1"]) == ["RQ 1 x 16, seed 0", "RQ 1 x 16, seed 1"]
+    odd = [f"RQ, {'x' * 60}{seed}" for seed in (0, 1)]
+    assert runs.fitting(odd, ["a_seed0", "a_seed1"]) == ["a_seed0", "a_seed1"], "cut, they would be the same"
     assert runs.tell_apart(["RQ, ConvE"]) == ["RQ, ConvE"] and runs.tell_apart(["a, b", "a, b"]) == ["a, b", "a, b"]
 
 

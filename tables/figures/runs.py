@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Key = tuple[object, ...]
+MOST_TICKS = 10  # that a panel has room to label
 MRR = "valid MRR"
 
 
@@ -145,7 +146,13 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
 
 def run_labels(rows: Sequence[Row]) -> list[str]:
     """What tells each run from the others of its panel, its seed with them."""
-    return [short(label, 56) for label in tell_apart([f"{row.setting}, seed {row.seed}" for row in rows])]
+    return fitting([f"{row.setting}, seed {row.seed}" for row in rows], [row.path.stem for row in rows])
+
+
+def fitting(labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The labels as a legend has room for them; where cut ones would be the same, the runs' ``names`` instead."""
+    found = [short(label, 56) for label in tell_apart(labels)]
+    return found if len(set(found)) == len(found) else [short(name, 56) for name in names]
 
 
 def by_levels(row: Row) -> list[float]:
@@ -173,15 +180,20 @@ def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
     return save(figure, out, "levels", inputs.kinds)
 
 
+def described(row: Row) -> Key:
+    """Kind, K and all other settings of a run."""
+    return (f"{kind(row)}, K = {size(row)[1]:,}, {others(row)}",)
+
+
 def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
     """MRR against code tokens per entity (L * Q): VQ and RQ runs, and each RQ run cut to its first levels."""
     found = stage1(inputs)
     figure, axes = new_figure(1, len(found), 4.4, 3.3)
     for panel, (dataset, rows) in zip(axes[0], found.items(), strict=True):
-        runs = curves(rows, lambda row: (f"{kind(row)}, K = {size(row)[1]:,}, {others(row)}",),
-                      lambda row: size(row)[0] * size(row)[2])  # fmt: skip
-        labels = dict(zip(runs, tell_apart([str(key[0]) for key in runs]), strict=True))
-        labels = {key: short(label, 56) for key, label in labels.items()}
+        runs = curves(rows, described, lambda row: size(row)[0] * size(row)[2])
+        names = {described(row): row.path.stem for row in reversed(rows)}
+        found_labels = fitting([str(key[0]) for key in runs], [names[key] for key in runs])
+        labels = dict(zip(runs, found_labels, strict=True))
         plot_curves(panel, runs, labels.__getitem__)
         ticks = {x for points in runs.values() for x in points}
         for number, row in enumerate(row for row in rows if by_levels(row)):
@@ -190,6 +202,8 @@ def draw_tokens(inputs: Inputs, out: Path) -> list[Path]:
             ticks.update(xs)
             label = "one RQ run, cut to its first levels" if not number else None
             panel.plot(xs, values, color="0.45", linewidth=1, marker=".", linestyle=":", label=label)
+        if len(ticks) > MOST_TICKS:
+            ticks = {tick for tick in ticks if tick & (tick - 1) == 0}  # powers of two
         panel.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
         panel.set(xlabel="code tokens per entity, L x Q", title=dataset)
         from_zero(panel)
