@@ -18,7 +18,8 @@ each of these four, and the list's order   its score and the candidate's place t
 As in the paper, lists and codes come from two models: codes of the model that ordered the list say what the order
 says already. The candidate model is a small one on purpose, for all rows alike: the full one of the bundled graph (the
 demo's) has MRR .98, which leaves nothing to gain.
-The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too.
+The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too. Every row of embedding and
+head trains, in all three: with the new rows alone, the LLM without codes could not learn what it answers with.
 
 The LLMs predict: asked (h, r, ?), an LLM answers with the codes of the tail, or its name where it has no codes, and
 candidates are ranked by how likely their answers are to the query alone (gen_lp_data_rq.py --predict, inference.py
@@ -93,8 +94,8 @@ RECIPE: Recipe = {
              "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
     "data": {"num_candidates": 20},
     "tuning": {"epochs": 9, "batch_size": 32, "learning_rate": 2e-3, "adam_beta2": 0.99, "lora_r": 64,
-               "lora_alpha": 64, "lora_dropout": 0, "matmul_precision": "medium", "eval_steps": 1000,
-               "eval_batch_size": 128, "logging_steps": 100},
+               "lora_alpha": 64, "lora_dropout": 0, "train_rows": "all", "matmul_precision": "medium",
+               "eval_steps": 1000, "eval_batch_size": 128, "logging_steps": 100},
     "answers": {},
 }  # fmt: skip
 # the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
