@@ -420,7 +420,7 @@ def stage_record(args: argparse.Namespace, run: Prepared, trainer: Trainer, more
         run.plain, run.inputs, trainer.seconds + trainer.seconds_asking + more_seconds, trainer.device,
         name=args.name, dataset=run.kg.name,
         best_epoch=trainer.best["epoch"], epochs=trainer.epoch, world_size=trainer.world.started,
-        history=trainer.history,
+        history=trainer.history, trained_on=trainer.trained_on,
         parameters={
             "model": sum(p.numel() for p in trainer.model.parameters()),
             "behind_codes": sum(p.numel() for p in trainer.model.scorer.parameters())

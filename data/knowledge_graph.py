@@ -116,6 +116,11 @@ class KnowledgeGraph:
     degree: Ints = field(init=False)  # [M] training edges, both directions
     unseen: Bools = field(init=False)  # [M] in no training triple
 
+    def train_digest(self) -> str:
+        """Hex digest of the training triples with all names: what a model learns from, whatever the files' form."""
+        names = "\n".join([*self.entities, "", *self.relations]).encode()
+        return hashlib.sha256(names + self.train.astype(np.int64).tobytes()).hexdigest()
+
     def __post_init__(self) -> None:
         ends = self.train[:, [0, 2]].ravel()
         self.degree = np.bincount(ends, minlength=self.num_entities).astype(np.int64)

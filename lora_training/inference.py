@@ -325,7 +325,8 @@ def make_answer(row: Row, decode: str, **found: Any) -> Answer:
     return {
         "id": row["id"], "task_type": row["task_type"], "split": row["split"], "direction": row.get("direction"),
         "decode": decode, "candidates": row.get("candidates"), "scores": None, "tokens": None, "truth": row["truth"],
-        "triple": row.get("triple"), "candidate_rank": row.get("candidate_rank"), "text": "", "expected": row["output"],
+        "triple": row.get("triple") if is_judgement(row) else None, "candidate_rank": row.get("candidate_rank"),
+        "text": "", "expected": row["output"],
         "parsed": True, **found,
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from Class.codes import load_codes
-from model.inputs import check_entities, choose_device, load_graph, load_scorer
+from model.inputs import check_entities, check_trained_on, choose_device, load_graph, load_scorer
 from run_record import InputError, write_json
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def load_scored_codes(
             )
     check_entities(args.eval_codes, kg)
     for path, one in zip(args.checkpoint, loaded, strict=True):
+        check_trained_on(f"--checkpoint {path}", *one.learned_from, kg)
         if codes_hash(codes) != one.codes_sha256:
             print(f"warning: {args.eval_codes} are not the codes of {path}'s best epoch", file=sys.stderr)
     if args.shuffle_codes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 from Class.codes import load_codes, load_entities
-from data.knowledge_graph import train_hash
+from data.knowledge_graph import TRAIN_FILES, train_hash
 from run_record import ROOT, InputError, content_of, find_device, load_torch, read_json, sha256_file
 
 if TYPE_CHECKING:
@@ -101,22 +101,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return stored
 
 
-def check_trained_on(what: str, hashes: Mapping[str, Any], kg: KnowledgeGraph) -> None:
-    """InputError where ``what`` learned from another training split than ``kg``'s, by the hashes of its inputs: facts
-    of it may be test facts here. Nothing is said of what has no such hash."""
+def check_trained_on(what: str, digest: Any, hashes: Mapping[str, Any], kg: KnowledgeGraph) -> None:
+    """InputError where ``what`` learned from other training triples than ``kg``'s: facts of it may be test facts here.
+
+    ``digest``: of the triples (``KnowledgeGraph.train_digest``); None: ``what`` is older than it, and ``hashes`` of its
+    files, which may differ in form alone, give no more than a warning.
+    """
+    file = next((name for name in TRAIN_FILES if name in kg.input_hashes), TRAIN_FILES[0])
+    other = f"{what} was trained on other triples than {kg.name} has ({file}, with entities.dict and relations.dict)"
+    if digest is not None:
+        if digest != kg.train_digest():
+            raise InputError(f"{other}: what it knows may be test facts here; give the data set of its run")
+        return
     found, own = train_hash(hashes), train_hash(kg.input_hashes)
-    if found is not None and own is not None and found != own:
-        raise InputError(
-            f"{what} was trained on another split than {kg.name}'s (sha256 {str(found)[:12]}, here {own[:12]}): "
-            "what it knows may be test facts here; give the data set of its run"
-        )
+    if None not in (found, own) and found != own:
+        print(f"warning: {other}, or on another form of them (sha256 {str(found)[:12]})", file=sys.stderr)
 
 
-def learned_from(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The hashes of a checkpoint's inputs."""
-    found = stored.get("comparable")
+def learned_from(stored: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(digest of the training triples, hashes of the files) of a checkpoint's run."""
     prefix = "file "
-    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)} if found else {}
+    files = {key.removeprefix(prefix): value for key, value in stored["comparable"].items() if key.startswith(prefix)}
+    return stored.get("trained_on"), files
 
 
 def load_given_codes(args: argparse.Namespace, kg: KnowledgeGraph) -> torch.Tensor:
@@ -131,7 +137,8 @@ def load_given_codes(args: argparse.Namespace, kg: KnowledgeGraph) -> torch.Tens
     record = args.codes_from.with_suffix(".json")
     if record.is_file():
         with content_of(record, "run record", "remove it, or give other codes"):
-            check_trained_on(f"--codes_from {args.codes_from}", read_json(record, "record")["inputs"], kg)
+            said = read_json(record, "record")
+            check_trained_on(f"--codes_from {args.codes_from}", said.get("trained_on"), said["inputs"], kg)
     return codes
 
 
@@ -155,8 +162,8 @@ def load_teachers(
         stored = load_checkpoint(path)
         if stored["best"] is None:
             raise InputError(f"--teacher {path} has no scored epoch yet; train on with --restore")
-        files = learned_from(stored)
-        check_trained_on(f"--teacher {path}", files, kg)
+        digest, files = learned_from(stored)
+        check_trained_on(f"--teacher {path}", digest, files, kg)
         reads = text is not None and stored["best"].get("codes") is None and stored["config"].get("text_dim")
         if reads and sha256_file(args.text_emb) not in files.values():
             raise InputError(f"--teacher {path} started from other texts than --text_emb {args.text_emb}")
@@ -175,6 +182,7 @@ class LoadedScorer(NamedTuple):
     relations: torch.Tensor
     seq_len: int
     codes_sha256: str | None  # of the codes that it was scored with
+    learned_from: tuple[Any, dict[str, Any]]  # for ``check_trained_on``
 
 
 def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedScorer:
@@ -184,7 +192,6 @@ def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedS
     stored = load_checkpoint(path)
     if stored["best"] is None:
         raise InputError(f"checkpoint {path} has no epoch with codes yet; train on with --restore")
-    check_trained_on(f"--checkpoint {path}", learned_from(stored), kg)
     try:
         scorer, relations = scorer_of(stored["config"], stored["best"], device)
         seq_len = int(stored["config"]["seq_len"])
@@ -195,4 +202,4 @@ def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedS
         raise InputError(f"--checkpoint {path} holds damaged relation vectors {list(relations.shape)}")
     if len(relations) != 2 * kg.num_relations:
         raise InputError(f"--checkpoint {path} knows {len(relations) // 2} relations, {kg.name} has {kg.num_relations}")
-    return LoadedScorer(scorer, relations, seq_len, stored["best"].get("codes_sha256"))
+    return LoadedScorer(scorer, relations, seq_len, stored["best"].get("codes_sha256"), learned_from(stored))

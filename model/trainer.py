@@ -133,6 +133,7 @@ class Trainer:
         if teachers:
             self.teacher = ask(teachers, self.heads, self.rels, settings.teacher_weight)
         self.seconds_asking = time.monotonic() - begun  # again each time a run is continued: the answers are not kept
+        self.trained_on = kg.train_digest()
         self.codes_given = codes is not None
         self.codes: Tensor | None = None if codes is None else codes.to(self.device)  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use while warming up
@@ -561,7 +562,8 @@ class Trainer:
             },
             "history": self.history,
         }
-        whole = {"format": 1, "config": self.config, "comparable": self.comparable, "last": last, "best": self.best}
+        whole = {"format": 1, "config": self.config, "comparable": self.comparable, "trained_on": self.trained_on,
+                 "last": last, "best": self.best}  # fmt: skip
         with self.world.together():
             if self.world.first:
                 save_torch(whole, self.checkpoint)
