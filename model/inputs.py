@@ -163,7 +163,6 @@ def load_teachers(
         if stored["best"] is None:
             raise InputError(f"--teacher {path} has no scored epoch yet; train on with --restore")
         digest, files = learned_from(stored)
-        check_trained_on(f"--teacher {path}", digest, files, kg)
         reads = text is not None and stored["best"].get("codes") is None and stored["config"].get("text_dim")
         if reads and sha256_file(args.text_emb) not in files.values():
             raise InputError(f"--teacher {path} started from other texts than --text_emb {args.text_emb}")
@@ -172,6 +171,7 @@ def load_teachers(
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"--teacher {path} cannot be asked: {reason}") from error
+        check_trained_on(f"--teacher {path}", digest, files, kg)
     return models
 
 
