@@ -128,11 +128,19 @@ def test_a_flag_that_does_not_exist_is_one_line(path: Path, monkeypatch: pytest.
     assert end.value.code == 2 and error.count("\n") == 1 and "--help" in error, error
 
 
+@pytest.fixture(scope="module")
+def torch_seconds() -> float:
+    """Processor time of importing torch, which measures the machine: 1 to 3 seconds were seen."""
+    before = used_seconds()
+    python("-c", "import torch", cwd=ROOT)
+    return used_seconds() - before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
-def test_help_takes_less_than_three_seconds(path: Path) -> None:
+def test_help_takes_three_seconds_or_little_more_than_torch(path: Path, torch_seconds: float) -> None:
     """Processor time, from the script's own folder; half of a pytest run would be hidden by what it has imported."""
     before = used_seconds()
     ended = python(path.name, "--help", cwd=(ROOT / path).parent)
     assert ended.returncode == 0 and ended.stdout.startswith("usage:") and not ended.stderr, ended.stderr
-    assert used_seconds() - before < 3
+    assert used_seconds() - before < max(3.0, 1.5 * torch_seconds)
