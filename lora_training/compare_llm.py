@@ -363,6 +363,8 @@ def seed_rows(
         if len(ranks) != count:
             raise ValueError(f"{len(ranks)} rows, {count} answers")
     worth = {query_of(row): 1 / rank for row, rank in zip(answered, ranks, strict=True)}
+    if worth.keys() != {query_of(answer) for answer in records[WITH]["answers"] if answer["split"] == "test"}:
+        raise InputError(f"{splits['test']} holds other queries than were answered; {REPEATED}")
     rows = {CANDIDATE_MODEL: (plain_record, ranking_metrics(ranks), worth)}
     with content_of(with_codes, "answers' record", REPEATED):
         answers = [answer for answer in records[WITH]["answers"] if is_ranking(answer)]

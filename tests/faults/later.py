@@ -139,7 +139,7 @@ LATER = [
             File(
                 "comparison/seed_0/with_codes/data/link_prediction/test_tasks.json",
                 rows("train").damages,
-                ("row ", "link_prediction", "plain.npz", "candidates"),
+                ("row ", "link_prediction", "plain.npz", "candidates", "with_codes_data"),
             ),
         ],
     ),
