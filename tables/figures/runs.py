@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from run_record import content_of
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import from_zero, line, new_figure, save, short, whole_ticks
 from tables.results import CODES, Row, groups
@@ -125,17 +126,18 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
     for (losses, scores), (dataset, rows) in zip(axes, found.items(), strict=True):
         labels = run_labels(rows)
         for number, row in enumerate(rows):
-            history = row.record["history"]
-            style = line(number) | {"markersize": 2.5}
-            losses.plot([epoch["epoch"] for epoch in history], [epoch["structure"] for epoch in history],
-                        label=labels[number], **style)  # fmt: skip
-            for warm, fill in ((True, "white"), (False, style["color"])):
-                scored = [epoch for epoch in history if "valid" in epoch and (epoch["phase"] == "warm-up") == warm]
-                scores.plot([epoch["epoch"] for epoch in scored], [epoch["valid"]["mrr"] for epoch in scored],
-                            **style, markerfacecolor=fill)  # fmt: skip
-            frozen = next((epoch["epoch"] for epoch in history if epoch["phase"] == "frozen"), None)
-            if frozen is not None:
-                scores.axvline(frozen, color=style["color"], linewidth=0.8, linestyle=":")
+            with content_of(row.path, "run record", "make it anew: run_rq.py"):
+                history = row.record["history"]
+                style = line(number) | {"markersize": 2.5}
+                losses.plot([epoch["epoch"] for epoch in history], [epoch["structure"] for epoch in history],
+                            label=labels[number], **style)  # fmt: skip
+                for warm, fill in ((True, "white"), (False, style["color"])):
+                    scored = [epoch for epoch in history if "valid" in epoch and (epoch["phase"] == "warm-up") == warm]
+                    scores.plot([epoch["epoch"] for epoch in scored], [epoch["valid"]["mrr"] for epoch in scored],
+                                **style, markerfacecolor=fill)  # fmt: skip
+                frozen = next((epoch["epoch"] for epoch in history if epoch["phase"] == "frozen"), None)
+                if frozen is not None:
+                    scores.axvline(frozen, color=style["color"], linewidth=0.8, linestyle=":")
         losses.set(xlabel="epoch", ylabel="structure loss", title=dataset)
         scores.set(xlabel="epoch (hollow: no codes yet; dotted: codes frozen from here)", ylabel=MRR, title=dataset)
         losses.legend(loc="upper right", fontsize=6)
@@ -157,8 +159,9 @@ def fitting(labels: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def by_levels(row: Row) -> list[float]:
     """MRR when the first 1..Q levels are decoded; [] where the record has none, or a single one."""
-    values = row.record.get("valid_mrr_by_levels") or []
-    return [float(value) for value in values] if len(values) > 1 else []
+    with content_of(row.path, "run record", "make it anew: run_rq.py"):
+        values = row.record.get("valid_mrr_by_levels") or []
+        return [float(value) for value in values] if len(values) > 1 else []
 
 
 def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
