@@ -338,8 +338,9 @@ def dump(args: argparse.Namespace, run: Prepared, trainer: Trainer) -> None:
         embeddings = scorer.rq_codebook.decode_from_codes(codes.to(device)).detach()
     else:
         print(f"{files.embeddings.name} would exceed 2 GiB and is left out; --save_emb writes it")
-        files.embeddings.unlink(missing_ok=True)  # those of other codes
     written = save_codes(files, codes.squeeze(-1) if args.quantizer == "vq" else codes, run.kg.entities, embeddings)
+    if embeddings is None:
+        files.embeddings.unlink(missing_ok=True)  # those of the codes that were here before
     codes = load_codes(files.codes, run.kg.num_entities, args.num_code).to(device)
 
     metrics = score_codes(args, run.kg, scorer, relations, codes)

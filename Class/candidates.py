@@ -163,7 +163,10 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
     )
     # a triple that a data set repeats has its list as often
     _, first, place = np.unique(_keys(merged.queries, merged.truth, kg), return_index=True, return_inverse=True)
-    other = (merged.ids != merged.ids[first[place]]).any(axis=1)
+    same = first[place]
+    other = (merged.ids != merged.ids[same]).any(axis=1) | (
+        np.nan_to_num(merged.rank) != np.nan_to_num(merged.rank[same])
+    )
     if other.any():
         raise InputError(
             f"--candidates {' '.join(map(str, paths))}: {int(other.sum())} queries have two lists; give each one once"

@@ -191,11 +191,6 @@ class Plan(NamedTuple):
     drop_unlisted: bool
 
 
-def _named(h: int, r: int, t: int, R: int) -> tuple[int, int, int]:
-    """A query's triple in its relation's own direction."""
-    return (h, r, t) if r < R else (t, r - R, h)
-
-
 def rows_of(
     source: Source, candidates: Candidates, plan: Plan, answers: dict[str, Answers], num_candidates: int, seed: int,
     count: Count,
@@ -217,9 +212,10 @@ def rows_of(
             if plan.drop_unlisted and t not in ranked:
                 count.dropped += 1
                 continue
+            triple = source.raw_triple(*((h, r, t) if r < R else (t, r - R, h)))
             if not ranked:
                 raise InputError(
-                    f"--candidates: no candidate is left for the query {source.raw_triple(*_named(h, r, t, R))} of "
+                    f"--candidates: no candidate is left for the query {triple} of "
                     f"{plan.split} once other right answers are out of its list; give longer lists"
                 )
             shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
@@ -234,7 +230,7 @@ def rows_of(
                 id=f"{TASK}-{plan.split}-{count.queries - 1}",
                 task_type=TASK,
                 split=plan.split,
-                triple=source.raw_triple(*_named(h, r, t, R)),
+                triple=triple,
                 direction=direction,
                 candidates=[kg.entities[entity] for entity in shown],
                 truth=[kg.entities[entity] for entity in [t, *also_right]],

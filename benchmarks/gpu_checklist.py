@@ -182,7 +182,7 @@ def keep_results(out: Path, record: Row, codes_file: Path, checkpoint: Path) -> 
         {
             "config": stored["config"],
             "comparable": stored["comparable"],
-            "trained_on": stored["trained_on"],
+            "trained_on": stored.get("trained_on"),  # checkpoints of before have none
             "last": {"model": {}, **last},
             "best": {"model": scorer, "relations": best["relations"].cpu(), **slim},
         },

@@ -533,8 +533,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
         known = read_json(before, "record")
         if not isinstance(known, dict) or not is_codes_info(known.get("codes", {"file": None})):
             raise InputError(f"{before} does not say which codes {args.model_name} knows; merge it anew")
-    if before.is_file() and "codes" in known:
-        refuse_other_codes(known["codes"], codes, f"--model_name {args.model_name}", f"--train_data {args.train_data}")
+        if "codes" in known:
+            model_words, data_words = f"--model_name {args.model_name}", f"--train_data {args.train_data}"
+            refuse_other_codes(known["codes"], codes, model_words, data_words)
     check_report_to(args.report_to)
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:

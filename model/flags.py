@@ -270,7 +270,10 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
         for flag in ["gcn_dim", "gcn_drop", "opn", "act"]:
             value = getattr(args, flag)
             if value != default(flag) and not (flag == "gcn_dim" and value == args.init_dim):
-                notes.append(f"--{flag} {value} does nothing: without --gcn_layers D is --init_dim {args.init_dim}")
+                why = (
+                    f"without --gcn_layers D is --init_dim {args.init_dim}" if flag == "gcn_dim" else "no graph layers"
+                )
+                notes.append(f"--{flag} {value} does nothing: {why}")
     if args.patience and args.control == "posthoc":
         notes.append(f"--patience {args.patience} does nothing: --control posthoc has no codes until its end")
     if args.text_emb is None and args.text_weight != build_parser().get_default("text_weight"):
