@@ -411,6 +411,13 @@ class Trainer:
                 where = f"epoch {self.epoch + 1}, step {step + 1}"
                 raise InputError(f"the loss became {loss} in {where}; {self._after_nan()}")
 
+    def _loss_of_guessing(self) -> float:
+        """L_st of even scores: log M (and log 2R for relations) of the softmax loss; nothing is asked of another."""
+        if self.settings.loss != "ce":
+            return math.inf
+        relations = self.settings.relation_weight * math.log(2 * self.kg.num_relations)
+        return math.log(self.kg.num_entities) + relations
+
     def _after_nan(self) -> str:
         kept = f"epoch {self.saved_epoch} is saved in {self.checkpoint}: " if self.saved_epoch else ""
         return f"{kept}try a lower --lr, a lower --vq_weight or --loss ce"
@@ -436,6 +443,9 @@ class Trainer:
             self.history.append(row)
             done = done or self._out_of_patience()
             self.report(format_epoch(row))
+            guess = self._loss_of_guessing()
+            if row["structure"] > guess:
+                self.report(f"warning: L_st is above {guess:.2f}, which guessing has; stop this run, try a lower --lr")
             self.save()
             return_freed_memory()
         without_codes = self.best is None or self.codes is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from model.precision import matmul_precision
 from model.RQGCN import scorer_of
 from model.trainer import Phase, Trainer
 from run_record import InputError, load_torch
-from tests.conftest import ROOT, L, M, Q, TrainerMaker, books_of, small_flags
+from tests.conftest import ROOT, L, M, Q, R, TrainerMaker, books_of, small_flags
 
 CODES, FROZEN, WARM_UP = (Phase(0.5, name) for name in ("codes", "frozen", "warm-up"))
 
@@ -581,6 +582,29 @@ def test_a_loss_that_is_not_a_number_names_epoch_and_step(trainer_of: TrainerMak
     stored = load_torch(trainer.checkpoint, "checkpoint")  # the last good epoch stays
     assert stored["last"]["epoch"] == 2
     assert all(bool(value.isfinite().all()) for value in stored["last"]["model"].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("settings", "guess"),
+    [({}, math.log(M)), ({"relation_weight": 0.5}, math.log(M) + 0.5 * math.log(2 * R)), ({"loss": "bce"}, math.inf)],
+)
+def test_a_loss_above_that_of_guessing_is_told(
+    trainer_of: TrainerMaker, settings: dict[str, Any], guess: float
+) -> None:
+    """At a rate of 3 softmax training is far above log M, and an epoch at no rate at all is at it."""
+    lines: list[str] = []
+    for lr in (1e-9, 3.0):
+        trainer = trainer_of({"decoder": "distmult"}, epoch=1, lr=lr, **settings)
+        trainer.report = lines.append
+        trainer.fit()
+    still, wild = (line for line in lines if line.startswith("epoch"))
+    warnings = [line for line in lines if line.startswith("warning")]
+    if math.isinf(guess):
+        assert not warnings
+        return
+    assert float(re.findall(r"L_st (\S+)", still)[0]) == pytest.approx(guess, rel=0.02)
+    assert float(re.findall(r"L_st (\S+)", wild)[0]) > guess
+    assert len(warnings) >= 1 and f"above {guess:.2f}" in warnings[-1] and "--lr" in warnings[-1]
 
 
 def test_a_parameter_spoilt_by_the_last_step_is_an_input_error_too(trainer_of: TrainerMaker) -> None:
