@@ -382,18 +382,9 @@ def find_rows(candidates: Candidates, queries: Ints, kg: KnowledgeGraph) -> Ints
     return found
 
 
-def known_pairs(answers: Answers, h: Ints, r: Ints) -> tuple[Ints, Ints]:
-    """CSR (indptr [n + 1], entities) of the known tails of each query (h [n], r [n])."""
-    row = answers.rows(h, r)
-    begin = np.where(row >= 0, answers.indptr[row], 0)
-    size = np.where(row >= 0, answers.indptr[row + 1] - begin, 0)
-    indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
-    return indptr, answers.targets[np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], size)]
-
-
 def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph) -> Bools:
     """Which of the listed ids [n, C] are known answers of their query (h, r, t) other than t itself."""
-    indptr, known = known_pairs(answers, queries[:, 0], queries[:, 1])
+    indptr, known = answers.of(queries[:, 0], queries[:, 1])
     M = kg.num_entities
     if not len(known):
         return np.zeros(ids.shape, dtype=bool)
@@ -467,7 +458,7 @@ def _top(
         values = score(torch.from_numpy(h).to(device), torch.from_numpy(r).to(device)).float() + 0.0  # no -0.0
         members = order[first[start] : first[start + len(h)]]
         rows, truth = (torch.from_numpy(x).to(device) for x in (query_of[members] - start, triples[members, 2]))
-        known = [torch.from_numpy(x).to(device) for x in known_pairs(everything, h, r)]
+        known = [torch.from_numpy(x).to(device) for x in everything.of(h, r)]
         ranks[members] = rank_scores(values, truth, (known[0], known[1]), rows).cpu().numpy()
         # integers that order by score, then by lower id: the bits of a float32 order like its value, once those of
         # negative numbers are turned round
@@ -475,7 +466,7 @@ def _top(
         bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
         keys = (bits << 32) + (M - 1 - torch.arange(M, device=device))
         own = keys[rows, truth]
-        indptr, drop = (torch.from_numpy(x).to(device) for x in known_pairs(some, h, r))
+        indptr, drop = (torch.from_numpy(x).to(device) for x in some.of(h, r))
         keys[torch.repeat_interleave(indptr.diff()), drop] = least
         best = keys.topk(C, dim=1).values[rows]  # (N, C): per triple, whose truth may have been dropped with the others
         own = torch.where((best == own[:, None]).any(1), least, own)

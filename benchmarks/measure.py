@@ -28,12 +28,14 @@ def positive(word: str) -> int:
     return int(word)
 
 
-def benchmark_parser(doc: str, quick: str) -> CommandParser:
-    """A parser with the flags of every benchmark: --quick (``quick`` says what it leaves out), --json and --threads."""
+def benchmark_parser(doc: str, quick: str, threads: bool = True) -> CommandParser:
+    """A parser with the flags of every benchmark: --quick (``quick`` says what it leaves out), --json and, where it is
+    of any effect, --threads."""
     parser = CommandParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}; under 50 s on two cores")
     parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
+    if threads:
+        parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
     return parser
 
 

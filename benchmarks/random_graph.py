@@ -167,7 +167,7 @@ def real_or_random(folder: Path, seed: int) -> KnowledgeGraph:
 def main() -> int:
     from benchmarks.measure import DATASET, Row, benchmark_parser, print_table, write_rows
 
-    parser = benchmark_parser(__doc__, "a random graph of 10,000 entities")
+    parser = benchmark_parser(__doc__, "a random graph of 10,000 entities", threads=False)
     parser.add_argument("--dataset", type=Path, default=DATASET, help="the graph to fit (left out where it is absent)")
     parser.add_argument("--entities", type=int, default=1_000_000, help="M of the random graph, 10 triples each")
     parser.add_argument("--seed", type=int, default=0, help="of the random graph")

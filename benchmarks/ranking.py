@@ -23,7 +23,6 @@ from torch import Tensor
 
 from benchmarks.measure import DATASET, Row, benchmark_parser, print_table, write_rows
 from benchmarks.random_graph import real_or_random
-from Class.candidates import known_pairs
 from data.knowledge_graph import with_inverse
 from model.ranking import filtered_ranks, rank_scores
 from run_record import run_command
@@ -93,7 +92,7 @@ def main() -> int:
     for batch in range(-(-len(queries) // BATCH)):
         members = np.flatnonzero(query_of // BATCH == batch)
         scores = pool[query_of[members] - batch * BATCH]
-        indptr, tails = map(torch.from_numpy, known_pairs(answers, *triples[members, :2].T))
+        indptr, tails = map(torch.from_numpy, answers.of(*triples[members, :2].T))
         targets, known = torch.from_numpy(triples[members, 2]), (indptr, tails)
         for name, way in ways.items():
             with timed(seconds, name):

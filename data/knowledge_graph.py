@@ -87,6 +87,14 @@ class Answers:
         position = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
         return np.where(self.keys[position] == wanted, position, -1).astype(np.int64)
 
+    def of(self, h: Ints, r: Ints) -> tuple[Ints, Ints]:
+        """CSR (indptr ``[B + 1]``, entities) of the known tails of each query (h ``[B]``, r ``[B]``), maybe none."""
+        row = self.rows(h, r)
+        begin = np.where(row >= 0, self.indptr[row], 0)
+        size = np.where(row >= 0, self.indptr[row + 1] - begin, 0)
+        indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
+        return indptr, self.targets[np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], size)]
+
 
 class Neighbours(NamedTuple):
     """Edges by head: those of h are rows ``indptr[h]:indptr[h + 1]``, sorted by (relation, neighbour)."""

@@ -26,19 +26,10 @@ GPU_BLOCK = 2**23
 
 
 class AnswersLike(Protocol):
-    """What ``filtered_ranks`` reads of ``data.knowledge_graph.Answers``."""
+    """What ``filtered_ranks`` asks of ``data.knowledge_graph.Answers``."""
 
-    @property
-    def keys(self) -> np.ndarray:
-        """int64 [n], sorted distinct h * 2R + r."""
-
-    @property
-    def indptr(self) -> np.ndarray:
-        """int64 [n + 1]."""
-
-    @property
-    def targets(self) -> np.ndarray:
-        """int64: the known tails of query keys[i] are targets[indptr[i]:indptr[i + 1]], each once."""
+    def of(self, h: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """CSR (indptr [B + 1], entities) of the known tails of each query (h [B], r [B]), each once."""
 
 
 def rank_scores(
@@ -98,7 +89,8 @@ def filtered_ranks(
     ranks = np.empty(len(triples))
     for start in range(0, len(queries), batch):
         keys = queries[start : start + batch]
-        heads, relations = (torch.from_numpy(x).to(device) for x in np.divmod(keys, 2 * num_relations))
+        h, r = np.divmod(keys, 2 * num_relations)
+        heads, relations = (torch.from_numpy(x).to(device) for x in (h, r))
         if chunk is None:
             scores = score_fn(heads, relations)
             blocks, size = _whole(scores), scores.shape[1]
@@ -108,7 +100,8 @@ def filtered_ranks(
         members = order[first[start] : first[start + len(keys)]]
         targets, rows = torch.from_numpy(triples[members, 2]), torch.from_numpy(query_of[members] - start)
         _check_range("target", targets, size)
-        ranks[members] = _ranks(blocks, rows, targets, _known(answers, keys)).cpu().numpy()
+        indptr, known = map(torch.from_numpy, answers.of(h, r))
+        ranks[members] = _ranks(blocks, rows, targets, (indptr, known)).cpu().numpy()
     return ranks
 
 
@@ -205,20 +198,6 @@ def _count_known_above(
     as_high = row_end - torch.searchsorted(filtered, mine)
     itself = torch.isin(rows * stop + targets, row * stop + ids) & (targets >= start) & (targets < stop)
     return (higher + as_high - itself.long()).double() / 2
-
-
-def _known(answers: AnswersLike, keys: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The answers of the queries ``keys`` as a CSR of their own; a query that is not there has none."""
-    place = np.searchsorted(answers.keys, keys)
-    found = place < len(answers.keys)
-    found[found] = answers.keys[place[found]] == keys[found]
-    begin = np.zeros(len(keys), dtype=np.int64)
-    sizes = np.zeros(len(keys), dtype=np.int64)
-    begin[found] = answers.indptr[place[found]]
-    sizes[found] = answers.indptr[place[found] + 1] - begin[found]
-    indptr = np.concatenate([[0], np.cumsum(sizes)])
-    index = np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], sizes)
-    return torch.from_numpy(indptr), torch.from_numpy(answers.targets[index])
 
 
 def _check_range(what: str, ids: Tensor, size: int) -> None:

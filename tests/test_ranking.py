@@ -1,21 +1,14 @@
 """Filtered ranks against a brute force, PyKEEN's evaluator and closed forms."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
 
+from data.knowledge_graph import Answers
 from model import ranking
 from model.ranking import filtered_ranks, rank_scores, summarize
 
 M, R, N = 37, 3, 200
-
-
-class Answers(NamedTuple):
-    keys: np.ndarray
-    indptr: np.ndarray
-    targets: np.ndarray
 
 
 def make_answers(triples: np.ndarray) -> Answers:
@@ -28,6 +21,7 @@ def make_answers(triples: np.ndarray) -> Answers:
         np.array(keys, dtype=np.int64),
         np.cumsum([0, *(len(tails[k]) for k in keys)]),
         np.array([t for k in keys for t in sorted(tails[k])], dtype=np.int64),
+        R,
     )
 
 
