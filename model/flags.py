@@ -12,6 +12,7 @@ from typing import Any
 from run_record import CommandParser
 
 AUTO = "auto"
+UNQUANTIZED = ("unquantized", "frozen_vectors")  # controls that never have codes
 MOST_LEVELS = 1024  # far beyond what pays; each is a codebook
 PAPER = "paper"
 # of the groups that hold a run's settings: what bounds or watches a run, or asks another question of the same settings
@@ -148,9 +149,10 @@ def build_parser() -> CommandParser:
                        "(1: never)")  # fmt: skip
     group.add_argument("--encoder_every", type=int, default=8, help="scorer steps per pass of the encoder")
     group.add_argument("--assign_every", type=int, default=8, help="scorer steps between assignments of codes")
-    group.add_argument("--control", choices=["unquantized", "random_codes", "posthoc"],
+    group.add_argument("--control", choices=[*UNQUANTIZED, "random_codes", "posthoc"],
                        help="train a rival for comparison, which leaves a record and no codes: the same model without "
-                       "codes, with codes drawn at random, or quantized by k-means after training")  # fmt: skip
+                       "codes, its vectors trained to the end or, as codes are, until --freeze_at; with codes drawn at "
+                       "random; or quantized by k-means after training")  # fmt: skip
     group.add_argument("--matmul_precision", choices=["highest", "high", "medium"], default="medium",
                        help="of float32 products in training; ranking always has the highest")  # fmt: skip
     group.add_argument("--eval_every", type=int, default=1, help="epochs between rankings of valid")
@@ -255,7 +257,8 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     given = bool(args.codes_from) or args.control == "random_codes"  # frozen from the start
     uncoded = args.control in ("unquantized", "posthoc")  # one long warm-up
     last = (args.epoch - 1) / args.epoch  # where the last epoch begins
-    warm = (last if args.warmup_epochs < 1 else args.epoch - 1) < args.warmup_epochs
+    still = args.control == "frozen_vectors"  # a warm-up until --freeze_at
+    warm = not still and (last if args.warmup_epochs < 1 else args.epoch - 1) < args.warmup_epochs
     never = not given and not args.max_minutes and (last < args.freeze_at or (warm and not uncoded))
     for flag in ["frozen_noise", "weight_average"]:
         if getattr(args, flag) and (never or (uncoded and flag == "frozen_noise")):
@@ -263,7 +266,7 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
             why = f"--control {args.control} has no codes to freeze" if uncoded and flag == "frozen_noise" else why
             why = "the warm-up lasts to the end" if warm and not uncoded else why
             notes.append(f"--{flag} {getattr(args, flag)} does nothing: {why}")
-    if args.z_noise and (given or not (args.warmup_epochs or uncoded)):
+    if args.z_noise and (given or not (args.warmup_epochs or uncoded or still)):
         notes.append(f"--z_noise {args.z_noise} does nothing: it is for the warm-up, and this run has none")
     if not args.gcn_layers:
         default = build_parser().get_default

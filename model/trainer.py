@@ -27,6 +27,7 @@ from model.averaging import WeightAverage
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
+from model.flags import UNQUANTIZED
 from model.losses import (
     LOSSES,
     Sample,
@@ -83,7 +84,7 @@ class Phase(NamedTuple):
     """Where training stands: ``progress`` in [0, 1], and which path the scores take."""
 
     progress: float
-    name: str  # "warm-up" (unquantized), "codes" or "frozen" (codes fixed, no encoder pass)
+    name: str  # "warm-up" (unquantized), "codes" or "frozen" (codes, or vectors, stand still: no encoder pass)
 
 
 class Trainer:
@@ -93,7 +94,8 @@ class Trainer:
     ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that share the
     work, by default this one alone. ``codes`` [M, L, Q] are given ones, for which codebooks, relations and decoder are
     trained; ``teachers``: models whose answers to the training queries take ``teacher_weight`` of the softmax loss's
-    targets. Raises InputError for a batch of fewer queries than there are processes.
+    targets. Raises InputError for a batch of fewer queries than there are processes, and for a graph layer's vectors
+    that are to stand still.
     """
 
     def __init__(
@@ -122,6 +124,11 @@ class Trainer:
         least = min(settings.batch, len(self.heads))
         if least < world.size:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
+        if settings.control == "frozen_vectors" and self.model.encoder.relation_weights():
+            raise InputError(
+                "--control frozen_vectors goes with --gcn_layers 0: relations train on, and a graph layer's vectors "
+                "would move with them; --control unquantized trains all of it"
+            )
         share_batch_norms(model.scorer, world)
         model.rq_codebook.world = world
         world.copy_from_first(model.state_dict().values())
@@ -135,8 +142,9 @@ class Trainer:
         self.seconds_asking = time.monotonic() - begun  # again each time a run is continued: the answers are not kept
         self.trained_on = kg.train_digest()
         self.codes_given = codes is not None
+        self.unquantized = settings.control in UNQUANTIZED
         self.codes: Tensor | None = None if codes is None else codes.to(self.device)  # [M, L, Q], those in use
-        self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use while warming up
+        self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use without codes
         self.epoch = 0
         self.saved_epoch = 0  # the last one in the checkpoint; 0: this run has none
         self.seconds = 0.0  # of training so far, resumed parts included
@@ -183,10 +191,13 @@ class Trainer:
             progress = max(progress, self._elapsed() / (60 * self.settings.max_minutes))
         if self.codes_given or self.settings.control == "random_codes":
             return Phase(progress, "frozen")
+        frozen = progress >= self.settings.freeze_at < 1
+        if self.settings.control == "frozen_vectors":
+            return Phase(progress, "frozen" if frozen else "warm-up")
         until = self.settings.warmup_epochs
         if self._never_frozen() or (progress if until < 1 else epoch) < until:
             return Phase(progress, "warm-up")
-        return Phase(progress, "frozen" if progress >= self.settings.freeze_at < 1 else "codes")
+        return Phase(progress, "frozen" if frozen else "codes")
 
     def _elapsed(self) -> float:
         return self.world.same(self.seconds + time.monotonic() - self._clock)
@@ -253,7 +264,7 @@ class Trainer:
         up again: the codes that it had are those of other vectors by then.
         """
         z = self.model.clean_z(self.graph, self.text) if z is None else z
-        if phase.name == "warm-up":
+        if phase.name == "warm-up" or self.unquantized:
             self.z, self.codes = z, None
         else:
             self.z, self.codes = None, self.model.rq_codebook.cal_codes(z)
@@ -268,7 +279,7 @@ class Trainer:
             self.codes = codes.to(self.device)
             return
         z = self.model.clean_z(self.graph, self.text)
-        if phase.name != "warm-up":
+        if phase.name != "warm-up" and not self.unquantized:
             self.world.copy_from_first([z])
             if self.codes is None:
                 codebook.init_from_data(z, generator=self.generator)
@@ -304,15 +315,17 @@ class Trainer:
         """z_q [M, L, code_dim] (or [U, L, code_dim] of a sample's entities), which gets the gradient of z, and what the
         scorer sees of it.
         """
-        if phase.name == "warm-up":
+        frozen = phase.name == "frozen"
+        if phase.name == "warm-up" or self.unquantized:
             assert self.z is not None
             z_q = self.z if sample is None else self.z[sample.entities]
-            z_q = _blurred(z_q, self.settings.z_noise).requires_grad_()
+            noise = self.settings.frozen_noise if frozen else self.settings.z_noise
+            z_q = _blurred(z_q.detach(), noise).requires_grad_()
             return z_q, z_q
         assert self.codes is not None
         z_q = self.model.rq_codebook.decode_from_codes(self.codes if sample is None else self.codes[sample.entities])
         z_q.requires_grad_().retain_grad()  # codes that follow averages (EMA) have none of their own
-        return z_q, _blurred(z_q, self.settings.frozen_noise) if phase.name == "frozen" else z_q
+        return z_q, _blurred(z_q, self.settings.frozen_noise) if frozen else z_q
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
@@ -449,7 +462,7 @@ class Trainer:
             self.save()
             return_freed_memory()
         without_codes = self.best is None or self.codes is None
-        if without_codes and self._finished() and self.settings.control != "unquantized":
+        if without_codes and self._finished() and not self.unquantized:
             if self.settings.control == "posthoc":
                 self.best = None  # of the run when it was shorter
                 if self.average is not None:
@@ -478,13 +491,13 @@ class Trainer:
         model.eval()
         with torch.no_grad():
             relations = model.relation_vectors()
-            if phase == "warm-up":
+            if phase == "warm-up" or self.unquantized:
                 q_all = model.scorer.entity_vectors(model.clean_z(self.graph, self.text))
                 metrics = evaluate_vectors(model.scorer, relations, q_all, self.kg, "valid", self.world)
             else:
                 assert self.codes is not None
                 metrics = self._scored_codes(relations, self.codes)
-        scored_as_dumped = (phase != "warm-up") == (self.settings.control != "unquantized")
+        scored_as_dumped = phase != "warm-up" or self.unquantized
         if scored_as_dumped and (self.best is None or metrics["mrr"] > mrr_as_trained(self.best)):
             self.best = {
                 "epoch": self.epoch,
@@ -507,8 +520,7 @@ class Trainer:
         patience = self.settings.patience
         if not patience or self.best is None or "valid" not in self.history[-1]:
             return False
-        unquantized = self.settings.control == "unquantized"
-        since = [row for row in self.history[self.best["epoch"] :] if (row["phase"] == "warm-up") == unquantized]
+        since = [row for row in self.history[self.best["epoch"] :] if row["phase"] != "warm-up" or self.unquantized]
         return len(since) >= patience
 
     def score_best(self, split: str) -> dict[str, Any]:

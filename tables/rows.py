@@ -20,14 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_rq
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Answer, report
-from model.flags import build_parser
+from model.flags import UNQUANTIZED, build_parser
 from run_record import ROOT, InputError, content_of, read_json, sha256_file
 from tables.sanity import JUDGING, RANKING, SLACK, check_all_rankings, check_count, check_judging, number, refuse, share
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
 RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")
 METRIC_FIELDS = ("mrr", "test", "valid", "metrics")
-CONTROLS = {"unquantized": "unquantized", "random_codes": "random codes", "posthoc": "codes made after training"}
+CONTROLS = {
+    "unquantized": "unquantized", "frozen_vectors": "unquantized, vectors frozen as codes are",
+    "random_codes": "random codes", "posthoc": "codes made after training",
+}  # fmt: skip
 DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx", "tucker": "TuckER", "mlp": "MLP"}
 # flags that do not change what is learned, or that the label says in words
 UNLABELLED = run_rq.NOT_COMPARED | {
@@ -219,7 +222,7 @@ def stage1_setting(record: Record) -> str:
     )
     layers = args.get("gcn_layers")
     words = [
-        f"{args.get('seq_len')} vectors" if args.get("control") == "unquantized" else name,
+        f"{args.get('seq_len')} vectors" if args.get("control") in UNQUANTIZED else name,
         DECODERS.get(args.get("decoder"), str(args.get("decoder"))),
         "no GCN" if layers == 0 else f"GCN {layers}",
     ]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run_rq
-from model.flags import AUTO, with_defaults
+from model.flags import AUTO, UNQUANTIZED, with_defaults
 from run_record import ROOT, CommandParser, InputError, content_of, only_run, read_json, run_command, write_json
 from tables.sanity import RANKING, check_ranking, number
 
@@ -156,7 +156,7 @@ def row(name: str, setting: Setting, record_path: Path) -> dict[str, Any]:
         args, metrics = record["args"], record["valid"]
         check_ranking(record_path, "valid", metrics)
         tokens = args["seq_len"] * args["num_quantizers"]
-        coded = args["control"] != "unquantized"
+        coded = args["control"] not in UNQUANTIZED
         return {
             "name": name,
             "group": setting.group,

@@ -227,14 +227,18 @@ def test_no_two_entities_of_a_dump_share_their_code(family_run: Run, ring_run: R
     assert before == history[family_run.record["best_epoch"]] != family_run.record["valid"]["mrr"]
 
 
-@pytest.mark.parametrize("control", ["unquantized", "random_codes", "posthoc"])
+@pytest.mark.parametrize("control", ["unquantized", "frozen_vectors", "random_codes", "posthoc"])
 def test_controls_leave_a_record_and_no_codes(rq: Command, ring: Path, tmp_path: Path, control: str) -> None:
-    found = rq(*small_flags(ring, tmp_path, control=control))
+    found = rq(*small_flags(ring, tmp_path, control=control, gcn_layers=int(control != "frozen_vectors")))
     assert found.code == 0, found.err
     (only,) = (tmp_path / "codes").iterdir()
     assert only.name.endswith(f"_{control}.json")
     record = json.loads(only.read_text())
     assert record["control"] == control and 0 < record["test"]["mrr"] <= 1
+
+
+def test_vectors_of_a_graph_layer_cannot_stand_still(rq: Command, ring: Path, tmp_path: Path) -> None:
+    assert_refused(rq(*small_flags(ring, tmp_path, control="frozen_vectors")), "--gcn_layers 0", "unquantized")
 
 
 def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family: KnowledgeGraph) -> None:
@@ -581,6 +585,9 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
         (["--frozen_noise", "0.3", "--epoch", "6", "--max_minutes", "1"], []),
         (["--weight_average", "0.9", "--epoch", "2", "--control", "random_codes"], []),
         (["--z_noise", "0.5", "--warmup_epochs", "0", "--control", "unquantized"], []),
+        (["--z_noise", "0.5", "--warmup_epochs", "0", "--control", "frozen_vectors"], []),
+        (["--frozen_noise", "0.3", "--warmup_epochs", "0.95", "--epoch", "10", "--control", "frozen_vectors"], []),
+        (["--frozen_noise", "0.3", "--epoch", "4", "--control", "frozen_vectors"], ["--frozen_noise 0.3 does nothing"]),
         (["--text_weight", "0.5", "--text_emb", "e.npy"], []),
     ],
 )

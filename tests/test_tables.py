@@ -281,6 +281,7 @@ def test_teachers_make_a_setting(tmp_path: Path) -> None:
     ("control", "method"),
     [
         ("unquantized", "4 vectors, DistMult, {} (control: unquantized)"),
+        ("frozen_vectors", "4 vectors, DistMult, {} (control: unquantized, vectors frozen as codes are)"),
         ("random_codes", "RQ 4 x 4 of 256, DistMult, {} (control: random codes)"),
         ("posthoc", "RQ 4 x 4 of 256, DistMult, {} (control: codes made after training)"),
     ],

@@ -24,9 +24,10 @@ from model.precision import matmul_precision
 from model.RQGCN import scorer_of
 from model.trainer import Phase, Trainer
 from run_record import InputError, load_torch
-from tests.conftest import ROOT, L, M, Q, R, TrainerMaker, books_of, small_flags
+from tests.conftest import ROOT, D, L, M, Q, R, TrainerMaker, books_of, small_flags
 
 CODES, FROZEN, WARM_UP = (Phase(0.5, name) for name in ("codes", "frozen", "warm-up"))
+NO_GRAPH = {"gcn_layers": 0, "init_dim": D, "gcn_dim": D}
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -291,6 +292,44 @@ def test_noise_blurs_the_warm_up_alone_and_by_its_share(trainer_of: TrainerMaker
     assert len({float(trainer._scorer_step(torch.arange(5), CODES)[0]) for _ in range(2)}) == 1
 
 
+@pytest.mark.parametrize("more", [{}, {"num_negatives": 9}], ids=str)
+def test_frozen_vectors_are_the_unquantized_model_until_they_stand_still(
+    trainer_of: TrainerMaker, more: dict[str, Any]
+) -> None:
+    """Until --freeze_at bit for bit --control unquantized, whatever --warmup_epochs; from then on what codes leave to
+    train, over vectors in their place."""
+    text = torch.randn(M, 7, generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {"epoch": 6, "freeze_at": 0.5, "warmup_epochs": 1, "z_noise": 0.3, **more}
+    rows: dict[str, list[tuple[str, Tensor, dict[str, Tensor]]]] = {}
+    for control in ("unquantized", "frozen_vectors"):
+        trainer = trainer_of({"text_init": True, "text_dim": 7, **NO_GRAPH}, text, control=control, **settings)
+        seen = rows[control] = []
+
+        def note(line: str, trainer: Trainer = trainer, seen: Any = seen) -> None:
+            assert trainer.codes is None
+            if line.startswith("warning"):
+                return
+            z = trainer.model.clean_z(trainer.graph, trainer.text)
+            seen.append((trainer.history[-1]["phase"], z, state_of(trainer)))
+
+        trainer.report = note
+        trainer.fit()
+        assert trainer.best is not None and trainer.best["codes"] is None
+        assert trainer.score_best("valid") == trainer.best["valid"]
+    unquantized, still = rows["unquantized"], rows["frozen_vectors"]
+    assert [name for name, *_ in still] == ["warm-up"] * 3 + ["frozen"] * 3
+    assert {name for name, *_ in unquantized} == {"warm-up"}
+    for (_, z, state), (_, own_z, own) in zip(unquantized[:3], still[:3], strict=True):
+        assert torch.equal(z, own_z)
+        assert_same(state, own)
+    assert not torch.equal(unquantized[3][1], unquantized[2][1])
+    for _, z, state in still[3:]:
+        assert torch.equal(z, still[2][1])
+        changed = moved(still[2][2], state)
+        assert "entity_embedding" not in changed and "text_projection.weight" not in changed
+        assert {"scorer.W_q.weight", "relation_embedding", "W_s.weight"} <= changed
+
+
 def test_frozen_noise_blurs_the_frozen_codes_alone(trainer_of: TrainerMaker) -> None:
     """Other losses at every step of the frozen phase, the same before it; the codes' vectors still learn."""
     losses = []
@@ -505,6 +544,15 @@ RESUMABLE: list[dict[str, Any]] = [
     {"epoch": 4, "model": {"inputs": "neighbours+learned", "text_neighbours": 3}},
     {"epoch": 5, "freeze_at": 0.5, "weight_average": 0.9},
     {"epoch": 3, "control": "unquantized", "freeze_at": 0.3, "weight_average": 0.9},
+    {"epoch": 5, "control": "frozen_vectors", "freeze_at": 0.4, "z_noise": 0.3, "frozen_noise": 0.2, "model": NO_GRAPH},
+    {
+        "epoch": 4,
+        "control": "frozen_vectors",
+        "freeze_at": 0.5,
+        "num_negatives": 9,
+        "weight_average": 0.9,
+        "model": NO_GRAPH,
+    },
     {"epoch": 3, "control": "random_codes"},
     {"epoch": 3, "control": "posthoc"},
 ]
