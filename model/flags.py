@@ -12,7 +12,7 @@ from typing import Any
 from run_record import CommandParser
 
 AUTO = "auto"
-UNQUANTIZED = ("unquantized", "frozen_vectors")  # controls that never have codes
+UNQUANTIZED = ("unquantized", "frozen_vectors")  # controls that never have codes, by the names the trainer knows
 MOST_LEVELS = 1024  # far beyond what pays; each is a codebook
 PAPER = "paper"
 # of the groups that hold a run's settings: what bounds or watches a run, or asks another question of the same settings

@@ -27,7 +27,6 @@ from model.averaging import WeightAverage
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
-from model.flags import UNQUANTIZED
 from model.losses import (
     LOSSES,
     Sample,
@@ -142,7 +141,7 @@ class Trainer:
         self.seconds_asking = time.monotonic() - begun  # again each time a run is continued: the answers are not kept
         self.trained_on = kg.train_digest()
         self.codes_given = codes is not None
-        self.unquantized = settings.control in UNQUANTIZED
+        self.unquantized = settings.control in ("unquantized", "frozen_vectors")
         self.codes: Tensor | None = None if codes is None else codes.to(self.device)  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use without codes
         self.epoch = 0
