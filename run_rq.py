@@ -172,6 +172,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
 
     kg = load_graph(args)
     choose_settings(args, kg)
+    if args.control == "frozen_vectors" and args.gcn_layers:
+        raise InputError(
+            f"--control frozen_vectors goes without graph layers, --gcn_layers is {args.gcn_layers}: relations train "
+            "on and would move its vectors; give --recipe auto --gcn_layers 0, or --control unquantized, which trains all"
+        )
     if not args.num_negatives:  # a sampled step has no block that is worth it, and sizes that splinter the heap
         keep_freed_memory()
     text = load_text(args.text_emb, kg.num_entities)

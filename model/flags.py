@@ -151,7 +151,7 @@ def build_parser() -> CommandParser:
     group.add_argument("--assign_every", type=int, default=8, help="scorer steps between assignments of codes")
     group.add_argument("--control", choices=[*UNQUANTIZED, "random_codes", "posthoc"],
                        help="train a rival for comparison, which leaves a record and no codes: the same model without "
-                       "codes, its vectors trained to the end or, as codes are, until --freeze_at; with codes drawn at "
+                       "codes, its vectors trained to the end, or frozen when codes are; with codes drawn at "
                        "random; or quantized by k-means after training")  # fmt: skip
     group.add_argument("--matmul_precision", choices=["highest", "high", "medium"], default="medium",
                        help="of float32 products in training; ranking always has the highest")  # fmt: skip
@@ -257,9 +257,12 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     given = bool(args.codes_from) or args.control == "random_codes"  # frozen from the start
     uncoded = args.control in ("unquantized", "posthoc")  # one long warm-up
     last = (args.epoch - 1) / args.epoch  # where the last epoch begins
-    still = args.control == "frozen_vectors"  # a warm-up until --freeze_at
-    warm = not still and (last if args.warmup_epochs < 1 else args.epoch - 1) < args.warmup_epochs
+    still = args.control == "frozen_vectors"
+    warm = (last if args.warmup_epochs < 1 else args.epoch - 1) < args.warmup_epochs
     never = not given and not args.max_minutes and (last < args.freeze_at or (warm and not uncoded))
+    if still and never:
+        notes.append(f"--control frozen_vectors freezes nothing: the last of {args.epoch} epochs begins at {last:.2f}, "
+                     f"--freeze_at is {args.freeze_at}, --warmup_epochs {args.warmup_epochs}")  # fmt: skip
     for flag in ["frozen_noise", "weight_average"]:
         if getattr(args, flag) and (never or (uncoded and flag == "frozen_noise")):
             why = f"the last of {args.epoch} epochs begins at {last:.2f}, --freeze_at is {args.freeze_at}"
@@ -340,6 +343,9 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     if not 0 < args.freeze_at <= 1:
         parser.error(f"--freeze_at {args.freeze_at} is out of range, expected 0 < freeze_at <= 1")
+    if args.control == "frozen_vectors" and args.freeze_at == 1:
+        parser.error("--control frozen_vectors with --freeze_at 1 never freezes them: give --freeze_at below 1, or "
+                     "--control unquantized")  # fmt: skip
     frozen_at_once = args.codes_from or args.control == "random_codes"
     for flag in ["frozen_noise", "weight_average"]:
         if getattr(args, flag) and args.freeze_at == 1 and not frozen_at_once:
@@ -353,8 +359,9 @@ def _check_flags(args: argparse.Namespace, parser: CommandParser) -> None:
         parser.error(f"--num_quantizers {args.num_quantizers} is too small, expected 1 or more")
     if args.tf_layers and args.code_dim % args.att_head:
         parser.error(f"--code_dim {args.code_dim} is no multiple of --att_head {args.att_head}")
-    if args.warmup_epochs >= args.epoch and not args.codes_from:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves no epoch with codes, --epoch is {args.epoch}")
+    one_warmup = args.codes_from or args.control in ("unquantized", "posthoc")
+    if args.warmup_epochs >= args.epoch and not one_warmup:
+        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves no epoch after it, --epoch is {args.epoch}")
     if args.text_init and args.inputs:
         parser.error(f"--text_init and --inputs {args.inputs} both say what the encoder starts from: give one of them")
     starts = "--text_init" if args.text_init else f"--inputs {args.inputs}"

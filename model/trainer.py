@@ -93,8 +93,7 @@ class Trainer:
     ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that share the
     work, by default this one alone. ``codes`` [M, L, Q] are given ones, for which codebooks, relations and decoder are
     trained; ``teachers``: models whose answers to the training queries take ``teacher_weight`` of the softmax loss's
-    targets. Raises InputError for a batch of fewer queries than there are processes, and for a graph layer's vectors
-    that are to stand still.
+    targets. Raises InputError for a batch of fewer queries than there are processes.
     """
 
     def __init__(
@@ -123,11 +122,6 @@ class Trainer:
         least = min(settings.batch, len(self.heads))
         if least < world.size:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
-        if settings.control == "frozen_vectors" and self.model.encoder.relation_weights():
-            raise InputError(
-                "--control frozen_vectors goes with --gcn_layers 0: relations train on, and a graph layer's vectors "
-                "would move with them; --control unquantized trains all of it"
-            )
         share_batch_norms(model.scorer, world)
         model.rq_codebook.world = world
         world.copy_from_first(model.state_dict().values())
@@ -190,13 +184,12 @@ class Trainer:
             progress = max(progress, self._elapsed() / (60 * self.settings.max_minutes))
         if self.codes_given or self.settings.control == "random_codes":
             return Phase(progress, "frozen")
-        frozen = progress >= self.settings.freeze_at < 1
-        if self.settings.control == "frozen_vectors":
-            return Phase(progress, "frozen" if frozen else "warm-up")
         until = self.settings.warmup_epochs
         if self._never_frozen() or (progress if until < 1 else epoch) < until:
             return Phase(progress, "warm-up")
-        return Phase(progress, "frozen" if frozen else "codes")
+        if progress >= self.settings.freeze_at < 1:
+            return Phase(progress, "frozen")
+        return Phase(progress, "warm-up" if self.unquantized else "codes")
 
     def _elapsed(self) -> float:
         return self.world.same(self.seconds + time.monotonic() - self._clock)
@@ -423,6 +416,11 @@ class Trainer:
                 where = f"epoch {self.epoch + 1}, step {step + 1}"
                 raise InputError(f"the loss became {loss} in {where}; {self._after_nan()}")
 
+    def _rises_above_guessing(self) -> bool:
+        """L_st of the last epoch: some decoders begin above even scores and fall at once (ConvE), so one is no sign."""
+        last = [row["structure"] for row in self.history[-2:]]
+        return len(last) == 2 and last[1] > self._loss_of_guessing() and last[1] > last[0]
+
     def _loss_of_guessing(self) -> float:
         """L_st of even scores: log M (and log 2R for relations) of the softmax loss; nothing is asked of another."""
         if self.settings.loss != "ce":
@@ -455,19 +453,20 @@ class Trainer:
             self.history.append(row)
             done = done or self._out_of_patience()
             self.report(format_epoch(row))
-            guess = self._loss_of_guessing()
-            if row["structure"] > guess:
-                self.report(f"warning: L_st is above {guess:.2f}, which guessing has; stop this run, try a lower --lr")
+            if self._rises_above_guessing():
+                guess = self._loss_of_guessing()
+                self.report(f"warning: L_st is above {guess:.2f}, that of even scores, and rises: try a lower --lr")
             self.save()
             return_freed_memory()
-        without_codes = self.best is None or self.codes is None
-        if without_codes and self._finished() and not self.unquantized:
+        as_dumped = self.best is not None and (self.unquantized or self.codes is not None)
+        if not as_dumped and self._finished():
             if self.settings.control == "posthoc":
                 self.best = None  # of the run when it was shorter
                 if self.average is not None:
                     self.average.settle()
-            self._start_epoch(Phase(1.0, "codes"))
-            self._validate("codes")
+            ends_as = "frozen" if self.unquantized else "codes"
+            self._start_epoch(Phase(1.0, ends_as))
+            self._validate(ends_as)
             self.save()
 
     def _finished(self) -> bool:
@@ -496,7 +495,7 @@ class Trainer:
             else:
                 assert self.codes is not None
                 metrics = self._scored_codes(relations, self.codes)
-        scored_as_dumped = phase != "warm-up" or self.unquantized
+        scored_as_dumped = phase != "warm-up" or self.settings.control == "unquantized"
         if scored_as_dumped and (self.best is None or metrics["mrr"] > mrr_as_trained(self.best)):
             self.best = {
                 "epoch": self.epoch,
@@ -519,7 +518,8 @@ class Trainer:
         patience = self.settings.patience
         if not patience or self.best is None or "valid" not in self.history[-1]:
             return False
-        since = [row for row in self.history[self.best["epoch"] :] if row["phase"] != "warm-up" or self.unquantized]
+        all_count = self.settings.control == "unquantized"
+        since = [row for row in self.history[self.best["epoch"] :] if all_count or row["phase"] != "warm-up"]
         return len(since) >= patience
 
     def score_best(self, split: str) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
         "4x2": Setting("equal positions", "--num_quantizers 2"),
         # what the parts are worth
         "unquantized": Setting("controls", "--control unquantized"),
+        "frozen_vectors": Setting("controls", "--control frozen_vectors"),
         "random_codes": Setting("controls", "--control random_codes"),
         "random_2x8": Setting("controls", f"{_budget(2, 8)} --control random_codes"),
         "random_1x16": Setting("controls", f"{_budget(1, 16)} --control random_codes"),

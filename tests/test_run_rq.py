@@ -238,7 +238,8 @@ def test_controls_leave_a_record_and_no_codes(rq: Command, ring: Path, tmp_path:
 
 
 def test_vectors_of_a_graph_layer_cannot_stand_still(rq: Command, ring: Path, tmp_path: Path) -> None:
-    assert_refused(rq(*small_flags(ring, tmp_path, control="frozen_vectors")), "--gcn_layers 0", "unquantized")
+    found = rq(*small_flags(ring, tmp_path, control="frozen_vectors"))
+    assert_refused(found, "--gcn_layers is 1", "--recipe auto --gcn_layers 0", "unquantized")
 
 
 def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family: KnowledgeGraph) -> None:
@@ -525,6 +526,7 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
         (["--freeze_at", "1", "--frozen_noise", "0.3"], ["--frozen_noise 0.3", "--freeze_at 1"]),
         (["--freeze_at", "1", "--weight_average", "0.9"], ["--weight_average 0.9", "--freeze_at 1"]),
         (["--freeze_at", "1", "--weight_average", "0.9", "--control", "posthoc"], ["--weight_average 0.9"]),
+        (["--freeze_at", "1", "--control", "frozen_vectors"], ["--freeze_at 1", "--control unquantized"]),
         (["--tails_at_once", "-1"], ["--tails_at_once -1"]),
         (["--tails_at_once", "4", "--loss", "bce"], ["--tails_at_once 4", "--loss bce"]),
         (["--restore", "--overwrite"], ["--restore", "--overwrite"]),
@@ -586,8 +588,8 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
         (["--weight_average", "0.9", "--epoch", "2", "--control", "random_codes"], []),
         (["--z_noise", "0.5", "--warmup_epochs", "0", "--control", "unquantized"], []),
         (["--z_noise", "0.5", "--warmup_epochs", "0", "--control", "frozen_vectors"], []),
-        (["--frozen_noise", "0.3", "--warmup_epochs", "0.95", "--epoch", "10", "--control", "frozen_vectors"], []),
-        (["--frozen_noise", "0.3", "--epoch", "4", "--control", "frozen_vectors"], ["--frozen_noise 0.3 does nothing"]),
+        (["--frozen_noise", "0.3", "--epoch", "10", "--control", "frozen_vectors"], []),
+        (["--epoch", "4", "--control", "frozen_vectors"], ["frozen_vectors freezes nothing", "begins at 0.75"]),
         (["--text_weight", "0.5", "--text_emb", "e.npy"], []),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model import trainer as trainer_module
+from model.flags import UNQUANTIZED
 from model.losses import LOSSES, gather_targets
 from model.precision import matmul_precision
 from model.RQGCN import scorer_of
@@ -296,8 +296,8 @@ def test_noise_blurs_the_warm_up_alone_and_by_its_share(trainer_of: TrainerMaker
 def test_frozen_vectors_are_the_unquantized_model_until_they_stand_still(
     trainer_of: TrainerMaker, more: dict[str, Any]
 ) -> None:
-    """Until --freeze_at bit for bit --control unquantized, whatever --warmup_epochs; from then on what codes leave to
-    train, over vectors in their place."""
+    """Until codes would be frozen bit for bit --control unquantized; from then on what codes leave to train, over
+    vectors in their place."""
     text = torch.randn(M, 7, generator=torch.Generator().manual_seed(1))
     settings: dict[str, Any] = {"epoch": 6, "freeze_at": 0.5, "warmup_epochs": 1, "z_noise": 0.3, **more}
     rows: dict[str, list[tuple[str, Tensor, dict[str, Tensor]]]] = {}
@@ -328,6 +328,42 @@ def test_frozen_vectors_are_the_unquantized_model_until_they_stand_still(
         changed = moved(still[2][2], state)
         assert "entity_embedding" not in changed and "text_projection.weight" not in changed
         assert {"scorer.W_q.weight", "relation_embedding", "W_s.weight"} <= changed
+
+
+def test_vectors_freeze_when_codes_would(trainer_of: TrainerMaker) -> None:
+    for settings in ({"warmup_epochs": 0.75, "freeze_at": 0.25}, {"warmup_epochs": 1, "freeze_at": 0.5}):
+        runs = [trainer_of(NO_GRAPH, epoch=8, control=control, **settings) for control in (None, "frozen_vectors")]
+        for run in runs:
+            run.fit()
+        frozen = [[row["phase"] == "frozen" for row in run.history] for run in runs]
+        assert frozen[0] == frozen[1] and 0 < sum(frozen[0]) < 8
+        best = runs[1].best
+        assert best is not None and frozen[1][best["epoch"] - 1]  # as with codes, the best is one of what is dumped
+
+
+def test_vectors_that_no_epoch_froze_are_scored_as_they_are(trainer_of: TrainerMaker) -> None:
+    trainer = trainer_of(NO_GRAPH, epoch=2, warmup_epochs=1, freeze_at=0.9, control="frozen_vectors")
+    trainer.fit()
+    assert [row["phase"] for row in trainer.history] == ["warm-up"] * 2
+    assert trainer.best is not None and trainer.best["valid"] == trainer.history[-1]["valid"]
+
+
+def test_frozen_vectors_have_the_noise_of_frozen_codes(trainer_of: TrainerMaker) -> None:
+    """Their own noise, and none of the warm-up's."""
+    losses = []
+    for noise in ({}, {"frozen_noise": 0.5}):
+        run = trainer_of(NO_GRAPH, epoch=4, freeze_at=0.5, control="frozen_vectors", z_noise=0.3, **noise)
+        run.fit()
+        losses.append([row["structure"] for row in run.history])
+        run.model.eval()  # no dropout
+        once, again = (float(run._scorer_step(torch.arange(5), FROZEN)[0]) for _ in range(2))
+        assert (once == again) == (not noise)
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
+
+
+@pytest.mark.parametrize("control", ["unquantized", "frozen_vectors", "random_codes", "posthoc", None])
+def test_the_flags_know_which_controls_have_no_codes(trainer_of: TrainerMaker, control: str | None) -> None:
+    assert trainer_of(control=control).unquantized == (control in UNQUANTIZED)
 
 
 def test_frozen_noise_blurs_the_frozen_codes_alone(trainer_of: TrainerMaker) -> None:
@@ -636,23 +672,37 @@ def test_a_loss_that_is_not_a_number_names_epoch_and_step(trainer_of: TrainerMak
     ("settings", "guess"),
     [({}, math.log(M)), ({"relation_weight": 0.5}, math.log(M) + 0.5 * math.log(2 * R)), ({"loss": "bce"}, math.inf)],
 )
-def test_a_loss_above_that_of_guessing_is_told(
+def test_a_loss_that_rises_above_that_of_even_scores_is_told(
     trainer_of: TrainerMaker, settings: dict[str, Any], guess: float
 ) -> None:
-    """At a rate of 3 softmax training is far above log M, and an epoch at no rate at all is at it."""
     lines: list[str] = []
-    for lr in (1e-9, 3.0):
-        trainer = trainer_of({"decoder": "distmult"}, epoch=1, lr=lr, **settings)
-        trainer.report = lines.append
-        trainer.fit()
-    still, wild = (line for line in lines if line.startswith("epoch"))
-    warnings = [line for line in lines if line.startswith("warning")]
+    trainer = trainer_of({"decoder": "distmult"}, epoch=1, lr=1e-9, **settings)
+    trainer.fit()
+    if not math.isinf(guess):
+        assert trainer.history[0]["structure"] == pytest.approx(guess, rel=0.02)
+    rows = [guess + 5, guess + 4, guess + 4.5, guess + 4.6, guess - 2, guess - 1, guess + 0.1]
     if math.isinf(guess):
-        assert not warnings
-        return
-    assert float(re.findall(r"L_st (\S+)", still)[0]) == pytest.approx(guess, rel=0.02)
-    assert float(re.findall(r"L_st (\S+)", wild)[0]) > guess
-    assert len(warnings) >= 1 and f"above {guess:.2f}" in warnings[-1] and "--lr" in warnings[-1]
+        rows = [5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+    trainer = trainer_of({"decoder": "distmult"}, epoch=len(rows), **settings)
+    trainer._train_epoch = lambda: {  # type: ignore[method-assign]
+        "phase": "warm-up", "structure": rows[trainer.epoch], "semantic": 0.0, "quantization": 0.0, "levels": [],
+    }  # fmt: skip
+    trainer._validate = lambda phase: {"mrr": 0.1, "hits@10": 0.1}  # type: ignore[method-assign]
+    trainer._finished = lambda: trainer.epoch == len(rows)  # type: ignore[method-assign]
+    trainer._start_epoch = lambda phase: None  # type: ignore[method-assign]
+    trainer.report = lines.append
+    trainer.fit()
+    told = [lines[i - 1].split()[1] for i, line in enumerate(lines) if line.startswith("warning")]
+    assert told == ([] if math.isinf(guess) else ["3", "4", "7"])  # not where it falls, nor below even scores
+    assert all(f"above {guess:.2f}" in line and "--lr" in line for line in lines if line.startswith("warning"))
+
+
+def test_a_rate_that_is_far_too_high_is_told(trainer_of: TrainerMaker) -> None:
+    lines: list[str] = []
+    trainer = trainer_of({"decoder": "distmult"}, epoch=4, lr=3.0)
+    trainer.report = lines.append
+    trainer.fit()
+    assert any(line.startswith("warning: L_st is above") for line in lines)
 
 
 def test_a_parameter_spoilt_by_the_last_step_is_an_input_error_too(trainer_of: TrainerMaker) -> None:
