@@ -175,7 +175,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
     if args.control == "frozen_vectors" and args.gcn_layers:
         raise InputError(
             f"--control frozen_vectors goes without graph layers, --gcn_layers is {args.gcn_layers}: relations train "
-            "on and would move its vectors; give --recipe auto --gcn_layers 0, or --control unquantized, which trains all"
+            "on and would move its vectors; give --recipe auto --gcn_layers 0, or --control unquantized"
         )
     if not args.num_negatives:  # a sampled step has no block that is worth it, and sizes that splinter the heap
         keep_freed_memory()
