@@ -22,8 +22,9 @@ check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# two processes, a file of tests each; one thread each, since they share the cores
 test: check
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 slow: setup
 	$(PY) -m pytest -q -m slow

@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,22 @@ def test_controls_leave_a_record_and_no_codes(rq: Command, ring: Path, tmp_path:
 def test_vectors_of_a_graph_layer_cannot_stand_still(rq: Command, ring: Path, tmp_path: Path) -> None:
     found = rq(*small_flags(ring, tmp_path, control="frozen_vectors"))
     assert_refused(found, "--gcn_layers is 1", "--recipe auto --gcn_layers 0", "unquantized")
+
+
+def test_a_peak_is_that_of_the_process_alone() -> None:
+    """Linux keeps ru_maxrss over exec: a small process started by a large one would have the large one's peak."""
+    child = "from run_record import peak_memory_mb; print(peak_memory_mb())"
+    parent = f"""
+import subprocess, sys
+block = bytearray(400 * 2**20)
+block[::4096] = b"1" * len(block[::4096])
+subprocess.run([sys.executable, "-c", {child!r}], check=True, close_fds=False)
+from run_record import peak_memory_mb
+print(peak_memory_mb())
+"""
+    found = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    small, large = map(float, found.split())
+    assert small < 200 and 400 < large < 900
 
 
 def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family: KnowledgeGraph) -> None:
