@@ -75,6 +75,7 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
     if text_emb is not None:
         found["text_loss"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))}")
         found["text_input"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))} --text_weight 0 --text_init")
+        found["text_both"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))} --text_init")
     return found
 
 
