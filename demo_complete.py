@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run_record import ROOT, CommandParser, InputError, make_record, read_json, run_command, write_json, write_text
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, read_json, write_json, write_text
+from common.record import make_record
 
 GRAPH = "data/family"
 STEM = "family_4_256_4_rq"

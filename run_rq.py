@@ -22,20 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CodeFiles, code_files, code_stem, load_codes, save_codes
+from common.errors import InputError, run_command
+from common.files import ROOT, exclusive_lock, read_json, sha256_file, write_json
+from common.record import make_record, seed_everything
 from model.flags import AUTO, idle_flags, parse_args, set_settings, take_open_settings, with_defaults
 from model.from_codes import eval_codes, format_metrics
 from model.inputs import choose_device, load_checkpoint, load_given_codes, load_graph, load_teachers, load_text
-from run_record import (
-    ROOT,
-    InputError,
-    make_record,
-    only_run,
-    read_json,
-    run_command,
-    seed_everything,
-    sha256_file,
-    write_json,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -249,8 +241,8 @@ def train(args: argparse.Namespace) -> None:
             files, checkpoint = run.files, run.checkpoint
             teachers = [] if args.dump_only else load_teachers(args, run.kg, run.text, device)
             if world.first:
-                locks.enter_context(only_run(checkpoint.with_suffix(".lock")))
-                locks.enter_context(only_run(files.codes.with_suffix(".lock")))
+                locks.enter_context(exclusive_lock(checkpoint.with_suffix(".lock")))
+                locks.enter_context(exclusive_lock(files.codes.with_suffix(".lock")))
                 for path in (checkpoint, *files):
                     for killed in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                         killed.unlink(missing_ok=True)  # what a kill in the middle of writing left

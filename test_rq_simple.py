@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from common.errors import CommandParser, run_command
+from common.files import ROOT, load_torch, read_json
 from data.knowledge_graph import KnowledgeGraph
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
 from model.RQGCN import RQGCN
-from run_record import ROOT, CommandParser, load_torch, read_json, run_command
 
 M, L, K, Q, D = 50, 4, 16, 3, 8
 

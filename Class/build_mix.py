@@ -44,7 +44,9 @@ from Class.instructions import (
     train_command,
     write_rows,
 )
-from run_record import CommandParser, InputError, make_record, only_run, read_json, run_command, write_json
+from common.errors import CommandParser, InputError, run_command
+from common.files import exclusive_lock, read_json, write_json
+from common.record import make_record
 
 
 def hashed_triples(row: Row) -> list[int]:
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         forbidden: set[int] = set().union(*(facts[other] for other in others))
         facts[split] = set()
         drawn[split] = draw_split(args, split, weights, forbidden, facts[split])
-    with only_run(args.out_dir / LOCK, "--out_dir"):
+    with exclusive_lock(args.out_dir / LOCK, "--out_dir"):
         splits = write_mix(args, drawn)
         stats = make_record(
             {**vars(args), "tasks": weights}, {}, time.monotonic() - started, mix=weights,

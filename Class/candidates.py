@@ -38,8 +38,9 @@ from numpy.typing import ArrayLike, NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import InputError
+from common.files import atomic_path, parse_json, read_json, write_text
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
-from run_record import InputError, atomic_path, parse_json, read_json, write_text
 
 if TYPE_CHECKING:
     import torch

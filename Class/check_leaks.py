@@ -38,7 +38,8 @@ from Class.instructions import (
     states_facts,
 )
 from Class.prompts import FALSE, TRUE
-from run_record import CommandParser, InputError, read_json, run_command
+from common.errors import CommandParser, InputError, run_command
+from common.files import read_json
 
 # names may hold the words "True" or "Mexico" by chance: a leak is systematic, so these shares of a task's rows pass
 MENTION_SHARE = 0.02

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from run_record import InputError, load_torch, save_torch, sha256_file, write_text
+from common.errors import InputError
+from common.files import load_torch, save_torch, sha256_file, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

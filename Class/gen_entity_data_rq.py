@@ -36,8 +36,8 @@ from Class.codes import escape_name
 from Class.gen_fb_data_rq import make_splits
 from Class.gen_lp_data_rq import Parts, disjoint_parts
 from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
+from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import Answers, KnowledgeGraph
-from run_record import CommandParser, InputError, run_command
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each

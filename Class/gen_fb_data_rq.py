@@ -39,8 +39,8 @@ from Class.instructions import (
     write_task,
 )
 from Class.prompts import FALSE, TRUE, classification
+from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import KnowledgeGraph
-from run_record import CommandParser, InputError, run_command
 
 TASK = "triple_classification"
 PREFERRED = "FB15k-237N"

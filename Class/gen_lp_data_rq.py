@@ -59,8 +59,8 @@ from Class.prompts import (
     read_query,
     relation_text,
 )
+from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
-from run_record import CommandParser, InputError, run_command
 
 TASK = "link_prediction"
 ORDERS = ("ranked", "shuffled")

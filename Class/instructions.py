@@ -25,18 +25,10 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
+from common.errors import InputError
+from common.files import ROOT, atomic_path, exclusive_lock, parse_json, read_json, sha256_file, write_json
+from common.record import make_record
 from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
-from run_record import (
-    ROOT,
-    InputError,
-    atomic_path,
-    make_record,
-    only_run,
-    parse_json,
-    read_json,
-    sha256_file,
-    write_json,
-)
 
 Ints = NDArray[np.int64]
 Row = dict[str, Any]
@@ -241,7 +233,7 @@ def write_task(
     except OSError as error:
         raise InputError(f"--out_dir: cannot write {folder}: {error.strerror}; choose another folder") from error
     written = {}
-    with only_run(folder / LOCK, "--out_dir"):
+    with exclusive_lock(folder / LOCK, "--out_dir"):
         for split, rows in splits.items():
             path = split_path(folder, split, args.format)
             # a folder with statistics is complete, so they go with the first file that changes
@@ -263,7 +255,7 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
     A mix that build_mix.py wrote is left alone: then nothing is done and False is returned.
     """
     stats_path = out_dir / STATS
-    with only_run(out_dir / LOCK, "--out_dir"):
+    with exclusive_lock(out_dir / LOCK, "--out_dir"):
         before = read_json(stats_path, "statistics") if stats_path.is_file() else {}
         if isinstance(before, dict) and "mix" in before:
             return False

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure import benchmark_parser, write_rows
+from common.device import find_device
+from common.errors import run_command
 from lora_training.candidate_scoring import WAYS, TokenTrie, constrained_beams, score_candidates
-from run_record import find_device, run_command
 
 REFERENCE = "full"
 

@@ -30,22 +30,13 @@ import torch
 
 from benchmarks.measure import DATASET, FAMILY, Row, best_times, copy_bandwidth, matmul_rate, print_table
 from benchmarks.step_profile import profile_step, ready_trainer
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, load_torch, read_json, save_torch, write_json, write_text
+from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from model.message_passing import compose_sum, resolve_backend
 from model.precision import FULL
 from model.relational_graph import RelationalGraph
-from run_record import (
-    ROOT,
-    CommandParser,
-    InputError,
-    load_torch,
-    make_record,
-    read_json,
-    run_command,
-    save_torch,
-    write_json,
-    write_text,
-)
 
 # The paper's setting; what differs from run_rq.py's defaults.
 PAPER = ["--seq_len", "32", "--num_code", "2048", "--epoch", "800"]

@@ -37,11 +37,14 @@ from benchmarks.measure import (
     write_rows,
 )
 from benchmarks.random_graph import describe, random_kg
+from common.device import peak_memory_mb
+from common.errors import InputError, run_command
+from common.files import read_json, write_json
+from common.record import make_record
 from model.evaluation import evaluate_codes
 from model.precision import keep_freed_memory
 from model.recommended import EXACT_UP_TO, encoder_pace
 from model.trainer import Phase
-from run_record import InputError, make_record, peak_memory_mb, read_json, run_command, write_json
 
 MODEL = [
     "--gcn_dim", "128", "--init_dim", "128", "--gcn_layers", "1", "--gcn_drop", "0", "--tf_layers", "0",

@@ -31,18 +31,10 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.errors import CommandParser, InputError, is_disk_full, run_command
+from common.files import ROOT, read_json, write_json, write_text
+from common.record import make_record
 from lora_training.memory import Shape
-from run_record import (
-    ROOT,
-    CommandParser,
-    InputError,
-    is_disk_full,
-    make_record,
-    read_json,
-    run_command,
-    write_json,
-    write_text,
-)
 
 if TYPE_CHECKING:
     import torch

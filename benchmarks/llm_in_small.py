@@ -23,7 +23,8 @@ from contextlib import suppress
 from typing import Any
 
 from benchmarks.measure import DATASET, FAMILY
-from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_json
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, read_json, write_json
 
 RECIPE = ROOT / "configs" / "FB15k-237_llm_gpu.json"
 RECORDS = ("inference_results.json", "run_record.json")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.errors import CommandParser
+from common.files import ROOT, write_json
+from common.record import make_record
 from model.precision import matmul_precision
-from run_record import ROOT, CommandParser, make_record, write_json
 
 if TYPE_CHECKING:
     from data.knowledge_graph import KnowledgeGraph
@@ -125,10 +127,10 @@ def make_trainer(
     kg: KnowledgeGraph, flags: Sequence[str], checkpoint: Path, device: torch.device | str = "cpu"
 ) -> Trainer:
     """The trainer that ``run_rq.py FLAGS`` would make for ``kg``; it is seeded and has trained nothing yet."""
+    from common.record import seed_everything
     from model.inputs import load_text
     from model.RQGCN import RQGCN
     from model.trainer import Trainer, TrainSettings
-    from run_record import seed_everything
     from run_rq import choose_levels, model_arguments, parse_args
 
     args = parse_args(list(flags))

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from benchmarks.measure import DATASET, Row, benchmark_parser, best_times, print_table, write_rows
 from benchmarks.random_graph import real_or_random
+from common.errors import InputError, run_command
 from model.CompGCN import CompGCNLayer, Encoded
 from model.message_passing import compose_sum, resolve_backend
 from model.relational_graph import RelationalGraph, import_dgl
-from run_record import InputError, run_command
 
 REFERENCE = "matrix product per edge (DGL function)"
 

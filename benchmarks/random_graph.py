@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import run_command
 from data.knowledge_graph import KnowledgeGraph
-from run_record import run_command
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

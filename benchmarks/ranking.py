@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.measure import DATASET, Row, benchmark_parser, print_table, write_rows
 from benchmarks.random_graph import real_or_random
+from common.errors import run_command
 from data.knowledge_graph import with_inverse
 from model.ranking import filtered_ranks, rank_scores
-from run_record import run_command
 
 BATCH = 1024
 REFERENCE = "dense mask + two argsorts"

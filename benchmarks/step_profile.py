@@ -42,10 +42,11 @@ from benchmarks.measure import (
     write_rows,
 )
 from benchmarks.time_to_quality import RECIPE
+from common.device import find_device
+from common.errors import run_command
 from data.knowledge_graph import KnowledgeGraph
 from model.precision import FULL, keep_freed_memory
 from model.trainer import Phase, Trainer
-from run_record import find_device, run_command
 
 INSIDE = ("_scorer_step", "_encoder_step", "_refresh", "optimizer.step")
 SHOWN_OPERATORS = 12

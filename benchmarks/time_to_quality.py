@@ -27,13 +27,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import DATASET, FAMILY, Row, benchmark_parser, print_table, write_rows
+from common.errors import InputError, content_of, run_command
+from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph
 from model.CompGCN import CompGCN
 from model.losses import gather_targets
 from model.precision import keep_freed_memory
 from model.RQGCN import RQGCN
 from model.trainer import Trainer
-from run_record import ROOT, InputError, content_of, read_json, run_command
 from run_rq import parse_args
 
 # The recommended CPU recipe, as flags of run_rq.py

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, atomic_path, sha256_file
 from data.knowledge_graph import PUBLIC
-from run_record import ROOT, CommandParser, InputError, atomic_path, run_command, sha256_file
 
 BASE_URL = "https://raw.githubusercontent.com"
 TRIES = 3  # per file, for faults that may pass: no answer, a broken connection, a server's error

@@ -30,20 +30,11 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.device import find_device
+from common.errors import CommandParser, InputError, is_hub_id, run_command
+from common.files import exclusive_lock, parse_json, save_array, sha256_file, write_json
+from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
-from run_record import (
-    CommandParser,
-    InputError,
-    find_device,
-    is_hub_id,
-    make_record,
-    only_run,
-    parse_json,
-    run_command,
-    save_array,
-    sha256_file,
-    write_json,
-)
 
 if TYPE_CHECKING:
     import requests
@@ -557,7 +548,7 @@ def main() -> None:
     args = parse_args()
     if args.out.exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists; give --overwrite to replace it, or another name")
-    with only_run(args.out.with_suffix(".lock"), "--out"):
+    with exclusive_lock(args.out.with_suffix(".lock"), "--out"):
         embed(args)
 
 

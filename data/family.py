@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, run_command, write_text
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, write_text
 
 Triple = tuple[str, str, str]
 

@@ -28,7 +28,8 @@ from numpy.typing import ArrayLike, NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, atomic_path, run_command
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, atomic_path
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class import prompts
 from Class.candidates import Candidates, read_candidates
 from Class.instructions import Source
+from common.device import find_device
+from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import find_name, show_names
 from lora_training.code_tokens import ADAPTER
 from lora_training.inference import (
@@ -47,7 +49,6 @@ from lora_training.inference import (
 )
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt
-from run_record import CommandParser, InputError, find_device, run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

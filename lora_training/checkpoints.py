@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from common.errors import InputError, content_of
+from common.files import read_json, sha256_file
 from lora_training.memory import sharding
-from run_record import InputError, content_of, read_json, sha256_file
 
 CHECKPOINTS, PLAN, SECONDS = "checkpoints", "plan.json", "seconds.json"
 STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"

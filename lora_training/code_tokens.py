@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CODE_FORMATS, MARKS, code_tokens
 from Class.instructions import STATS, codes_key
-from run_record import ROOT, InputError, is_hub_id, load_torch, read_json
+from common.errors import InputError, is_hub_id
+from common.files import ROOT, load_torch, read_json
 
 if TYPE_CHECKING:
     import torch

@@ -53,6 +53,10 @@ from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.instructions import PREDICTED, Ints, Row, existing_split, read_rows, split_path
+from common.errors import CommandParser, InputError, content_of, run_command
+from common.files import ROOT, exclusive_lock, read_json, write_json, write_text
+from common.metrics import RANKING, check_ranking
+from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.paired import paired
 from lora_training.score_answers import (
@@ -68,20 +72,7 @@ from lora_training.score_answers import (
     worths,
 )
 from lora_training.steps import REPEATED, Step, run_tasks, seconds_of, tasks_of
-from run_record import (
-    ROOT,
-    CommandParser,
-    InputError,
-    content_of,
-    make_record,
-    only_run,
-    read_json,
-    run_command,
-    write_json,
-    write_text,
-)
 from tables.results import stat
-from tables.sanity import RANKING, check_ranking
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -505,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = read_recipe(args.recipe, args.quick)
     dataset, out = args.dataset.resolve(), args.out.resolve()
     kg = KnowledgeGraph.load(dataset)
-    with only_run(out.with_name(f"{out.name}.lock"), "--out"):
+    with exclusive_lock(out.with_name(f"{out.name}.lock"), "--out"):
         compare(args, kg, dataset, out, recipe, started)
     print(f"next: python tables/make_tables.py --records {args.out}")
 

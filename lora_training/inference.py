@@ -42,6 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.instructions import Row, Source, existing_split, open_source, read_rows
 from Class.prompts import FALSE, TRUE, numbered, prediction, read_query
+from common.device import find_device
+from common.errors import CommandParser, InputError, run_command
+from common.files import exclusive_lock, read_json, sha256_file, write_json
+from common.record import by_name, make_record
 from lora_training.code_tokens import (
     RECORD,
     WEIGHTS,
@@ -59,18 +63,6 @@ from lora_training.code_tokens import (
 from lora_training.memory import enough_memory
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
 from lora_training.score_answers import Answer, is_judgement, is_ranking, print_report, read_answers, report
-from run_record import (
-    CommandParser,
-    InputError,
-    by_name,
-    find_device,
-    make_record,
-    only_run,
-    read_json,
-    run_command,
-    sha256_file,
-    write_json,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -695,7 +687,7 @@ def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], di
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with only_run(answers_path(args.output).with_suffix(".lock"), "--output"):
+    with exclusive_lock(answers_path(args.output).with_suffix(".lock"), "--output"):
         answer_rows(args)
 
 

@@ -29,22 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class import prompts
 from Class.codes import escape_name, unique_names
 from Class.instructions import Source
+from common.device import find_device
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, exclusive_lock, write_json, written_whole
+from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.code_tokens import RECORD
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
-from run_record import (
-    ROOT,
-    CommandParser,
-    InputError,
-    find_device,
-    make_record,
-    only_run,
-    run_command,
-    seed_everything,
-    write_json,
-    written_whole,
-)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -215,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
         raise InputError(f"--out {args.out} holds files that this script did not write; choose another folder")
-    with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
+    with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
         make_base(args)
     print(f"wrote {args.out}")
     print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")

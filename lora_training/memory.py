@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from run_record import InputError, memory_wanted
+from common.device import memory_wanted
+from common.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

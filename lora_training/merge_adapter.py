@@ -21,6 +21,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.instructions import answer_command
+from common.device import find_device
+from common.errors import CommandParser, InputError, run_command
+from common.files import exclusive_lock, sha256_file, write_json, written_whole
+from common.record import make_record
 from lora_training.code_tokens import (
     ADAPTER,
     RECORD,
@@ -34,17 +38,6 @@ from lora_training.code_tokens import (
     token_ids,
 )
 from lora_training.memory import enough_memory
-from run_record import (
-    CommandParser,
-    InputError,
-    find_device,
-    make_record,
-    only_run,
-    run_command,
-    sha256_file,
-    write_json,
-    written_whole,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     name = args.output_dir.name
     part = args.output_dir.with_name(f".{name}.part")  # a merged folder, its record with it, is complete or not there
-    with only_run(args.output_dir.with_name(f"{name}.lock"), "--output_dir"):
+    with exclusive_lock(args.output_dir.with_name(f"{name}.lock"), "--output_dir"):
         shutil.rmtree(part, ignore_errors=True)
         with written_whole(part), enough_memory("give --device cpu, or --dtype bfloat16"):
             difference = merge(saved, base_model, part, dtype, device)

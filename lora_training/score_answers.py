@@ -32,8 +32,9 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import CommandParser, InputError, run_command
+from common.files import parse_json, sha256_file, write_json
 from lora_training.paired import Difference, paired
-from run_record import CommandParser, InputError, parse_json, run_command, sha256_file, write_json
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from common.errors import InputError, content_of
+from common.files import ROOT, read_json, write_json
 from lora_training.checkpoints import SECONDS
-from run_record import ROOT, InputError, content_of, read_json, write_json
 
 REPEATED = "remove it and repeat the command: its step runs again"
 

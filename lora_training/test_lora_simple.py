@@ -18,10 +18,10 @@ import torch
 
 from Class import prompts as tasks
 from Class.codes import entity_text, parse_codes, print_codes
+from common.errors import CommandParser, InputError, run_command
 from lora_training import code_tokens, make_tiny_base, train_lora
 from lora_training.code_tokens import CodeShape, load_base, load_tokenizer
 from lora_training.prompts import IGNORED, decode_answer, encode_answer, encode_example, encode_prompt
-from run_record import CommandParser, InputError, run_command
 
 SHAPE = CodeShape(num_code=64, num_quantizers=3)
 CODES = [[[5, 9, 0], [63, 1, 2]], [[7, 7, 7], [0, 63, 1]]]

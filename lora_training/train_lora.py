@@ -36,6 +36,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.instructions import answer_command, read_rows
+from common.device import memory_wanted
+from common.errors import CommandParser, InputError, is_disk_full, run_command
+from common.files import exclusive_lock, read_json, sha256_file
+from common.files import write_json as write_record
+from common.record import by_name, make_record, seed_everything
 from lora_training.checkpoints import (
     CHECKPOINTS,
     OTHER_CHECKPOINT,
@@ -77,20 +82,6 @@ from lora_training.memory import (
 )
 from lora_training.prompts import IGNORED, Example, encode_examples
 from lora_training.token_rows import ByLength, Collate, TokenRows
-from run_record import (
-    CommandParser,
-    InputError,
-    by_name,
-    is_disk_full,
-    make_record,
-    memory_wanted,
-    only_run,
-    read_json,
-    run_command,
-    seed_everything,
-    sha256_file,
-)
-from run_record import write_json as write_record
 
 if TYPE_CHECKING:
     import torch
@@ -664,7 +655,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with ExitStack() as locks:
         if int(os.environ.get("RANK", "0")) == 0:
-            locks.enter_context(only_run(Path(f"{args.output_dir.resolve()}.lock"), "--output_dir"))
+            locks.enter_context(exclusive_lock(Path(f"{args.output_dir.resolve()}.lock"), "--output_dir"))
         tune(args)
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.errors import InputError
 from model.message_passing import COMPOSITIONS, compose_sum
 from model.relational_graph import RelationalGraph
-from run_record import InputError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from run_record import CommandParser
+from common.errors import CommandParser
 
 AUTO = "auto"
 UNQUANTIZED = ("unquantized", "frozen_vectors")  # controls that never have codes, by the names the trainer knows

@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from Class.codes import load_codes
+from common.errors import InputError
+from common.files import write_json
 from model.inputs import check_entities, check_trained_on, choose_device, load_graph, load_scorer
-from run_record import InputError, write_json
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 from Class.codes import load_codes, load_entities
+from common.device import find_device
+from common.errors import InputError, content_of
+from common.files import ROOT, load_torch, read_json, sha256_file
 from data.knowledge_graph import TRAIN_FILES, train_hash
-from run_record import ROOT, InputError, content_of, find_device, load_torch, read_json, sha256_file
 
 if TYPE_CHECKING:
     import torch

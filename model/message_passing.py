@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.errors import InputError
 from model.relational_graph import EdgeSet, import_dgl
-from run_record import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

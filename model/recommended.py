@@ -21,7 +21,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from run_record import ROOT, InputError, read_json
+from common.errors import InputError
+from common.files import ROOT, read_json
 
 RECORDS = ROOT / "tables" / "records"
 WORTH = 0.005  # valid MRR

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from run_record import InputError
+from common.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from run_record import InputError, memory_wanted
+from common.device import memory_wanted
+from common.errors import InputError
 
 
 def smaller_batch(batch: int, used: float, wanted: float, total: float, fixed: float) -> int:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import InputError
+from common.files import save_torch
 from data.knowledge_graph import KnowledgeGraph
 from model.averaging import WeightAverage
 from model.collisions import resolve_collisions
@@ -43,7 +45,6 @@ from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
 from model.stored import check_fits, check_optimizer, settings_of
 from model.teacher import Teacher, Trained, ask
-from run_record import InputError, save_torch
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.codes import CODE, END_CODE
 from Class.instructions import Row, read_rows
 from Class.prompts import prediction, read_query
+from common.errors import CommandParser, InputError, content_of, run_command
+from common.files import read_json, write_text
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
 from lora_training.score_answers import (
     SEARCHED,
@@ -40,7 +42,6 @@ from lora_training.score_answers import (
     read_answers,
     report,
 )
-from run_record import CommandParser, InputError, content_of, read_json, run_command, write_text
 from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, commit_words, common, lacks_record, shown
 
 _CODES = re.compile(r"<CODE>((?:Q\d+_\d+[:|]?)+)</CODE>")

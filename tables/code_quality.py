@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import load_codes, load_entities
 from Class.instructions import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
-from run_record import CommandParser, InputError, load_torch, peak_memory_mb, run_command, write_json
+from common.device import peak_memory_mb
+from common.errors import CommandParser, InputError, run_command
+from common.files import load_torch, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

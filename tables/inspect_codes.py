@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import print_codes
 from Class.instructions import Source, open_source
+from common.errors import CommandParser, run_command
 from data.knowledge_graph import Ints, KnowledgeGraph, find_name
-from run_record import CommandParser, run_command
 from tables.code_quality import nearest_entities, open_code_set
 
 

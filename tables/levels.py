@@ -17,9 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, content_of, read_json, read_text, run_command, write_text
+from common.errors import CommandParser, InputError, content_of, run_command
+from common.files import ROOT, read_json, read_text, write_text
+from common.metrics import share
 from tables.rows import shown
-from tables.sanity import share
 
 RECORDS = ROOT / "tables" / "records"
 GRAPHS = ("family", "FB15k-237", "WN18RR")  # a graph without a record has a blank line

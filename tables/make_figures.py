@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT
 from tables.figures import answers, embeddings, graph, quality, runs, similarity
 from tables.figures.inputs import Inputs, Missing
 from tables.results import add_record_flags

@@ -20,14 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, run_command, write_text
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, write_text
+from common.metrics import JUDGING, RANKING
 from tables.code_quality import CodeSet, quality
 from tables.figures.inputs import Inputs
 from tables.make_figures import FIGURES, OUT, draw_all
 from tables.make_tables import CHOICES, CONTROL, OURS, RIVAL, make_tables
 from tables.results import Collection, Row, collect
 from tables.rows import commit_words
-from tables.sanity import JUDGING, RANKING
 from tables.table_formats import NAMES, Table, cell_text, is_best, marks
 
 NEEDS_CODES = ("2", "4", "6", "9", "12", "usage")  # without codes they would show the bundled graph

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, read_json, read_text, write_text
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, CommandParser, InputError, read_json, read_text, run_command, write_text
 from tables.results import (
     CODES,
     KEPT,

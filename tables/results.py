@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run_record import ROOT, CommandParser, InputError, read_json, run_command, write_json
+from common.errors import CommandParser, InputError, run_command
+from common.files import ROOT, read_json, write_json
+from common.metrics import JUDGING, RANKING
 from tables.rows import CODES, LINKS, TRIPLES, Row, answered_data, lacks_record, rows_of, shown, training_record
-from tables.sanity import JUDGING, RANKING
 
 __all__ = ["CODES", "LINKS", "TRIPLES", "Collection", "Group", "Row", "Stat", "collect", "groups", "keep", "stat"]
 

@@ -2,7 +2,7 @@
 
 Three kinds of records are read: stage 1's (run_rq.py), answers' (inference.py), and adapters' (train_lora.py, for
 seed, time and flags of the answers). A record whose metrics cannot be is an InputError with file and field
-(tables/sanity.py).
+(common/metrics.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run_rq
+from common.errors import InputError, content_of
+from common.files import ROOT, read_json, sha256_file
+from common.metrics import (
+    JUDGING,
+    RANKING,
+    SLACK,
+    check_all_rankings,
+    check_count,
+    check_judging,
+    number,
+    refuse,
+    share,
+)
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Answer, report
 from model.flags import UNQUANTIZED, build_parser
-from run_record import ROOT, InputError, content_of, read_json, sha256_file
-from tables.sanity import JUDGING, RANKING, SLACK, check_all_rankings, check_count, check_judging, number, refuse, share
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
 RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run_rq
+from common.errors import CommandParser, InputError, content_of, run_command
+from common.files import ROOT, exclusive_lock, read_json, write_json
+from common.metrics import RANKING, check_ranking, number
 from model.flags import AUTO, UNQUANTIZED, with_defaults
-from run_record import ROOT, CommandParser, InputError, content_of, only_run, read_json, run_command, write_json
-from tables.sanity import RANKING, check_ranking, number
 
 SLOW = "--lr 0.001 --encoder_lr 0.001 --encoder_every 4"
 Z_WIDTH = 256  # L * code_dim of every setting of equal budget: the codes differ, what they stand for does not
@@ -221,7 +222,7 @@ def main() -> None:
         if path is not None and not path.is_file():
             raise InputError(f"{flag} {path} is not there; configs/ holds recipes, data/embed_text.py makes embeddings")
     args.out, args.config = args.out.resolve(), args.config.resolve()
-    with only_run(args.out.with_name(f"{args.out.name}.lock"), "--out"):
+    with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
         for name in args.only or settings:
             for seed in args.seeds:
                 run(args, name, settings[name], seed)

@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.instructions import split_path
+from common.errors import CommandParser, run_command
+from common.files import ROOT, exclusive_lock
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.compare_llm import (
     RECIPE,
@@ -33,7 +35,6 @@ from lora_training.compare_llm import (
     stage1_steps,
 )
 from lora_training.steps import Step, run_steps
-from run_record import ROOT, CommandParser, only_run, run_command
 from tables.rows import LINKS, TRIPLES
 
 TASKS = (LINKS, TRIPLES)
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset, out = args.dataset.resolve(), args.out.resolve()
     plan: dict[str, Any] = {"data set": KnowledgeGraph.load(dataset).input_hashes, "recipe": recipe, "seed": args.seed}
     tasks = [task for task in TASKS if task in args.task]
-    with only_run(out.with_name(f"{out.name}.lock"), "--out"):
+    with exclusive_lock(out.with_name(f"{out.name}.lock"), "--out"):
         check_plan(out, plan)
         run_steps([base_step(dataset, out, recipe, args.seed)], out / "done", "all cells")
         for length in args.L:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import run_record
 import run_rq
+from common import errors, record
 from data.knowledge_graph import KnowledgeGraph
 from model.RQGCN import RQGCN
 from model.trainer import Trainer, TrainSettings
@@ -124,7 +124,7 @@ def rq(capsys: pytest.CaptureFixture[str]) -> Command:
     def call(*words: str) -> Outcome:
         capsys.readouterr()
         with arguments(list(words)), pytest.raises(SystemExit) as end:
-            run_record.run_command(run_rq.main)
+            errors.run_command(run_rq.main)
         captured = capsys.readouterr()
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
@@ -196,7 +196,7 @@ def trainer_of(ring_kg: KnowledgeGraph, tmp_path: Path) -> TrainerMaker:
     def make(model: dict[str, Any] | None = None, text: torch.Tensor | None = None, **settings: Any) -> Trainer:
         values: dict[str, Any] = {"epoch": 6, "lr": 0.01, "batch": 16, "matmul_precision": "highest", **settings}
         config = SHAPE | {"gcn_drop": 0.2, "codebook": {}, "decoder_drop": None} | (model or {})
-        run_record.seed_everything(values.get("seed", 0))
+        record.seed_everything(values.get("seed", 0))
         net = RQGCN(ring_kg.num_entities, ring_kg.num_relations, **config)
         return Trainer(
             ring_kg, net, TrainSettings(**values), tmp_path / "run.pt", config, {}, text, "cpu", lambda line: None

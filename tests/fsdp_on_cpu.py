@@ -21,8 +21,9 @@ import yaml  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
+from common.errors import run_command
+from common.files import ROOT
 from lora_training import train_lora
-from run_record import ROOT, run_command
 
 
 class StopAt(TrainerCallback):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from run_record import ROOT
+from common.files import ROOT
 
 FOLDER = "cd lora_training && "
 SCRIPT = re.compile(r"[\w./-]+\.py")

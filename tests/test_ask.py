@@ -12,12 +12,12 @@ import torch
 from Class import prompts
 from Class.codes import unique_names
 from Class.instructions import Source
+from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, find_name
 from lora_training import ask
 from lora_training.ask import Asker, Query, find_query, interact, mark_entity
 from lora_training.code_tokens import load_adapted, read_saved
 from lora_training.inference import open_codes
-from run_record import InputError
 from tests.test_gen_lp import export
 from tests.test_inference import World, likelihoods, world  # noqa: F401
 from tests.test_instructions import write_graph

@@ -16,9 +16,10 @@ from benchmarks import step_profile, time_to_quality
 from benchmarks.gpu_checklist import keep_results, parity
 from benchmarks.measure import PartTimes, around_parts, make_trainer, print_table, run_steps
 from benchmarks.time_to_quality import original_model, original_step, ours_row, train_original
+from common.errors import InputError
+from common.files import ROOT, load_torch, read_json
 from data.knowledge_graph import KnowledgeGraph
 from model.trainer import Phase
-from run_record import ROOT, InputError, load_torch, read_json
 from tests.conftest import SHAPE, K, L, M, Q, flags_of, small_flags
 
 SMALL = [*flags_of(SHAPE), "--device", "cpu", "--batch", "32"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.files import ROOT, read_json
 from lora_training.candidate_scoring import (
     Branch,
     Prefix,
@@ -29,7 +30,6 @@ from lora_training.candidate_scoring import (
     score_candidates,
     score_choices,
 )
-from run_record import ROOT, read_json
 
 V = 97
 

@@ -20,11 +20,11 @@ from Class.candidates import (
     top_candidates,
     write_candidates,
 )
+from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.evaluation import evaluate_codes
 from model.ranking import filtered_ranks
 from model.RQGCN import CodeScorer
-from run_record import InputError
 from tests.test_instructions import write_graph
 
 

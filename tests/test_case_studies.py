@@ -12,9 +12,10 @@ import pytest
 from Class import prompts
 from Class.codes import print_codes
 from Class.instructions import Row, make_row, write_rows
+from common.errors import InputError
+from common.files import read_json, sha256_file, write_json
 from lora_training.inference import answers_path, make_answer
 from lora_training.score_answers import Answer, report
-from run_record import InputError, read_json, sha256_file, write_json
 from tables import case_studies
 from tables.case_studies import Case, open_run, page, pick_links, pick_triples, short_codes
 from tables.rows import LINKS, TRIPLES

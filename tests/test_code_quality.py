@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import run_record
 import run_rq
-from run_record import ROOT, InputError
+from common import device, files
+from common.errors import InputError
+from common.files import ROOT
 from tables import code_quality
 from tables.code_quality import jaccard, jaccard_by_k, jaccard_of, nearest_entities, open_code_set, pick_codes, quality
 from tests.conftest import arguments, small_flags
@@ -131,7 +132,7 @@ def test_files_that_are_not_the_recorded_ones_are_refused(codes_file: Path, tmp_
     for file in codes_file.parent.glob(f"{codes_file.stem}*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     vectors = tmp_path / f"{codes_file.stem}_emd.pt"
-    run_record.save_torch(torch.zeros(43, 3, 4), vectors)
+    files.save_torch(torch.zeros(43, 3, 4), vectors)
     with pytest.raises(InputError, match=r"_emd.pt is not the file of its record"):
         open_code_set(tmp_path / codes_file.name)
     with pytest.raises(InputError, match="does not exist"):
@@ -152,6 +153,6 @@ def test_flags_and_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_fb15k237_takes_less_than_a_minute_of_cpu_and_4_gb() -> None:
     start = time.process_time()
     row = quality(open_code_set(BIG))
-    assert time.process_time() - start < 60 and run_record.peak_memory_mb() < 4000
+    assert time.process_time() - start < 60 and device.peak_memory_mb() < 4000
     values = list(row["jaccard"].values())
     assert len(values) == 9 and values == sorted(values), "farther entities share less"

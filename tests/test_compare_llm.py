@@ -16,6 +16,8 @@ from Class import gen_lp_data_rq
 from Class.candidates import Candidates, write_candidates
 from Class.gen_lp_data_rq import both_directions, disjoint_parts
 from Class.instructions import Row, make_row, open_source, read_rows, split_path, write_rows
+from common.errors import InputError
+from common.files import read_json, write_json
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, inference, make_tiny_base, train_lora
 from lora_training.code_tokens import refuse_other_codes
@@ -42,7 +44,6 @@ from lora_training.compare_llm import (
 )
 from lora_training.score_answers import report
 from lora_training.steps import resumed
-from run_record import InputError, read_json, write_json
 from tables.results import collect
 from tests.test_instructions import write_codes
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import InputError
 from model.CompGCN import CompGCN, CompGCNLayer
 from model.relational_graph import RelationalGraph
-from run_record import InputError
 from tests.test_message_passing import BACKENDS, INSTALLED, random_edges, relative
 
 M, R, E, D = 30, 4, 120, 6

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import run_rq
+from common.errors import InputError
+from common.files import load_torch
+from common.record import seed_everything
 from data.knowledge_graph import KnowledgeGraph
 from model import trainer as trainer_module
 from model.data_parallel import SharedBatchNorm, World
@@ -29,7 +32,6 @@ from model.evaluation import evaluate_vectors
 from model.RQCodebook import RQCodebook
 from model.teacher import Teacher
 from model.trainer import Trainer, TrainSettings
-from run_record import InputError, load_torch, seed_everything
 from tests.conftest import ROOT, SHAPE, D, M, Q, R, flags_of, make_model, small_flags
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import demo_complete as demo
+from common.files import ROOT, read_json
 from lora_training.score_answers import read_answers, report
-from run_record import ROOT, read_json
 from tests.pages import check_command
 
 RECORDS = (f"{demo.STEM}.json", "from_codes.json", "shuffled.json", "answered.json")

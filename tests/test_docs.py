@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from run_record import ROOT, InputError
+from common.errors import InputError
+from common.files import ROOT
 from tables.levels import level_lines, with_levels
 from tests.pages import check_command, indented, page_commands, read_page
 

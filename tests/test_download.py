@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
+from common.files import ROOT
 from data import download
 from data.download import DATASETS, PublicFile, fetch
-from run_record import ROOT, InputError
 
 CONTENT = {"train.txt": b"a\tr\tb\n" * 5000, "valid.txt": b"b\tr\tc\n" * 30}
 

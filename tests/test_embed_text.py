@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-import run_record
+from common import errors, files
+from common.errors import InputError
+from common.files import read_json, sha256_file
 from data import embed_text
 from data.embed_text import ModelEncoder, embed_tfidf, entity_texts, model_folder
 from data.knowledge_graph import KnowledgeGraph
-from run_record import InputError, read_json, sha256_file
 from tests.conftest import M, Outcome, arguments, assert_refused, small_flags
 
 Embed = Callable[..., Outcome]
@@ -33,7 +34,7 @@ def embed(capsys: pytest.CaptureFixture[str]) -> Embed:
     def call(*words: object) -> Outcome:
         capsys.readouterr()
         with arguments([str(word) for word in words]), pytest.raises(SystemExit) as end:
-            run_record.run_command(embed_text.main)
+            errors.run_command(embed_text.main)
         captured = capsys.readouterr()
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
@@ -231,7 +232,7 @@ def test_runs_are_not_mixed(
 def test_bad_models_are_one_line(
     embed: Embed, graph: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(run_record.ROOT)  # where tests/none is a missing folder, and no name to ask the hub for
+    monkeypatch.chdir(files.ROOT)  # where tests/none is a missing folder, and no name to ask the hub for
     flags = ("--dataset", graph, "--out", tmp_path / "text.npy", "--device", "cpu", "--model")
     for name in ("./none", tmp_path / "none", "a/b/c", "tests/none", tmp_path, bert / "config.json"):
         assert_refused(embed(*flags, name), "--model", str(name))
@@ -471,7 +472,7 @@ def test_tfidf_finds_the_twin_of_a_description() -> None:
 
 def test_tfidf_puts_like_people_together(embed: Embed, tmp_path: Path) -> None:
     """On the bundled graph the nearest person has the same work or town far more often than a random one."""
-    folder = run_record.ROOT / "data" / "family"
+    folder = files.ROOT / "data" / "family"
     out = tmp_path / "text.npy"
     assert embed("--dataset", folder, "--out", out).code == 0
     rows = np.load(out).astype(np.float32)

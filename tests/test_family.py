@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
+from common.files import ROOT
 from data import family
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, InputError
 
 BUNDLED = ROOT / "data" / "family"
 

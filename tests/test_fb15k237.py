@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import run_rq
+from common.files import ROOT, load_torch
 from data.knowledge_graph import KnowledgeGraph
 from model.evaluation import evaluate_codes
 from model.RQGCN import scorer_of
-from run_record import ROOT, load_torch
 
 FOLDER = ROOT / "data" / "FB15k-237"
 STEM = "FB15k-237_4_1024_4_rq"

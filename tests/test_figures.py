@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from Class.codes import print_codes
+from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph
-from run_record import InputError
 from tables import make_figures
 from tables.code_quality import CodeSet, open_code_set
 from tables.figures import answers, embeddings, graph, quality, runs, similarity, style

@@ -17,8 +17,9 @@ from Class import check_leaks, gen_fb_data_rq, instructions
 from Class.codes import load_codes, parse_codes
 from Class.gen_fb_data_rq import in_range, make_splits, member, sample_negatives, training_ranges
 from Class.instructions import FILE_STEMS, read_rows, triple_keys
+from common.errors import InputError
+from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, InputError
 from tests.test_instructions import FAMILY, write_codes, write_graph
 
 PUBLIC = ROOT / "data" / "FB15k-237N"

@@ -16,8 +16,9 @@ from Class.candidates import Candidates, _top, find_rows, read_candidates, write
 from Class.codes import load_codes, parse_codes, parse_entity
 from Class.gen_lp_data_rq import disjoint_parts, make_lists
 from Class.instructions import FILE_STEMS, read_rows, write_rows
+from common.errors import InputError
+from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph, with_inverse
-from run_record import ROOT, InputError, read_json
 from tests.test_instructions import FAMILY, write_codes, write_graph
 
 Rows = dict[str, list[dict[str, Any]]]

@@ -20,8 +20,8 @@ from benchmarks.random_graph import (
     tail_exponent,
     zipf_exponent,
 )
+from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, read_json
 
 
 def test_triples_are_distinct_in_range_and_of_the_seed() -> None:

@@ -17,6 +17,8 @@ from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
 from Class.instructions import read_rows
 from Class.prompts import prediction, read_query
+from common.errors import InputError
+from common.files import ROOT, read_json, write_json
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
 from lora_training.code_tokens import (
@@ -37,7 +39,6 @@ from lora_training.make_tiny_base import train_tokenizer
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt, prompt_text
 from lora_training.score_answers import report
-from run_record import ROOT, InputError, read_json, write_json
 from tests.test_gen_lp import export
 from tests.test_instructions import write_codes
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, find_name, with_inverse
-from run_record import InputError
 from tables import inspect_codes
 from tables.inspect_codes import nearest_by_prefix, shared_facts, shared_levels
 from tests.test_code_quality import stage1

@@ -30,9 +30,10 @@ from Class.instructions import (
     write_rows,
 )
 from Class.prompts import link_prediction, numbered
+from common.errors import InputError
+from common.files import ROOT, write_json
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import inference, train_lora
-from run_record import ROOT, InputError, write_json
 
 FAMILY = ROOT / "data" / "family"
 HARD = ['say "hi"', "a|b", "<i>", "東京", "</ENT>", "Q0_1", "back\\slash", "line\u2028end"]

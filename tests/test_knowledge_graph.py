@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import InputError
+from common.files import ROOT
 from data import knowledge_graph
 from data.knowledge_graph import PUBLIC, KnowledgeGraph, with_inverse
-from run_record import ROOT, InputError
 
 SMALL: dict[str, str] = {
     "train.txt": "b\tlikes\ta\na\tlikes\tc\nc\tnear_to\tb\nc\tnear_to\ta\na\tlikes\ta\n",

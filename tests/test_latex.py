@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from run_record import ROOT
+from common.files import ROOT
 from tables import make_tables
 from tables.results import KEPT
 from tables.table_formats import Cell, Column, Line, Table, escape_latex, to_latex

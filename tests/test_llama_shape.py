@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import llama_shape
 from benchmarks.llama_shape import SHAPES, StepFlops, step_flops
+from common.files import ROOT, read_json, write_json
 from lora_training import train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens
 from lora_training.memory import model_shape
-from run_record import ROOT, read_json, write_json
 
 ABSENT = ("numba", "pooch", "requests", "dgl", "sklearn", "scipy", "matplotlib", "pykeen", "datasets")
 

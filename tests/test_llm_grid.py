@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from Class.instructions import split_path
+from common.errors import InputError
+from common.files import exclusive_lock
 from lora_training.compare_llm import Recipe
 from lora_training.steps import Step, is_done, resumed
-from run_record import InputError, only_run
 from tables import run_llm_grid
 from tables.case_studies import record_beside
 from tables.rows import LINKS, TRIPLES, answer_setting
@@ -106,7 +107,7 @@ def test_a_repeated_command_runs_only_what_is_missing(
     assert {name.split("/")[0] for name in ran} == {"2x16", "3x16"} and not any(LINKS in name for name in ran)
     with pytest.raises(InputError, match="begun with another recipe"):
         run_llm_grid.main([*words, "--K", "8", "--quick"])
-    with only_run(tmp_path / "grid.lock"), pytest.raises(InputError, match="another run is writing"):
+    with exclusive_lock(tmp_path / "grid.lock"), pytest.raises(InputError, match="another run is writing"):
         run_llm_grid.main([*words, "--K", "8"])
 
 

@@ -11,8 +11,8 @@ import pytest
 from benchmarks import llm_in_small
 from benchmarks.measure import FAMILY
 from Class import gen_lp_data_rq
+from common.files import read_json, write_json
 from lora_training import compare_llm, inference, make_tiny_base, train_lora
-from run_record import read_json, write_json
 
 
 def test_the_recipe_is_one_that_every_stage_takes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.files import load_torch
 from data.knowledge_graph import KnowledgeGraph
 from model.CompGCN import CompGCN
 from model.losses import gather_targets, softmax_cross_entropy
@@ -16,7 +17,6 @@ from model.members import MemberCompGCN, MemberLinear
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, CodeScorer
 from model.trainer import Phase
-from run_record import load_torch
 from tests.conftest import (
     CODE_DIM,
     RING,

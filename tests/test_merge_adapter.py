@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import run_record
+from common import errors, files
+from common.errors import InputError
 from lora_training import code_tokens, merge_adapter, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, read_saved, token_ids
-from run_record import InputError
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, small_model
 from tests.test_train_lora import CODES, base, data, libraries, trained, words, write_data  # noqa: F401
 
@@ -70,7 +70,7 @@ def test_merging_twice_is_merging_once(trained: Path, merged: Path, tmp_path: Pa
     for _ in range(2):
         merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(again)])
         for file in ("model.safetensors", "tokenizer.json", "config.json"):
-            assert run_record.sha256_file(again / file) == run_record.sha256_file(merged / file), file
+            assert files.sha256_file(again / file) == files.sha256_file(merged / file), file
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"], "no part is left"
 
 
@@ -163,7 +163,7 @@ def refused(
         words = ["--lora_adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "out"), *map(str, flags)]
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            run_record.run_command(lambda: merge_adapter.main(words))
+            errors.run_command(lambda: merge_adapter.main(words))
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
         return error

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import InputError
 from model.message_passing import compose_sum, resolve_backend
 from model.relational_graph import EdgeSet, RelationalGraph
-from run_record import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,7 +262,7 @@ import torch
 from model.CompGCN import CompGCN
 from model.message_passing import resolve_backend
 from model.relational_graph import RelationalGraph
-from run_record import InputError
+from common.errors import InputError
 
 triples = torch.tensor([[0, 0, 1], [2, 1, 0]])
 out = CompGCN(2, 4, 4, 4, 2)(torch.randn(3, 4), torch.randn(4, 4), RelationalGraph.from_triples(triples, 3, 2))

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaToke
 
 from Class import prompts as tasks
 from Class.codes import MARKS, entity_text, parse_codes, print_codes
+from common.errors import InputError
+from common.files import ROOT, save_torch, write_json
 from lora_training import code_tokens
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, token_ids
 from lora_training.prompts import (
@@ -28,7 +30,6 @@ from lora_training.prompts import (
     pad_batch,
     prompt_text,
 )
-from run_record import ROOT, InputError, save_torch, write_json
 
 SHAPE = CodeShape(16, 2)
 TEXT = """Instruction Response Triple classification judge whether following triple knowledge graph holds itself
@@ -392,7 +393,7 @@ GATED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from lora_training.code_tokens import load_config
-from run_record import run_command
+from common.errors import run_command
 run_command(lambda: load_config({name!r}))
 """
 

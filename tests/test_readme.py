@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from common.files import ROOT, read_json
 from lora_training.memory import GIB, expected_memory, lora_parameters, model_shape, row_parameters
 from model.decoders import DECODERS
 from model.flags import build_parser
 from model.trainer import TrainSettings
-from run_record import ROOT, read_json
 from run_rq import parse_args
 from tests.pages import page_commands, read_page
 

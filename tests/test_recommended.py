@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import model.recommended
+from common.errors import InputError
+from common.files import ROOT
 from model.flags import parse_args, set_settings, take_open_settings
 from model.recommended import EXACT_UP_TO, WORTH, Measured, measured, recipe, recommend, worthwhile
-from run_record import ROOT, InputError
 from tests.conftest import Command, K, L, M, Q, small_flags
 
 

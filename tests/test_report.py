@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from run_record import InputError
+from common.errors import InputError
 from tables import make_figures, make_report
 from tables.figures.inputs import Inputs
 from tables.rows import commit_words

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from run_record import ROOT, InputError
+from common.errors import InputError
+from common.files import ROOT
 from tables import make_tables
 from tests.pages import check_command, indented, page_commands, read_page
 

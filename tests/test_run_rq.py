@@ -20,6 +20,8 @@ import pytest
 import torch
 
 import run_rq
+from common.errors import InputError
+from common.files import load_torch, save_torch
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model import inputs
 from model.flags import idle_flags
@@ -27,7 +29,6 @@ from model.from_codes import load_scored_codes
 from model.sizes import sizes_named, smaller_model
 from model.stored import fault_of
 from model.trainer import Trainer
-from run_record import InputError, load_torch, save_torch
 from tests.conftest import (
     CODE_DIM,
     RING,
@@ -246,13 +247,13 @@ def test_vectors_of_a_graph_layer_cannot_stand_still(rq: Command, ring: Path, tm
 
 def test_a_peak_is_that_of_the_process_alone() -> None:
     """Linux keeps ru_maxrss over exec: a small process started by a large one would have the large one's peak."""
-    child = "from run_record import peak_memory_mb; print(peak_memory_mb())"
+    child = "from common.device import peak_memory_mb; print(peak_memory_mb())"
     parent = f"""
 import subprocess, sys
 block = bytearray(400 * 2**20)
 block[::4096] = b"1" * len(block[::4096])
 subprocess.run([sys.executable, "-c", {child!r}], check=True, close_fds=False)
-from run_record import peak_memory_mb
+from common.device import peak_memory_mb
 print(peak_memory_mb())
 """
     found = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -486,7 +487,7 @@ def test_codes_of_another_run_are_not_written_over(rq: Command, ring: Path, tmp_
 
 def test_a_second_run_of_a_name_is_refused_while_the_first_lives(rq: Command, ring: Path, tmp_path: Path) -> None:
     flags = small_flags(ring, tmp_path, epoch=2)
-    with run_rq.only_run(tmp_path / "checkpoints" / f"{RING}.lock"):
+    with run_rq.exclusive_lock(tmp_path / "checkpoints" / f"{RING}.lock"):
         assert_refused(rq(*flags), "another run")
         assert_refused(rq(*flags, "--overwrite"), "another run")
         assert rq(*flags, "--name", "other").code == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.files import read_json
 from model import evaluation
 from model.evaluation import evaluate_vectors
 from model.losses import (
@@ -22,7 +23,6 @@ from model.losses import (
     softmax_cross_entropy,
 )
 from model.trainer import Phase
-from run_record import read_json
 from tests.conftest import L, M, TrainerMaker, assert_refused, small_flags
 
 N, B, D = 11, 6, 4  # entities, queries, width

@@ -14,6 +14,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
+from common.errors import InputError
+from common.files import ROOT, read_json
 from lora_training.score_answers import (
     OWN,
     Weights,
@@ -32,7 +34,6 @@ from lora_training.score_answers import (
     worths,
 )
 from model.ranking import rank_scores
-from run_record import ROOT, InputError, read_json
 
 
 def answer(**fields: Any) -> dict[str, Any]:

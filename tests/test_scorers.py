@@ -13,12 +13,12 @@ import torch
 
 import model.teacher as teacher_module
 import run_rq
+from common.files import load_torch, save_torch
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.ensemble import JointScorer
 from model.RQGCN import CodeScorer
 from model.teacher import Trained, ask, trained_model
 from model.trainer import Phase
-from run_record import load_torch, save_torch
 from tests.conftest import (
     CODE_DIM,
     FAMILY_FLAGS,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import InputError
 from lora_training import train_lora
-from run_record import InputError
 from tests.test_train_lora import adapter, base, data, record, two_processes, words  # noqa: F401 (fixtures)
 
 FLAGS = {"lora_dropout": 0, "max_steps": 4, "eval_steps": 2, "batch_size": 2, "gradient_checkpointing": True}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
+from common.files import ROOT
 from lora_training.steps import Running, Step, Task, begin, resumed, run_steps, run_tasks, seconds_of, tasks_of
-from run_record import ROOT, InputError
 
 
 def step(folder: Path, name: str, code: int = 0) -> Step:
@@ -89,7 +90,7 @@ def test_sigterm_ends_the_steps_too(tmp_path: Path) -> None:
             "signal.signal(signal.SIGTERM, end)\nsaid.with_suffix('.begun').touch()\ntime.sleep(60)\n"
         )
         parent = (
-            "import sys; from pathlib import Path; from run_record import run_command\n"
+            "import sys; from pathlib import Path; from common.errors import run_command\n"
             "from lora_training.steps import Step, run_steps\n"
             f"run_command(lambda: run_steps([Step('s', ['-c', {child!r}], [])], Path({str(tmp_path / 'done')!r}), 't'))"
         )

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import InputError
+from common.files import ROOT, read_json, sha256_file, write_json
+from common.metrics import check_judging, check_ranking
 from lora_training.score_answers import report
-from run_record import ROOT, InputError, read_json, sha256_file, write_json
 from tables import make_tables, results
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Row, collect, groups, keep, stat
 from tables.rows import stage1_setting
-from tables.sanity import check_judging, check_ranking
 from tables.table_formats import Cell, Column, Line, Table, from_csv, to_csv, to_latex, to_markdown
 from tests.test_latex import check_latex
 

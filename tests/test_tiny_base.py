@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import run_record
 from Class import prompts
 from Class.codes import unique_names
 from Class.instructions import Source
+from common import errors, files
+from common.errors import InputError
+from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import make_tiny_base
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, reload_check
 from lora_training.prompts import encode_answer, encode_text, prompt_text
-from run_record import ROOT, InputError
 
 FAMILY = ROOT / "data" / "family"
 
@@ -115,7 +116,7 @@ def test_a_base_loads_like_any_llama(made: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(made), load_tokenizer(str(made))
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.vocab_size == len(tokenizer) <= 1500
     assert not model.config.tie_word_embeddings and model.config.use_cache
-    record = run_record.read_json(made / "run_record.json", "record")
+    record = files.read_json(made / "run_record.json", "record")
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert record["losses"][-1] < record["losses"][0] - 1, "it learned something"
     for text in ("Ada Ashley has mother", "日本 é\n\tx  y", "1. 1976 </s> <unk>"):
@@ -132,10 +133,10 @@ def test_one_seed_one_base(made: Path, tmp_path: Path) -> None:
     run(tmp_path / "same", steps=2)
     run(tmp_path / "again", steps=2)
     run(tmp_path / "other", steps=2, seed=1)
-    digests = [run_record.sha256_file(tmp_path / name / "model.safetensors") for name in ("same", "again", "other")]
+    digests = [files.sha256_file(tmp_path / name / "model.safetensors") for name in ("same", "again", "other")]
     assert digests[0] == digests[1] != digests[2]
     files = [tmp_path / "same" / "tokenizer.json", made / "tokenizer.json"]
-    assert run_record.sha256_file(files[0]) == run_record.sha256_file(files[1])
+    assert files.sha256_file(files[0]) == files.sha256_file(files[1])
 
 
 def test_parameters_by_flags() -> None:
@@ -178,7 +179,7 @@ def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("--out", "."): "--out . is replaced as a whole, and you are in it",
     }.items():
         with pytest.raises(SystemExit) as end:
-            run_record.run_command(lambda words=words: make_tiny_base.main(list(words)))  # type: ignore[misc]
+            errors.run_command(lambda words=words: make_tiny_base.main(list(words)))  # type: ignore[misc]
         error = capsys.readouterr().err
         assert end.value.code == 2 and problem in error and error.count("\n") == 1
 
@@ -191,5 +192,5 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> None:
 
 def test_a_second_run_is_refused_before_it_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_tiny_base, "train", lambda *_: pytest.fail("trained for nothing"))
-    with run_record.only_run(tmp_path / "base.lock"), pytest.raises(InputError, match="another run is writing"):
+    with files.exclusive_lock(tmp_path / "base.lock"), pytest.raises(InputError, match="another run is writing"):
         run(tmp_path / "base")

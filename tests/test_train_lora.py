@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, TrainerCallback
 from transformers.utils import logging
 
-import run_record
+from common import errors, files
+from common.errors import InputError
+from common.files import ROOT, read_json, save_torch, write_json
 from lora_training import code_tokens, memory, train_lora
 from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, load_tokenizer, read_saved
 from lora_training.prompts import Example, encode_examples
 from model.precision import has_bfloat16
-from run_record import ROOT, InputError, read_json, save_torch, write_json
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, rows, small_model, two_matrices
 
 CODES = {"file": "ring_2_16_2_rq.pt", "sha256": "a" * 64, "num_code": 16, "num_quantizers": 2, "shuffled": False}
@@ -196,7 +197,7 @@ def test_the_folder_of_the_adapter(base: Path, trained: Path, data: Path) -> Non
     found = record(trained)
     assert found["codes"] == CODES and found["base_model"] == str(base) and found["steps"] == 6
     assert (found["base_vocabulary"], found["vocabulary"]) == (446, 482)
-    assert found["inputs"]["train.json"] == run_record.sha256_file(data / "train.json")
+    assert found["inputs"]["train.json"] == files.sha256_file(data / "train.json")
     losses = {entry["step"]: entry["eval_loss"] for entry in found["history"] if "eval_loss" in entry}
     assert list(losses) == [2, 4, 6] and found["best_step"] == min(losses, key=losses.__getitem__)
     assert found["validation"]["best_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
@@ -516,7 +517,7 @@ def refused(
         line = words(base, folder, tmp_path / "out", **more)
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            run_record.run_command(lambda: train_lora.main(line))
+            errors.run_command(lambda: train_lora.main(line))
         error = capsys.readouterr().err
         assert end.value.code == 2, error
         assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -629,7 +630,7 @@ def test_codes_start_from_their_codebooks(base: Path, data: Path, checkpoint: Pa
         assert (after - before)[codes].abs().max() > 1e-4
     embedding = (two_matrices(weights)[0] - two_matrices(started)[0]).abs().amax(1)
     assert embedding[unused].max() == 0, "no gradient, no decay"
-    assert record(tmp_path)["inputs"][checkpoint.name] == run_record.sha256_file(checkpoint)
+    assert record(tmp_path)["inputs"][checkpoint.name] == files.sha256_file(checkpoint)
     plans = [train_lora.run_plan(train_lora.parse_args(words(base, data, tmp_path, code_init=c)))
              for c in (None, checkpoint)]  # fmt: skip
     assert plans[0] != plans[1], "a resumed run must begin with the same rows"

@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import InputError
+from common.files import load_torch
 from model import trainer as trainer_module
 from model.flags import UNQUANTIZED
 from model.losses import LOSSES, gather_targets
 from model.precision import matmul_precision
 from model.RQGCN import scorer_of
 from model.trainer import Phase, Trainer
-from run_record import InputError, load_torch
 from tests.conftest import ROOT, D, L, M, Q, R, TrainerMaker, books_of, small_flags
 
 CODES, FROZEN, WARM_UP = (Phase(0.5, name) for name in ("codes", "frozen", "warm-up"))

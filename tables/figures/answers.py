@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.metrics import JUDGING, RANKING
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import heat_map, new_figure, save, short
 from tables.results import LINKS, TRIPLES, Row, groups
-from tables.sanity import JUDGING, RANKING
 
 TASKS = {7: (LINKS, RANKING), 11: (TRIPLES, JUDGING)}
 SHOWN = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10", "f1": "F1"}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import InputError, content_of
+from common.files import read_json
 from lora_training.code_tokens import (
     RECORD,
     check_model_name,
@@ -19,7 +21,6 @@ from lora_training.code_tokens import (
     quiet_libraries,
     read_saved,
 )
-from run_record import InputError, content_of, read_json
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import COLOURS, MARKERS, new_figure, save, short
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from Class.codes import unique_names
 from Class.instructions import BUNDLED, dumped_codes, training_folder
+from common.errors import InputError
+from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
-from run_record import ROOT, InputError
 from tables.code_quality import CodeSet, open_code_set
 from tables.figures.style import KINDS
 from tables.results import FOLDERS, Row, collect

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run_record import content_of
+from common.errors import content_of
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import from_zero, line, new_figure, save, short, whole_ticks
 from tables.results import CODES, Row, groups

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from run_record import atomic_path
+from common.files import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

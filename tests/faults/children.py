@@ -21,7 +21,7 @@ def run_script(module: str, arguments: Sequence[str], output: str) -> None:
 
     import torch
 
-    from run_record import run_command
+    from common.errors import run_command
 
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)

@@ -9,11 +9,12 @@ from unittest.mock import patch
 import pytest
 
 import run_rq
+from common.errors import InputError
+from common.files import read_json, write_json
 from data import embed_text
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, train_lora
 from lora_training.steps import Step
-from run_record import InputError, read_json, write_json
 from tables import run_ablations, run_llm_grid
 from tests.conftest import arguments
 

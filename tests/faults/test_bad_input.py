@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
-import run_record
-from run_record import ROOT
+from common import errors
+from common.files import ROOT
 from tables.rows import graph
 from tests.faults.cases import Case, Target, cases_of, main_of
 from tests.faults.damage import MUST, NO_PERMISSION, SAME, WITNESS, put
@@ -67,7 +67,7 @@ def call(target: Target, world: Path) -> Outcome:
     sys.argv = [target.script, *target.arguments(world)]
     try:
         with redirect_stdout(out), redirect_stderr(err), more_memory(MEMORY):
-            run_record.run_command(main_of(target))
+            errors.run_command(main_of(target))
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:

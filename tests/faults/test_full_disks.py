@@ -14,10 +14,11 @@ import torch
 from transformers import Trainer as LibraryTrainer
 
 import model.trainer
+from common.device import memory_wanted
+from common.files import exclusive_lock, load_torch
 from lora_training import train_lora
 from lora_training.score_answers import read_answers
 from model.sizes import smaller_batch
-from run_record import load_torch, memory_wanted, only_run
 from tests.faults.cases import Target
 from tests.faults.later import LATER
 from tests.faults.permissions import modes_count
@@ -137,7 +138,7 @@ LOCKS = {
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_second_run_into_the_same_place_is_refused(world: Path, name: str) -> None:
-    with only_run(world / LOCKS[name]):
+    with exclusive_lock(world / LOCKS[name]):
         before = snapshot(world)
         one_line(call(BY_NAME[name], world), "another run is writing", "or choose another --")
         assert snapshot(world) == before

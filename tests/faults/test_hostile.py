@@ -16,8 +16,9 @@ import pytest
 import run_rq
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq
 from Class.instructions import read_rows
+from common.errors import InputError, run_command
+from common.files import ROOT, load_torch
 from lora_training.code_tokens import load_config, load_tokenizer
-from run_record import ROOT, InputError, load_torch, run_command
 from tables.results import keep
 from tests.conftest import M, graph_triples, small_flags
 from tests.faults.damage import WITNESS, Attack, attack, legacy_attack
@@ -139,7 +140,7 @@ def test_no_text_reaches_eval_a_shell_or_a_pickle(path: Path) -> None:
         assert given.get("allow_pickle") in (None, "False"), f"line {node.lineno}: allow_pickle"
         assert given.get("trust_remote_code") in (None, "False"), f"line {node.lineno}: trust_remote_code"
         if name == "torch.load":
-            assert path.name == "run_record.py" and given.get("weights_only") == "True", f"line {node.lineno}"
+            assert path.name == "files.py" and given.get("weights_only") == "True", f"line {node.lineno}"
         if name == "np.load":
             assert given.get("allow_pickle") == "False", f"line {node.lineno}: np.load without allow_pickle=False"
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import run_record
+from common import errors
+from common.files import ROOT, load_torch
 from lora_training import train_lora
-from run_record import ROOT, load_torch
 from tests.conftest import flags_of, small_flags
 from tests.faults.children import finish, start
 from tests.faults.world import pristine, tuning
@@ -147,7 +147,7 @@ def test_asked_to_stop_lora_saves_the_step_and_goes_on_bit_for_bit(
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train_lora, "mean_loss", asking)
-        run_record.run_command(lambda: train_lora.main(lora_flags(out)))
+        errors.run_command(lambda: train_lora.main(lora_flags(out)))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")]
     assert end.value.code == code
     assert lines == [f"stopped: step 3 is saved in {out / 'checkpoints'}; go on with --resume_from_checkpoint last"]

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from run_record import ROOT, run_command
+from common.errors import run_command
+from common.files import ROOT
 from tests.pages import parser_of
 
 REQUIREMENTS = [

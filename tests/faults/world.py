@@ -19,8 +19,8 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 import run_rq
+from common.files import read_json, write_json
 from data.knowledge_graph import KnowledgeGraph
-from run_record import read_json, write_json
 from tests.conftest import M, flags_of, small_flags, write_graph
 from tests.faults.furnish import furnish
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from run_record import InputError
+from common.errors import InputError
 
 HITS = ("hits@1", "hits@3", "hits@10")
 RANKING = ("mrr", *HITS)

@@ -1,0 +1,109 @@
+"""One-line errors and exit codes, the same for every command. This file imports nothing else of the toolkit."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class InputError(Exception):
+    """Bad input of the user's. Its message is ONE line: flag or file:line, what was found, what was expected,
+    what to run next. ``run_command`` prints it and exits with code 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line on stderr and exit code 2; its help shows every default."""
+
+    origin = ""  # said before an error: the file that the flags stand in, where they come from one
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        message = message if len(message) < 600 else f"{message[:600]} ..."
+        self.exit(2, f"error: {self.origin}{message} (see: python {self.prog} --help)\n")
+
+
+class Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that temporary files go."""
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's ``main`` and turn its end into an exit code and, where it failed, one line on stderr.
+
+    2: InputError, a file that cannot be read or written, no memory. 130: Ctrl-C. 143: SIGTERM.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
+    try:
+        code = main() or 0
+    except InputError as error:
+        code = _say(f"error: {' '.join(str(error).split())}", 2)
+    except KeyboardInterrupt:
+        code = _say("stopped by Ctrl-C", 130)
+    except Terminated:
+        code = _say("stopped by SIGTERM", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except MemoryError as error:
+        what = f" ({' '.join(str(error).split())[:160]})" if str(error) else ""
+        code = _say(f"error: there is not enough memory{what}; close other programs, or give smaller input", 2)
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        code = _say(f"error: {error.filename or 'cannot write'}: {error.strerror}", 2)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+    sys.exit(code)
+
+
+def _say(line: str, code: int) -> int:
+    """Print to stderr whatever the terminal can show of a line; returns the exit code."""
+    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return code
+
+
+@contextmanager
+def content_of(path: str | Path, what: str, remedy: str = "repeat its run") -> Iterator[None]:
+    """Around the use of what was read from ``path``: where it does not fit, one line names the file, what it should be
+    (as in "run record") and the remedy."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        line = (str(error).strip() or "?").splitlines()[0][:160]
+        raise InputError(f"{path} is no complete {what} ({type(error).__name__}: {line}); {remedy}") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a library's error, of whatever type, says that a file could not be written to its end."""
+    text = str(error)
+    words = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
+    return getattr(error, "errno", None) in NO_ROOM or any(word in text for word in words)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name has the form of a hub id; out/merged, where out/ exists, is a mistyped path."""
+    parts = Path(name).parts
+    return bool(HUB_ID.fullmatch(name)) and not (len(parts) == 2 and Path(parts[0]).is_dir())
