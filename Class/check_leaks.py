@@ -21,7 +21,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
         if path is None:
             continue
         split = splits[name] = Split()
-        for row in read_rows(path):
+        for row in read_rows(path, plain=True):
             count_row(row, split)
         for task_name, task in split.tasks.items():
             faults += task_faults(name, task_name, task, candidate_order(stats, name))
@@ -206,11 +206,15 @@ def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
     for a, b in combinations(splits, 2):
         shared = len(splits[a].facts & splits[b].facts)
         negatives = len(splits[a].negatives & splits[b].negatives)
-        contrary = len(splits[a].negatives & splits[b].facts)
-        print(f"  {a} and {b}: {shared:,} facts and {negatives:,} negatives in both, "
-              f"{contrary:,} facts of {b} are negatives of {a}")  # fmt: skip
+        print(f"  {a} and {b}: {shared:,} facts and {negatives:,} negatives in both")
         if shared:
             faults.append(f"{shared:,} facts in both {a} and {b}")
+    for a, b in product(splits, splits):
+        both = len(splits[a].negatives & splits[b].facts)
+        if both and a == "train" != b:  # sampling must not look at valid and test, so it meets some of their triples
+            print(f"  {both:,} facts of {b} are negatives of train")
+        elif both:
+            faults.append(f"{both:,} triples are False in {a} and True in {b}")
     return [f"{folder.name}: {fault}" for fault in faults], splits
 
 

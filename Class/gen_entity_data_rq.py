@@ -38,7 +38,7 @@ from Class.gen_lp_data_rq import Parts, disjoint_parts
 from Class.rows import Row, make_row, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
-from data.knowledge_graph import Answers, KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, TrueTails
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each
@@ -265,14 +265,14 @@ class Hop(NamedTuple):
     facts: list[tuple[int, int, int]]
 
 
-def take_hop(answers: Answers, h: int, row: int, r: int) -> Hop:
+def take_hop(answers: TrueTails, h: int, row: int, r: int) -> Hop:
     """The answers of ``answers``' row ``row``, which is the query (h, r); none for row -1."""
     R = answers.num_relations
     tails = answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist() if row >= 0 else []
     return Hop(tails, [(h, r, t) if r < R else (t, r - R, h) for t in tails])
 
 
-def question_kinds(source: Source, own: Answers, known: Answers, max_answers: int) -> list[Kind]:
+def question_kinds(source: Source, own: TrueTails, known: TrueTails, max_answers: int) -> list[Kind]:
     """Questions over one and two relations whose answers and facts are all ``own``.
 
     ``known``: where more answers may stand; what has any is not asked. Items are rows of ``own``.
@@ -325,13 +325,13 @@ def question_kinds(source: Source, own: Answers, known: Answers, max_answers: in
     return [Kind("one_hop_question", asked, one_hop), Kind("two_hop_question", asked, two_hop)]
 
 
-def _sizes(answers: Answers, h: Any, r: Any) -> Ints:
+def _sizes(answers: TrueTails, h: Any, r: Any) -> Ints:
     """How many known tails each query (h, r) has."""
     rows = answers.rows(h, r)
     return np.where(rows >= 0, answers.indptr[rows + 1] - answers.indptr[rows], 0)  # not all sizes: called per row
 
 
-def answers_of(kg: KnowledgeGraph, triples: Ints) -> Answers:
+def answers_of(kg: KnowledgeGraph, triples: Ints) -> TrueTails:
     """``kg.answers`` of these triples alone."""
     return KnowledgeGraph(
         name=kg.name, entities=kg.entities, relations=kg.relations, train=triples, valid=triples[:0], test=triples[:0],

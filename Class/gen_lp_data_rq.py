@@ -41,7 +41,7 @@ from Class.prompts import ANSWERS, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
-from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
+from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
 
 TASK = "link_prediction"
 ORDERS = ("ranked", "shuffled")
@@ -69,8 +69,8 @@ def disjoint_parts(kg: KnowledgeGraph, seed: int) -> Parts:
     ends = np.sort(valid[:, [0, 2]], axis=1)
     _, pair, size = np.unique(ends[:, 0] * kg.num_entities + ends[:, 1], return_inverse=True, return_counts=True)
     order = np.random.default_rng([seed, 9]).permutation(len(size))
-    chosen = order[np.cumsum(size[order]) <= max(1, round(VALIDATION_PART * len(valid)))]
-    kept = np.isin(pair, chosen)
+    count = int((np.cumsum(size[order]) <= round(VALIDATION_PART * len(valid))).sum())
+    kept = np.isin(pair, order[: max(1, count)])
     return Parts(train, valid[~kept], valid[kept], kg.test)
 
 
@@ -91,7 +91,13 @@ class Lists(NamedTuple):
 
 
 def make_lists(
-    candidates: Candidates, rows: Ints, queries: Ints, kg: KnowledgeGraph, tuning: Answers, known: Answers, count: int
+    candidates: Candidates,
+    rows: Ints,
+    queries: Ints,
+    kg: KnowledgeGraph,
+    tuning: TrueTails,
+    known: TrueTails,
+    count: int,
 ) -> Lists:
     """The ``count`` best of the lists ``rows`` [n] for queries [n, 3], other ``tuning`` answers left out.
 
@@ -173,7 +179,7 @@ class Plan(NamedTuple):
 
 
 def rows_of(
-    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, Answers], num_candidates: int, seed: int,
+    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, TrueTails], num_candidates: int, seed: int,
     count: Count,
 ) -> Iterator[Row]:  # fmt: skip
     """The split's rows, one by one; ``count`` is kept on the way."""

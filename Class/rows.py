@@ -169,24 +169,38 @@ def write_rows(
     return stats
 
 
-def parse_line(line: str, path: Path, number: int) -> Row | None:
-    """The row in one line of a file of ``write_rows``; None for its brackets. InputError for anything else."""
+def parse_line(line: str, path: Path, number: int, plain: bool = False) -> Row | None:
+    """The row in one line of a file of ``write_rows``; None for its brackets. InputError for anything else.
+
+    ``plain`` as in ``read_rows``.
+    """
     text = line.strip().rstrip(",")
     if text in ("", "[", "]", "[]"):
         return None
     try:
-        row = parse_json(text)
+        value = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path}:{number}: not one JSON row per line ({error})") from error
+    return check_row(value, f"{path}:{number}", f"{path.stem}-{number}" if plain else None)
+
+
+def check_row(row: Any, where: str, plain_id: str | None = None) -> Row:
+    """A value read from JSON as a row; ``where``: file and place for the InputError.
+
+    ``plain_id``: accept rows of only instruction, input and output, and give them this id.
+    """
+    if plain_id is not None and isinstance(row, dict) and {"instruction", "output"} <= row.keys():
+        row = {"id": plain_id, "task_type": "instruction"} | row
     if not isinstance(row, dict) or not {"instruction", "output", "id", "task_type"} <= row.keys():
-        raise InputError(f"{path}:{number}: a row needs instruction, output, id and task_type")
+        needed = "instruction and output" if plain_id is not None else "instruction, output, id and task_type"
+        raise InputError(f"{where}: a row needs {needed}")
     wrong = next((key for key, value in row.items() if key in _FIELDS and not _FIELDS[key](value)), None)
     if wrong is None:
         size = len(row.get("candidates") or ())
         parts = ("candidate_names", "candidate_codes")
         wrong = next((key for key in parts if row.get(key) is not None and len(row[key]) != size), None)
     if wrong is not None:
-        raise InputError(f"{path}:{number}: {wrong} is {json.dumps(row[wrong])[:60]}, which no row has; write it anew")
+        raise InputError(f"{where}: {wrong} is {json.dumps(row[wrong])[:60]}, which no row has; write it again")
     return row
 
 
@@ -194,30 +208,37 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
 def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold
-    "instruction": _is_text, "output": _is_text, "id": lambda value: type(value) in (str, int), "task_type": _is_text,
-    "input": lambda value: value is None or isinstance(value, str), "split": lambda value: value in list(FILE_STEMS),
-    "direction": lambda value: value in (None, "head", "tail"), "candidates": _is_names, "truth": _is_names,
+    **dict.fromkeys(("instruction", "output", "task_type"), _is_text),
+    **dict.fromkeys(("input", "head", "relation", "tail", "head_codes"), _is_text_or_none),
+    **dict.fromkeys(("candidates", "truth", "candidate_names", "candidate_codes"), _is_names),
+    "id": lambda value: type(value) in (str, int),
+    "split": lambda value: value in list(FILE_STEMS),
+    "direction": lambda value: value in (None, "head", "tail"),
     "triple": lambda value: _is_names(value) and len(value or ()) % 3 == 0,
     "candidate_rank": lambda value: value is None or (type(value) in (int, float) and value >= 1),
-    "candidate_names": _is_names, "candidate_codes": _is_names,
-    **dict.fromkeys(("head", "relation", "tail", "head_codes"), lambda value: value is None or isinstance(value, str)),
-}  # fmt: skip
+}
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """(offset in bytes, row) of a file of ``write_rows``, streamed. InputError names the line that is no row, and an
-    array that does not end: the file was cut off."""
+def read_lines(path: str | Path, plain: bool = False) -> Iterator[tuple[int, Row]]:
+    """(offset in bytes, row) of a file of ``write_rows``, streamed; ``plain`` as in ``read_rows``.
+
+    Raises InputError for a line that is no row, and for an array that does not end: the file was cut off.
+    """
     path = Path(path)
     at, array, last = 0, False, b""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                row = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"), path, number)
+                row = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"), path, number, plain)
                 if row is not None:
                     yield at, row
                 at += len(line)
@@ -226,14 +247,39 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Row]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"instruction data {path} cannot be read: {error}") from error
     if not at:
-        raise InputError(f"{path} is empty; write it anew")
+        raise InputError(f"{path} is empty; write it again")
     if array and last != b"]":
-        raise InputError(f"{path}: its array does not end, so the file was cut off; write it anew")
+        raise InputError(f"{path}: its array does not end, so the file was cut off; write it again")
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of ``read_lines``."""
-    return (row for _, row in read_lines(path))
+def read_rows(path: str | Path, plain: bool = False) -> Iterator[Row]:
+    """The rows of a JSON array of any layout or of JSON Lines. Files with one row per line are streamed.
+
+    ``plain``: also accept rows of only instruction, input and output (for training; scoring needs more fields).
+    Raises InputError with the file and the line or row.
+    """
+    path = Path(path)
+    if not _is_other_layout(path):
+        yield from (row for _, row in read_lines(path, plain))
+        return
+    values = read_json(path, "instruction data")
+    if not isinstance(values, list):
+        raise InputError(f"{path} holds a JSON {type(values).__name__}, expected an array of rows or JSON Lines")
+    for number, value in enumerate(values, 1):
+        yield check_row(value, f"{path}: row {number}", f"{path.stem}-{number}" if plain else None)
+
+
+def _is_other_layout(path: Path) -> bool:
+    """Whether a file is a JSON array, or one object, that does not have one row per line."""
+    try:
+        with open(path, "rb") as file:
+            lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+            first, second = [*itertools.islice((line for line in lines if line), 2), b"", b""][:2]
+    except OSError:
+        return False  # read_lines reports it
+    if first in (b"[", b"{"):
+        return first == b"{" or not (second.rstrip(b",").endswith(b"}") or second in (b"", b"]"))
+    return first.startswith(b"[") and first != b"[]"
 
 
 def write_task(
@@ -246,21 +292,26 @@ def write_task(
 ) -> dict[str, Any]:
     """Write the splits' files and dataset_stats.json of one task; returns what the latter holds.
 
-    ``notes`` is called after the rows were written and adds to the stats: counts made on the way, and
-    ``candidate_order`` ({split: "shuffled" or "ranked"}) where rows have candidates.
+    Nothing is written where a split has no rows (InputError). ``notes`` is called after the rows were written and adds
+    to the statistics: counts, and ``candidate_order`` ({split: "shuffled" or "ranked"}) where rows have candidates.
     """
+    streams: dict[str, Iterator[Row]] = {}
+    for split, rows in splits.items():
+        stream = iter(rows)
+        first = next(stream, None)
+        if first is None:
+            raise InputError(f"task {task} has no {split} rows: {source.kg.name} is too small for it and these flags")
+        streams[split] = itertools.chain([first], stream)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out_dir: cannot write {folder}: {error.strerror}; choose another folder") from error
     written = {}
     with exclusive_lock(folder / LOCK, "--out_dir"):
-        for split, rows in splits.items():
+        for split, stream in streams.items():
             path = split_path(folder, split, args.format)
             # a folder with statistics is complete, so they go with the first file that changes
-            written[split] = write_rows(path, rows, args.limit, lambda: (folder / STATS).unlink(missing_ok=True))
-            if not written[split]["rows"]:
-                raise InputError(f"task {task} has no {split} rows from {source.kg.name}; check flags and data set")
+            written[split] = write_rows(path, stream, args.limit, lambda: (folder / STATS).unlink(missing_ok=True))
             print(f"  {split:10} {written[split]['rows']:>9,} rows  {path}")
         stats = make_record(
             vars(args), source.kg.input_hashes, time.monotonic() - source.started, task=task, dataset=source.kg.name,

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from data.knowledge_graph import Answers
+    from data.knowledge_graph import TrueTails
     from lora_training.candidate_scoring import TokenTrie
 
 HERE = Path(__file__).resolve().parent
@@ -231,8 +231,8 @@ class Everything:
 
     source: Source
     trie: TokenTrie
-    known: Answers  # train and valid: not to be found again
-    test: Answers  # other right answers, left out by whoever ranks
+    known: TrueTails  # train and valid: not to be found again
+    test: TrueTails  # other right answers, left out by whoever ranks
 
     def __post_init__(self) -> None:
         self.entity = {name: i for i, name in enumerate(self.source.kg.entities)}
@@ -440,7 +440,7 @@ def check_names(all_of: Everything, parts: Sequence[Part], with_codes: bool) -> 
                 )
 
 
-def tails_of(answers: Answers, h: int, r: int) -> list[int]:
+def tails_of(answers: TrueTails, h: int, r: int) -> list[int]:
     """The known tails of one query."""
     place = int(answers.rows([h], [r])[0])
     return [] if place < 0 else answers.targets[answers.indptr[place] : answers.indptr[place + 1]].tolist()

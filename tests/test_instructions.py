@@ -518,9 +518,11 @@ def test_labels_and_shared_facts_are_checked(tmp_path: Path) -> None:
     rare = [*yes, fact("j", "test", "a r x", "False")]
     assert any("neither rare" in fault for fault in leaks(tmp_path / "2", {"train": [], "test": rare}))
     even = [fact("j", "test", f"a r {i}", ("True", "False")[i % 2]) for i in range(30)]
-    train = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
+    train = [fact("j", "train", "a r 99", "True"), fact("j", "train", "a r 2", "False")]
     assert leaks(tmp_path / "3", {"train": train, "test": even}) == [], "negatives state no fact"
-    train[0] = fact("j", "train", "a r 2", "True", number=1)
+    contrary = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
+    assert len(leaks(tmp_path / "4", {"train": contrary, "test": even})) == 1, "False in test, True in train"
+    train = [fact("j", "train", "a r 2", "True"), fact("j", "train", "a r 98", "False")]
     assert leaks(tmp_path / "4", {"train": train, "test": even}) == ["t: 1 facts in both train and test"]
     assert any(
         "ids occur twice" in fault for fault in leaks(tmp_path / "5", {"train": [*train, train[0]], "test": even})
