@@ -9,11 +9,13 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,6 @@ Row = dict[str, Any]
 
 OUT_FOLDER = ROOT / "lora_training" / "lora_data"
 FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # of the files
-FORMATS = ("json", "jsonl")
 STATS, LOCK = "dataset_stats.json", "dataset_stats.lock"
 PREDICTED = "tail_prediction"  # queries of link prediction without their candidates
 
@@ -57,38 +58,23 @@ def make_row(
     candidate_names: Sequence[str] | None = None,
     candidate_codes: Sequence[str] | None = None,
 ) -> Row:
-    """One row: the Alpaca fields and what scoring needs. Every row has every key, None where it does not apply.
+    """One row: the Alpaca fields, what scoring needs, and what the prompt was built from. Unused keys are None.
 
-    ``split``: train, validation or test. ``triple``: raw names head, relation, tail, always in the data set's own
-    direction; a row that rests on several triples has them one after another (6 names, 9, ...). ``direction``: the end
-    that is asked for, ``head`` or ``tail``. ``candidates``: raw entity names as listed. ``truth``: the right answers as
-    data, a list: raw entity names, or ["True"] / ["False"] where the row judges its triple. ``candidate_rank``: the
-    truth's filtered rank in the model that chose the candidates.
+    For scoring, by raw names. ``split``: train, validation or test. ``triple``: head, relation, tail in the data set's
+    own direction; a row that rests on several triples has them one after another (6 names, 9, ...). ``direction``: the
+    end to be predicted, ``head`` or ``tail``. ``candidates``: in the order of the prompt. ``truth``: the right answers,
+    or ["True"] / ["False"]. ``candidate_rank``: the filtered rank of the truth in the model that chose the candidates.
 
-    What the prompt was built from: ``head``, ``relation`` and ``tail`` as the prompt shows them (a query for the head
-    gives the tail as ``head`` and names the inverse relation); ``head_codes``: the code text of ``head``;
-    ``candidate_names`` and ``candidate_codes``: names and code texts of ``candidates``, in their order. Code texts are
-    None in data without codes.
+    For the prompt, as it shows them. ``head``, ``relation``, ``tail``: a query for the head has the tail as ``head``,
+    and the inverse relation. ``head_codes``: code text of ``head``. ``candidate_names``, ``candidate_codes``: names and
+    code texts of ``candidates``. Code texts are None in data without codes.
     """
-    return {
-        "instruction": instruction,
-        "input": "",
-        "output": output,
-        "id": id,
-        "task_type": task_type,
-        "split": split,
-        "triple": None if triple is None else list(triple),
-        "direction": direction,
-        "candidates": None if candidates is None else list(candidates),
-        "truth": None if truth is None else list(truth),
-        "candidate_rank": candidate_rank,
-        "head": head,
-        "relation": relation,
-        "tail": tail,
-        "head_codes": head_codes,
-        "candidate_names": None if candidate_names is None else list(candidate_names),
-        "candidate_codes": None if candidate_codes is None else list(candidate_codes),
-    }
+    row: Row = {"instruction": instruction, "input": "", "output": output, "id": id, "task_type": task_type,
+                "split": split, "direction": direction, "candidate_rank": candidate_rank, "head": head,
+                "relation": relation, "tail": tail, "head_codes": head_codes}  # fmt: skip
+    lists = {"triple": triple, "candidates": candidates, "truth": truth, "candidate_names": candidate_names,
+             "candidate_codes": candidate_codes}  # fmt: skip
+    return row | {key: None if names is None else list(names) for key, names in lists.items()}
 
 
 def need_fields(row: Row, *fields: str) -> Row:
@@ -110,37 +96,36 @@ def row_triples(row: Row) -> list[tuple[str, str, str]]:
 
 
 def states_facts(row: Row) -> bool:
-    """False for a row whose triple is a negative: it tells nothing about what holds."""
+    """False for a row whose triple is a negative: it is no fact."""
     return row.get("truth") != ["False"]
 
 
 # ---------------------------------------------------------------- files
 
 
-def split_path(folder: str | Path, split: str, file_format: str = "json") -> Path:
-    """The file of a split: train, validation or test_tasks."""
-    return Path(folder) / f"{FILE_STEMS[split]}.{file_format}"
+def split_path(folder: str | Path, split: str) -> Path:
+    """The file of a split: train.json, validation.json or test_tasks.json."""
+    return Path(folder) / f"{FILE_STEMS[split]}.json"
 
 
 def existing_split(folder: str | Path, split: str) -> Path | None:
-    """The split's file in either format; None where there is none."""
-    paths = [split_path(folder, split, file_format) for file_format in FORMATS]
-    return next((path for path in paths if path.is_file()), None)
+    """The split's file, or the same as JSON Lines (.jsonl); None where there is none."""
+    path = split_path(folder, split)
+    return next((file for file in (path, path.with_suffix(".jsonl")) if file.is_file()), None)
 
 
 def write_rows(
     path: Path, rows: Iterable[Row], limit: int = 0, ready: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Stream rows into a JSON array or JSON lines (by the ending), one row per line; 0 as ``limit`` means all.
+    """Stream rows into a JSON array, or JSON Lines (.jsonl), one row per line; ``limit`` 0 means all.
 
-    ``ready`` is called when all rows are on the disk, just before the file that was there goes.
-
-    The file appears when complete, and one of the other format goes. Returns counts: rows, bytes, rows per task type,
-    outputs of rows that judge, longest and mean prompt and output in characters.
+    The file appears when it is complete; ``ready`` is called just before. Returns counts: rows, bytes, rows per task
+    type, labels of rows that judge a triple, longest and mean prompt and output in characters.
     """
     array = path.suffix == ".json"
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-    count, prompt_sum, prompt_max, output_sum, output_max = 0, 0, 0, 0, 0
+    count = 0
+    prompts, outputs = Lengths(), Lengths()
     task_types: Counter[str] = Counter()
     judged: Counter[str] = Counter()
     with atomic_path(path) as temporary:
@@ -148,9 +133,8 @@ def write_rows(
             for row in itertools.islice(rows, limit or None):
                 file.write(("[\n" if count == 0 else ",\n") + encode(row) if array else encode(row) + "\n")
                 count += 1
-                prompt, output = len(row["instruction"]) + len(row.get("input") or ""), len(row["output"])
-                prompt_sum, prompt_max = prompt_sum + prompt, max(prompt_max, prompt)
-                output_sum, output_max = output_sum + output, max(output_max, output)
+                prompts.add(len(row["instruction"]) + len(row.get("input") or ""))
+                outputs.add(len(row["output"]))
                 task_types[row["task_type"]] += 1
                 if row.get("truth") in (["True"], ["False"]):
                     judged[row["output"]] += 1
@@ -158,15 +142,27 @@ def write_rows(
                 file.write("\n]\n" if count else "[]\n")
         size = temporary.stat().st_size
         ready()
-    split_path(path.parent, next(s for s, stem in FILE_STEMS.items() if stem == path.stem),
-               "jsonl" if array else "json").unlink(missing_ok=True)  # fmt: skip
     stats: dict[str, Any] = {"file": path.name, "rows": count, "bytes": size, "task_types": dict(task_types)}
     if judged:
         stats["judged"] = dict(judged)
     if count:
-        stats["prompt_characters"] = {"mean": round(prompt_sum / count, 1), "max": prompt_max}
-        stats["output_characters"] = {"mean": round(output_sum / count, 1), "max": output_max}
+        stats |= {"prompt_characters": prompts.summary(count), "output_characters": outputs.summary(count)}
     return stats
+
+
+@dataclass
+class Lengths:
+    """Sum and maximum of text lengths."""
+
+    sum: int = 0
+    max: int = 0
+
+    def add(self, length: int) -> None:
+        self.sum += length
+        self.max = max(self.max, length)
+
+    def summary(self, count: int) -> dict[str, float]:
+        return {"mean": round(self.sum / count, 1), "max": self.max}
 
 
 def parse_line(line: str, path: Path, number: int, plain: bool = False) -> Row | None:
@@ -309,8 +305,8 @@ def write_task(
     written = {}
     with exclusive_lock(folder / LOCK, "--out_dir"):
         for split, stream in streams.items():
-            path = split_path(folder, split, args.format)
-            # a folder with statistics is complete, so they go with the first file that changes
+            path = split_path(folder, split)
+            # statistics mark a complete folder: they are removed before the first file is replaced
             written[split] = write_rows(path, stream, args.limit, lambda: (folder / STATS).unlink(missing_ok=True))
             print(f"  {split:10} {written[split]['rows']:>9,} rows  {path}")
         stats = make_record(
@@ -322,9 +318,9 @@ def write_task(
 
 
 def fill_top(task_folder: Path, out_dir: Path) -> bool:
-    """Give the LoRA stage's files and dataset_stats.json the content of one task, by hard link where the disk can.
+    """Give the files that the LoRA stage reads the content of one task, by hard link where the disk can.
 
-    A mix that build_mix.py wrote is left alone: then nothing is done and False is returned.
+    A mix that build_mix.py wrote is left as it is: then nothing is done and False is returned.
     """
     stats_path = out_dir / STATS
     with exclusive_lock(out_dir / LOCK, "--out_dir"):
@@ -333,36 +329,35 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
             return False
         stats_path.unlink(missing_ok=True)
         for split in FILE_STEMS:
-            file = existing_split(task_folder, split)
-            if file is None:
+            file, target = split_path(task_folder, split), split_path(out_dir, split)
+            if not file.is_file():
                 continue
-            for file_format in FORMATS:
-                split_path(out_dir, split, file_format).unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
             try:
-                os.link(file, out_dir / file.name)
+                os.link(file, target)
             except OSError:
-                with atomic_path(out_dir / file.name) as temporary:
+                with atomic_path(target) as temporary:
                     shutil.copyfile(file, temporary)
         write_json(read_json(task_folder / STATS, "statistics"), stats_path)
     return True
 
 
-def train_command(out_dir: Path, file_format: str) -> str:
-    """What tunes on the files of ``out_dir``; they are named where train_lora.py would not find them by itself."""
-    if out_dir.resolve() == OUT_FOLDER and file_format == "json":
+def train_command(out_dir: Path) -> str:
+    """The command that tunes on the files of ``out_dir``; files that are not train_lora.py's default are named."""
+    if out_dir.resolve() == OUT_FOLDER:
         return "cd lora_training && python train_lora.py"
-    train, validation = (split_path(out_dir, split, file_format) for split in ("train", "validation"))
+    train, validation = (shlex.quote(str(split_path(out_dir, split))) for split in ("train", "validation"))
     return f"python lora_training/train_lora.py --train_data {train} --val_data {validation}"
 
 
 def answer_command(model: str, train_data: Path) -> str:
-    """What answers the test rows beside ``train_data`` by ``model`` (inference.py's flag and its value).
+    """The command that answers the test rows beside ``train_data``; ``model``: inference.py's flag and its value.
 
-    They are named where inference.py would not find them by itself.
+    A file of rows that is not inference.py's default is named.
     """
     folder = train_data.parent
     if folder.name == PREDICTED:  # its queries are ranked over the lists beside it
         folder, model = folder.parent / "link_prediction", f"{model} --decode predict"
     rows = existing_split(folder, "test")
     named = rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test")
-    return f"python inference.py {model}" + (f" --test_data {rows}" if named else "")
+    return f"python inference.py {model}" + (f" --test_data {shlex.quote(str(rows))}" if named else "")

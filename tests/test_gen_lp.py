@@ -263,7 +263,7 @@ def test_lists_that_hold_nothing_but_known_answers_are_refused(
         for h, r in np.unique(with_inverse(np.concatenate([family.valid, family.test]), 16)[:, :2], axis=0).tolist()
     ]
     (tmp_path / "known.json").write_text(json.dumps({"rows": rows}))
-    with pytest.raises(InputError, match=r"no candidate is left for the query \[.*longer lists"):
+    with pytest.raises(InputError, match=r"--candidates.*longer lists"):
         generate(tmp_path / "out", "--codes", codes, "--candidates", tmp_path / "known.json")
     assert not list((tmp_path / "out").rglob("dataset_stats.json")), "what is unfinished is not taken for data"
 
@@ -303,8 +303,8 @@ def test_a_truth_at_the_top_is_found(tmp_path: Path, first: tuple[Path, Rows]) -
             row["candidates"].sort(key=lambda name: name != row["truth"][0])
 
     faults = replant(first[0], tmp_path, sort)
-    assert len(faults) == 2 and "called shuffled" in faults[1] + faults[0]
-    assert any("the candidate model has seen the training queries" in fault for fault in faults)
+    assert len(faults) == 2 and "should be shuffled" in faults[1] + faults[0]
+    assert any("trained on the training queries" in fault for fault in faults)
 
 
 def test_a_marked_truth_is_found(tmp_path: Path, tuned: tuple[Path, Rows]) -> None:
@@ -313,7 +313,7 @@ def test_a_marked_truth_is_found(tmp_path: Path, tuned: tuple[Path, Rows]) -> No
             row["instruction"] += "\nHint: " + row["output"].split("\n")[0][3:]
 
     faults = replant(tuned[0], tmp_path, hint)
-    assert len(faults) == 1 and "name one answer more often" in faults[0]
+    assert len(faults) == 1 and "one answer more often" in faults[0]
 
 
 @pytest.mark.slow
