@@ -171,7 +171,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Prepared:
         )
     if not args.num_negatives:  # a sampled step has no block that is worth it, and sizes that splinter the heap
         keep_freed_memory()
-    text = load_text(args.text_emb, kg.num_entities)
+    text = load_text(args.text_emb, kg.num_entities, kg.entities)
     choose_levels(args, kg)
     for note in idle_flags(args):
         print(f"note: {note}")

@@ -1,4 +1,4 @@
-"""Codes: their files, their text and the tokens of that text. Nothing else in the toolkit spells a code.
+"""Codes: their files, their text and the tokens of that text. No other module writes or parses code text.
 
 Files, as stage 1 leaves them:
 
@@ -114,12 +114,12 @@ def load_entities(path: str | Path) -> list[str]:
 # ---------------------------------------------------------------- tokens and text
 
 _TOKEN = re.compile(r"Q(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})")
-# a piece of a name that a tokenizer would take for one of our tokens, with the backslashes that keep it apart
+# a part of a name that a tokenizer would read as one of our tokens, with the backslashes that prevent it
 _LIKE_TOKEN = re.compile(r"(</?(?:ENT|CODE)|Q[0-9]+)(\\*)(?=>|_[0-9])")
 
 
 class CodeTextError(ValueError):
-    """A code text that is broken or ends early; ``position`` is the offset of the fault in the given string."""
+    """Code text that is malformed or incomplete; ``position`` is the offset of the fault in the given string."""
 
     def __init__(self, text: str, position: int, problem: str) -> None:
         self.text, self.position = text, position
@@ -128,7 +128,7 @@ class CodeTextError(ValueError):
 
 
 class EntityText(NamedTuple):
-    """One ``<ENT>name</ENT> <CODE>...</CODE>``, read."""
+    """A parsed ``<ENT>name</ENT> <CODE>...</CODE>``."""
 
     name: str
     codes: NDArray[np.int64]  # [L, Q]
@@ -171,7 +171,7 @@ def parse_codes(
     """The codes [L, Q] of a ``<CODE>...</CODE>`` in either format: the exact inverse of ``print_codes``.
 
     ``seq_len``, ``num_quantizers``, ``num_code``: the shape and range that the text must have, where known.
-    Raises CodeTextError, with the character where the text departs from the form.
+    Raises CodeTextError with the character where the text is malformed.
     """
     return _parse_codes(text, 0, seq_len, num_quantizers, num_code)
 
@@ -230,10 +230,10 @@ def _parse_codes(
 
 
 def escape_name(name: str) -> str:
-    """The name with a backslash inside whatever a tokenizer would take for one of our tokens.
+    """The name with a backslash inside whatever a tokenizer would read as one of our tokens.
 
-    ``</ENT>`` becomes ``</ENT\\>`` and ``Q1_20`` becomes ``Q1\\_20``; where backslashes stand there already, one more
-    is added, so that ``unescape_name`` gives every name back. Other names are unchanged.
+    ``</ENT>`` becomes ``</ENT\\>`` and ``Q1_20`` becomes ``Q1\\_20``; where there are backslashes already, one more
+    is added, so that ``unescape_name`` restores every name. Other names are unchanged.
     """
     return _LIKE_TOKEN.sub(r"\1\2\\", name)
 
@@ -274,8 +274,8 @@ class Names(NamedTuple):
 
     names: list[str]
     missing: int  # entities without a label, shown by their id
-    shared: int  # entities whose label another one bears too
-    described: int  # of these, told apart by the description
+    shared: int  # entities whose label another one has too
+    described: int  # of these, distinguished by the description
 
 
 def unique_names(kg: KnowledgeGraph) -> Names:

@@ -1,4 +1,4 @@
-"""Every prompt of the instruction data, in one place: training, inference and scoring read the rows made from here.
+"""Every prompt of the instruction data: training, inference and scoring use the rows made here.
 
 Arguments named ``..._text`` are of ``Source.entity_texts``: ``<ENT>name</ENT> <CODE>...</CODE>``, or the bare name
 without codes; ``code_text`` is of ``Source.code_texts``. Names come escaped (``Source.shown``). All text goes to
@@ -7,19 +7,20 @@ without codes; ``code_text`` is of ``Source.code_texts``. Names come escaped (``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 TRUE, FALSE = "True", "False"
-ANSWERS = 3  # that a link prediction prompt asks for, as in the paper
+ANSWERS = 3  # in the output of link prediction, as in the paper
 
 
 def relation_text(label: str, direction: str = "tail") -> str:
-    """The relation as a prompt names it; queries for the head ask for the tail of the inverse relation."""
+    """The relation as prompts show it; queries for the head are queries for the tail of the inverse relation."""
     return label if direction == "tail" else f"inverse of {label}"
 
 
 def classification(head: str, relation: str, tail: str, head_text: str, tail_text: str, with_codes: bool) -> str:
-    """The paper's Table 7: judge a triple from itself and from the codes of its two entities."""
+    """The paper's Table 7: is a triple true, by itself and by the codes of its two entities?"""
     triple = f"Triple: ({head} | {relation} | {tail})\n"
     if not with_codes:
         return (
@@ -33,38 +34,37 @@ def classification(head: str, relation: str, tail: str, head_text: str, tail_tex
     )
 
 
-def link_prediction(head: str, relation: str, head_text: str, candidate_texts: Sequence[str], with_codes: bool) -> str:
-    """The paper's Table 1: complete (h, r, ?) from a list of candidates, best first."""
-    codes = " with its quantized codes" if with_codes else ""
+def entity_with_codes(name: str, codes: str | None) -> str:
+    """``<ENT>name</ENT> <CODE>...</CODE>`` of an escaped name and a code text; without codes (None) the bare name."""
+    return name if codes is None else f"<ENT>{name}</ENT> {codes}"
+
+
+def link_prediction(row: Mapping[str, Any]) -> str:
+    """The paper's Table 1: complete (h, r, ?) from a list of candidates, best first.
+
+    Built from the row's ``head``, ``relation``, ``head_codes``, ``candidate_names`` and ``candidate_codes``.
+    """
+    with_codes = row["head_codes"] is not None
+    names = row["candidate_names"]
+    candidates = map(entity_with_codes, names, row["candidate_codes"] or [None] * len(names))
     return (
         "Knowledge graph completion: predict the tail of an incomplete triple by choosing among the candidates below, "
-        f"each given{codes or ' by its name'}.\n"
-        f"Query: ({head} | {relation} | ?)\n"
-        + (f"Head: {head_text}\n" if with_codes else "")
+        f"each given {'with its quantized codes' if with_codes else 'by its name'}.\n"
+        f"Query: ({row['head']} | {row['relation']} | ?)\n"
+        + (f"Head: {entity_with_codes(row['head'], row['head_codes'])}\n" if with_codes else "")
         + "Candidates:\n"
-        + "\n".join(candidate_texts)
+        + "\n".join(candidates)
         + f"\nGive the {'codes' if with_codes else 'names'} of the {ANSWERS} most plausible candidates, best first, "
         "one numbered line each."
     )
 
 
-def read_query(instruction: str) -> str | None:
-    """What a prompt of ``link_prediction`` asks, "head relation", the head with its codes where there are any; None for
-    a text without a list."""
-    top, found, _ = instruction.partition("Candidates:\n")
-    lines = top.split("\n")
-    if not found or len(lines) < 3:
-        return None
-    name, _, relation = lines[1].removeprefix("Query: (").removesuffix(" | ?)").rpartition(" | ")
-    return f"{lines[2].removeprefix('Head: ') or name} {relation}"
-
-
 PREDICT = "What completes this?\n"
 
 
-def prediction(query: str) -> str:
-    """The query alone, for all candidates: how likely is each one's answer to it?"""
-    return f"{PREDICT}{query}"
+def prediction(row: Mapping[str, Any]) -> str:
+    """The query of a link prediction row without its candidates; built from ``head``, ``relation``, ``head_codes``."""
+    return f"{PREDICT}{entity_with_codes(row['head'], row['head_codes'])} {row['relation']}"
 
 
 def numbered(answers: Sequence[str]) -> str:
@@ -138,7 +138,7 @@ def validate_triple(head: str, relation: str, tail: str, head_text: str, tail_te
 
 
 def nearer_entity(anchor_text: str, option_texts: Sequence[str]) -> str:
-    """Which of the options shares more codes with the anchor."""
+    """Which of the options shares more codes with the anchor?"""
     return (
         "Code understanding: two entities are nearer, the more codes (same position, same level) they share.\n"
         f"Entity: {anchor_text}\nCandidates:\n" + "\n".join(option_texts) + "\nName the candidate that is nearer to it."
@@ -183,5 +183,5 @@ def question(entity_text: str, relations: Sequence[str], wording: int) -> str:
 
 
 def asked(words: str) -> str:
-    """Any question in words."""
+    """A question in words."""
     return f"Question: {words}\nName all answers, one per line."

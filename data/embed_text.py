@@ -17,9 +17,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import struct
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -32,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
 from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import exclusive_lock, parse_json, save_array, sha256_file, write_json
+from common.files import exclusive_lock, parse_json, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
+from data.names import row_names
 
 if TYPE_CHECKING:
     import requests
@@ -86,8 +89,33 @@ def unit_rows(vectors: Array, texts: list[str]) -> Floats:
 # ---------------------------------------------------------------- TF-IDF + SVD
 
 
+WORD = re.compile(r"[^\W_]+")  # letters and digits; "_" separates the words of raw names
+# scripts that write no spaces between words: Thai, Lao, Myanmar, Khmer, Chinese, Japanese
+NO_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def features(text: str) -> list[str]:
+    """The words of a text in lower case; of words in scripts without spaces, the characters and pairs of characters."""
+    found = []
+    for word in WORD.findall(text.lower()):
+        if NO_SPACES.search(word):
+            found += [*word, *(word[i : i + 2] for i in range(len(word) - 1))]
+        else:
+            found.append(word)
+    return found
+
+
+def sharing_nothing(texts: list[str]) -> int:
+    """How many texts have no feature in common with another text."""
+    own = [set(features(text)) for text in texts]
+    count = Counter(feature for found in own for feature in found)
+    return sum(all(count[feature] == 1 for feature in found) for found in own)
+
+
 def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
-    """Latent semantic analysis: word TF-IDF, truncated SVD to ``min(dim, words, M)`` columns, unit rows.
+    """Latent semantic analysis: TF-IDF of ``features``, truncated SVD to ``min(dim, features, M)`` columns, unit rows.
 
     A text without any word keeps a row of zeros. Equal seeds give equal bytes on one machine. Raises InputError.
     """
@@ -95,8 +123,7 @@ def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     try:
-        # letters and digits alone: "_" parts the words of raw names
-        counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[^\W_]+").fit_transform(texts)
+        counts = TfidfVectorizer(sublinear_tf=True, analyzer=features).fit_transform(texts)
     except ValueError as error:
         raise InputError("--dataset: no entity's text holds a word; TF-IDF needs labels or descriptions") from error
     dim = min(dim, *counts.shape)
@@ -514,9 +541,17 @@ class Embedded(NamedTuple):
 
 def by_tfidf(args: argparse.Namespace, texts: list[str]) -> Embedded:
     rows = embed_tfidf(texts, args.dim or TFIDF_DIM, args.seed).astype(args.dtype)
+    alone = sharing_nothing(texts)
+    if 2 * alone > len(texts):
+        print(
+            f"warning: {alone:,} of {len(texts):,} texts share no word with another, so their vectors are not similar "
+            "to any; give the data set labels or descriptions, or use --model",
+            file=sys.stderr,
+        )
     facts = {
         "encoder": {"tfidf_svd": rows.shape[1], "scikit-learn": importlib.metadata.version("scikit-learn")},
         "zero_rows": int((~rows.any(axis=1)).sum()),
+        "texts_without_shared_words": alone,
     }
     return Embedded(rows, facts, {}, "cpu", 0.0, None)
 
@@ -560,6 +595,7 @@ def embed(args: argparse.Namespace) -> None:
     texts = entity_texts(kg)
     made = by_batches(args, texts, folder) if args.model else by_tfidf(args, texts)
     save_array(made.rows, args.out)
+    write_text("".join(f"{name}\n" for name in kg.entities), row_names(args.out))
     wall = monotonic() - started + made.earlier
     facts = {
         "shape": list(made.rows.shape), "sha256": sha256_file(args.out), "texts_sha256": digest(texts),

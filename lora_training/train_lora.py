@@ -105,7 +105,7 @@ def say(text: str) -> None:
 def encode_file(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool) -> TokenRows:
     """All rows of an instruction-data file as tokens. InputError where it is missing, empty or holds too long a row."""
     rows, skipped = TokenRows(), 0
-    for example in encode_examples(read_rows(path), tokenizer, 0 if skip_long else max_length):
+    for example in encode_examples(read_rows(path, plain=True), tokenizer, 0 if skip_long else max_length):
         if skip_long and len(example.input_ids) > max_length:
             skipped += 1
         else:

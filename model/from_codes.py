@@ -102,11 +102,19 @@ def export_candidates(
 
     Other answers known from train and valid are left out of the lists; the truth's own rank filters all splits.
     """
-    from Class.candidates import check_ending, top_candidates, write_candidates
+    from Class.candidates import check_ending, write_candidates
+    from model.export import top_candidates
 
     check_ending(args.export_candidates)
     found = top_candidates(
-        scorer, relations, codes, kg, args.split, count=args.top or 20, filter_splits=("train", "valid")
+        scorer,
+        relations,
+        codes,
+        kg,
+        args.split,
+        count=args.top or 20,
+        filter_splits=("train", "valid"),
+        shuffled=args.shuffle_codes,
     )
     write_candidates(
         args.export_candidates,

@@ -26,7 +26,7 @@ GPU_BLOCK = 2**23
 
 
 class AnswersLike(Protocol):
-    """What ``filtered_ranks`` asks of ``data.knowledge_graph.Answers``."""
+    """What ``filtered_ranks`` asks of ``data.knowledge_graph.TrueTails``."""
 
     def of(self, h: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """CSR (indptr [B + 1], entities) of the known tails of each query (h [B], r [B]), each once."""

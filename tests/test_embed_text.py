@@ -131,7 +131,7 @@ def test_rows_equal_a_plain_unbatched_computation(embed: Embed, graph: Path, ber
     assert record["sha256"] == sha256_file(out) and record["shape"] == [M, 16] and record["cut_texts"] == 0
     assert record["inputs"]["model/model.safetensors"] == sha256_file(bert / "model.safetensors")
     assert record["inputs"]["entity2definition.txt"] == kg.input_hashes["entity2definition.txt"]
-    assert {path.name for path in out.parent.iterdir()} == {"text.npy", "text.json"}
+    assert {path.name for path in out.parent.iterdir()} == {"text.npy", "text.json", "text.entities.txt"}
 
     half = tmp_path / "half.npy"
     assert embed(*flags, "--out", half).code == 0

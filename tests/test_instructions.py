@@ -16,20 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from Class import build_mix, check_leaks, gen_fb_data_rq, instructions
+from Class import build_mix, check_leaks, gen_fb_data_rq
+from Class import rows as row_files
+from Class import source as sources
 from Class.codes import code_files, code_stem, load_codes, parse_entity, save_codes
-from Class.instructions import (
-    FILE_STEMS,
-    add_flags,
-    fill_top,
-    fit_codes,
-    make_row,
-    open_source,
-    read_rows,
-    row_triples,
-    write_rows,
-)
 from Class.prompts import link_prediction, numbered
+from Class.rows import FILE_STEMS, fill_top, make_row, read_rows, row_triples, write_rows
+from Class.source import add_flags, fit_codes, open_source
 from common.errors import InputError
 from common.files import ROOT, write_json
 from data.knowledge_graph import KnowledgeGraph
@@ -89,8 +82,8 @@ def graph(tmp_path: Path) -> Path:
 def codes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "codes_new"
     folder.mkdir()
-    monkeypatch.setattr(instructions, "CODES_FOLDER", folder)
-    monkeypatch.setattr(instructions, "DEMO_FOLDER", folder)
+    monkeypatch.setattr(sources, "CODES_FOLDER", folder)
+    monkeypatch.setattr(sources, "DEMO_FOLDER", folder)
     return folder
 
 
@@ -117,10 +110,8 @@ def test_rows_come_back_as_they_went(tmp_path: Path, file_format: str) -> None:
     assert stats["prompt_characters"]["max"] == max(len(row["instruction"]) for row in rows)
 
 
-def test_limit_empty_and_other_format(tmp_path: Path) -> None:
+def test_limit_and_empty(tmp_path: Path) -> None:
     assert write_rows(tmp_path / "train.json", some_rows(20), limit=7)["rows"] == 7
-    write_rows(tmp_path / "train.jsonl", some_rows(3))
-    assert not (tmp_path / "train.json").exists(), "two files of one split would contradict each other"
     assert write_rows(tmp_path / "validation.json", [])["rows"] == 0
     assert json.loads((tmp_path / "validation.json").read_text()) == []
 
@@ -167,7 +158,7 @@ def test_rows_of_several_triples() -> None:
 
 def test_the_link_prediction_prompt_has_the_papers_fields(graph: Path, codes_folder: Path) -> None:
     source = open_source(flags("--dataset", graph, "--codes", write_codes(graph, codes_folder)))
-    prompt = link_prediction("a", "r", source.entity_texts[0], source.entity_texts[1:], True)
+    prompt = link_prediction(source.query_fields(0, 0, [1, 2, 3]))
     lines = prompt.split("\n")
     assert "(a | r | ?)" in lines[1] and parse_entity(lines[2].removeprefix("Head: ")).name == "a"
     assert [parse_entity(line).name for line in lines[4:7]] == ["b", "c", "d"]
@@ -232,7 +223,7 @@ def test_codes_that_saw_the_test_triples_are_refused(tmp_path: Path, graph: Path
         open_source(flags("--dataset", graph, "--codes", path))
     for file in seen.iterdir():  # without the data, it cannot be known
         file.unlink()
-    with pytest.raises(InputError, match=r"trained on seen .* not at hand"):
+    with pytest.raises(InputError, match=r"trained on seen .* not found"):
         open_source(flags("--dataset", graph, "--codes", path))
 
 
@@ -240,11 +231,11 @@ def test_the_public_sets_are_judged_the_same_way(tmp_path: Path, codes_folder: P
     """The test split of one set moved into the training of the other, with other ids: refused, by name."""
     first = write_graph(tmp_path / "data" / "one", train=["m r n"], valid=["n r o"], test=["o r m"])
     other = write_graph(tmp_path / "data" / "two", train=["o r m", "k s m"], valid=["n s k"], test=["k s o"])
-    assert instructions.shared_triples(KnowledgeGraph.load(other), KnowledgeGraph.load(first)) == {
+    assert sources.shared_triples(KnowledgeGraph.load(other), KnowledgeGraph.load(first)) == {
         "valid_triples": 0, "test_triples": 1, "test_pairs": 1,
     }  # fmt: skip
     reverse = write_graph(tmp_path / "data" / "three", train=["m s o", "n s o"], valid=["n s m"], test=["m s n"])
-    assert instructions.shared_triples(KnowledgeGraph.load(reverse), KnowledgeGraph.load(first)) == {
+    assert sources.shared_triples(KnowledgeGraph.load(reverse), KnowledgeGraph.load(first)) == {
         "valid_triples": 0, "test_triples": 0, "test_pairs": 1,
     }  # fmt: skip
 
@@ -255,7 +246,7 @@ def rewrite(path: Path, codes: torch.Tensor) -> None:
     record = json.loads(files.record.read_text())
     names = files.entities.read_text().splitlines()
     torch.save(codes, path)
-    record["outputs"] |= {path.name: instructions.sha256_file(path)}
+    record["outputs"] |= {path.name: sources.sha256_file(path)}
     assert len(names) == 4
     write_json(record, files.record)
 
@@ -303,9 +294,9 @@ def test_files_that_are_not_those_recorded_are_refused(tmp_path: Path, graph: Pa
     with pytest.raises(InputError, match="does not exist"):
         open_source(flags("--codes", tmp_path / "none.pt"))
     write_json({"mrr": 0.3}, path.with_suffix(".json"))
-    with pytest.raises(InputError, match="lacks args, inputs, outputs, dataset"):
+    with pytest.raises(InputError, match="no complete run record"):
         open_source(flags("--codes", path))
-    with pytest.raises(InputError, match="holds no codes"):  # in codes_new/ such a file is passed over
+    with pytest.raises(InputError, match="holds no codes"):  # in codes_new/ such a file is skipped
         open_source(flags("--dataset", graph))
 
 
@@ -337,7 +328,7 @@ def test_the_newest_fitting_codes_are_taken_and_named(
 def test_the_preferred_data_set_takes_its_own_codes_before_mapped_ones(
     tmp_path: Path, codes_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instructions, "ROOT", tmp_path)  # its data/, not the repository's
+    monkeypatch.setattr(sources, "ROOT", tmp_path)  # its data/, not the repository's
     small = write_graph(tmp_path / "data" / "FB15k-237N", train=["a r b"], valid=["b r c"], test=["c r a"])
     large = write_graph(tmp_path / "data" / "FB15k-237", train=["a r b", "c r b"], valid=["b r a"], test=["c r d"])
     mapped = write_codes(large, codes_folder)
@@ -416,20 +407,19 @@ def test_weights_count_rows(tmp_path: Path) -> None:
 
 def test_what_is_said_to_come_next_reads_the_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_tasks(tmp_path)
-    for flags, ending in (([], "json"), (["--format", "jsonl"], "jsonl")):
-        build_mix.main([*flags, "--out_dir", str(tmp_path)])
-        words = capsys.readouterr().out.split("python lora_training/train_lora.py ")[1].split()
-        args = train_lora.parse_args(words)
-        assert [args.train_data, args.val_data] == [tmp_path / f"{name}.{ending}" for name in ("train", "validation")]
-        assert args.train_data.is_file() and args.val_data.is_file()
-    assert instructions.train_command(instructions.OUT_FOLDER, "json") == "cd lora_training && python train_lora.py"
+    build_mix.main(["--out_dir", str(tmp_path)])
+    words = capsys.readouterr().out.split("python lora_training/train_lora.py ")[1].split()
+    args = train_lora.parse_args(words)
+    assert [args.train_data, args.val_data] == [tmp_path / "train.json", tmp_path / "validation.json"]
+    assert args.train_data.is_file() and args.val_data.is_file()
+    assert row_files.train_command(row_files.OUT_FOLDER) == "cd lora_training && python train_lora.py"
 
 
 def test_what_answers_next_reads_the_rows_beside_the_training_rows(tmp_path: Path) -> None:
-    command = instructions.answer_command("--base_model m", tmp_path / "train.jsonl")
+    command = row_files.answer_command("--base_model m", tmp_path / "train.jsonl")
     assert command == "python inference.py --base_model m", "there are no rows to answer"
     write_rows(tmp_path / "test_tasks.jsonl", [fact("a", "test", "h r t")])
-    words = instructions.answer_command("--base_model m", tmp_path / "train.jsonl").split()[2:]
+    words = row_files.answer_command("--base_model m", tmp_path / "train.jsonl").split()[2:]
     assert inference.parse_args(words).test_data == tmp_path / "test_tasks.jsonl"
 
 
@@ -496,7 +486,7 @@ def test_marked_answers_are_found(tmp_path: Path) -> None:
     plain = [listed(i, i % 5) for i in range(200)]
     assert leaks(tmp_path / "1", {"train": plain}, candidate_order={"train": "shuffled"}) == []
     marked = [listed(i, i % 5, f"\nHint: n{i % 5}x") for i in range(200)]
-    assert any("name one answer more often" in fault for fault in leaks(tmp_path / "2", {"train": marked}))
+    assert any("one answer more often" in fault for fault in leaks(tmp_path / "2", {"train": marked}))
     judged = [fact("j", "train", f"a r {i}", ("True", "False")[i % 2]) for i in range(40)]
     assert leaks(tmp_path / "3", {"train": judged}) == []
     for row in judged:
@@ -508,7 +498,7 @@ def test_a_truth_that_keeps_its_place_is_found(tmp_path: Path) -> None:
     first = [listed(i, 0 if i % 3 else i % 5) for i in range(300)]
     assert leaks(tmp_path / "1", {"train": first}, candidate_order={"train": "ranked"}) == []
     faults = leaks(tmp_path / "2", {"train": first}, candidate_order={"train": "shuffled"})
-    assert len(faults) == 1 and "order is called shuffled" in faults[0]
+    assert len(faults) == 1 and "should be shuffled" in faults[0]
 
 
 def test_the_chi_square_score_is_that_of_the_distribution() -> None:
@@ -525,9 +515,11 @@ def test_labels_and_shared_facts_are_checked(tmp_path: Path) -> None:
     rare = [*yes, fact("j", "test", "a r x", "False")]
     assert any("neither rare" in fault for fault in leaks(tmp_path / "2", {"train": [], "test": rare}))
     even = [fact("j", "test", f"a r {i}", ("True", "False")[i % 2]) for i in range(30)]
-    train = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
+    train = [fact("j", "train", "a r 99", "True"), fact("j", "train", "a r 2", "False")]
     assert leaks(tmp_path / "3", {"train": train, "test": even}) == [], "negatives state no fact"
-    train[0] = fact("j", "train", "a r 2", "True", number=1)
+    contrary = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
+    assert len(leaks(tmp_path / "4", {"train": contrary, "test": even})) == 1, "False in test, True in train"
+    train = [fact("j", "train", "a r 2", "True"), fact("j", "train", "a r 98", "False")]
     assert leaks(tmp_path / "4", {"train": train, "test": even}) == ["t: 1 facts in both train and test"]
     assert any(
         "ids occur twice" in fault for fault in leaks(tmp_path / "5", {"train": [*train, train[0]], "test": even})
@@ -562,13 +554,11 @@ def test_alpaca_columns_load_elsewhere(tmp_path: Path) -> None:
     assert llama_factory_pairs(tmp_path, info) == [(row["instruction"], row["output"]) for row in rows]
 
 
-@pytest.mark.parametrize("file_format", ["json", "jsonl"])
-def test_datasets_loads_the_files(tmp_path: Path, file_format: str) -> None:
+def test_datasets_loads_the_files(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     codes = write_codes(FAMILY, tmp_path / "codes")
-    words = ["--codes", codes, "--out_dir", tmp_path / "out", "--neg_ratio", "1", "--format", file_format]
-    gen_fb_data_rq.main([str(word) for word in words])
-    files = {split: str(tmp_path / "out" / f"{stem}.{file_format}") for split, stem in FILE_STEMS.items()}
+    gen_fb_data_rq.main(["--codes", str(codes), "--out_dir", str(tmp_path / "out"), "--neg_ratio", "1"])
+    files = {split: str(tmp_path / "out" / f"{stem}.json") for split, stem in FILE_STEMS.items()}
     loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
     for split in FILE_STEMS:
         assert list(loaded[split]) == list(read_rows(files[split]))

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from data.knowledge_graph import Answers
+from data.knowledge_graph import TrueTails
 from model import ranking
 from model.ranking import filtered_ranks, rank_scores, summarize
 
 M, R, N = 37, 3, 200
 
 
-def make_answers(triples: np.ndarray) -> Answers:
+def make_answers(triples: np.ndarray) -> TrueTails:
     """A CSR built from a dict, by the contract of docs/ARCHITECTURE.md."""
     tails: dict[int, set[int]] = {}
     for h, r, t in triples.tolist():
         tails.setdefault(h * 2 * R + r, set()).add(t)
     keys = sorted(tails)
-    return Answers(
+    return TrueTails(
         np.array(keys, dtype=np.int64),
         np.cumsum([0, *(len(tails[k]) for k in keys)]),
         np.array([t for k in keys for t in sorted(tails[k])], dtype=np.int64),
@@ -39,7 +39,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def problem(rng: np.random.Generator) -> tuple[np.ndarray, Answers, torch.Tensor]:
+def problem(rng: np.random.Generator) -> tuple[np.ndarray, TrueTails, torch.Tensor]:
     """Triples that share queries, answers for most of the queries, integer scores [M, 2R, M] with many ties."""
     triples, more = rng.integers(0, [8, 2 * R, M], (2, N, 3))
     known = np.concatenate([triples[: N // 2], more])
@@ -47,7 +47,7 @@ def problem(rng: np.random.Generator) -> tuple[np.ndarray, Answers, torch.Tensor
     return triples, answers, torch.from_numpy(rng.integers(0, 6, (M, 2 * R, M))).float()
 
 
-def expected(triples: np.ndarray, answers: Answers, table: torch.Tensor) -> list[float]:
+def expected(triples: np.ndarray, answers: TrueTails, table: torch.Tensor) -> list[float]:
     known = {
         int(k): set(answers.targets[answers.indptr[i] : answers.indptr[i + 1]].tolist())
         for i, k in enumerate(answers.keys)
@@ -114,7 +114,7 @@ def test_bad_scores_are_refused() -> None:
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 @pytest.mark.parametrize("chunk", [None, 1, 10, M, 5 * M])
 def test_filtered_ranks_whatever_batch_and_chunk(
-    problem: tuple[np.ndarray, Answers, torch.Tensor], batch: int, chunk: int | None
+    problem: tuple[np.ndarray, TrueTails, torch.Tensor], batch: int, chunk: int | None
 ) -> None:
     triples, answers, table = problem
     calls: list[tuple[int, int, tuple[int, ...]]] = []
@@ -139,7 +139,7 @@ def test_the_filter_is_used_and_spares_the_target() -> None:
     assert got.tolist() == [2.0, 4.0]  # M - 3 alone is above in the first; the second query has no known answers
 
 
-def test_filtered_ranks_refuses_bad_input(problem: tuple[np.ndarray, Answers, torch.Tensor]) -> None:
+def test_filtered_ranks_refuses_bad_input(problem: tuple[np.ndarray, TrueTails, torch.Tensor]) -> None:
     triples, answers, table = problem
     bad = triples.copy()
     bad[3, 1] = 2 * R
@@ -155,7 +155,7 @@ def test_filtered_ranks_refuses_bad_input(problem: tuple[np.ndarray, Answers, to
         filtered_ranks(lambda h, r: table[h, r] / 0 * 0, triples, answers, num_relations=R)
 
 
-def test_no_triples(problem: tuple[np.ndarray, Answers, torch.Tensor]) -> None:
+def test_no_triples(problem: tuple[np.ndarray, TrueTails, torch.Tensor]) -> None:
     _, answers, table = problem
     got = filtered_ranks(lambda h, r: table[h, r], np.zeros((0, 3), np.int64), answers, num_relations=R)
     assert got.shape == (0,)
@@ -189,7 +189,7 @@ def test_halves_apart_and_none_for_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_equals_pykeen(problem: tuple[np.ndarray, Answers, torch.Tensor]) -> None:
+def test_equals_pykeen(problem: tuple[np.ndarray, TrueTails, torch.Tensor]) -> None:
     """PyKEEN's evaluator, fed the same scores with the filtered ones as NaN (its own convention)."""
     from pykeen.evaluation import RankBasedEvaluator
 
