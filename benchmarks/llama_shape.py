@@ -291,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from benchmarks.measure import matmul_rate, print_table
-    from lora_training.code_tokens import CodeShape, add_code_tokens, quiet_libraries
+    from lora_training.base_model import quiet_libraries
+    from lora_training.code_tokens import CodeShape, add_code_tokens
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.quick:

@@ -51,7 +51,8 @@ def test_reentrant_recomputation_has_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With and without trained rows: without them nothing that enters the first layer has a gradient of its own."""
-    from lora_training.code_tokens import add_code_tokens, load_tokenizer
+    from lora_training.base_model import load_tokenizer
+    from lora_training.code_tokens import add_code_tokens
     from lora_training.prompts import encode_examples
     from tests.test_prompts_tokens import SHAPE
     from tests.test_prompts_tokens import rows as task_rows
