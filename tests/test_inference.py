@@ -23,7 +23,14 @@ from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
 from lora_training.adapters import RECORD, load_adapted, read_saved
 from lora_training.base_model import load_base, load_tokenizer
-from lora_training.code_tokens import CodeShape, add_code_tokens, read_codes_info, resize_model, save_tokenizer, trainable_rows
+from lora_training.code_tokens import (
+    CodeShape,
+    add_code_tokens,
+    read_codes_info,
+    resize_model,
+    save_tokenizer,
+    trainable_rows,
+)
 from lora_training.inference import Listed, candidate_lines, listed_candidates, read_numbered, reads_as
 from lora_training.make_tiny_base import train_tokenizer
 from lora_training.memory import enough_memory
