@@ -34,7 +34,7 @@ from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, exclusive_lock, write_json, written_whole
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph
-from lora_training.code_tokens import RECORD
+from lora_training.adapters import RECORD
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
 

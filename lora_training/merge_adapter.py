@@ -25,18 +25,9 @@ from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import exclusive_lock, sha256_file, write_json, written_whole
 from common.record import make_record
-from lora_training.code_tokens import (
-    ADAPTER,
-    RECORD,
-    WEIGHTS,
-    Saved,
-    check_base,
-    load_adapted,
-    quiet_libraries,
-    read_saved,
-    save_tokenizer,
-    token_ids,
-)
+from lora_training.adapters import ADAPTER, RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
+from lora_training.base_model import quiet_libraries
+from lora_training.code_tokens import save_tokenizer, token_ids
 from lora_training.memory import enough_memory
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from Class.codes import MARKS, entity_text, parse_codes, print_codes
 from common.errors import InputError
 from common.files import ROOT, save_torch, write_json
 from lora_training import code_tokens
-from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, token_ids
+from lora_training.base_model import load_config, load_saved_tokenizer, load_tokenizer
+from lora_training.code_tokens import CodeShape, add_code_tokens, token_ids
 from lora_training.prompts import (
     IGNORED,
     decode_answer,
@@ -247,7 +248,7 @@ def test_every_code_is_one_id_before_and_after_reloading(tmp_path: Path, shape: 
 
 
 def load_tokenizer_of(folder: Path) -> Any:
-    return code_tokens.load_saved_tokenizer(folder)
+    return load_saved_tokenizer(folder)
 
 
 def test_a_saved_tokenizer_with_other_ids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,14 +394,14 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "meta-llama/Llama-2-7b-hf": "is gated: accept its licence.*HF_TOKEN",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=problem) as error:
-            code_tokens.load_config(name)
+            load_config(name)
         assert "\n" not in str(error.value)
 
 
 GATED = """
 import sys, time
 sys.path.insert(0, {root!r})
-from lora_training.code_tokens import load_config
+from lora_training.base_model import load_config
 from common.errors import run_command
 run_command(lambda: load_config({name!r}))
 """

@@ -17,7 +17,8 @@ from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import make_tiny_base
-from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, reload_check
+from lora_training.base_model import load_tokenizer
+from lora_training.code_tokens import CodeShape, add_code_tokens, reload_check
 from lora_training.prompts import encode_answer, encode_text, prompt_text
 
 FAMILY = ROOT / "data" / "family"
