@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import signal
@@ -51,8 +52,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's ``main`` and turn its end into an exit code and, where it failed, one line on stderr.
 
-    2: InputError, a file that cannot be read or written, no memory. 130: Ctrl-C. 143: SIGTERM.
+    2: InputError, a file that cannot be read or written, no memory. 130: Ctrl-C. 143: SIGTERM. Characters that the
+    output's encoding does not have are printed as backslash escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     in_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
