@@ -110,7 +110,7 @@ def steps(out: Path, size: Size) -> list[Step]:
              asked / "validation.json", "--output_dir", tuned, "--code_init", checkpoint, LORA, size.tuning,
              made=[adapter]),
         step("have it predict the answers of the test queries",
-             "lora_training/inference.py", "--decode predict --lora_adapter", adapter, "--test_data",
+             "lora_training/inference.py", "--decode likelihood --lora_adapter", adapter, "--test_data",
              data / "test_tasks.json", "--output", answers, "--overwrite", made=[answers, out / "answers.jsonl"]),
         step("score its answers, from the answers alone",
              "lora_training/score_answers.py", "--answers", out / "answers.jsonl", "--output", out / "answered.json",

@@ -357,7 +357,7 @@ def answer_command(model: str, train_data: Path) -> str:
     """
     folder = train_data.parent
     if folder.name == PREDICTED:  # its queries are ranked over the lists beside it
-        folder, model = folder.parent / "link_prediction", f"{model} --decode predict"
+        folder, model = folder.parent / "link_prediction", f"{model} --decode likelihood"
     rows = existing_split(folder, "test")
     named = rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test")
     return f"python inference.py {model}" + (f" --test_data {shlex.quote(str(rows))}" if named else "")

@@ -35,6 +35,7 @@ from lora_training.score_answers import (
     SEARCHED,
     TRUE,
     Answer,
+    is_likelihood,
     known_rank,
     margin,
     per_token,
@@ -237,7 +238,7 @@ def question(row: Row) -> str:
 def exchange(case: Case) -> str:
     """Prompt and answer; of candidates that were scored without their list, what was asked and the best three."""
     asked, said = case.row["instruction"], "Answer"
-    if case.answer["decode"] == "predict":
+    if is_likelihood(case.answer):
         asked, said = prediction(need_fields(case.row, "head", "relation")), "Best by score"
     unread = "" if case.answer["parsed"] else " (it did not parse)"
     return f"Prompt:\n\n{block(short_codes(asked))}\n{said}{unread}:\n\n{block(short_codes(case.answer['text']))}\n"
