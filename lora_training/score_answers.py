@@ -9,7 +9,7 @@ listed, its rank by the candidate model (``candidate_rank``) is used; a search o
 its truth counts as never found. Candidates without a score (free text) follow the others in their listed order. If
 candidates differ in length, sum and per-token mean of the log-likelihoods give two rankings; the one with the higher
 validation MRR is used. Next to each result stand three baselines: copying the first candidate, a random choice
-(expected value), and the recall of the lists, which bounds Hits@k of any choice. ``permuted``: metrics over other
+(expected value), and the recall of the lists (the share that contain the truth). ``permuted``: metrics over other
 orders of each list (inference.py --permute).
 
 Triple classification. True if log P(True) - log P(False) exceeds a threshold: the one with the best validation
