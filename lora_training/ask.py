@@ -4,7 +4,7 @@
     cd lora_training && python ask.py --base_model lora_outputs/merged --question "Who is the mother of Ada Ashley?"
     cd lora_training && python ask.py                                                    interactive
 
---relation "inverse of mother" asks for the heads. With --candidates (files of run_rq.py --export_candidates), a query
+--relation "inverse of mother" queries the heads. With --candidates (files of run_rq.py --export_candidates), a query
 that has a list there is answered by re-ranking its list, which is shuffled unless --candidate_order ranked is given.
 All other queries and questions are answered by constrained decoding over ALL entities (beam search over their names and
 codes). The prompts are those of the instruction data: knowledge reasoning for --head and --relation, question answering

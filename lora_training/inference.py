@@ -64,7 +64,7 @@ DECODES = ("score", "likelihood", "free")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LISTED = ("candidates", "candidate_names", "candidate_codes")  # fields of a row in the order of its list
 WINDOW = 256  # rows that are sorted by length and cut into batches together
-BEST = 3  # answers that a prompt of link prediction asks for
+BEST = 3  # answers in the output of link prediction
 
 
 # ---------------------------------------------------------------- candidates of a row
@@ -94,7 +94,7 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
 
 
 def query_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the query without its list, as tail_prediction rows ask it."""
+    """Token ids of the query without its list: the prompt of tail_prediction rows."""
     return encode_prompt({"instruction": prediction(need_fields(row, "head", "relation"))}, tokenizer)
 
 
@@ -361,7 +361,7 @@ class Part(NamedTuple):
 
 
 def candidate_order(data: Path, split: str) -> str | None:
-    """ "ranked" or "shuffled": how the lists in a file are ordered; None if the statistics beside it do not say."""
+    """Order of the lists in a file, ranked or shuffled; None if the statistics beside it do not contain it."""
     path = data.parent / STATS
     stats = read_json(path, "statistics")
     with content_of(path, "file of statistics", "run the script that wrote the data again"):
@@ -372,13 +372,13 @@ def candidate_order(data: Path, split: str) -> str | None:
 
 def decides(row: Row, with_codes: bool, decode: str) -> bool:
     """Whether a validation row is needed: for a threshold, to choose between sum and mean for unequal lengths, or for
-    the weights of score and position."""
+    compare_llm.py's weights of score and position."""
     lists = decode == "likelihood" or (decode == "score" and not with_codes)
     return is_classification(row) or (is_ranking(row) and lists)
 
 
 def batches(rows: Iterator[Row], settings: Settings) -> Iterator[list[Row]]:
-    """Rows that are computed together: of one kind and similar length, whatever was answered before."""
+    """Rows that are computed together: of one kind and similar length, independent of what was answered before."""
     while window := list(itertools.islice(rows, WINDOW)):
         for kind in ("rank", "classify", "generate"):
             of_kind = [row for row in window if kind_of(row, settings.decode) == kind]
@@ -562,8 +562,8 @@ def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], di
     info = read_codes_info(args.test_data)
     if reader.saved is None and info.get("file") is not None:
         raise InputError(
-            f"--base_model {reader.base_model} knows no codes, and {args.test_data} contains those of {info['file']}; "
-            "give --lora_adapter DIR, or a merged model"
+            f"--base_model {reader.base_model} was not tuned on codes, and {args.test_data} contains those of "
+            f"{info['file']}; give --lora_adapter DIR, or a merged model"
         )
     test = f"--test_data {args.test_data}"
     if reader.saved is not None:

@@ -8,12 +8,12 @@ Link prediction. The filtered rank of the truth among its candidates; ties get t
 listed, its rank by the candidate model (``candidate_rank``) is used; a search over all entities has no such rank, so
 its truth counts as never found. Candidates without a score (free text) follow the others in their listed order. If
 candidates differ in length, sum and per-token mean of the log-likelihoods give two rankings; the one with the higher
-validation MRR is used. Next to each result stand three baselines: copying the first candidate, a random choice
+validation MRR is used. Three baselines are printed with each result: copying the first candidate, a random choice
 (expected value), and the recall of the lists (the share that contain the truth). ``permuted``: metrics over other
 orders of each list (inference.py --permute).
 
 Triple classification. True if log P(True) - log P(False) exceeds a threshold: the one with the best validation
-accuracy (ties: the nearest to 0). Metrics at threshold 0 stand beside it.
+accuracy (ties: the nearest to 0). Metrics at threshold 0 are also given.
 
 Other tasks. Exact match; the lines of an answer may be in any order.
 

@@ -286,10 +286,10 @@ def test_against_other_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [line["mean"] for line in written[str(ours)]["differences"]] == [0, 0]
     ours_of = [one | {"triple": ["a", "r", f"b{i}"]} for i, one in enumerate(read_answers(ours).answers)]
     negatives = write(tmp_path / "negatives.jsonl", [one | {"triple": ["a", "r", "c"]} for one in ours_of])
-    with pytest.raises(InputError, match="triple_classification test: not the same queries"):
+    with pytest.raises(InputError, match="triple_classification test: the queries differ"):
         main(["--answers", str(write(tmp_path / "with.jsonl", ours_of)), "--against", str(negatives)])
     fewer = file("fewer.jsonl", (1, 2), (1.0, 2.0))
-    with pytest.raises(InputError, match=r"link_prediction test: not the same queries: 1 are asked by one alone"):
+    with pytest.raises(InputError, match="link_prediction test: the queries differ: 1 "):
         main(["--answers", str(ours), "--against", str(fewer)])
     other = write(tmp_path / "v.jsonl", [answer(split="validation")])
     with pytest.raises(InputError, match="no task and split in common"):
