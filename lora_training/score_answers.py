@@ -507,12 +507,12 @@ def values_by_query(splits: Splits) -> dict[str, dict[str, float]]:
     return found
 
 
-def differences(answers: Iterable[Answer], path: Path) -> list[dict[str, Any]]:
-    """Print and return the paired differences to the answers in ``path``, for all tasks and splits in both.
+def differences(answers: Iterable[Answer], others: Iterable[Answer], path: Path) -> list[dict[str, Any]]:
+    """Print and return the paired differences to the answers ``others`` of ``path``, for all tasks and splits in both.
 
     Raises InputError if there is none, or if a split's queries differ.
     """
-    theirs, lines = by_task(read_answers(path).answers), []
+    theirs, lines = by_task(others), []
     for task, splits in by_task(answers).items():
         first, second = values_by_query(splits), values_by_query(theirs[task]) if task in theirs else {}
         for split in (split for split in first if split in second):
@@ -546,9 +546,10 @@ def main(argv: list[str] | None = None) -> None:
     answers = read_answers(args.answers).answers
     if not answers:
         raise InputError(f"answers file {args.answers} contains no complete answer; continue inference.py")
+    others = {path: read_answers(path).answers for path in args.against}
     found = report(answers)
     print_report(found)
-    against = {str(path): differences(answers, path) for path in args.against}
+    against = {str(path): differences(answers, theirs, path) for path, theirs in others.items()}
     if args.output:
         hashes = {args.answers.name: sha256_file(args.answers)}
         compared = {path: {"sha256": sha256_file(Path(path)), "differences": lines} for path, lines in against.items()}
