@@ -101,6 +101,15 @@ class TrueTails:
         return indptr, self.targets[np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], size)]
 
 
+def true_tails(triples: Ints, num_entities: int, num_relations: int) -> TrueTails:
+    """The known tails of all queries in triples [n, 3]."""
+    R, M = num_relations, num_entities
+    edges = with_inverse(triples, R)
+    pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
+    keys, start = np.unique(pairs // M, return_index=True)
+    return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
+
+
 class Neighbours(NamedTuple):
     """Edges by head: those of h are rows ``indptr[h]:indptr[h + 1]``, sorted by (relation, neighbour)."""
 
@@ -161,11 +170,8 @@ class KnowledgeGraph:
 
     def answers(self, *splits: str) -> TrueTails:
         """The known tails of all queries in these splits (all three when none is named)."""
-        R, M = self.num_relations, self.num_entities
-        edges = with_inverse(np.concatenate([self.split(name) for name in splits or SPLITS]), R)
-        pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
-        keys, start = np.unique(pairs // M, return_index=True)
-        return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
+        triples = np.concatenate([self.split(name) for name in splits or SPLITS])
+        return true_tails(triples, self.num_entities, self.num_relations)
 
     def csr(self) -> Neighbours:
         """Training edges and their inverses, grouped by head (repeated triples stay repeated)."""
