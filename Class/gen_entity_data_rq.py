@@ -38,7 +38,7 @@ from Class.gen_lp_data_rq import Parts, disjoint_parts
 from Class.rows import Row, make_row, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
-from data.knowledge_graph import KnowledgeGraph, TrueTails
+from data.knowledge_graph import KnowledgeGraph, TrueTails, true_tails
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each
@@ -330,14 +330,6 @@ def _sizes(answers: TrueTails, h: Any, r: Any) -> Ints:
     return np.where(rows >= 0, answers.indptr[rows + 1] - answers.indptr[rows], 0)  # not all sizes: called per row
 
 
-def answers_of(kg: KnowledgeGraph, triples: Ints) -> TrueTails:
-    """``kg.answers`` of these triples alone."""
-    return KnowledgeGraph(
-        name=kg.name, entities=kg.entities, relations=kg.relations, train=triples, valid=triples[:0], test=triples[:0],
-        labels=kg.labels, has_label=kg.has_label, descriptions=kg.descriptions, relation_labels=kg.relation_labels,
-    ).answers("train")  # fmt: skip
-
-
 # ---------------------------------------------------------------- command
 
 
@@ -352,7 +344,7 @@ def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callabl
         return {split: fact_kinds(source, triples[split], *judged[split]) for split in SPLITS}
 
     def questions() -> dict[str, list[Kind]]:
-        own = {split: answers_of(kg, triples[split]) for split in SPLITS}
+        own = {split: true_tails(triples[split], kg.num_entities, kg.num_relations) for split in SPLITS}
         # training uses its own triples only; in the others, a query with answers in another split is left out
         known = {"train": own["train"], "validation": kg.answers(), "test": kg.answers()}
         return {split: question_kinds(source, own[split], known[split], max_answers) for split in SPLITS}

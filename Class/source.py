@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +134,7 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     Raises InputError where nothing fits.
     """
     started = time.monotonic()
-    choices = list(_choices(args, preferred))
+    choices = _choices(args, preferred)
     if not choices:
         raise InputError(
             f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
@@ -183,36 +183,37 @@ def _announce(source: Source, choice: _Choice) -> None:
         print(f"codes: {choice.codes} ({L} x {Q} of {source.num_code}), {info['origin']}{shuffled}")
 
 
-def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choice]:
+def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
     """Codes and data sets that may fit, best first."""
     if args.no_codes and args.dataset:
-        yield _Choice(None, args.dataset)
-        return
+        return [_Choice(None, args.dataset)]
     found = dumped_codes() if args.codes is None else [args.codes]
-    folders = {codes: training_folder(codes, read_record(codes), args.dataset) for codes in found}
-
-    def others_last(is_own: Callable[[Path], bool]) -> list[Path]:
-        return sorted(found, key=lambda codes: not ((folder := folders[codes]) and is_own(folder)))
-
-    if args.dataset:
-        given: Path = args.dataset
-        yield from (_Choice(codes, given) for codes in others_last(lambda folder: folder.resolve() == given.resolve()))
-        return
-    options: list[_Choice] = []
-    if preferred:
+    records = {codes: read_record(codes) for codes in found}
+    folders = {codes: training_folder(codes, record, args.dataset) for codes, record in records.items()}
+    home: Path | None = args.dataset
+    if home is None and preferred:
         places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
         home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
-        if home is not None and args.no_codes:
-            options = [_Choice(None, home)]
-        elif home is not None:
-            options = [_Choice(codes, home) for codes in others_last(lambda folder: folder.name == preferred)]
+    choices = []
+    if home is not None and args.no_codes:
+        choices = [_Choice(None, home)]
+    elif home is not None:  # codes that were trained on it first
+        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != _train_sha256(home))
+        choices = [_Choice(codes, home) for codes in order]
+    if args.dataset:
+        return choices
     own = [_Choice(None if args.no_codes else codes, folder) for codes, folder in folders.items() if folder]
-    options += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
+    choices += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
     if args.no_codes:
-        options.append(_Choice(None, BUNDLED))
-    elif args.codes and not options:
+        choices.append(_Choice(None, BUNDLED))
+    elif args.codes and not choices:
         raise InputError(f"the data set that {args.codes} was trained on was not found; give --dataset DIR")
-    yield from options
+    return choices
+
+
+def _train_sha256(folder: Path) -> str | None:
+    """The hash of a folder's training file; None where there is none."""
+    return next((sha256_file(folder / file) for file in TRAIN_FILES if (folder / file).is_file()), None)
 
 
 def dumped_codes() -> list[Path]:
@@ -264,11 +265,7 @@ def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = 
     places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
     if near is not None:
         places += [near, near.resolve().parent / name]
-    for place in places:
-        for file in TRAIN_FILES:
-            if (place / file).is_file() and sha256_file(place / file) == train_hash(record["inputs"]):
-                return place
-    return None
+    return next((place for place in places if _train_sha256(place) == train_hash(record["inputs"])), None)
 
 
 def check_recorded(file: Path, record: Mapping[str, Any]) -> None:

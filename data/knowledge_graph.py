@@ -101,6 +101,15 @@ class TrueTails:
         return indptr, self.targets[np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], size)]
 
 
+def true_tails(triples: Ints, num_entities: int, num_relations: int) -> TrueTails:
+    """The known tails of all queries in triples [n, 3]."""
+    R, M = num_relations, num_entities
+    edges = with_inverse(triples, R)
+    pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
+    keys, start = np.unique(pairs // M, return_index=True)
+    return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
+
+
 class Neighbours(NamedTuple):
     """Edges by head: those of h are rows ``indptr[h]:indptr[h + 1]``, sorted by (relation, neighbour)."""
 
@@ -130,7 +139,7 @@ class KnowledgeGraph:
     unseen: Bools = field(init=False)  # [M] in no training triple
 
     def train_digest(self) -> str:
-        """Hex digest of the training triples with all names: what a model learns from, whatever the files' form."""
+        """Hex digest of the training triples and all names; equal for both forms of files."""
         names = "\n".join([*self.entities, "", *self.relations]).encode()
         return hashlib.sha256(names + self.train.astype(np.int64).tobytes()).hexdigest()
 
@@ -161,11 +170,8 @@ class KnowledgeGraph:
 
     def answers(self, *splits: str) -> TrueTails:
         """The known tails of all queries in these splits (all three when none is named)."""
-        R, M = self.num_relations, self.num_entities
-        edges = with_inverse(np.concatenate([self.split(name) for name in splits or SPLITS]), R)
-        pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
-        keys, start = np.unique(pairs // M, return_index=True)
-        return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
+        triples = np.concatenate([self.split(name) for name in splits or SPLITS])
+        return true_tails(triples, self.num_entities, self.num_relations)
 
     def csr(self) -> Neighbours:
         """Training edges and their inverses, grouped by head (repeated triples stay repeated)."""
@@ -210,24 +216,24 @@ SHOWN_MATCHES = 12
 
 
 def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
-    """The row that ``word`` names: by raw name, else by one of the lists ``names``, exactly, else whatever the case.
+    """The row of a name: by raw name, else by one of the lists ``names``, exactly, else ignoring case.
 
-    ``what`` is "entity" or "relation", ``flag`` the flag that the word came by. InputError lists the matches of an
-    ambiguous name (by the first list of ``names``), or what holds the word where nothing is called so.
+    ``what`` is "entity" or "relation", ``flag`` the flag with the word. InputError lists the matches of an ambiguous
+    name (by the first list of ``names``), or names that contain the word where there is no match.
     """
     if word in raw:
         return raw.index(word)
-    said = f"{flag}: " if flag else ""
+    prefix = f"{flag}: " if flag else ""
     for same in (lambda name: name == word, lambda name: name.casefold() == word.casefold()):
         found = sorted({i for column in names for i, name in enumerate(column) if same(name)})
         if len(found) == 1:
             return found[0]
         if found:
             matches = show_names(found, names[0], raw)
-            raise InputError(f"{said}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
+            raise InputError(f"{prefix}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
     near = sorted({i for column in names for i, name in enumerate(column) if word.casefold() in name.casefold()})
     raise InputError(
-        f"{said}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
+        f"{prefix}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
     )
 
 
@@ -241,7 +247,7 @@ def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) ->
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
-    """File name -> bytes of every file of the folder that is read; InputError where a required one is missing."""
+    """File name -> bytes of the files to read; InputError where a required one is missing."""
     fetch = f"python data/download.py {folder.name if folder.name in PUBLIC else 'NAME'}"
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -279,7 +285,7 @@ def _instead(folder: Path, required: list[str], missing: list[str], fetch: str) 
 
 
 class _Reader:
-    """Turns the bytes of a folder's files into the parts of a KnowledgeGraph, collecting every fault on the way."""
+    """Turns the bytes of a folder's files into the parts of a KnowledgeGraph, and collects all faults."""
 
     def __init__(self, folder: Path, raw: dict[str, bytes], keep_names: bool = False) -> None:
         self.folder = folder
@@ -581,7 +587,7 @@ class _Reader:
         return labels, has_label, descriptions
 
     def relation_names(self, relations: list[str]) -> list[str]:
-        """relation2text, else the raw name with its separators turned into spaces."""
+        """relation2text, else the raw name with spaces for its separators."""
         text = self.texts("relation2text.txt")
         self.report["relation_labels_missing"] = sum(not text.get(name) for name in relations)
         separators = str.maketrans(dict.fromkeys("/_.-", " "))
@@ -638,7 +644,7 @@ _LISTS = ("entities", "relations", "labels", "descriptions", "relation_labels")
 
 
 def _write_cache(path: Path, name: str, parts: dict[str, Any]) -> None:
-    """Store the parts without pickle; a cache that cannot be written is left out."""
+    """Store the parts without pickle; where the cache cannot be written, there is none."""
     arrays: dict[str, NDArray[Any]] = {key: parts[key].astype(np.int32) for key in SPLITS}
     arrays |= {f"negative_{key}": value.astype(np.int32) for key, value in parts["negative_splits"].items()}
     arrays |= {key: np.frombuffer("\n".join(parts[key]).encode(), dtype=np.uint8) for key in _LISTS}
@@ -669,7 +675,7 @@ def _read_cache(path: Path) -> dict[str, Any] | None:
         parts["has_label"] = stored["has_label"]
         parts["report"] = json.loads(stored["report"].tobytes())
         return parts
-    except Exception:  # a cache may be damaged in any way: it is then built anew from the files
+    except Exception:  # a cache may be damaged in any way: it is then built again from the files
         return None
 
 

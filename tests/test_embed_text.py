@@ -440,7 +440,7 @@ def test_other_faults_are_one_line_and_the_rest_is_asked_later(
     monkeypatch.setattr(embed_text, "sleep", lambda seconds: None)
     server.faults = ["", "", *faults]
     outcome = embed(*asked)
-    assert_refused(outcome, words, f"20 of {M} rows are kept", "the same command goes on")
+    assert_refused(outcome, words, f"20 of {M} rows are kept", "the same command continues")
     assert len(server.bodies) == 2 + requests and SECRET not in outcome.err and not (tmp_path / "text.npy").exists()
     server.faults, server.bodies = [], []
     assert embed(*asked).code == 0

@@ -537,23 +537,6 @@ def test_leaks_end_the_command_with_1(tmp_path: Path, capsys: pytest.CaptureFixt
 # ---------------------------------------------------------------- other readers
 
 
-def llama_factory_pairs(folder: Path, info: dict[str, Any]) -> list[tuple[str, str]]:
-    """(prompt, response) the way LLaMA-Factory reads an Alpaca file: columns by name, query joined by a newline."""
-    columns = info["columns"]
-    rows = json.loads((folder / info["file_name"]).read_text(encoding="utf-8"))
-    return [
-        ("\n".join(part for part in (row[columns["prompt"]], row[columns["query"]]) if part), row[columns["response"]])
-        for row in rows
-    ]
-
-
-def test_alpaca_columns_load_elsewhere(tmp_path: Path) -> None:
-    rows = list(some_rows(30))
-    write_rows(tmp_path / "train.json", rows)
-    info = {"file_name": "train.json", "columns": {"prompt": "instruction", "query": "input", "response": "output"}}
-    assert llama_factory_pairs(tmp_path, info) == [(row["instruction"], row["output"]) for row in rows]
-
-
 def test_datasets_loads_the_files(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     codes = write_codes(FAMILY, tmp_path / "codes")

@@ -339,14 +339,6 @@ def test_small_graphs_leave_no_cache(tmp_path: Path, cache: Path, monkeypatch: p
     assert not cache.exists()
 
 
-def test_a_large_graph_comes_back_from_the_cache(tmp_path: Path, cache: Path) -> None:
-    """A graph of FB15k-237's size."""
-    folder = random_graph(tmp_path / "large", 14541, 237, 272_115)
-    parsed = KnowledgeGraph.load(folder)
-    assert len(list(cache.iterdir())) == 1 and len(parsed.train) == 272_115
-    same(parsed, KnowledgeGraph.load(folder))
-
-
 # ---------------------------------------------------------------- the command, the real data
 
 
