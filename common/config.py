@@ -21,6 +21,7 @@ from common.files import ROOT
 
 AUTO = -1  # the flag's word is "auto": model/sizes.py puts a number that fits the graph in its place
 DEFAULT_FILE = ROOT / "configs" / "default.txt"
+SOFTMAX_ONLY = ("num_negatives", "tails_at_once")  # binary cross-entropy would take true tails for false ones
 # --quantizer that leaves no codes -> the baseline's name in records and file names
 BASELINES = {"none": "unquantized", "random": "random_codes", "posthoc": "posthoc"}
 # What a flag does when a run is continued: it must agree; it may differ with --restore; it may always differ.
@@ -180,6 +181,9 @@ class Config:
             if needs and not getattr(self, needs) and value not in (field.default, AUTO):
                 state = "is not given" if getattr(self, needs) is None else "is 0"
                 lines.append(f"--{field.name} {value} is unused: --{needs} {state}")
+        for name in SOFTMAX_ONLY:
+            if getattr(self, name) > 0 and self.loss != "ce":
+                lines.append(f"--{name} {getattr(self, name)} is unused: --loss is {self.loss}")
         return lines
 
 
@@ -237,7 +241,10 @@ def _default_text(default: Any, unset: str | None) -> str:
 
 def _auto_or(kind: type) -> Any:
     def parse(word: str) -> Any:
-        return AUTO if word == "auto" else kind(word)
+        value = AUTO if word == "auto" else kind(word)
+        if value == AUTO and word != "auto":
+            raise argparse.ArgumentTypeError(f"{word} is out of range, expected a positive number or auto")
+        return value
 
     parse.__name__ = f"{kind.__name__} or auto"  # argparse says it of a wrong word
     return parse
@@ -310,9 +317,6 @@ def range_problem(config: Config) -> str | None:
 
 def _conflict(config: Config) -> str | None:
     """The first combination of settings that would give a wrong result or none, in words."""
-    for name in ("num_negatives", "tails_at_once"):
-        if getattr(config, name) > 0 and config.loss != "ce":
-            return f"--{name} {getattr(config, name)} needs the softmax loss: give --loss ce, or --{name} 0"
     if config.ensemble > 1 and config.gcn_layers:
         return f"--ensemble {config.ensemble} needs --gcn_layers 0, found {config.gcn_layers}"
     if config.text_emb is None and {"text", "neighbours"} & set(config.inputs.replace(",", "+").split("+")):

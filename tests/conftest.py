@@ -179,6 +179,18 @@ def family_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished(ROOT / "data" / "family", tmp_path_factory.mktemp("family"), "family_4_32_2_rq", **FAMILY_FLAGS)
 
 
+def ranked(
+    rq: Command, run: Run, folder: Path, *more: str, codes: Path | None = None, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """What --eval_codes writes into ``folder``."""
+    outcome = rq(*run.scored(codes, checkpoint, "--out_dir", str(folder), *more))
+    assert outcome.code == 0, outcome.err
+    path = Path(outcome.out.splitlines()[-1].removeprefix("wrote "))
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert path.parent == folder and f"mrr {found['mrr']:.4f}" in outcome.out
+    return found
+
+
 TrainerMaker = Callable[..., Trainer]
 
 
