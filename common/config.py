@@ -1,7 +1,7 @@
 """The settings of stage 1: one dataclass defines the flags of run_rq.py and what records and checkpoints store.
 
 A field is a flag: its default, its help, its range, and whether it must agree when a run is continued. To add a flag,
-add a field; nothing else has to know of it. ``--config FILE`` (default: configs/default.txt) is a file of flags that
+add a field; nothing else changes. ``--config FILE`` (default: configs/default.txt) is a file of flags that
 become the parser's defaults; flags on the command line win, and each changes its own setting only.
 """
 
@@ -149,11 +149,11 @@ class Config:
     num_workers: int = flag(0, RUN, "CPU threads (0: all)", low=0, resume=FREE)
     seed: int = flag(0, RUN, "seed of everything random", low=0, high=2**63 - 1)
     restore: bool = flag(False, RUN, "continue the run of this name; a finished one is dumped again", resume=FREE)
-    overwrite: bool = flag(False, RUN, "start anew over a run of this name", resume=FREE)
+    overwrite: bool = flag(False, RUN, "replace a run of this name", resume=FREE)
     split: str = flag("test", RUN, "split to rank; valid: the test split is not read (for searches)",
                       choices=["train", "valid", "test"], resume=FREE)  # fmt: skip
     # ------------------------------------------------------------ rank from codes
-    eval_codes: Path | None = flag(None, RANKING, "rank --split from these integers alone", metavar="CODES.pt",
+    eval_codes: Path | None = flag(None, RANKING, "rank --split from these codes, without the encoder", metavar="CODES.pt",
                                    resume=FREE)  # fmt: skip
     checkpoint: Path | None = flag(None, RANKING, "codebooks, relations and decoder for --eval_codes", metavar="CK.pt",
                                    resume=FREE)  # fmt: skip
@@ -322,7 +322,7 @@ def _conflict(config: Config) -> str | None:
     if config.text_emb is None and {"text", "neighbours"} & set(config.inputs.replace(",", "+").split("+")):
         return f"--inputs {config.inputs} needs text embeddings: give --text_emb FILE.npy"
     if config.restore and config.overwrite:
-        return "--restore continues a run and --overwrite starts it anew: give one of them"
+        return "--restore continues a run and --overwrite replaces it: give one of them"
     if config.eval_codes and not config.checkpoint:
         return "--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes"
     for name in ("checkpoint", "predict", "shuffle_codes", "export_candidates"):

@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 def model_arguments(config: Config, text_dim: int | None) -> dict[str, Any]:
-    """The arguments of RQGCN, by name, that the settings stand for; ``text_dim``: T, None without text embeddings."""
+    """The arguments of RQGCN, by name, for these settings; ``text_dim``: T, None without text embeddings."""
     names = ["init_dim", "inputs", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
              "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend", "ensemble"]  # fmt: skip
     return {name: getattr(config, name) for name in names} | {"composition": config.opn, "text_dim": text_dim}

@@ -60,7 +60,7 @@ class WeightAverage:
             tensor.copy_(value)
 
     def settle(self) -> None:
-        """Put the averages where the weights are, for good, and begin anew."""
+        """Put the averages where the weights are, for good, and start a new average."""
         if self.values is not None:
             self._put(self.values)
         self.forget()

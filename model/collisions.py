@@ -18,7 +18,7 @@ from model.RQCodebook import RQCodebook
 
 
 class TooFewCodes(ValueError):
-    """Entities that no change of last-level codes can tell apart."""
+    """Entities that no change of last-level codes can make distinct."""
 
 
 class Resolved(NamedTuple):
@@ -39,7 +39,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     than any free single change. Deterministic. The n entities of one code each walk past the codes that those before
     them took, so the time grows with n squared: 6 s of one core for 2,000 of one code (L = 4, K = 256), by that rule
     40 minutes for 40,000. Trained codes leave groups of a few; codebooks that collapsed do not.
-    Raises TooFewCodes where more entities share the codes above the last level than K^L codes can tell apart.
+    Raises TooFewCodes where more entities share the codes above the last level than there are last-level codes, K^L.
     """
     decoded = codebook.decode_from_codes(codes)  # checks codes
     if decoded.shape != z.shape:
@@ -77,7 +77,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
                 break
         else:
             raise TooFewCodes(
-                f"entity {entity} cannot be told apart: all {extra.shape[1]}^{len(extra)} last-level codes of its "
+                f"entity {entity} cannot get a code of its own: all {extra.shape[1]}^{len(extra)} last-level codes of its "
                 "prefix are taken; use more codes, positions or levels"
             )
     changed = torch.tensor(order, dtype=torch.int64)

@@ -182,7 +182,7 @@ class World:
             self.stop()
 
     def stop(self) -> None:
-        """Raise what the signal stands for: KeyboardInterrupt for Ctrl-C, else SystemExit with code 143."""
+        """Raise the signal's exception: KeyboardInterrupt for Ctrl-C, else SystemExit with code 143."""
         if self.stop_signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)

@@ -2,10 +2,10 @@
 
 One step (Eq. 9): the scorer sees only decoded codes; their gradient is handed, straight through, to the encoder,
 together with the quantization loss. The encoder changes the scores through its codes only, so its pass over the graph
-may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned anew at the
+may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned again at the
 first such pass after some scorer steps (``Schedule.assign_every``), and at the end of an epoch.
 
-All exchange between processes is in this file: the quantizer, the losses and the scorer know nothing of it.
+All exchange between processes is in this file: the quantizer, the losses and the scorer run as in one process.
 """
 
 from __future__ import annotations
@@ -549,8 +549,8 @@ def mrr_as_trained(best: Mapping[str, Any]) -> float:
 def _with_noise(z: Tensor, noise: float) -> Tensor:
     """z [., L, code_dim] plus normal noise of ``noise`` of its standard deviations over entities.
 
-    In the warm-up the scorer so learns to work with what codes will keep of z; once codes are frozen, not to tell
-    apart entities whose codes are near.
+    In the warm-up, the scorer learns to score from vectors as inexact as decoded codes will be; once codes are frozen,
+    the noise keeps it from separating entities with similar codes (regularisation).
     """
     if not noise:
         return z

@@ -171,7 +171,7 @@ def clocks_that_differ(kg: KnowledgeGraph, world: World, folder: Path) -> dict[s
 
 
 def one_gets_a_signal(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, Any]:
-    """Both must leave after the step in which one was told to."""
+    """Both must leave after the step in which one received the signal."""
     trainer = make_trainer(kg, world, folder / "signal" / "run.pt", {})
     previous, steps, step = signal.signal(signal.SIGTERM, world.interrupt), [], trainer.optimizer.step
 

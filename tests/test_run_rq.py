@@ -221,7 +221,7 @@ def test_the_integers_alone_carry_the_bundled_graph(family_run: Run, family: Kno
 
 
 def test_no_two_entities_of_a_dump_share_their_code(family_run: Run, ring_run: Run) -> None:
-    """Few codes for many entities collide in training; the pass at the dump tells them apart, and is recorded."""
+    """Few codes for many entities collide in training; the pass at the dump makes codes distinct, and is recorded."""
     for run in (family_run, ring_run):
         codes = torch.load(run.codes, weights_only=True)
         assert len(torch.unique(codes.flatten(1), dim=0)) == len(codes)
@@ -267,7 +267,7 @@ print(peak_memory_mb())
 
 
 def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family: KnowledgeGraph) -> None:
-    """The stated tie rule is for equal scores: a matrix product must not tell two equal rows apart."""
+    """The stated tie rule is for equal scores: a matrix product must give equal rows equal scores."""
     scorer, relations, codes = load_scored_codes(family_run.checkpoint, family_run.codes, family, torch.device("cpu"))
     codes[:500:9] = codes[500:][: len(codes[:500:9])]  # the collision pass left none
     whole, inverse, counts = torch.unique(codes.flatten(1), dim=0, return_inverse=True, return_counts=True)
