@@ -52,7 +52,7 @@ def test_each_level_quantizes_the_residual_of_the_last_one() -> None:
 
 
 def test_beta_weighs_the_commitment_term() -> None:
-    """Eq. 5: the gradient of the vectors is the commitment term's times beta, that of the codebooks the codebook term's."""
+    """Eq. 5: vectors get the commitment term's gradient times beta, codebooks the codebook term's."""
     codebook, z = seeded_codebook()
     z.requires_grad_()
     output = codebook(z)
@@ -87,8 +87,8 @@ def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--config", os.devnull, "--dataset", str(ROOT / "data" / "family"), "--seq_len", "4",
-                 "--num_code", "64", "--num_quantizers", "2", "--init_dim", "64", "--gcn_dim", "64", "--code_dim", "16", "--gcn_layers",
-                 "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256", "--device", "cpu",
+                 "--num_code", "64", "--num_quantizers", "2", "--init_dim", "64", "--gcn_dim", "64", "--code_dim", "16",
+                 "--gcn_layers", "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256", "--device", "cpu",
                  "--out_dir", folder, "--checkpoint_dir", f"{folder}/checkpoints"]  # fmt: skip
         run_rq.train(run_rq.parse_config(flags))
         codes = load_torch(Path(folder) / "family_4_64_2_rq.pt", "codes")

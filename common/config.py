@@ -153,8 +153,8 @@ class Config:
     split: str = flag("test", RUN, "split to rank; valid: the test split is not read (for searches)",
                       choices=["train", "valid", "test"], resume=FREE)  # fmt: skip
     # ------------------------------------------------------------ rank from codes
-    eval_codes: Path | None = flag(None, RANKING, "rank --split from these codes, without the encoder", metavar="CODES.pt",
-                                   resume=FREE)  # fmt: skip
+    eval_codes: Path | None = flag(None, RANKING, "rank --split from these codes, without the encoder",
+                                   metavar="CODES.pt", resume=FREE)  # fmt: skip
     checkpoint: Path | None = flag(None, RANKING, "codebooks, relations and decoder for --eval_codes", metavar="CK.pt",
                                    resume=FREE)  # fmt: skip
     shuffle_codes: bool = flag(False, RANKING, "control: give every entity another one's codes", resume=FREE)

@@ -77,7 +77,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
                 break
         else:
             raise TooFewCodes(
-                f"entity {entity} cannot get a code of its own: all {extra.shape[1]}^{len(extra)} last-level codes of its "
+                f"entity {entity} cannot get its own code: all {extra.shape[1]}^{len(extra)} last-level codes of its "
                 "prefix are taken; use more codes, positions or levels"
             )
     changed = torch.tensor(order, dtype=torch.int64)
