@@ -88,8 +88,8 @@ def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--config", os.devnull, "--dataset", str(ROOT / "data" / "family"), "--seq_len", "4",
                  "--num_code", "64", "--num_quantizers", "2", "--init_dim", "64", "--gcn_dim", "64", "--code_dim", "16",
-                 "--gcn_layers", "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256", "--device", "cpu",
-                 "--out_dir", folder, "--checkpoint_dir", f"{folder}/checkpoints"]  # fmt: skip
+                 "--gcn_layers", "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256",
+                 "--device", "cpu", "--out_dir", folder, "--checkpoint_dir", f"{folder}/checkpoints"]  # fmt: skip
         run_rq.train(run_rq.parse_config(flags))
         codes = load_torch(Path(folder) / "family_4_64_2_rq.pt", "codes")
         record = read_json(Path(folder) / "family_4_64_2_rq.json", "record")
