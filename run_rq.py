@@ -27,7 +27,7 @@ from common.files import ROOT, exclusive_lock, read_json, sha256_file, write_jso
 from common.record import make_record, seed_everything
 from model.flags import AUTO, idle_flags, parse_args, set_settings, take_open_settings, with_defaults
 from model.from_codes import eval_codes, format_metrics
-from model.inputs import choose_device, load_checkpoint, load_given_codes, load_graph, load_teachers, load_text
+from model.inputs import choose_device, load_checkpoint, load_given_codes, load_graph, load_text
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +239,6 @@ def train(args: argparse.Namespace) -> None:
         with world.together():
             run = prepare(args, device)
             files, checkpoint = run.files, run.checkpoint
-            teachers = [] if args.dump_only else load_teachers(args, run.kg, run.text, device)
             if world.first:
                 locks.enter_context(exclusive_lock(checkpoint.with_suffix(".lock")))
                 locks.enter_context(exclusive_lock(files.codes.with_suffix(".lock")))
@@ -251,7 +250,7 @@ def train(args: argparse.Namespace) -> None:
         settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
         trainer = Trainer(
             run.kg, run.model, settings, checkpoint, model_arguments(args, run.text), now, run.text, device,
-            world=world, codes=run.codes, teachers=teachers,
+            world=world, codes=run.codes,
         )  # fmt: skip
         if stored is not None:
             with world.together():
@@ -415,7 +414,7 @@ def stage_record(args: argparse.Namespace, run: Prepared, trainer: Trainer, more
     """What the record of every run of this command holds beside its metrics."""
     assert trainer.best is not None
     return make_record(
-        run.plain, run.inputs, trainer.seconds + trainer.seconds_asking + more_seconds, trainer.device,
+        run.plain, run.inputs, trainer.seconds + more_seconds, trainer.device,
         name=args.name, dataset=run.kg.name,
         best_epoch=trainer.best["epoch"], epochs=trainer.epoch, world_size=trainer.world.started,
         history=trainer.history, trained_on=trainer.trained_on,

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 from Class.codes import load_codes, load_entities
 from common.device import find_device
 from common.errors import InputError, content_of
-from common.files import ROOT, load_torch, read_json, sha256_file
+from common.files import ROOT, load_torch, read_json
 from data.knowledge_graph import TRAIN_FILES, train_hash
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from data.knowledge_graph import KnowledgeGraph
     from model.RQGCN import CodeScorer
-    from model.teacher import Trained
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
@@ -151,30 +150,6 @@ def check_entities(codes: Path, kg: KnowledgeGraph) -> None:
         raise InputError(
             f"{names} lists other entities than --dataset {kg.name}; take the data set of the codes' record"
         )
-
-
-def load_teachers(
-    args: argparse.Namespace, kg: KnowledgeGraph, text: torch.Tensor | None, device: torch.device
-) -> list[Trained]:
-    """The models of --teacher, each with its own codes."""
-    from model.teacher import trained_model
-
-    models = []
-    for path in args.teacher or ():
-        stored = load_checkpoint(path)
-        if stored["best"] is None:
-            raise InputError(f"--teacher {path} has no scored epoch yet; train on with --restore")
-        digest, files = learned_from(stored)
-        reads = text is not None and stored["best"].get("codes") is None and stored["config"].get("text_dim")
-        if reads and sha256_file(args.text_emb) not in files.values():
-            raise InputError(f"--teacher {path} started from other texts than --text_emb {args.text_emb}")
-        try:
-            models.append(trained_model(stored["config"], stored["best"], kg, text, device))
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"--teacher {path} cannot be asked: {reason}") from error
-        check_trained_on(f"--teacher {path}", digest, files, kg)
-    return models
 
 
 class LoadedScorer(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,19 +32,16 @@ from model.evaluation import evaluate_codes, evaluate_vectors
 from model.losses import (
     LOSSES,
     Sample,
-    Targets,
     draw_sample,
     gather_targets,
     sampled_softmax_cross_entropy,
-    softmax_cross_entropy,
 )
 from model.precision import matmul_precision, return_freed_memory
+from model.quantizers import code_perplexity, code_usage
 from model.queries import training_queries
 from model.relational_graph import RelationalGraph
-from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
 from model.stored import check_fits, check_optimizer, settings_of
-from model.teacher import Teacher, Trained, ask
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,7 @@ class Trainer:
     ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored.
     ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that share the
     work, by default this one alone. ``codes`` [M, L, Q] are given ones, for which codebooks, relations and decoder are
-    trained; ``teachers``: models whose answers to the training queries take ``teacher_weight`` of the softmax loss's
-    targets. Raises InputError for a batch of fewer queries than there are processes.
+    trained. Raises InputError for a batch of fewer queries than there are processes.
     """
 
     def __init__(
@@ -110,7 +106,6 @@ class Trainer:
         report: Callable[[str], None] = print,
         world: World | None = None,
         codes: Tensor | None = None,
-        teachers: Sequence[Trained] = (),
     ) -> None:
         self.world = world = world or World()
         self.kg, self.model, self.settings, self.report = kg, model.to(device), settings, report
@@ -124,16 +119,10 @@ class Trainer:
         if least < world.size:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
         share_batch_norms(model.scorer, world)
-        model.rq_codebook.world = world
         world.copy_from_first(model.state_dict().values())
         self.optimizer = self._make_optimizer()
         self.average = self._make_average()
         self.generator = torch.Generator().manual_seed(settings.seed)
-        begun = time.monotonic()
-        self.teacher: Teacher | None = None
-        if teachers:
-            self.teacher = ask(teachers, self.heads, self.rels, settings.teacher_weight)
-        self.seconds_asking = time.monotonic() - begun  # again each time a run is continued: the answers are not kept
         self.trained_on = kg.train_digest()
         self.codes_given = codes is not None
         self.unquantized = settings.control in ("unquantized", "frozen_vectors")
@@ -205,9 +194,6 @@ class Trainer:
     def _structure_loss(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor]:
         """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D], or of
         q_all [U, D] of a sample's entities.
-
-        With ``relation_weight``, L_st also asks for the relation of every (h, t), a softmax over the 2R relations
-        (Chen et al., AKBC 2021, arXiv 2110.02834).
         """
         heads, smoothing = self.heads[batch], self.settings.lbl_smooth
         q_head, relations = q_all[heads if sample is None else sample.heads], self.model.relation_vectors()
@@ -215,8 +201,6 @@ class Trainer:
         if sample is None:
             targets = gather_targets(self.indptr, self.targets, batch)
             loss = partial(LOSSES[self.settings.loss], targets=targets, label_smoothing=smoothing)
-            if self.teacher is not None:
-                loss = partial(loss, teacher=self.teacher.answers(batch))
         else:
             targets = sample.targets
             loss = partial(
@@ -224,12 +208,6 @@ class Trainer:
                 label_smoothing=smoothing,
             )  # fmt: skip
         structure = self._of_members(loss, query, q_all)
-        if self.settings.relation_weight:
-            pairs = self.model.scorer.decoder.relation_query(q_head[targets.rows], q_all[targets.columns])
-            own = Targets(torch.arange(len(pairs), device=self.device), self.rels[batch][targets.rows])
-            structure = structure + self.settings.relation_weight * softmax_cross_entropy(
-                pairs, relations, own, smoothing
-            )
         if self.text is None:
             return structure, structure.new_zeros(())
         return structure, self.model.semantic_loss(q_head, self.text[heads])
@@ -260,7 +238,8 @@ class Trainer:
         if phase.name == "warm-up" or self.unquantized:
             self.z, self.codes = z, None
         else:
-            self.z, self.codes = None, self.model.rq_codebook.cal_codes(z)
+            own = self.model.rq_codebook.cal_codes(self.world.own(z))
+            self.z, self.codes = None, self.world.gather(own, len(z))
 
     def _start_epoch(self, phase: Phase) -> None:
         """Codebooks by residual k-means of the warmed-up vectors at first; later, unused codes get a new place."""
@@ -278,6 +257,7 @@ class Trainer:
                 codebook.init_from_data(z, generator=self.generator)
             else:
                 codebook.revive_dead_codes(z, self.codes, generator=self.generator)
+            self.world.copy_from_first(codebook.state_dict().values())  # a GPU's sums differ in their last bits
         self._refresh(phase, z)
 
     def _scorer_step(self, batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,11 +302,8 @@ class Trainer:
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
-        queries = self.world.share(len(batch))
-        if self.world.size == 1 or self.settings.loss == "bce":
-            return queries, queries
         tails = self.indptr[batch + 1] - self.indptr[batch]
-        return int(self.world.own(tails).sum()) / int(tails.sum()), queries
+        return LOSSES[self.settings.loss].share(tails, self.world.own(tails)), self.world.share(len(batch))
 
     def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
         """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value.
@@ -426,8 +403,7 @@ class Trainer:
         """L_st of even scores: log M (and log 2R for relations) of the softmax loss; nothing is asked of another."""
         if self.settings.loss != "ce":
             return math.inf
-        relations = self.settings.relation_weight * math.log(2 * self.kg.num_relations)
-        return math.log(self.kg.num_entities) + relations
+        return math.log(self.kg.num_entities)
 
     def _after_nan(self) -> str:
         kept = f"epoch {self.saved_epoch} is saved in {self.checkpoint}: " if self.saved_epoch else ""
