@@ -29,10 +29,8 @@ from data.knowledge_graph import KnowledgeGraph
 from model import trainer as trainer_module
 from model.data_parallel import SharedBatchNorm, World
 from model.evaluation import evaluate_vectors
-from model.RQCodebook import RQCodebook
-from model.teacher import Teacher
 from model.trainer import Trainer, TrainSettings
-from tests.conftest import ROOT, SHAPE, D, M, Q, R, flags_of, make_model, small_flags
+from tests.conftest import ROOT, SHAPE, D, M, R, flags_of, make_model, small_flags
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FAMILY = {
@@ -96,39 +94,14 @@ def trained(model: dict[str, Any], double: bool = True, **settings: Any) -> Scen
     return scenario
 
 
-def taught_members(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, Any]:
-    """An ensemble, whose members have batch norms of their own, and a teacher of arbitrary answers."""
-    trainer = make_trainer(kg, world, folder / "taught" / "run.pt", {"decoder": "mlp", "ensemble": 3})
-    answers = torch.randint(M, (len(trainer.heads), 4), generator=torch.Generator().manual_seed(4)).int()
-    trainer.teacher = Teacher(answers, torch.full(answers.shape, 0.25), 0.4)
-    trainer.fit()
-    return result_of(trainer)
-
-
 EQUAL: dict[str, Scenario] = {
     "distmult": trained({"decoder": "distmult"}),
     "conve": trained({"decoder": "conve"}, weight_average=0.9),
     "tucker": trained({"decoder": "tucker"}, loss="bce"),
     "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),
-    "taught members": taught_members,
+    "members": trained({"decoder": "mlp", "ensemble": 3}),
     "sampled softmax": trained({"decoder": "distmult"}, num_negatives=9),
 }
-
-
-def moving_averages(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, Any]:
-    """A codebook that learns by EMA: k-means, three batches of which each process sees its rows, revival."""
-    generator = torch.Generator().manual_seed(2)
-    z = torch.randn(101, 3, 4, generator=generator, dtype=torch.float64)
-    codebook = RQCodebook(40, 4, 2, ema_decay=0.8).double().train()
-    codebook.world = world
-    codebook.init_from_data(z, generator=generator)
-    for scale in (1.0, 3.0, 0.2):
-        codebook(world.own(scale * z))
-    usage = codebook.usage.clone()
-    codes = codebook.cal_codes(3 * z)
-    revived = codebook.revive_dead_codes(3 * z, codes, generator=generator)
-    state = {name: value.clone() for name, value in codebook.state_dict().items()} | {"usage seen": usage}
-    return {"state": state, "codes": codes, "revived": revived}
 
 
 def fixed_assignments(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, Any]:
@@ -246,7 +219,6 @@ def randomness(kg: KnowledgeGraph, world: World, folder: Path) -> dict[str, Any]
 
 SCENARIOS: dict[str, Scenario] = EQUAL | {
     "fixed assignments": fixed_assignments,
-    "EMA": moving_averages,
     "own batch norms": without_shared_batch_norm,
     "batch norm of parts": batch_norm_of_parts,
     "dropout": trained({"decoder": "conve"}, double=False),
@@ -310,17 +282,6 @@ def test_two_processes_equal_one(found: Path, ring_kg: KnowledgeGraph, tmp_path:
     assert one["losses"][1][2] > 0  # the quantization loss took part
 
 
-def test_statistics_of_kmeans_ema_and_revival_are_of_all_rows(
-    found: Path, ring_kg: KnowledgeGraph, tmp_path: Path
-) -> None:
-    first, second = of_both(found, "EMA")
-    one = moving_averages(ring_kg, World(), tmp_path)
-    assert_close(first["state"], one["state"], within=1e-9)
-    assert torch.equal(first["codes"], one["codes"]) and first["revived"] == one["revived"]
-    assert all(torch.equal(value, second["state"][key]) for key, value in first["state"].items())
-    assert sum(one["revived"]) > 0 and one["state"]["usage seen"].sum() == 3 * one["codes"].numel()
-
-
 def test_the_parts_of_a_ranking_make_the_whole(found: Path, ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     one = SCENARIOS["ranking"](ring_kg, World(), tmp_path)
     assert of_both(found, "ranking") == (one, one) and 0 < one["mrr"] < 0.5
@@ -348,13 +309,13 @@ def test_both_processes_end_with_equal_bits(found: Path, name: str) -> None:
 
 
 def test_the_ring_uses_and_revives_codes(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
-    """The scenarios reach what they are to compare: usage is counted over all entities, and codes die."""
+    """Otherwise the scenarios would not compare revived codes."""
     revived: list[int] = []
     trainer = make_trainer(ring_kg, World(), tmp_path / "run.pt", {"num_code": 32}, epoch=6)
     revive = trainer.model.rq_codebook.revive_dead_codes
     trainer.model.rq_codebook.revive_dead_codes = lambda *a, **k: revived.extend(revive(*a, **k))  # type: ignore
     trainer.fit()
-    assert sum(revived) > 0 and trainer.model.rq_codebook.usage.sum() % (M * SHAPE["seq_len"] * Q) == 0
+    assert sum(revived) > 0
 
 
 def test_only_the_first_process_writes(found: Path) -> None:

@@ -25,7 +25,7 @@ from model.losses import LOSSES, gather_targets
 from model.precision import matmul_precision
 from model.RQGCN import scorer_of
 from model.trainer import Phase, Trainer
-from tests.conftest import ROOT, D, L, M, Q, R, TrainerMaker, books_of, small_flags
+from tests.conftest import ROOT, D, L, M, Q, TrainerMaker, books_of, small_flags
 
 CODES, FROZEN, WARM_UP = (Phase(0.5, name) for name in ("codes", "frozen", "warm-up"))
 NO_GRAPH = {"gcn_layers": 0, "init_dim": D, "gcn_dim": D}
@@ -112,26 +112,6 @@ def test_gradients_are_those_of_the_joint_loss_in_one_graph(
         assert ours is not None, name
         scale = float(parameter.grad.norm()) + 1e-6  # a gradient that is zero by symmetry is rounding noise
         assert float((ours - parameter.grad).norm()) < 1e-4 * scale + 1e-7, name
-
-
-@pytest.mark.parametrize("decoder", ["distmult", "complex"])
-def test_relation_weight_adds_the_relation_of_every_triple(trainer_of: TrainerMaker, decoder: str) -> None:
-    """L_st grows by W times the mean of -log softmax over the 2R relations, triple by triple of the batch."""
-    shape = {"decoder": decoder, "decoder_drop": 0.0}
-    plain, asked = (in_codes(trainer_of(shape, relation_weight=w, lbl_smooth=0.0)) for w in (0.0, 0.7))
-    batch = torch.arange(0, len(asked.heads), 3)
-    assert asked.codes is not None
-    with torch.no_grad():
-        q_all = asked.model.scorer.entity_vectors_from_codes(asked.codes)
-        relations, terms = asked.model.relation_vectors(), []
-        for query in batch.tolist():
-            for tail in asked.targets[asked.indptr[query] : asked.indptr[query + 1]].tolist():
-                pair = q_all[[int(asked.heads[query]), tail]].repeat_interleave(len(relations), 0).chunk(2)
-                scores = asked.model.scorer.decoder.score_triples(pair[0], relations, pair[1])
-                terms.append(-torch.log_softmax(scores, 0)[asked.rels[query]])
-    assert len(terms) > len(batch), "no query with several tails: a mean over queries would pass too"
-    losses = [trainer._scorer_step(batch, CODES)[0] for trainer in (plain, asked)]
-    torch.testing.assert_close(losses[1] - losses[0], 0.7 * torch.stack(terms).mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_dead_end_the_codes_alone_carry_gradient(trainer_of: TrainerMaker) -> None:
@@ -526,17 +506,6 @@ def test_what_the_collision_pass_costs_is_no_handicap_for_the_best(trainer_of: T
     assert trainer.best is best
 
 
-def test_codebooks_that_follow_averages_train_too(trainer_of: TrainerMaker) -> None:
-    trainer = trainer_of({"codebook": {"ema_decay": 0.9}}, epoch=3, freeze_at=1.0)
-    trainer._train_epoch()
-    trainer.epoch = 1
-    trainer._start_epoch(CODES)
-    before = state_of(trainer)
-    trainer._train_epoch()
-    changed = moved(before, state_of(trainer))
-    assert {"entity_embedding", *(f"scorer.rq_codebook.codebooks.{q}.weight" for q in range(Q))} <= changed
-
-
 def test_stopped_while_ranking_the_epoch_before_is_what_is_saved(trainer_of: TrainerMaker) -> None:
     trainer = trainer_of(epoch=5)
     validate = trainer._validate
@@ -671,7 +640,7 @@ def test_a_loss_that_is_not_a_number_names_epoch_and_step(trainer_of: TrainerMak
 
 @pytest.mark.parametrize(
     ("settings", "guess"),
-    [({}, math.log(M)), ({"relation_weight": 0.5}, math.log(M) + 0.5 * math.log(2 * R)), ({"loss": "bce"}, math.inf)],
+    [({}, math.log(M)), ({"loss": "bce"}, math.inf)],
 )
 def test_a_loss_that_rises_above_that_of_even_scores_is_told(
     trainer_of: TrainerMaker, settings: dict[str, Any], guess: float
@@ -751,7 +720,7 @@ def test_assignments_are_decided_in_full_precision(trainer_of: TrainerMaker) -> 
     trainer = trainer_of(epoch=2, matmul_precision="medium")
     seen = []
     codebook = trainer.model.rq_codebook
-    search = codebook._search
-    codebook._search = lambda rows: (seen.append(torch.get_float32_matmul_precision()), search(rows))[1]  # type: ignore
+    search = codebook.cal_codes
+    codebook.cal_codes = lambda z: (seen.append(torch.get_float32_matmul_precision()), search(z))[1]  # type: ignore
     trainer.fit()
     assert seen and set(seen) == {"highest"}
