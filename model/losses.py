@@ -10,6 +10,7 @@ threads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -207,7 +208,8 @@ def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_s
     )
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """An entry of ``LOSSES``: call it with query [B, D], q_all [M, D], targets, label_smoothing."""
 
     function: Callable[[Tensor, Tensor, Targets, float], Tensor]

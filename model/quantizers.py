@@ -256,7 +256,7 @@ class RandomCodebook(RQCodebook):
         """z [M, L, D] of all entities -> int64 [M, L, Q]; only the shape of z matters."""
         self.check_vectors(z)
         source = torch.Generator().manual_seed(int(self.seed))
-        return self.random_codes(*z.shape[:2], source).to(z.device)
+        return self.random_codes(z.shape[0], z.shape[1], source).to(z.device)
 
     def revive_dead_codes(self, z: Tensor, codes: Tensor, generator: torch.Generator | None = None) -> list[int]:
         """The codes do not follow z, so there is nothing to replace."""
