@@ -197,7 +197,7 @@ def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, 
             f"ConvE cannot reshape D = {dim} for a {kernel} x {kernel} kernel; the nearest D that fits: {near_text}"
         )
     if height is None:
-        return min(((h, dim // h) for h in fitting), key=lambda shape: abs(shape[0] - shape[1]))  # the first is the wider
+        return min(((h, dim // h) for h in fitting), key=lambda shape: abs(shape[0] - shape[1]))  # the wider of two
     if height not in fitting:
         raise ValueError(
             f"ConvE cannot reshape D = {dim} to height {height} for a {kernel} x {kernel} kernel; "

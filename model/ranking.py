@@ -69,8 +69,8 @@ def filtered_ranks(
 
     triples: int64 [n, 3] with inverse queries already appended (``with_inverse``): relations 0..2R-1, R =
     ``num_relations``. Every distinct query (h, r) is scored once, ``batch`` queries at a time, even if several triples
-    share it. ``score_fn(heads [B], relations [B]) -> [B, M]`` receives int64 tensors on ``device``; its scores may be on
-    any one device. The model must be in eval mode.
+    share it. ``score_fn(heads [B], relations [B]) -> [B, M]`` receives int64 tensors on ``device``; its scores may be
+    on any one device. The model must be in eval mode.
 
     With ``chunk`` and ``num_entities`` the scores [B, M] are never complete in memory: ``score_fn(heads, relations,
     start, stop) -> [B, stop - start]`` is called twice per chunk of entities, first for the targets' scores, then to
