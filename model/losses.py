@@ -70,7 +70,7 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
             highest = scores.amax(1)
             probabilities = torch.softmax(scores, dim=1, out=scores)
             log_total[part] = highest - probabilities.amax(1).log()
-            probabilities.index_put_((at, tails), (smoothing - 1) / count[part][at], accumulate=True)
+            probabilities.index_put_((at, tails), (smoothing - 1) * (1 / count[part][at]), accumulate=True)
             left = probabilities.to(small)
             d_query[part] = left @ entities
             weighted = (query[part] * share[part, None]).to(small)

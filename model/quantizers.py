@@ -31,13 +31,15 @@ class RQOutput(NamedTuple):
 
 
 class Quantizer(nn.Module, ABC):
-    """Base class: what the trainer, the collision pass and the dump call.
+    """Base class: what the trainer, the collision pass and the dump call. A quantizer defines the abstract methods.
 
-    num_codes: K; latent_dim: D; num_quantizers: Q. ``level_losses`` [Q] holds each level's part of the last loss.
+    num_codes: K; latent_dim: D; num_quantizers: Q. ``initialized`` (buffer): whether ``init_from_data`` has run; the
+    first forward in training mode calls it if nobody has. ``level_losses`` [Q]: the terms of the last loss.
     ``codes_depend_on_z`` False: the codes are drawn, not computed; a trainer calls ``cal_codes`` once, with all
     entities, and keeps the result. Raises ValueError for sizes below 1.
     """
 
+    initialized: Tensor
     level_losses: Tensor
     codes_depend_on_z = True
 
@@ -51,14 +53,32 @@ class Quantizer(nn.Module, ABC):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.num_codes, self.latent_dim, self.num_quantizers = num_codes, latent_dim, num_quantizers
+        self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("level_losses", torch.zeros(num_quantizers), persistent=False)
 
-    @abstractmethod
     def forward(self, z: Tensor, codes: Tensor | None = None) -> RQOutput:
-        """z [B, L, D] -> (z_q, all_indices, total_loss).
+        """z [B, L, D] -> (z_q [B, L, D], all_indices int64 [B, L, Q], total_loss scalar), in the parameters' precision.
 
-        codes [B, L, Q]: use these and skip the search (a trainer may compute codes only every few steps).
+        codes [B, L, Q]: use these and skip the search (a trainer may compute codes only every few steps). The gradient
+        of z_q goes to z unchanged (straight-through), and not to the codes. Raises ValueError for wrong shapes or codes
+        out of range, and for given codes in training before the quantizer is initialized.
         """
+        self.check_vectors(z)
+        if self.training and not bool(self.initialized):
+            if codes is not None:
+                raise ValueError("codes were given to a quantizer without data: call init_from_data(z) first")
+            self.init_from_data(z)
+        codes = self.cal_codes(z) if codes is None else codes
+        self.check_codes(codes, z)
+        decoded = self.decode_from_codes(codes).detach()
+        z = z.to(decoded.dtype)
+        by_level = self.losses(z, codes.long())
+        self.level_losses = by_level.detach()
+        return RQOutput(decoded + (z - z.detach()), codes.long(), by_level.sum())  # the bracket is zero
+
+    @abstractmethod
+    def losses(self, z: Tensor, codes: Tensor) -> Tensor:
+        """z [B, L, D], its codes [B, L, Q] -> [Q], each level's loss; ``forward`` adds them up."""
 
     @abstractmethod
     def cal_codes(self, z: Tensor) -> Tensor:
@@ -78,7 +98,8 @@ class Quantizer(nn.Module, ABC):
         return self.decode_from_codes(self.cal_codes(z))
 
     def init_from_data(self, z: Tensor, generator: torch.Generator | None = None) -> None:
-        """Prepare for z [M, L, D] of all entities; called once, before the first codes. Here: nothing to do."""
+        """Prepare for z [M, L, D] of all entities; called once, before the first codes. Here: nothing to prepare."""
+        self.initialized.fill_(True)
 
     def revive_dead_codes(self, z: Tensor, codes: Tensor, generator: torch.Generator | None = None) -> list[int]:
         """Replace codes that ``codes`` [M, L, Q] of z [M, L, D] never uses; returns how many per level. Here: none."""
@@ -116,12 +137,8 @@ class RQCodebook(Quantizer):
         r_0 = z,   r_{q+1} = r_q - sg[c_q],   z_q = c_0 + c_1 + ... + c_{Q-1}
         loss = sum over q of  mean (sg[r_q] - c_q)^2  +  beta * mean (r_q - sg[c_q])^2             (Eq. 5)
 
-    mean is over elements, sg stops the gradient. The gradient of z_q goes to z unchanged (straight-through).
-    beta: weight of the commitment term. ``initialized`` (buffer): whether ``init_from_data`` has run; the first
-    forward in training mode calls it where nobody has.
+    mean is over elements, sg stops the gradient; beta: weight of the commitment term.
     """
-
-    initialized: Tensor
 
     def __init__(self, num_codes: int, latent_dim: int, num_quantizers: int = 4, beta: float = 0.25) -> None:
         super().__init__(num_codes, latent_dim, num_quantizers)
@@ -129,34 +146,17 @@ class RQCodebook(Quantizer):
         self.codebooks = nn.ModuleList(nn.Embedding(num_codes, latent_dim) for _ in range(num_quantizers))
         for weight in self._weights():
             nn.init.normal_(weight, std=latent_dim**-0.5)
-        self.register_buffer("initialized", torch.tensor(False))
 
-    def forward(self, z: Tensor, codes: Tensor | None = None) -> RQOutput:
-        """z [B, L, D] -> (z_q [B, L, D], all_indices int64 [B, L, Q], total_loss scalar), in the codebooks' precision.
-
-        codes [B, L, Q]: use these and skip the search. Raises ValueError for wrong shapes or codes out of range, and
-        for given codes in training before the codebooks are initialized.
-        """
-        self.check_vectors(z)
-        if self.training and not bool(self.initialized):
-            if codes is not None:
-                raise ValueError("codes were given to codebooks that hold no data yet: call init_from_data(z) first")
-            self.init_from_data(z)
-        if codes is None:
-            codes = self.cal_codes(z)
-        self.check_codes(codes, z)
-        z = z.to(self._weights()[0].dtype)
+    def losses(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Eq. 5: z [B, L, D], its codes int64 [B, L, Q] -> [Q]."""
         losses, residual = [], z  # r_0
-        for book, index in zip(self.codebooks, codes.long().unbind(-1), strict=True):
+        for book, index in zip(self.codebooks, codes.unbind(-1), strict=True):
             code = book(index)  # c_q (B, L, D)
             codebook_term = F.mse_loss(code, residual.detach())
             commitment_term = F.mse_loss(residual, code.detach())
             losses.append(codebook_term + self.beta * commitment_term)
             residual = residual - code.detach()  # r_{q+1}
-        by_level = torch.stack(losses)
-        self.level_losses = by_level.detach()
-        z_q = self.decode_from_codes(codes).detach() + (z - z.detach())  # straight-through: the bracket is zero
-        return RQOutput(z_q, codes.long(), by_level.sum())
+        return torch.stack(losses)
 
     @torch.no_grad()
     def cal_codes(self, z: Tensor) -> Tensor:
