@@ -38,9 +38,9 @@ from model.precision import FULL
 from model.relational_graph import RelationalGraph
 
 # the paper's sizes, where they differ from the defaults of run_rq.py
-PAPER = ["--seq_len", "32", "--num_code", "2048", "--num_quantizers", "4", "--epoch", "800"]
-TOY = ["--seq_len", "4", "--num_code", "32", "--num_quantizers", "2", "--epoch", "2", "--init_dim", "32",
-       "--gcn_dim", "32", "--decoder", "distmult"]  # fmt: skip
+PAPER = ["--config", os.devnull, "--seq_len", "32", "--num_code", "2048", "--num_quantizers", "4", "--epoch", "800"]
+TOY = ["--config", os.devnull, "--seq_len", "4", "--num_code", "32", "--num_quantizers", "2", "--epoch", "2",
+       "--init_dim", "32", "--gcn_dim", "32", "--decoder", "distmult"]  # fmt: skip
 RESERVE_S = 45  # after training, for ranking and writing
 COLUMNS = {"check": "<", "ms": ".3f", "floor_ms": ".3f", "share": ".2f", "ratio": ".2f", "error": ".1e", "note": "<"}
 

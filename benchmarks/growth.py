@@ -42,14 +42,14 @@ from common.files import read_json, write_json
 from common.record import make_record
 from model.evaluation import evaluate_codes
 from model.precision import keep_freed_memory
-from model.trainer import Phase
+from model.schedule import CODES
+from model.sizes import EXACT_UP_TO, encoder_pace
 
 MODEL = [
     "--gcn_dim", "128", "--init_dim", "128", "--gcn_layers", "1", "--gcn_drop", "0", "--tf_layers", "0",
     "--seq_len", "4", "--num_code", "256", "--num_quantizers", "4", "--code_dim", "32", "--decoder", "distmult",
-    "--warmup_epochs", "0", "--freeze_at", "1", "--device", "cpu",
+    "--warmup_epochs", "0", "--freeze_at", "1", "--epoch", "80", "--device", "cpu",
 ]  # fmt: skip
-EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes
 MEMORY_GB = {1_000_000: 16.0, 100_000: 3.0}
 COLUMNS = {
     "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "encoder_every": "d",
@@ -62,13 +62,13 @@ def measure(args: argparse.Namespace) -> Row:
     """One row, in this process: graph, trainer, ``steps`` steps, ranking."""
     torch.set_num_threads(args.threads)
     M, negatives = args.one
-    encoder_every = args.encoder_every or 64 * max(1, M // 100_000)
+    encoder_every = args.encoder_every or encoder_pace(M)
     if not negatives:  # as run_rq.py does
         keep_freed_memory()
     kg = random_kg(M, 10 * M, args.seed, held_out=(512, 0))
     flags = {"batch": args.batch, "encoder_every": encoder_every, "seed": args.seed, "num_negatives": negatives}
     trainer = make_trainer(kg, [*MODEL, *(f"--{key}={value}" for key, value in flags.items())], Path("unused"))
-    trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
+    trainer._start_epoch(CODES)  # k-means, once per run
     run_steps(trainer, 1)
     parts, all_steps = PartTimes(), steps_per_epoch(trainer)
     steps = min(max(args.steps, encoder_every), all_steps)

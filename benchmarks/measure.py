@@ -127,20 +127,19 @@ def make_trainer(
     kg: KnowledgeGraph, flags: Sequence[str], checkpoint: Path, device: torch.device | str = "cpu"
 ) -> Trainer:
     """The trainer of ``run_rq.py FLAGS`` for ``kg``, seeded, before its first step."""
+    from common.config import parse_config
     from common.record import seed_everything
     from model.inputs import load_text
-    from model.RQGCN import RQGCN
-    from model.trainer import Trainer, TrainSettings
-    from run_rq import choose_levels, model_arguments, parse_args
+    from model.RQGCN import RQGCN, model_arguments
+    from model.sizes import with_sizes
+    from model.trainer import Trainer
 
-    args = parse_args(list(flags))
-    choose_levels(args, kg)
-    seed_everything(args.seed)
-    text = load_text(args.text_emb, kg.num_entities)
-    config = model_arguments(args, text)
-    model = RQGCN(kg.num_entities, kg.num_relations, **config)
-    settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
-    return Trainer(kg, model, settings, checkpoint, config, {}, text, device, lambda line: None)
+    config = with_sizes(parse_config(list(flags)), kg.num_entities, kg.num_relations, len(kg.train))
+    seed_everything(config.seed)
+    text = load_text(config.text_emb, kg.num_entities)
+    arguments = model_arguments(config, None if text is None else text.shape[1])
+    model = RQGCN(kg.num_entities, kg.num_relations, **arguments)
+    return Trainer(kg, model, config, checkpoint, arguments, {}, text, device, lambda line: None)
 
 
 @contextmanager
@@ -193,17 +192,19 @@ class PartTimes:
 
 def run_steps(trainer: Trainer, steps: int) -> float:
     """Seconds of an epoch of the trainer that is cut to its first ``steps`` batches, by the trainer's own loop."""
-    batches = trainer._batches
+    batches, schedule = trainer._batches, trainer.schedule
+    every, assign_every = schedule.assign_every(steps_per_epoch(trainer)), schedule.assign_every
     trainer._batches = lambda: batches()[:steps]  # type: ignore[method-assign]
+    schedule.assign_every = lambda _: every  # type: ignore[method-assign]
     try:
         finish(trainer.device)
         start = time.perf_counter()
-        trainer._train_epoch()
+        trainer._train_epoch(trainer.phase())
         finish(trainer.device)
         return time.perf_counter() - start
     finally:
-        trainer._batches = batches  # type: ignore[method-assign]
+        trainer._batches, schedule.assign_every = batches, assign_every  # type: ignore[method-assign]
 
 
 def steps_per_epoch(trainer: Trainer) -> int:
-    return -(-len(trainer.heads) // trainer.settings.batch)
+    return -(-len(trainer.heads) // trainer.config.batch)

@@ -35,13 +35,15 @@ from benchmarks.measure import (
     matmul_rate,
     print_table,
     run_steps,
+    steps_per_epoch,
     write_rows,
 )
 from common.device import find_device
 from common.errors import run_command
 from data.knowledge_graph import KnowledgeGraph
 from model.precision import FULL, keep_freed_memory
-from model.trainer import Phase, Trainer
+from model.schedule import CODES
+from model.trainer import TRAINING_PRECISION, Trainer
 
 IN_CODES_PHASE = ["--warmup_epochs", "0", "--freeze_at", "1"]
 OPERATORS = 12
@@ -66,21 +68,21 @@ class PartFlops:
 def ready_trainer(kg: KnowledgeGraph, flags: list[str], device: torch.device | str, folder: Path) -> Trainer:
     """A trainer in its phase with codes, after one cycle of warm-up steps."""
     trainer = make_trainer(kg, [*flags, *IN_CODES_PHASE], folder / "unused.pt", device)
-    trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
+    trainer._start_epoch(CODES)  # k-means, once per run
     run_steps(trainer, cycle_of(trainer))
     return trainer
 
 
 def cycle_of(trainer: Trainer) -> int:
     """Steps from one assignment to the next."""
-    every, assigned = trainer.settings.encoder_every, trainer.settings.assign_every
+    every, assigned = trainer.config.encoder_every, trainer.schedule.assign_every(steps_per_epoch(trainer))
     return -(-assigned // every) * every
 
 
 def profile_step(trainer: Trainer, cycles: int, rates: Mapping[str, float]) -> list[Row]:
     """A row per part and one for the whole step: ms per step of the best cycle, GFLOP, the floor's ms and the ratio.
 
-    ``rates``: FLOP/s under the trainer's precision setting and under FULL, which the search for codes uses.
+    ``rates``: FLOP/s under TRAINING_PRECISION and under FULL, which the search for codes uses.
     """
     cycle, device = cycle_of(trainer), trainer.device
     best, whole = PartTimes(device), float("inf")
@@ -95,7 +97,7 @@ def profile_step(trainer: Trainer, cycles: int, rates: Mapping[str, float]) -> l
         run_steps(trainer, cycle)
     rows: list[Row] = []
     for part in STEP_PARTS.keys() - {"_start_epoch"}:
-        rate = rates[FULL if part == "_refresh" else trainer.settings.matmul_precision]
+        rate = rates[FULL if part == "_refresh" else TRAINING_PRECISION]
         flops = counted.flops.get(part, 0) / cycle
         rows.append({
             "part": STEP_PARTS[part], "calls": best.calls.get(part, 0) / cycle, "gflop": flops / 1e9,
@@ -145,12 +147,11 @@ def main() -> int:
     flags = [*words[end + 1 :], "--device", args.device]
     with tempfile.TemporaryDirectory() as folder:
         trainer = ready_trainer(kg, flags, args.device, Path(folder))
-        settings = {trainer.settings.matmul_precision, FULL}
-        rates = {precision: matmul_rate(precision, args.device) for precision in settings}
+        rates = {precision: matmul_rate(precision, args.device) for precision in (TRAINING_PRECISION, FULL)}
         rows = profile_step(trainer, 1 if args.quick else args.cycles, rates)
         top = operators(trainer)
     print(f"{kg.name}, {args.device}, {args.threads} threads, flags: {' '.join(flags)}")
-    print(f"per step, over cycles of {cycle_of(trainer)} steps; encoder_every {trainer.settings.encoder_every}")
+    print(f"per step, over cycles of {cycle_of(trainer)} steps; encoder_every {trainer.config.encoder_every}")
     print_table(rows, COLUMNS)
     print(
         f"ratio: time over floor; products at {', '.join(f'{r / 1e9:.0f} GFLOP/s ({p})' for p, r in rates.items())}\n"

@@ -109,7 +109,7 @@ def test_scorer_from_a_checkpoint_reproduces_the_scores(
     ring_kg: KnowledgeGraph, graph: RelationalGraph, decoder: str
 ) -> None:
     model = initialized(ring_kg, graph, decoder=decoder)
-    config = SHAPE | {"decoder": decoder, "decoder_drop": None, "codebook": {}}
+    config = SHAPE | {"decoder": decoder, "decoder_drop": None, "ensemble": 1}
     state = {name: value for name, value in model.state_dict().items() if M not in value.shape}
     assert len(state) < len(model.state_dict())  # the entity embedding is gone
     scorer, relations = scorer_of(config, {"model": state, "relations": model.relation_vectors().detach()}, "cpu")
@@ -160,7 +160,7 @@ def test_semantic_loss_by_hand(ring_kg: KnowledgeGraph) -> None:
     mapped = q @ model.W_s.weight.T + model.W_s.bias
     expected = sum(float(((mapped[i] - text[i]) ** 2).sum().detach()) for i in range(7)) / 7
     assert float(model.semantic_loss(q, text).detach()) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="text_dim"):
+    with pytest.raises(ValueError):
         make_model(ring_kg).semantic_loss(q, text)
 
 
