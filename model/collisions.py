@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.RQCodebook import RQCodebook
+from model.quantizers import Quantizer
 
 
 class TooFewCodes(ValueError):
@@ -30,7 +30,7 @@ class Resolved(NamedTuple):
 
 
 @torch.no_grad()
-def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolved:
+def resolve_collisions(z: Tensor, codebook: Quantizer, codes: Tensor) -> Resolved:
     """z [M, L, D], its codes [M, L, Q] -> distinct codes; the input stays as it is.
 
     Of the entities that share a code the closest to it (the lowest id on a tie) keeps it. The others move one by one,
@@ -53,7 +53,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     keeps = {entity for _, entity in keepers.values()}
     movers = [entity for entity in shared.tolist() if entity not in keeps]
 
-    last = codebook.get_parameter(f"codebooks.{codebook.num_quantizers - 1}.weight").double()
+    last = codebook.codes_of_level(codebook.num_quantizers - 1).double()
     residual = z - codebook.decode_from_codes(codes, codebook.num_quantizers - 1) if codebook.num_quantizers > 1 else z
 
     def moves(entity: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 M, R, L, K, Q, CODE_DIM, D = 43, 3, 3, 8, 2, 4, 12
 SHAPE: dict[str, Any] = {
     "init_dim": D, "gcn_dim": D, "gcn_layers": 1, "seq_len": L, "num_code": K, "num_quantizers": Q,
-    "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult",
+    "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult", "quantizer": "rq",
 }  # fmt: skip
 
 
@@ -196,7 +196,7 @@ TrainerMaker = Callable[..., Trainer]
 
 def books_of(model: RQGCN) -> list[torch.Tensor]:
     """The codebooks [K, code_dim] by level."""
-    return [book.weight for book in model.rq_codebook.codebooks]  # type: ignore[misc]
+    return [model.rq_codebook.codes_of_level(level) for level in range(model.rq_codebook.num_quantizers)]
 
 
 def make_model(kg: KnowledgeGraph, seed: int = 0, **changes: Any) -> RQGCN:
