@@ -392,6 +392,8 @@ class Trainer:
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
+        if self.world.size == 1:
+            return 1.0, 1.0
         tails = self.indptr[batch + 1] - self.indptr[batch]
         return LOSSES[self.config.loss].share(tails, self.world.own(tails)), self.world.share(len(batch))
 

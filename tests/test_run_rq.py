@@ -447,6 +447,19 @@ def test_one_run_twice_writes_the_same_bytes(rq: Command, ring: Path, tmp_path: 
     assert [sha256(path) for path in files[0]] == [sha256(path) for path in files[1]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["conve", "distmult", "complex", "tucker", "mlp"])
+def test_two_threads_give_the_same_codes_each_time(tmp_path: Path, decoder: str) -> None:
+    """Rows are taken by index_select: the backward pass of x[i] is not deterministic with several threads."""
+    graph = {"decoder": decoder, "init_dim": 64, "gcn_dim": 64, "batch": 256, "epoch": 2, "freeze_at": 1}
+    codes = []
+    for place in ("a", "b"):
+        flags = small_flags(ROOT / "data" / "family", tmp_path / place, **graph, num_workers=2)
+        subprocess.run([sys.executable, str(ROOT / "run_rq.py"), *flags], check=True, capture_output=True)
+        codes.append(load_torch(next((tmp_path / place / "codes").glob("*_rq.pt")), "codes"))
+    assert torch.equal(*codes)
+
+
 def test_codes_of_another_name_are_not_written_over(rq: Command, ring: Path, tmp_path: Path) -> None:
     """Run b, begun in a folder of its own, is continued into the folder that holds run a's codes."""
     a, b = (small_flags(ring, tmp_path / place, epoch=2) for place in ("a", "b"))
