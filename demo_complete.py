@@ -47,8 +47,8 @@ FULL = Size(
 )
 QUICK = FULL._replace(stage1="--epoch 12 --eval_every 6", rows=320, base="--epochs 0.3", figures="6 10 levels usage")
 STAGE1 = (
-    "--seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 --encoder_every 2 "
-    "--assign_every 2"
+    "--config /dev/null --seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 "
+    "--encoder_every 2"
 )
 BASE = (
     "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003 --prompt_tokens "
@@ -92,9 +92,10 @@ def steps(out: Path, size: Size) -> list[Step]:
              *stage1, STAGE1, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent, "--overwrite",
              made=[codes, codes.with_suffix(".json"), checkpoint]),
         step("rank the test split from the dumped integers alone: no encoder is built",
-             *ranking, "--metrics_out", out / "from_codes.json", made=[out / "from_codes.json"]),
+             *ranking, "--out_dir", out / "ranked", made=[out / "ranked" / f"{STEM}_test.json"]),
         step("the control: give every entity the codes of another one and rank again",
-             *ranking, "--shuffle_codes --metrics_out", out / "shuffled.json", made=[out / "shuffled.json"]),
+             *ranking, "--shuffle_codes --out_dir", out / "ranked",
+             made=[out / "ranked" / f"{STEM}_test_shuffled.json"]),
         step("ask a question of the codes", *ranking, "--predict ada_ashley mother --top 3"),
         *exports,
         step(f"turn codes and candidates into questions: whose codes complete it, of {CANDIDATES} listed at random?",

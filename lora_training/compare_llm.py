@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import time
@@ -80,7 +81,7 @@ Recipe = dict[str, dict[str, Any]]
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
-    "codes": {"seq_len": 1, "num_code": 128, "num_quantizers": 4, "code_dim": 128, "assign_every": 2},
+    "codes": {"seq_len": 1, "num_code": 128, "num_quantizers": 4, "code_dim": 128},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
              "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
     "data": {"num_candidates": 20},
@@ -187,7 +188,7 @@ def stage1(places: Places, name: str, folder: str, dataset: Path, values: Mappin
     """Stage 1 on ``dataset`` with the flags ``values``."""
     out, stem = places.root / folder, stem_of(dataset.name, values)
     codes, checkpoint = out / f"{stem}.pt", out / "checkpoints" / f"{stem}.pt"
-    words = ["run_rq.py", "--dataset", str(dataset), *flags(values), "--seed", str(seed)]
+    words = ["run_rq.py", "--config", os.devnull, "--dataset", str(dataset), *flags(values), "--seed", str(seed)]
     words += ["--out_dir", str(out), "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]
     ranking = ["run_rq.py", "--dataset", str(dataset), "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
     train = places.step(name, words, [codes, codes.with_suffix(".json"), checkpoint])

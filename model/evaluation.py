@@ -10,7 +10,6 @@ from torch import Tensor
 
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.data_parallel import World
-from model.ensemble import JointScorer
 from model.losses import SCORES_AT_ONCE
 from model.ranking import filtered_ranks, summarize
 from model.RQGCN import CodeScorer
@@ -18,7 +17,7 @@ from model.RQGCN import CodeScorer
 
 @torch.no_grad()
 def evaluate_vectors(
-    scorer: CodeScorer | JointScorer,
+    scorer: CodeScorer,
     relations: Tensor,
     q_all: Tensor,
     kg: KnowledgeGraph,
@@ -65,7 +64,7 @@ def evaluate_vectors(
 
 @torch.no_grad()
 def evaluate_codes(
-    scorer: CodeScorer | JointScorer,
+    scorer: CodeScorer,
     relations: Tensor,
     codes: Tensor,
     kg: KnowledgeGraph,
@@ -73,7 +72,7 @@ def evaluate_codes(
     levels: int | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """``evaluate_vectors`` of what the integers [M, L, Q] alone say; ``levels`` decodes only the first levels."""
+    """``evaluate_vectors`` from the integers [M, L, Q] only; ``levels`` decodes only the first levels."""
     return evaluate_vectors(scorer, relations, scorer.entity_vectors_from_codes(codes, levels), kg, split, world)
 
 

@@ -13,12 +13,11 @@ from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.ranking import rank_scores
 
 if TYPE_CHECKING:
-    from model.ensemble import JointScorer
     from model.RQGCN import CodeScorer
 
 
 def top_candidates(
-    scorer: CodeScorer | JointScorer,
+    scorer: CodeScorer,
     relations: torch.Tensor,
     codes: torch.Tensor,
     kg: KnowledgeGraph,
@@ -26,14 +25,12 @@ def top_candidates(
     count: int = 20,
     filter_splits: Sequence[str] = ("train", "valid"),
     batch: int = 512,
-    shuffled: bool = False,
 ) -> Candidates:
     """The ``count`` best entities of every query of ``split``, tails and heads, from the integers [M, L, Q] alone.
 
     Rows follow ``with_inverse(kg.split(split))``: [2n], tail queries first. A query's other answers known from
     ``filter_splits`` are left out of its list, its own truth never; equal scores go by the lower id. ``rank``: the
-    truth's place among all entities, filtered by all splits, ties at their mean. ``shuffled``: the
-    codes were shuffled (a control), which ``info`` then states. Raises ValueError for NaN scores.
+    truth's place among all entities, filtered by all splits, ties at their mean. Raises ValueError for NaN scores.
     """
     with torch.no_grad():
         training = scorer.training
@@ -49,7 +46,7 @@ def top_candidates(
             q_all.device,
         )
         scorer.train(training)
-    return found._replace(info=found.info | {"shuffled_codes": shuffled})
+    return found
 
 
 def top_of_scores(

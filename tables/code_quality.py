@@ -62,7 +62,7 @@ class CodeSet(NamedTuple):
         if self.vectors is None:
             raise InputError(
                 f"{embeddings_path(self.path)} does not exist: the distances need the decoded vectors; write them: "
-                f"python run_rq.py --dataset {self.record['args'].get('dataset')} ... --restore --dump_only --save_emb"
+                f"python run_rq.py --dataset {self.record['args'].get('dataset')} ... --restore"
             )
         return self.vectors.flatten(1)
 

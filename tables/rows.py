@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import run_rq
+from common.config import BASELINES, NOT_COMPARED, build_parser
 from common.errors import InputError, content_of
 from common.files import ROOT, read_json, sha256_file
 from common.metrics import (
@@ -33,7 +33,6 @@ from common.metrics import (
 )
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Answer, report
-from model.flags import UNQUANTIZED, build_parser
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
 RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")
@@ -44,7 +43,7 @@ CONTROLS = {
 }  # fmt: skip
 DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx", "tucker": "TuckER", "mlp": "MLP"}
 # flags that do not change what is learned, or that the label says in words
-UNLABELLED = run_rq.NOT_COMPARED | {
+UNLABELLED = NOT_COMPARED | {
     "name", "seed", "quantizer", "seq_len", "num_code", "num_quantizers", "decoder", "gcn_layers", "text_init",
     "control", "eval_codes", "checkpoint", "split", "metrics_out", "shuffle_codes", "predict", "export_candidates",
     "top", "eval_every",
@@ -191,12 +190,17 @@ def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
 
 def control_of(path: Path, record: Record) -> str | None:
     """Which --control a run was, None for a run whose codes are its result; record and flags must agree."""
-    control, flag = record.get("control"), record["args"].get("control")
+    control, flag = record.get("control"), control_name(record["args"])
     if control != flag:
-        raise refuse(path, "control", f"is {control!r}", f"args.control = {flag!r}")
+        raise refuse(path, "control", f"is {control!r}", f"what its flags say, {flag!r}")
     if control is not None and control not in CONTROLS:
         raise refuse(path, "control", f"is {control!r}", f"one of {', '.join(CONTROLS)}")
     return control
+
+
+def control_name(args: Record) -> str | None:
+    """The baseline that a run's flags name: by --control in older records, by --quantizer in newer ones."""
+    return args.get("control") or BASELINES.get(args.get("quantizer", "rq"))
 
 
 def check_stage1(path: Path, record: Record, data: Path) -> None:
@@ -233,7 +237,7 @@ def stage1_setting(record: Record) -> str:
     )
     layers = args.get("gcn_layers")
     words = [
-        f"{args.get('seq_len')} vectors" if args.get("control") in UNQUANTIZED else name,
+        f"{args.get('seq_len')} vectors" if control_name(args) in ("unquantized", "frozen_vectors") else name,
         DECODERS.get(args.get("decoder"), str(args.get("decoder"))),
         "no GCN" if layers == 0 else f"GCN {layers}",
     ]

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import run_rq
+from common.config import AUTO, parse_config
 from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import ROOT, exclusive_lock, read_json, write_json
 from common.metrics import RANKING, check_ranking, number
-from model.flags import AUTO, UNQUANTIZED, with_defaults
 
 SLOW = "--lr 0.001 --encoder_lr 0.001 --encoder_every 4"
 Z_WIDTH = 256  # L * code_dim of every setting of equal budget: the codes differ, what they stand for does not
@@ -56,12 +55,11 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
         "vq_4": Setting("equal positions", f"--quantizer vq --num_quantizers 1 --seq_len 4 --code_dim {Z_WIDTH // 4}"),
         "4x2": Setting("equal positions", "--num_quantizers 2"),
         # what the parts are worth
-        "unquantized": Setting("controls", "--control unquantized"),
-        "frozen_vectors": Setting("controls", "--control frozen_vectors"),
-        "random_codes": Setting("controls", "--control random_codes"),
-        "random_2x8": Setting("controls", f"{_budget(2, 8)} --control random_codes"),
-        "random_1x16": Setting("controls", f"{_budget(1, 16)} --control random_codes"),
-        "posthoc": Setting("controls", "--control posthoc"),
+        "unquantized": Setting("controls", "--quantizer none"),
+        "random_codes": Setting("controls", "--quantizer random"),
+        "random_2x8": Setting("controls", f"{_budget(2, 8)} --quantizer random"),
+        "random_1x16": Setting("controls", f"{_budget(1, 16)} --quantizer random"),
+        "posthoc": Setting("controls", "--quantizer posthoc"),
         # a graph layer diverges at the recipe's rate: the two differ in the layer alone
         "gcn_1": Setting("parts", f"--gcn_layers 1 {SLOW}"),
         "gcn_0": Setting("parts", f"--gcn_layers 0 {SLOW}"),
@@ -75,8 +73,10 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
     }
     if text_emb is not None:
         found["text_loss"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))}")
-        found["text_input"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))} --text_weight 0 --text_init")
-        found["text_both"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))} --text_init")
+        found["text_input"] = Setting(
+            "parts", f"--text_emb {shlex.quote(str(text_emb))} --text_weight 0 --inputs learned+text"
+        )
+        found["text_both"] = Setting("parts", f"--text_emb {shlex.quote(str(text_emb))} --inputs learned+text")
     return found
 
 
@@ -100,7 +100,7 @@ def build_parser() -> CommandParser:
 def command(args: argparse.Namespace, setting: Setting, seed: int, folder: Path) -> list[str]:
     """The words after `python` of one run, which runs from the root: records name no folder above it."""
     words = ["run_rq.py", "--config", _from_root(args.config), "--max_minutes", "0", "--epoch", str(args.epochs)]
-    words += ["--eval_every", "5", "--no_test", "--seed", str(seed), *shlex.split(setting.flags)]
+    words += ["--eval_every", "5", "--split", "valid", "--seed", str(seed), *shlex.split(setting.flags)]
     words += ["--dataset", str(args.dataset)] if args.dataset else []
     places = ["--out_dir", _from_root(folder), "--checkpoint_dir", _from_root(folder / "checkpoints")]
     return [*words, *shlex.split(args.flags), *places]
@@ -117,18 +117,14 @@ def record_in(folder: Path) -> Path | None:
 
 
 def check_same(record_path: Path, words: list[str]) -> None:
-    """InputError where the record is another run's than that of ``words``: its score would stand for theirs.
-
-    A flag that is newer than the record stands there at its default.
-    """
-    flags = run_rq.parse_args(words[1:])
-    now = run_rq.comparable({key: run_rq.as_plain(value) for key, value in vars(flags).items()}, {})
+    """InputError where the record is another run's than that of ``words``: its score would stand for theirs."""
+    config = parse_config(words[1:])
+    now = {key: value for key, value in config.compared().items() if key != "name" and value != AUTO}
     record = read_json(record_path, "record")
     with content_of(record_path, "run record", f"remove {record_path.parent}, then the same command"):
-        then = with_defaults(record["args"]) | {"dataset": record["dataset"]}
-        now |= {"dataset": (flags.dataset or Path("FB15k-237")).resolve().name}
-        named_later = {"name", *(key for key, value in now.items() if value == AUTO)}
-        keys = sorted(key for key in then.keys() & now.keys() - named_later if then[key] != now[key])
+        then = record["args"] | {"dataset": record["dataset"]}
+        now |= {"dataset": (config.dataset or Path("FB15k-237")).resolve().name}
+        keys = sorted(key for key in then.keys() & now.keys() if then[key] != now[key])
         shown = ", ".join(f"{key} (there {then[key]}, here {now[key]})" for key in keys)
     if keys:
         raise InputError(f"{record_path} is of another run: {shown}; give another --out, or remove its folder")
@@ -159,7 +155,7 @@ def row(name: str, setting: Setting, record_path: Path) -> dict[str, Any]:
         args, metrics = record["args"], record["valid"]
         check_ranking(record_path, "valid", metrics)
         tokens = args["seq_len"] * args["num_quantizers"]
-        coded = args["control"] not in UNQUANTIZED
+        coded = record.get("control") not in ("unquantized", "frozen_vectors")
         return {
             "name": name,
             "group": setting.group,

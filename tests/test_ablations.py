@@ -19,14 +19,14 @@ TEXT = Path("text.npy")
 def test_every_setting_is_a_command_of_run_rq(name: str, tmp_path: Path) -> None:
     args = run_ablations.build_parser().parse_args([])
     setting = run_ablations.grid(TEXT)[name]
-    parsed = run_rq.parse_args(run_ablations.command(args, setting, 3, tmp_path)[1:])
-    assert (parsed.seed, parsed.epoch, parsed.max_minutes, parsed.no_test) == (3, 10, 0, True)
+    parsed = run_rq.parse_config(run_ablations.command(args, setting, 3, tmp_path)[1:])
+    assert (parsed.seed, parsed.epoch, parsed.max_minutes, parsed.split) == (3, 10, 0, "valid")
 
 
 def test_equal_budgets_are_equal() -> None:
     for name, setting in run_ablations.grid(None).items():
         if setting.group in ("recipe", "equal tokens"):
-            parsed = run_rq.parse_args(shlex.split(setting.flags))
+            parsed = run_rq.parse_config(shlex.split(setting.flags))
             assert parsed.seq_len * parsed.num_quantizers == 16, name
             assert parsed.seq_len * parsed.code_dim == run_ablations.Z_WIDTH, name
 

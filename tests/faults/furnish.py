@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from lora_training.steps import Step
 
 import run_rq
 from common.errors import InputError
@@ -14,7 +15,6 @@ from common.files import read_json, write_json
 from data import embed_text
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import compare_llm, lora_trainer, train_lora
-from lora_training.steps import Step
 from tables import run_ablations, run_llm_grid
 from tests.conftest import arguments
 
@@ -117,7 +117,7 @@ def ablated(out: Path, record: Path) -> None:
     """One finished run of the grid: the scores of ``record`` under the flags of that setting."""
     args = run_ablations.build_parser().parse_args([])
     words = run_ablations.command(args, run_ablations.grid(None)["4x4"], 0, out / "4x4_seed0")
-    flags = {key: run_rq.as_plain(value) for key, value in vars(run_rq.parse_args(words[1:])).items()}
+    flags = run_rq.parse_config(words[1:]).as_plain()
     write_json(read_json(record, "record") | {"args": flags, "dataset": "FB15k-237"}, out / "4x4_seed0" / "run.json")
 
 

@@ -241,7 +241,6 @@ LATER = [
         for script in (
             "benchmarks/message_passing.py",
             "benchmarks/ranking.py",
-            "benchmarks/random_graph.py",
             "benchmarks/step_profile.py",
         )
     ),
@@ -259,11 +258,5 @@ LATER = [
         [file for file in model("base") if "tokenizer" not in file.path],
         True,
         only_bad=True,
-    ),
-    Target(
-        "quality_time",
-        "benchmarks/time_to_quality.py",
-        over("--dataset", "W/data/ring", "--record", f"W/codes/{STEM}.json", "--only", "ours"),
-        [RECORD, *graph()[:1]],
     ),
 ]

@@ -179,7 +179,7 @@ def run_all(cases: list[Case], good: Good) -> None:
 # they make what they read, or read nothing
 READ_NO_FILE = {
     "data/family.py", "demo_complete.py", "test_rq_simple.py", "lora_training/test_lora_simple.py",
-    "benchmarks/growth.py", "benchmarks/llama_shape.py", "benchmarks/llm_in_small.py",
+    "benchmarks/growth.py", "benchmarks/llama_shape.py",
 }  # fmt: skip
 
 
