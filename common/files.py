@@ -56,7 +56,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def only_run(path: Path, flag: str = "--name") -> Iterator[None]:
+def exclusive_lock(path: Path, flag: str = "--name") -> Iterator[None]:
     """Hold ``path`` as a lock for as long as the run lives; InputError when another run holds it.
 
     ``flag``: the one that gives a second run a place of its own.
