@@ -26,15 +26,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.instructions import (
+from Class.rows import (
     FILE_STEMS,
     FORMATS,
     LOCK,
     OUT_FOLDER,
     STATS,
-    Ints,
     Row,
-    codes_key,
     existing_split,
     parse_line,
     read_lines,
@@ -44,6 +42,7 @@ from Class.instructions import (
     train_command,
     write_rows,
 )
+from Class.source import Ints, codes_key
 from common.errors import CommandParser, InputError, run_command
 from common.files import exclusive_lock, read_json, write_json
 from common.record import make_record

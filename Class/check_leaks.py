@@ -28,16 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.build_mix import hashed_triples
-from Class.instructions import (
-    FILE_STEMS,
-    OUT_FOLDER,
-    STATS,
-    Row,
-    existing_split,
-    read_rows,
-    states_facts,
-)
 from Class.prompts import FALSE, TRUE
+from Class.rows import FILE_STEMS, OUT_FOLDER, STATS, Row, existing_split, read_rows, states_facts
 from common.errors import CommandParser, InputError, run_command
 from common.files import read_json
 

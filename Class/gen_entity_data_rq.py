@@ -35,7 +35,8 @@ from Class import prompts
 from Class.codes import escape_name
 from Class.gen_fb_data_rq import make_splits
 from Class.gen_lp_data_rq import Parts, disjoint_parts
-from Class.instructions import Ints, Row, Source, add_flags, check_flags, make_row, open_source, triple_keys, write_task
+from Class.rows import Row, make_row, write_task
+from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import Answers, KnowledgeGraph
 
@@ -221,6 +222,8 @@ def code_kinds(source: Source, part: Ints) -> list[Kind]:
             "output": source.shown[near],
             "answers": [],  # it is among the candidates
             "candidates": [kg.entities[other] for other in pair],
+            "candidate_names": [source.shown[other] for other in pair],
+            "candidate_codes": [source.code_texts[other] for other in pair],
             "truth": [kg.entities[near]],
         }
 

@@ -25,20 +25,9 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.instructions import (
-    Ints,
-    Row,
-    Source,
-    add_flags,
-    check_flags,
-    fill_top,
-    make_row,
-    open_source,
-    train_command,
-    triple_keys,
-    write_task,
-)
 from Class.prompts import FALSE, TRUE, classification
+from Class.rows import Row, fill_top, make_row, train_command, write_task
+from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import KnowledgeGraph
 
@@ -182,6 +171,9 @@ def rows_of(source: Source, split: str, labelled: Labelled) -> Iterator[Row]:
                 split=split,
                 triple=source.raw_triple(h, r, t),
                 truth=[answer],
+                head=shown[h],
+                relation=relations[r],
+                tail=shown[t],
             )
             number += 1
 

@@ -37,28 +37,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
-from Class.instructions import (
-    PREDICTED,
-    STATS,
-    Ints,
-    Row,
-    Source,
-    add_flags,
-    check_flags,
-    make_row,
-    open_source,
-    train_command,
-    triple_keys,
-    write_task,
-)
-from Class.prompts import (
-    ANSWERS,
-    link_prediction,
-    numbered,
-    prediction,
-    read_query,
-    relation_text,
-)
+from Class.prompts import ANSWERS, link_prediction, numbered, prediction
+from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
+from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 
@@ -220,22 +201,18 @@ def rows_of(
                 )
             shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
             best = [t, *(entity for entity in ranked if entity != t)][:ANSWERS]
-            direction = "tail" if r < R else "head"
+            fields = source.query_fields(h, r, shown)
             yield make_row(
-                link_prediction(
-                    source.shown[h], relation_text(source.relations[r % R], direction), source.entity_texts[h],
-                    [source.entity_texts[entity] for entity in shown], source.with_codes,
-                ),
+                link_prediction(fields),
                 numbered([source.code_texts[entity] for entity in best]),
                 id=f"{TASK}-{plan.split}-{count.queries - 1}",
                 task_type=TASK,
                 split=plan.split,
                 triple=triple,
-                direction=direction,
-                candidates=[kg.entities[entity] for entity in shown],
                 truth=[kg.entities[entity] for entity in [t, *also_right]],
                 candidate_rank=None if np.isnan(rank) else float(rank),
-            )  # fmt: skip
+                **fields,
+            )
 
 
 def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
@@ -245,12 +222,11 @@ def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
     """
     entity = {name: i for i, name in enumerate(source.kg.entities)}
     for row in rows:
-        question = read_query(row["instruction"])
-        assert question is not None
         answer = source.code_texts[entity[row["truth"][0]]]
         yield make_row(
-            prediction(question), answer, id=row["id"].replace(TASK, PREDICTED, 1), task_type=PREDICTED,
+            prediction(row), answer, id=row["id"].replace(TASK, PREDICTED, 1), task_type=PREDICTED,
             split=row["split"], triple=row["triple"], direction=row["direction"], truth=row["truth"][:1],
+            head=row["head"], relation=row["relation"], head_codes=row["head_codes"],
         )  # fmt: skip
 
 

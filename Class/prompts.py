@@ -7,7 +7,8 @@ without codes; ``code_text`` is of ``Source.code_texts``. Names come escaped (``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 TRUE, FALSE = "True", "False"
 ANSWERS = 3  # that a link prediction prompt asks for, as in the paper
@@ -33,38 +34,37 @@ def classification(head: str, relation: str, tail: str, head_text: str, tail_tex
     )
 
 
-def link_prediction(head: str, relation: str, head_text: str, candidate_texts: Sequence[str], with_codes: bool) -> str:
-    """The paper's Table 1: complete (h, r, ?) from a list of candidates, best first."""
-    codes = " with its quantized codes" if with_codes else ""
+def entity_with_codes(name: str, codes: str | None) -> str:
+    """``<ENT>name</ENT> <CODE>...</CODE>`` of an escaped name and a code text; without codes (None) the bare name."""
+    return name if codes is None else f"<ENT>{name}</ENT> {codes}"
+
+
+def link_prediction(row: Mapping[str, Any]) -> str:
+    """The paper's Table 1: complete (h, r, ?) from a list of candidates, best first.
+
+    Built from the row's ``head``, ``relation``, ``head_codes``, ``candidate_names`` and ``candidate_codes``.
+    """
+    with_codes = row["head_codes"] is not None
+    names = row["candidate_names"]
+    candidates = map(entity_with_codes, names, row["candidate_codes"] or [None] * len(names))
     return (
         "Knowledge graph completion: predict the tail of an incomplete triple by choosing among the candidates below, "
-        f"each given{codes or ' by its name'}.\n"
-        f"Query: ({head} | {relation} | ?)\n"
-        + (f"Head: {head_text}\n" if with_codes else "")
+        f"each given {'with its quantized codes' if with_codes else 'by its name'}.\n"
+        f"Query: ({row['head']} | {row['relation']} | ?)\n"
+        + (f"Head: {entity_with_codes(row['head'], row['head_codes'])}\n" if with_codes else "")
         + "Candidates:\n"
-        + "\n".join(candidate_texts)
+        + "\n".join(candidates)
         + f"\nGive the {'codes' if with_codes else 'names'} of the {ANSWERS} most plausible candidates, best first, "
         "one numbered line each."
     )
 
 
-def read_query(instruction: str) -> str | None:
-    """What a prompt of ``link_prediction`` asks, "head relation", the head with its codes where there are any; None for
-    a text without a list."""
-    top, found, _ = instruction.partition("Candidates:\n")
-    lines = top.split("\n")
-    if not found or len(lines) < 3:
-        return None
-    name, _, relation = lines[1].removeprefix("Query: (").removesuffix(" | ?)").rpartition(" | ")
-    return f"{lines[2].removeprefix('Head: ') or name} {relation}"
-
-
 PREDICT = "What completes this?\n"
 
 
-def prediction(query: str) -> str:
-    """The query alone, for all candidates: how likely is each one's answer to it?"""
-    return f"{PREDICT}{query}"
+def prediction(row: Mapping[str, Any]) -> str:
+    """The query of a link prediction row without its candidates; built from ``head``, ``relation``, ``head_codes``."""
+    return f"{PREDICT}{entity_with_codes(row['head'], row['head_codes'])} {row['relation']}"
 
 
 def numbered(answers: Sequence[str]) -> str:

@@ -165,18 +165,11 @@ class Asker:
 
     def _listing(self, query: Query, listed: Sequence[int]) -> str:
         """The prompt of link prediction."""
-        source, R = self.source, self.source.kg.num_relations
-        relation = prompts.relation_text(source.relations[query.relation % R], "tail" if query.relation < R else "head")
-        return prompts.link_prediction(
-            source.shown[query.head], relation, source.entity_texts[query.head],
-            [source.entity_texts[e] for e in listed], source.with_codes,
-        )  # fmt: skip
+        return prompts.link_prediction(self.source.query_fields(*query, listed))
 
     def _predicted(self, query: Query) -> str:
         """The prompt of tail_prediction."""
-        question = prompts.read_query(self._listing(query, []))
-        assert question is not None
-        return prompts.prediction(question)
+        return prompts.prediction(self.source.query_fields(*query))
 
     def _score(self, query: Query, listed: list[int]) -> list[tuple[int, float]]:
         from lora_training.candidate_scoring import score_candidates

@@ -40,8 +40,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
-from Class.instructions import Row, Source, existing_split, open_source, read_rows
-from Class.prompts import FALSE, TRUE, numbered, prediction, read_query
+from Class.instructions import Row, Source, existing_split, need_fields, open_source, read_rows
+from Class.prompts import FALSE, TRUE, numbered, prediction
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import exclusive_lock, read_json, sha256_file, write_json
@@ -90,19 +90,9 @@ class Listed(NamedTuple):
 
 
 def listed_candidates(row: Row) -> list[Listed]:
-    """The candidates of a row as its prompt lists them. InputError where they are not those of ``candidates``."""
-    _, found, rest = row["instruction"].partition("Candidates:\n")
-    lines = rest.split("\n")[:-1]  # the last line says what to do
-    if not found or len(lines) != len(row.get("candidates") or ()):
-        raise InputError(
-            f"row {row['id']} has {len(row.get('candidates') or ())} candidates, its prompt lists {len(lines)}; write "
-            "it anew: python Class/gen_lp_data_rq.py"
-        )
-    listed = []
-    for line in lines:
-        name, coded, codes = line.removeprefix("<ENT>").partition("</ENT> ")
-        listed.append(Listed(name, codes if coded else line))
-    return listed
+    """The candidates of a row in the order of ``candidates``. InputError for rows without the fields of a query."""
+    names = need_fields(row, "candidates", "candidate_names")["candidate_names"]
+    return [Listed(name, answer) for name, answer in zip(names, row.get("candidate_codes") or names, strict=True)]
 
 
 def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -115,22 +105,16 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
     return lines
 
 
-def question_of(row: Row) -> str:
-    """What the prompt of a row of link prediction asks; InputError where it is no list."""
-    question = read_query(row["instruction"])
-    if question is None:
-        raise InputError(f"row {row['id']} lists no candidates; write it anew: python Class/gen_lp_data_rq.py")
-    return question
-
-
 def predicted_texts(row: Row) -> tuple[str, str]:
-    """The question that ``--predict`` asks about a row, and the longest answer that a candidate is."""
-    return prediction(question_of(row)), max((one.answer for one in listed_candidates(row)), key=len)
+    """The query without candidates (``--decode predict``), and the longest answer that a candidate is."""
+    return prediction(need_fields(row, "head", "relation")), max(
+        (one.answer for one in listed_candidates(row)), key=len
+    )
 
 
 def predicted_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the question that ``--predict`` asks about a row."""
-    return encode_prompt({"instruction": prediction(question_of(row))}, tokenizer)
+    """Token ids of the query without candidates (``--decode predict``)."""
+    return encode_prompt({"instruction": prediction(need_fields(row, "head", "relation"))}, tokenizer)
 
 
 def read_numbered(text: str, listed: Sequence[Listed]) -> list[float] | None:

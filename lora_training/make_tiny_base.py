@@ -68,10 +68,11 @@ def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
 
 def template_texts() -> list[str]:
     """The prompts' fixed words, for the tokenizer alone."""
+    query = {"head": "", "relation": "", "head_codes": "", "candidate_names": [""], "candidate_codes": [""]}
     made = [
         prompts.classification("", "", "", "", "", True),
-        prompts.prediction(""),
-        prompts.link_prediction("", "", "", [""], True),
+        prompts.prediction(query),
+        prompts.link_prediction(query),
         prompts.predict_tail("", "", "", True),
         prompts.validate_triple("", "", "", "", "", True),
         prompts.codes_to_description(""),

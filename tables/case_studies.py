@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE, END_CODE
-from Class.instructions import Row, read_rows
-from Class.prompts import prediction, read_query
+from Class.instructions import Row, need_fields, read_rows
+from Class.prompts import prediction
 from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import read_json, write_text
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
@@ -228,17 +228,17 @@ def rank_text(rank: float) -> str:
 
 
 def question(row: Row) -> str:
-    """What a row asks, by names: the line of its prompt with the query or the triple."""
-    lines = row["instruction"].split("\n")
-    return next((line for line in lines if line.startswith(("Query: ", "Triple: "))), lines[0])
+    """The query or the triple of a row, by names."""
+    need_fields(row, "head", "relation")
+    what, end = ("Query", "?") if row["task_type"] == LINKS else ("Triple", row["tail"])
+    return f"{what}: ({row['head']} | {row['relation']} | {end})"
 
 
 def exchange(case: Case) -> str:
     """Prompt and answer; of candidates that were scored without their list, what was asked and the best three."""
-    question = read_query(case.row["instruction"])
     asked, said = case.row["instruction"], "Answer"
-    if question is not None and case.answer["decode"] == "predict":
-        asked, said = prediction(question), "Best by score"
+    if case.answer["decode"] == "predict":
+        asked, said = prediction(need_fields(case.row, "head", "relation")), "Best by score"
     unread = "" if case.answer["parsed"] else " (it did not parse)"
     return f"Prompt:\n\n{block(short_codes(asked))}\n{said}{unread}:\n\n{block(short_codes(case.answer['text']))}\n"
 

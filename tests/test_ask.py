@@ -125,11 +125,8 @@ def test_candidates_are_asked_as_in_link_prediction(
     query = Query(*lists.queries[0].tolist())
     how, found = with_lists.query(query)
     assert how == "6 candidates scored" and {answer.entity for answer in found} == set(lists.ids[0].tolist())
-    source, R = asker.source, world.kg.num_relations
-    relation = prompts.relation_text(source.relations[query.relation % R], "tail" if query.relation < R else "head")
-    listed = [source.entity_texts[e] for e in lists.ids[0].tolist()]
-    row = {"instruction": prompts.link_prediction(
-        source.shown[query.head], relation, source.entity_texts[query.head], listed, True)}  # fmt: skip
+    source = asker.source
+    row = {"instruction": prompts.link_prediction(source.query_fields(*query, lists.ids[0].tolist()))}
     lines = [f"1. {source.code_texts[answer.entity]}" for answer in found]
     assert np.allclose(likelihoods(asker.model, asker.tokenizer, row, lines), [a.score for a in found], atol=1e-3)
     empty = lists._replace(ids=np.full_like(lists.ids, -1))

@@ -29,11 +29,14 @@ def codes(entity: int, code_format: str = "spec") -> str:
 
 def link(number: int, rank: float | None, truth: list[str], with_codes: bool = True) -> Row:
     """A query over five candidates e0 to e4, named NAMES."""
-    texts = [f"<ENT>{name}</ENT> {codes(i)}" if with_codes else name for i, name in enumerate(NAMES)]
-    text = prompts.link_prediction(f"Head {number}", "knows", f"<ENT>H</ENT> {codes(9)}", texts, with_codes)
+    fields: Row = {
+        "head": f"Head {number}", "relation": "knows", "head_codes": codes(9) if with_codes else None,
+        "candidate_names": NAMES, "candidate_codes": [codes(i) for i in range(5)] if with_codes else None,
+    }  # fmt: skip
     return make_row(
-        text, "1. ?", id=f"l-{number}", task_type=LINKS, split="test", triple=["h", "r", truth[0]], direction="tail",
-        candidates=[f"e{i}" for i in range(5)], truth=truth, candidate_rank=rank,
+        prompts.link_prediction(fields), "1. ?", id=f"l-{number}", task_type=LINKS, split="test",
+        triple=["h", "r", truth[0]], direction="tail", candidates=[f"e{i}" for i in range(5)], truth=truth,
+        candidate_rank=rank, **fields,
     )  # fmt: skip
 
 
@@ -42,7 +45,16 @@ def judge(number: int, truth: str, split: str = "test") -> Row:
         "A", "knows", f"B{number}", f"<ENT>A</ENT> {codes(1)}", f"<ENT>B</ENT> {codes(2)}", True
     )
     return make_row(
-        text, truth, id=f"t-{number}", task_type=TRIPLES, split=split, triple=["a", "r", "b"], truth=[truth]
+        text,
+        truth,
+        id=f"t-{number}",
+        task_type=TRIPLES,
+        split=split,
+        triple=["a", "r", "b"],
+        truth=[truth],
+        head="A",
+        relation="knows",
+        tail=f"B{number}",
     )
 
 

@@ -15,7 +15,7 @@ from Class import build_mix, check_leaks, gen_entity_data_rq
 from Class.codes import load_codes, parse_codes, parse_entity
 from Class.gen_entity_data_rq import TASKS, entity_parts, guessing_control, holds_answer
 from Class.gen_lp_data_rq import disjoint_parts
-from Class.instructions import FILE_STEMS, read_rows, row_triples, write_rows
+from Class.rows import FILE_STEMS, read_rows, row_triples, write_rows
 from common.errors import InputError
 from common.files import read_json
 from data.knowledge_graph import KnowledgeGraph

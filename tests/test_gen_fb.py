@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from Class import check_leaks, gen_fb_data_rq, instructions
+from Class import check_leaks, gen_fb_data_rq
+from Class import source as sources
 from Class.codes import load_codes, parse_codes
 from Class.gen_fb_data_rq import in_range, make_splits, member, sample_negatives, training_ranges
-from Class.instructions import FILE_STEMS, read_rows, triple_keys
+from Class.rows import FILE_STEMS, read_rows
+from Class.source import triple_keys
 from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
@@ -210,8 +212,8 @@ def test_the_bundled_graph_has_no_leaks(tmp_path: Path, capsys: pytest.CaptureFi
 def test_started_alone_without_codes_it_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(instructions, "CODES_FOLDER", tmp_path)
-    monkeypatch.setattr(instructions, "DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr(sources, "CODES_FOLDER", tmp_path)
+    monkeypatch.setattr(sources, "DEMO_FOLDER", tmp_path)
     with pytest.raises(InputError, match=r"python run_rq\.py --dataset data/FB15k-237"):
         gen_fb_data_rq.main(["--out_dir", str(tmp_path / "out")])
     for words in (["--no_codes", "--codes", "x.pt"], ["--neg_ratio", "0"], ["--limit", "-1"]):

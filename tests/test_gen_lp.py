@@ -15,7 +15,7 @@ from Class import check_leaks, gen_lp_data_rq
 from Class.candidates import Candidates, _top, find_rows, read_candidates, write_candidates
 from Class.codes import load_codes, parse_codes, parse_entity
 from Class.gen_lp_data_rq import disjoint_parts, make_lists
-from Class.instructions import FILE_STEMS, read_rows, write_rows
+from Class.rows import FILE_STEMS, read_rows, write_rows
 from common.errors import InputError
 from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph, with_inverse

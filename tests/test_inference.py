@@ -16,7 +16,7 @@ import torch
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
 from Class.instructions import read_rows
-from Class.prompts import prediction, read_query
+from Class.prompts import prediction
 from common.errors import InputError
 from common.files import ROOT, read_json, write_json
 from data.knowledge_graph import KnowledgeGraph
@@ -324,7 +324,7 @@ def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: P
     met = False
     for answer in answers:
         row = rows[answer["id"]]
-        asked = {"instruction": prediction(read_query(row["instruction"]))}  # type: ignore[arg-type]
+        asked = {"instruction": prediction(row)}
         assert not any(f"{line}\n" in asked["instruction"] for line in row["candidates"]), "no list is shown"
         listed = [candidate.answer for candidate in listed_candidates(row)]
         expected = likelihoods(model, tokenizer, asked, listed, end=True)
@@ -414,14 +414,13 @@ def test_what_counts_as_an_answer() -> None:
         ("Q1_3", "Q0_12", "Q0_1 "  "Q1_2"), ("2 of 4", " 0 of 4\n", "two"), ("some name", "another", "  "),
     ):  # fmt: skip
         assert reads_as(row(output), right) and not reads_as(row(output), wrong)
-    prompt = "x\nCandidates:\n<ENT>a b</ENT> <CODE>Q0_1</CODE>\n<ENT>c</ENT> <CODE>Q0_2</CODE>\nName it."
-    nearer = row("c", candidates=["1", "2"], instruction=prompt)
+    names = {"candidates": ["1", "2"], "candidate_names": ["a b", "c"]}
+    nearer = row("c", **names, candidate_codes=[first, second])
     assert listed_candidates(nearer) == [Listed("a b", first), Listed("c", second)]
     assert reads_as(nearer, "a b") and not reads_as(nearer, "d")
-    with pytest.raises(InputError, match="row x has 3 candidates, its prompt lists 2"):
-        listed_candidates(nearer | {"candidates": ["1", "2", "3"]})
-    bare = row("c", candidates=["1", "2"], instruction="Candidates:\na b\nc\nGive.")
-    assert listed_candidates(bare) == [Listed("a b", "a b"), Listed("c", "c")]
+    assert listed_candidates(row("c", **names)) == [Listed("a b", "a b"), Listed("c", "c")]
+    with pytest.raises(InputError):
+        listed_candidates(row("c", candidates=["1", "2"]))
 
 
 def test_the_line_of_a_name_ends_and_that_of_codes_has_ended(world: World) -> None:

@@ -16,20 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from Class import build_mix, check_leaks, gen_fb_data_rq, instructions
+from Class import build_mix, check_leaks, gen_fb_data_rq
+from Class import rows as row_files
+from Class import source as sources
 from Class.codes import code_files, code_stem, load_codes, parse_entity, save_codes
-from Class.instructions import (
-    FILE_STEMS,
-    add_flags,
-    fill_top,
-    fit_codes,
-    make_row,
-    open_source,
-    read_rows,
-    row_triples,
-    write_rows,
-)
 from Class.prompts import link_prediction, numbered
+from Class.rows import FILE_STEMS, fill_top, make_row, read_rows, row_triples, write_rows
+from Class.source import add_flags, fit_codes, open_source
 from common.errors import InputError
 from common.files import ROOT, write_json
 from data.knowledge_graph import KnowledgeGraph
@@ -89,8 +82,8 @@ def graph(tmp_path: Path) -> Path:
 def codes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "codes_new"
     folder.mkdir()
-    monkeypatch.setattr(instructions, "CODES_FOLDER", folder)
-    monkeypatch.setattr(instructions, "DEMO_FOLDER", folder)
+    monkeypatch.setattr(sources, "CODES_FOLDER", folder)
+    monkeypatch.setattr(sources, "DEMO_FOLDER", folder)
     return folder
 
 
@@ -167,7 +160,7 @@ def test_rows_of_several_triples() -> None:
 
 def test_the_link_prediction_prompt_has_the_papers_fields(graph: Path, codes_folder: Path) -> None:
     source = open_source(flags("--dataset", graph, "--codes", write_codes(graph, codes_folder)))
-    prompt = link_prediction("a", "r", source.entity_texts[0], source.entity_texts[1:], True)
+    prompt = link_prediction(source.query_fields(0, 0, [1, 2, 3]))
     lines = prompt.split("\n")
     assert "(a | r | ?)" in lines[1] and parse_entity(lines[2].removeprefix("Head: ")).name == "a"
     assert [parse_entity(line).name for line in lines[4:7]] == ["b", "c", "d"]
@@ -240,11 +233,11 @@ def test_the_public_sets_are_judged_the_same_way(tmp_path: Path, codes_folder: P
     """The test split of one set moved into the training of the other, with other ids: refused, by name."""
     first = write_graph(tmp_path / "data" / "one", train=["m r n"], valid=["n r o"], test=["o r m"])
     other = write_graph(tmp_path / "data" / "two", train=["o r m", "k s m"], valid=["n s k"], test=["k s o"])
-    assert instructions.shared_triples(KnowledgeGraph.load(other), KnowledgeGraph.load(first)) == {
+    assert sources.shared_triples(KnowledgeGraph.load(other), KnowledgeGraph.load(first)) == {
         "valid_triples": 0, "test_triples": 1, "test_pairs": 1,
     }  # fmt: skip
     reverse = write_graph(tmp_path / "data" / "three", train=["m s o", "n s o"], valid=["n s m"], test=["m s n"])
-    assert instructions.shared_triples(KnowledgeGraph.load(reverse), KnowledgeGraph.load(first)) == {
+    assert sources.shared_triples(KnowledgeGraph.load(reverse), KnowledgeGraph.load(first)) == {
         "valid_triples": 0, "test_triples": 0, "test_pairs": 1,
     }  # fmt: skip
 
@@ -255,7 +248,7 @@ def rewrite(path: Path, codes: torch.Tensor) -> None:
     record = json.loads(files.record.read_text())
     names = files.entities.read_text().splitlines()
     torch.save(codes, path)
-    record["outputs"] |= {path.name: instructions.sha256_file(path)}
+    record["outputs"] |= {path.name: sources.sha256_file(path)}
     assert len(names) == 4
     write_json(record, files.record)
 
@@ -337,7 +330,7 @@ def test_the_newest_fitting_codes_are_taken_and_named(
 def test_the_preferred_data_set_takes_its_own_codes_before_mapped_ones(
     tmp_path: Path, codes_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instructions, "ROOT", tmp_path)  # its data/, not the repository's
+    monkeypatch.setattr(sources, "ROOT", tmp_path)  # its data/, not the repository's
     small = write_graph(tmp_path / "data" / "FB15k-237N", train=["a r b"], valid=["b r c"], test=["c r a"])
     large = write_graph(tmp_path / "data" / "FB15k-237", train=["a r b", "c r b"], valid=["b r a"], test=["c r d"])
     mapped = write_codes(large, codes_folder)
@@ -422,14 +415,14 @@ def test_what_is_said_to_come_next_reads_the_mix(tmp_path: Path, capsys: pytest.
         args = train_lora.parse_args(words)
         assert [args.train_data, args.val_data] == [tmp_path / f"{name}.{ending}" for name in ("train", "validation")]
         assert args.train_data.is_file() and args.val_data.is_file()
-    assert instructions.train_command(instructions.OUT_FOLDER, "json") == "cd lora_training && python train_lora.py"
+    assert row_files.train_command(row_files.OUT_FOLDER, "json") == "cd lora_training && python train_lora.py"
 
 
 def test_what_answers_next_reads_the_rows_beside_the_training_rows(tmp_path: Path) -> None:
-    command = instructions.answer_command("--base_model m", tmp_path / "train.jsonl")
+    command = row_files.answer_command("--base_model m", tmp_path / "train.jsonl")
     assert command == "python inference.py --base_model m", "there are no rows to answer"
     write_rows(tmp_path / "test_tasks.jsonl", [fact("a", "test", "h r t")])
-    words = instructions.answer_command("--base_model m", tmp_path / "train.jsonl").split()[2:]
+    words = row_files.answer_command("--base_model m", tmp_path / "train.jsonl").split()[2:]
     assert inference.parse_args(words).test_data == tmp_path / "test_tasks.jsonl"
 
 

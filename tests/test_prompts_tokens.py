@@ -71,7 +71,15 @@ def rows() -> dict[str, dict[str, Any]]:
     made = {
         "triple_classification": (tasks.classification("Ada", "has mother", "Ann", ADA, ANN, True), "True"),
         "link_prediction": (
-            tasks.link_prediction("Ada", "has mother", ADA, [ANN, ADA], True),
+            tasks.link_prediction(
+                {
+                    "head": "Ada",
+                    "relation": "has mother",
+                    "head_codes": print_codes(CODES["Ada"]),
+                    "candidate_names": ["Ann", "Ada"],
+                    "candidate_codes": [print_codes(CODES[n]) for n in ("Ann", "Ada")],
+                }
+            ),
             tasks.numbered([print_codes(CODES["Ann"]), print_codes(CODES["Ada"])]),
         ),
         "name_to_codes": (tasks.name_to_codes("Ada"), print_codes(CODES["Ada"], "compact")),

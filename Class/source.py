@@ -1,0 +1,385 @@
+"""The data set of an instruction-data script and its codes: flags, choice of files, checks against the run record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
+from Class.prompts import entity_with_codes, relation_text
+from Class.rows import FORMATS, OUT_FOLDER, Row
+from common.errors import InputError
+from common.files import ROOT, read_json, sha256_file
+from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
+
+Ints = NDArray[np.int64]
+
+CODES_FOLDER = ROOT / "codes_new"
+DEMO_FOLDER = ROOT / "demo_output"
+BUNDLED = ROOT / "data" / "family"
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_flags(parser: argparse.ArgumentParser, code_format: str = "spec") -> None:
+    """The flags that every instruction-data script has."""
+    group = parser.add_argument_group("codes and data")
+    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: what codes_new/ holds)")
+    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: what the codes belong to)")
+    group.add_argument("--no_codes", action="store_true", help="the ablation: names alone, no codes in any prompt")
+    group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
+    group.add_argument("--code_format", choices=CODE_FORMATS, default=code_format, help="text form of the codes")
+    group = parser.add_argument_group("output")
+    group.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
+    group.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file (0: all)")
+    group.add_argument("--format", choices=FORMATS, default="json", help="a JSON array, or JSON lines")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+
+
+def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse flags of ``add_flags`` that contradict each other or are out of range."""
+    if args.limit < 0 or args.seed < 0:
+        parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
+    if args.no_codes and (args.codes or args.shuffle_codes):
+        parser.error("--no_codes writes no codes: leave out --codes and --shuffle_codes")
+
+
+# ---------------------------------------------------------------- the data set and its codes
+
+
+@dataclass
+class Source:
+    """A data set, its display names and, unless left out, its codes as text: rendered once per entity."""
+
+    kg: KnowledgeGraph
+    names: Names
+    codes: Ints | None = None  # [M, L, Q]
+    num_code: int = 0  # K
+    code_format: str = "spec"
+    codes_info: dict[str, Any] = field(default_factory=dict)  # for dataset_stats.json
+    shown: list[str] = field(init=False)  # names as a prompt may hold them
+    relations: list[str] = field(init=False)  # relations as a prompt may hold them, no two equal
+    code_texts: list[str] = field(init=False)  # <CODE>...</CODE> per entity; the shown name without codes
+    entity_texts: list[str] = field(init=False)  # <ENT>name</ENT> <CODE>...</CODE>; the shown name without codes
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.shown = [escape_name(name) for name in self.names.names]
+        labels = Counter(self.kg.relation_labels)
+        self.relations = [
+            escape_name(label if labels[label] == 1 else f"{label} ({raw})")
+            for label, raw in zip(self.kg.relation_labels, self.kg.relations, strict=True)
+        ]
+        if self.codes is None:
+            self.code_texts = self.entity_texts = self.shown
+            return
+        self.code_texts = render_codes(self.codes, self.code_format)
+        self.entity_texts = [
+            entity_with_codes(name, code) for name, code in zip(self.shown, self.code_texts, strict=True)
+        ]
+
+    @property
+    def with_codes(self) -> bool:
+        return self.codes is not None
+
+    @property
+    def names_info(self) -> dict[str, int]:
+        """What ``unique_names`` had to do, for dataset_stats.json."""
+        return {"missing": self.names.missing, "shared": self.names.shared, "described": self.names.described}
+
+    def query_fields(self, h: int, r: int, listed: Sequence[int] | None = None) -> Row:
+        """The fields of a row that a query (h, r, ?) is built from, r in 0..2R-1; ``listed``: its candidates' ids."""
+        R = self.kg.num_relations
+        direction = "tail" if r < R else "head"
+        fields: Row = {
+            "head": self.shown[h],
+            "relation": relation_text(self.relations[r % R], direction),
+            "direction": direction,
+            "head_codes": self.code_texts[h] if self.with_codes else None,
+        }
+        if listed is not None:
+            fields["candidates"] = [self.kg.entities[e] for e in listed]
+            fields["candidate_names"] = [self.shown[e] for e in listed]
+            fields["candidate_codes"] = [self.code_texts[e] for e in listed] if self.with_codes else None
+        return fields
+
+    def raw_triple(self, h: int, r: int, t: int) -> list[str]:
+        """The triple by raw names, as rows carry it."""
+        return [self.kg.entities[h], self.kg.relations[r], self.kg.entities[t]]
+
+
+class _Choice(NamedTuple):
+    """One way to go: a codes file (None: no codes) and a data set."""
+
+    codes: Path | None
+    dataset: Path
+
+
+def open_source(args: argparse.Namespace, preferred: str | None = None) -> Source:
+    """The data set and codes that the flags name, or that stage 1 left; says which, and checks them.
+
+    Without ``--dataset``: the data set called ``preferred`` if codes for it are there, else the codes' own. Without
+    ``--codes``: the newest of codes_new/ that fit, the data set's own before another's, the bundled graph's last.
+    Raises InputError where nothing fits, or what is given does not.
+    """
+    started = time.monotonic()
+    choices = list(_choices(args, preferred))
+    if not choices:
+        raise InputError(
+            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
+            "or make demo for the bundled graph's (or give --codes FILE.pt, or --no_codes)"
+        )
+    graphs: dict[Path, KnowledgeGraph] = {}
+    reasons = []
+    for choice in choices:
+        try:
+            if choice.dataset not in graphs:
+                graphs[choice.dataset] = KnowledgeGraph.load(choice.dataset)
+            kg = graphs[choice.dataset]
+            if choice.codes is None:
+                source = Source(kg, unique_names(kg), codes_info={"file": None})
+            else:
+                codes, num_code, info = fit_codes(choice.codes, kg, choice.dataset)
+                if args.shuffle_codes:
+                    circle = np.random.default_rng(args.seed).permutation(len(codes))
+                    codes[circle] = codes[np.roll(circle, 1)]  # along one circle: no entity keeps its own
+                info |= {"code_format": args.code_format, "shuffled": args.shuffle_codes}
+                info |= {"shuffle_seed": args.seed} if args.shuffle_codes else {}
+                source = Source(kg, unique_names(kg), codes, num_code, args.code_format, info)
+        except InputError as error:
+            reasons.append(str(error))
+            continue
+        source.started = started
+        for reason in reasons:
+            print(f"passed over: {reason}")
+        _announce(source, choice)
+        return source
+    more = f" (and {len(reasons) - 1} other codes that do not fit)" if len(reasons) > 1 else ""
+    raise InputError(reasons[0] + more)
+
+
+def _announce(source: Source, choice: _Choice) -> None:
+    kg, info = source.kg, source.codes_info
+    print(
+        f"data set {kg.name} ({choice.dataset}): {kg.num_entities:,} entities, {kg.num_relations} relations; "
+        f"{source.names.missing} names missing, {source.names.shared} shared"
+    )
+    if source.codes is None:
+        print("codes: none (--no_codes)")
+    else:
+        L, Q = source.codes.shape[1:]
+        shuffled = ", SHUFFLED (control)" if info["shuffled"] else ""
+        print(f"codes: {choice.codes} ({L} x {Q} of {source.num_code}), {info['origin']}{shuffled}")
+
+
+def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choice]:
+    """Ways to go, best first."""
+    if args.no_codes and args.dataset:
+        yield _Choice(None, args.dataset)
+        return
+    found = dumped_codes() if args.codes is None else [args.codes]
+    folders = {codes: training_folder(codes, read_record(codes), args.dataset) for codes in found}
+
+    def others_last(is_own: Callable[[Path], bool]) -> list[Path]:
+        return sorted(found, key=lambda codes: not ((folder := folders[codes]) and is_own(folder)))
+
+    if args.dataset:
+        given: Path = args.dataset
+        yield from (_Choice(codes, given) for codes in others_last(lambda folder: folder.resolve() == given.resolve()))
+        return
+    options: list[_Choice] = []
+    if preferred:
+        places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
+        home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
+        if home is not None and args.no_codes:
+            options = [_Choice(None, home)]
+        elif home is not None:
+            options = [_Choice(codes, home) for codes in others_last(lambda folder: folder.name == preferred)]
+    own = [_Choice(None if args.no_codes else codes, folder) for codes, folder in folders.items() if folder]
+    options += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
+    if args.no_codes:
+        options.append(_Choice(None, BUNDLED))
+    elif args.codes and not options:
+        raise InputError(f"the data set that {args.codes} was trained on is not at hand; give --dataset DIR")
+    yield from options
+
+
+def dumped_codes() -> list[Path]:
+    """Codes files with a record in codes_new/, newest first, else the demo's; others are passed over."""
+    return _codes_in(CODES_FOLDER) or _codes_in(DEMO_FOLDER)
+
+
+def _codes_in(folder: Path) -> list[Path]:
+    found = []
+    for record in folder.glob("*.json"):
+        codes = record.with_suffix(".pt")
+        if codes.is_file():
+            try:
+                read_record(codes)
+                found.append(codes)
+            except InputError as error:
+                print(f"passed over: {error}")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def read_record(codes: Path) -> dict[str, Any]:
+    """The run record beside a codes file; InputError where it is missing or lacks what the checks need."""
+    path = codes.with_suffix(".json")
+    if not codes.is_file():
+        raise InputError(f"codes file {codes} does not exist; stage 1 writes it: python run_rq.py --dataset DIR")
+    if not path.is_file():
+        raise InputError(f"codes file {codes} has no record {path.name} beside it: what it learned from is unknown")
+    record = read_json(path, "record")
+    record = record if isinstance(record, dict) else {}
+    missing = [key for key in ("args", "inputs", "outputs", "dataset") if key not in record]
+    if not missing:
+        args, inputs, outputs = (record[key] if isinstance(record[key], dict) else {} for key in _RECORD_PARTS)
+        counts = {key: args.get(key) for key in ("seq_len", "num_code", "num_quantizers")}
+        missing = [
+            f"args.{key}" for key, value in counts.items()
+            if not ((type(value) is int and value > 0) or (key == "num_quantizers" and value is None))
+        ]  # fmt: skip
+        if not isinstance(train_hash(inputs), str):
+            missing.append(f"inputs.{TRAIN_FILES[0]}")
+        if not isinstance(outputs.get(codes.name), str):
+            missing.append(f"outputs.{codes.name}")
+        names = (record["dataset"], args.get("dataset") or "")
+        if not all(isinstance(name, str) and "\0" not in name for name in names):
+            missing.append("dataset")
+    if missing:
+        raise InputError(f"record {path} lacks {', '.join(missing)}; run run_rq.py again")
+    return record
+
+
+_RECORD_PARTS = ("args", "inputs", "outputs")
+
+
+def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = None) -> Path | None:
+    """The folder whose training file has the hash in the record: as recorded, in data/, or beside ``near``."""
+    name = record["dataset"]
+    recorded = Path(record["args"].get("dataset") or f"data/{name}")  # without the flag, stage 1 takes data/FB15k-237
+    places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
+    if near is not None:
+        places += [near, near.resolve().parent / name]
+    for place in places:
+        for file in TRAIN_FILES:
+            if (place / file).is_file() and sha256_file(place / file) == train_hash(record["inputs"]):
+                return place
+    return None
+
+
+def check_recorded(file: Path, record: Mapping[str, Any]) -> None:
+    """InputError unless ``file``, which stage 1 wrote, is there with the sha256 in its record."""
+    expected = record["outputs"].get(file.name)
+    if not file.is_file() or expected is None:
+        problem = "not in its record" if file.is_file() else "missing"
+        raise InputError(f"{file} is {problem}; run run_rq.py again")
+    if sha256_file(file) != expected:
+        raise InputError(f"{file} is not the file of its record (sha256 differs); run run_rq.py again")
+
+
+def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, dict[str, Any]]:
+    """(codes [M, L, Q] in the order of ``kg``'s ids, K, what to say of them), checked against file, record and graph.
+
+    Codes of another data set are mapped by entity name. Raises InputError, both sides named: the file is not the one
+    recorded; shape, dtype or range differ from the record; the graph has entities without codes; the codes were
+    trained on a split that holds test triples of ``kg``, or on one that is not at hand to be checked.
+    """
+    record = read_record(path)
+    names_path = path.with_suffix(".entities.txt")
+    for file in (path, names_path):
+        check_recorded(file, record)
+    names = load_entities(names_path)
+    num_code = int(record["args"]["num_code"])
+    codes = load_codes(path, num_code=num_code).numpy()
+    wanted = (len(names), int(record["args"]["seq_len"]), int(record["args"].get("num_quantizers") or codes.shape[2]))
+    if codes.shape != wanted:
+        raise InputError(f"codes file {path} is {list(codes.shape)}, its names and record say {list(wanted)}")
+    own = train_hash(record["inputs"]) == train_hash(kg.input_hashes)
+    info: dict[str, Any] = {
+        "file": path.name, "sha256": record["outputs"][path.name], "record": str(path.with_suffix(".json")),
+        "dataset": record["dataset"], "seq_len": wanted[1], "num_code": num_code, "num_quantizers": wanted[2],
+        "origin": f"learned on {kg.name}'s own training split",
+    }  # fmt: skip
+    if names != kg.entities:
+        row = {name: i for i, name in enumerate(names)}
+        absent = [name for name in kg.entities if name not in row]
+        if absent:
+            raise InputError(
+                f"codes file {path} ({record['dataset']}, {len(names)} entities) has no row for {len(absent)} of "
+                f"the {kg.num_entities} entities of {kg.name}, such as {absent[0]!r}; "
+                f"run: python run_rq.py --dataset {folder}"
+            )
+        codes = codes[[row[name] for name in kg.entities]]
+    if not own:
+        info |= _check_origin(path, record, kg, folder, len(names))
+    return codes, num_code, info
+
+
+def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, folder: Path, rows: int) -> dict[str, Any]:
+    """What to say of codes that were trained on other triples than ``kg``'s; InputError where they saw its test."""
+    origin = training_folder(path, record, folder)
+    if origin is None:
+        raise InputError(
+            f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which is not at "
+            f"hand with the recorded hash: whether it holds test triples of {kg.name} is unknown; put it in data/"
+        )
+    seen = shared_triples(KnowledgeGraph.load(origin), kg)
+    if seen["test_triples"]:
+        raise InputError(
+            f"codes file {path} was trained on the training split of {origin}, which holds {seen['test_triples']} of "
+            f"the {len(kg.test)} test triples of {kg.name}; run: python run_rq.py --dataset {folder}"
+        )
+    return {
+        "origin": f"learned on {record['dataset']} ({rows:,} rows), mapped to {kg.name} ({kg.num_entities:,}) by name",
+        "in_their_training_split": seen,
+    }
+
+
+def triple_keys(triples: Ints, kg: KnowledgeGraph) -> Ints:
+    """One integer per triple [n, 3] -> [n]."""
+    return (triples[:, 0] * kg.num_relations + triples[:, 1]) * kg.num_entities + triples[:, 2]
+
+
+def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
+    """How many of ``kg``'s valid and test triples stand, by name, in the training split of ``other``.
+
+    Also how many test triples have their pair of entities linked there, in either direction and by any relation.
+    """
+    entity = {name: i for i, name in enumerate(kg.entities)}
+    relation = {name: i for i, name in enumerate(kg.relations)}
+    M = kg.num_entities
+    e = np.array([entity.get(name, -1) for name in other.entities], dtype=np.int64)
+    r = np.array([relation.get(name, -1) for name in other.relations], dtype=np.int64)
+    h, p, t = e[other.train[:, 0]], r[other.train[:, 1]], e[other.train[:, 2]]
+    linked = (h >= 0) & (t >= 0)
+    known = linked & (p >= 0)
+    triples = triple_keys(np.stack([h, p, t], axis=1)[known], kg)
+    pairs = np.concatenate([h[linked] * M + t[linked], t[linked] * M + h[linked]])
+
+    def among(split: Ints) -> int:
+        return int(np.isin(triple_keys(split, kg), triples).sum())
+
+    return {
+        "valid_triples": among(kg.valid),
+        "test_triples": among(kg.test),
+        "test_pairs": int(np.isin(kg.test[:, 0] * M + kg.test[:, 2], pairs).sum()),
+    }
+
+
+def codes_key(info: Mapping[str, Any]) -> tuple[str | None, bool, int]:
+    """What tells the ``codes`` of two statistics or records apart: the file's sha256, and how it was shuffled."""
+    shuffled = bool(info.get("shuffled"))
+    return info.get("sha256"), shuffled, info.get("shuffle_seed", 0) if shuffled else 0
