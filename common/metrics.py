@@ -57,7 +57,9 @@ def check_ranking(path: Path, field: str, metrics: Mapping[str, Any], slack: flo
     least = one + (three - one) / 3 + (ten - three) / 10
     most = one + (three - one) / 1.5 + (ten - three) / 3.5 + (1 - ten) / 10.5
     if not least - slack <= mrr <= most + slack:
-        raise impossible(path, f"{field}.mrr", f"is {mrr}", f"between {least:.6f} and {most:.6f}, which Hits@1/3/10 imply")
+        raise impossible(
+            path, f"{field}.mrr", f"is {mrr}", f"between {least:.6f} and {most:.6f}, which Hits@1/3/10 imply"
+        )
     if "count" in metrics:
         count = number(path, f"{field}.count", metrics["count"])
         for value, name in zip(hits, HITS, strict=True):
@@ -120,7 +122,9 @@ def check_classification(path: Path, field: str, metrics: Mapping[str, Any], sla
         if abs(hit - round(hit)) > WHOLE:
             raise impossible(path, f"{field}.recall", f"is {recall}", f"a whole number of {positives:.0f} positives")
         if abs(implied - accuracy) > slack:
-            raise impossible(path, f"{field}.accuracy", f"is {accuracy}", f"{implied}, which precision and recall imply")
+            raise impossible(
+                path, f"{field}.accuracy", f"is {accuracy}", f"{implied}, which precision and recall imply"
+            )
 
 
 def check_count(path: Path, field: str, found: Any, expected: int, meaning: str) -> None:

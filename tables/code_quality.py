@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import load_codes, load_entities
-from Class.instructions import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
+from Class.source import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
 from common.device import peak_memory_mb
 from common.errors import CommandParser, InputError, run_command
 from common.files import load_torch, write_json
@@ -62,9 +63,10 @@ class CodeSet(NamedTuple):
     def flat_vectors(self) -> Tensor:
         """The decoded vectors [M, L * code_dim]; InputError if the file does not exist."""
         if self.vectors is None:
+            dataset = shlex.quote(str(self.record["args"].get("dataset")))
             raise InputError(
-                f"{embeddings_path(self.path)} does not exist: the distances need the decoded vectors; write them: "
-                f"python run_rq.py --dataset {self.record['args'].get('dataset')} ... --restore --dump_only --save_emb"
+                f"{embeddings_path(self.path)} does not exist, the distances need it; write it: python run_rq.py "
+                f"--dataset {dataset} ... --restore"
             )
         return self.vectors.flatten(1)
 

@@ -1,4 +1,4 @@
-"""Contribution of each residual level: valid MRR of a run when only its first levels are decoded, from the kept records.
+"""Contribution of each residual level: valid MRR of a run by the number of decoded levels, from kept records.
 
     python tables/levels.py                              print the table
     python tables/levels.py --page docs/MIGRATION.md     rewrite it between the marks of the page
@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import ROOT, read_json, read_text, write_text
+from common.files import read_json, read_text, write_text
 from common.metrics import share
 from tables.results import KEPT
 from tables.rows import shown

@@ -115,13 +115,11 @@ def column_stat(group: Group, column: Column) -> Any:
 
 def method_names(rows: Sequence[Row]) -> dict[str, str]:
     """Setting -> label; settings with one label are distinguished by the flags in which they differ."""
-    by_label: dict[str, dict[str, set[str]]] = {}
+    shared: dict[str, set[str]] = {}
     for row in rows:
-        by_label.setdefault(row.label, {})[row.setting] = set(row.flags)
+        shared[row.label] = shared.get(row.label, set(row.flags)) & set(row.flags)
     return {
-        row.setting: ", ".join(
-            [row.label, *(flag for flag in row.flags if not all(flag in other for other in by_label[row.label].values()))]
-        )
+        row.setting: ", ".join([row.label, *(flag for flag in row.flags if flag not in shared[row.label])])
         for row in rows
     }
 

@@ -3,8 +3,8 @@
     python tables/results.py                                                list the rows of the default folders
     python tables/results.py --keep lora_training/inference_results.json    check a record, copy it to tables/records
 
-A row is one run on one data set: setting, seed, commit, device, minutes, metrics and the record (tables/rows.py). A file
-with metrics and without a record is left out with a line; a record with impossible metrics is an error.
+A row is one run on one data set: setting, seed, commit, device, minutes, metrics and the record (tables/rows.py). A
+file with metrics and without a record is left out with a line; a record with impossible metrics is an error.
 """
 
 from __future__ import annotations

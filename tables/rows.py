@@ -1,7 +1,7 @@
 """One run record -> its checked rows: what stage 1 measured from codes, what an LLM answered.
 
-Three kinds of records are read: of stage 1 (run_rq.py), of answers (inference.py), and of adapters (train_lora.py: seed,
-time and flags behind the answers). A record with an impossible metric is an InputError with file and field
+Three kinds of records are read: of stage 1 (run_rq.py), of answers (inference.py), and of adapters (train_lora.py:
+seed, time and flags behind the answers). A record with an impossible metric is an InputError with file and field
 (common/metrics.py). A data set is identified by the hashes of its triples, not by the name of its folder.
 """
 
@@ -409,9 +409,8 @@ def answered_data(path: Path, record: Record) -> dict[str, Any]:
         raise InputError(f"{path}: {stats_file} does not exist, so the data set is unknown; {KEEP_FIRST}")
     stats = read_json(stats_file, "statistics")
     datasets = stats["datasets"] if "datasets" in stats else {stats["task"]: stats["dataset"]}
-    same = len(set(datasets.values())) == 1  # the statistics of a mix name the files of one graph
-    return {"datasets": datasets, "limit": stats["args"].get("limit") or 0,
-            "inputs": {name: stats["inputs"][name] for name in SPLIT_FILES if same and name in stats.get("inputs", {})}}  # fmt: skip
+    hashes = {name: digest for name, digest in stats.get("inputs", {}).items() if name in SPLIT_FILES}
+    return {"datasets": datasets, "limit": stats["args"].get("limit") or 0, "inputs": hashes}
 
 
 def find_file(path: Path, name: Any) -> Path:

@@ -122,7 +122,15 @@ def step_of(args: argparse.Namespace, name: str, seed: int) -> Step:
     """The run of one setting and seed; an interrupted run continues from its checkpoint."""
     folder = args.out / f"{name}_seed{seed}"
     words = ["run_rq.py", "--config", _from_root(args.config), "--max_minutes", "0", "--epoch", str(args.epochs)]
-    words += ["--eval_every", "5", "--split", "valid", "--seed", str(seed), *shlex.split(grid(args.text_emb)[name].flags)]
+    words += [
+        "--eval_every",
+        "5",
+        "--split",
+        "valid",
+        "--seed",
+        str(seed),
+        *shlex.split(grid(args.text_emb)[name].flags),
+    ]
     words += ["--dataset", _from_root(args.dataset)] if args.dataset else []
     words += [*shlex.split(args.flags), "--out_dir", _from_root(folder)]
     words += ["--checkpoint_dir", _from_root(folder / "checkpoints")]
