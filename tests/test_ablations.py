@@ -1,4 +1,4 @@
-"""The grid of ablations: equal budgets, commands that run_rq.py accepts, finished runs are kept, results from records."""
+"""The grid of ablations: equal budgets, valid commands, finished runs are not repeated, results from records."""
 
 from __future__ import annotations
 
