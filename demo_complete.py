@@ -23,6 +23,7 @@ GRAPH = "data/family"
 STEM = "family_4_256_4_rq"
 TASK, PREDICTED = "link_prediction", "tail_prediction"
 SUMMARY, RECORD = "PROJECT_SUMMARY.md", "demo.json"
+RANKED, SHUFFLED = f"ranked/{STEM}_test.json", f"ranked/{STEM}_test_shuffled.json"
 COLUMNS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 CANDIDATES = 8  # per query of the LLM
 
@@ -48,9 +49,8 @@ QUICK = FULL._replace(
     stage1="--epoch 12 --eval_every 6", rows=320, base="--epochs 0.3", figures="6 10 levels perplexity"
 )
 STAGE1 = (
-    "--seq_len 4 --num_code 256 --num_quantizers 4 --code_dim 32 --decoder distmult --init_dim 200 --gcn_dim 200 "
-    "--gcn_layers 2 --tf_layers 1 --att_head 4 --lr 0.005 --batch 256 --encoder_every 2 --warmup_epochs 1 "
-    "--freeze_at 0.85 --z_noise 0 --frozen_noise 0 --num_negatives 0 --tails_at_once 0"
+    "--config /dev/null --seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 "
+    "--encoder_every 2"
 )
 BASE = (
     "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003 --prompt_tokens "
@@ -86,9 +86,9 @@ def steps(out: Path, size: Size) -> list[Step]:
              *stage1, STAGE1, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent, "--overwrite",
              made=[codes, codes.with_suffix(".json"), checkpoint]),
         step("rank the test split from the dumped integers alone, without an encoder",
-             *ranking, "--metrics_out", out / "from_codes.json", made=[out / "from_codes.json"]),
+             *ranking, "--out_dir", out / "ranked", made=[out / RANKED]),
         step("control: give every entity the codes of another one and rank again",
-             *ranking, "--shuffle_codes --metrics_out", out / "shuffled.json", made=[out / "shuffled.json"]),
+             *ranking, "--shuffle_codes --out_dir", out / "ranked", made=[out / SHUFFLED]),
         step("predict one tail from the codes", *ranking, "--predict ada_ashley mother --top 3"),
         *exports,
         step(f"write instruction data: queries with {CANDIDATES} candidates in random order, and queries without",
@@ -131,8 +131,8 @@ def table(out: Path) -> list[Line]:
     answered = read_json(out / "answered.json", "metrics")["metrics"][TASK]["test"]
     return [
         Line("stage 1, recorded at the dump", read_json(out / f"{STEM}.json", "record")["test"], f"{STEM}.json"),
-        Line("the dumped integers alone", read_json(out / "from_codes.json", "metrics"), "from_codes.json"),
-        Line("shuffled codes (control)", read_json(out / "shuffled.json", "metrics"), "shuffled.json"),
+        Line("the dumped integers alone", read_json(out / RANKED, "metrics"), RANKED),
+        Line("shuffled codes (control)", read_json(out / SHUFFLED, "metrics"), SHUFFLED),
         Line(f"the LLM, among {CANDIDATES} candidates", answered, "answered.json"),
         Line(f"the {CANDIDATES} candidates in their random order", answered["as_listed"], "answered.json"),
     ]

@@ -32,7 +32,7 @@ from common.metrics import (
 )
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.score_answers import Answer, report
-from tables.system import CONTROLS, flag_words, other_flags, system_of
+from tables.system import CONTROLS, control_name, flag_words, other_flags, system_of
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
 RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")
@@ -200,7 +200,7 @@ def dataset_name(name: str, hashes: Mapping[str, str], triples: str | None, data
 
 
 def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
-    """A run of run_rq.py: the result from its codes and the control with shuffled codes; or a run with --control."""
+    """A run of run_rq.py: the result from its codes and the control with shuffled codes; or a baseline (--quantizer none ...)."""
     base = common(path, record)
     dataset = dataset_name(record["dataset"], record.get("inputs") or {}, record.get("trained_on"), data)
     check_stage1(path, record, known_counts(dataset, data))
@@ -219,13 +219,11 @@ def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
 
 
 def control_of(path: Path, record: Record) -> str | None:
-    """The control that a run is, None for a run whose codes are its result; record and flags must agree."""
-    control, flag = record.get("control"), record["args"].get("control")
+    """The baseline that a run is, None for a run whose codes are its result; record and flags must agree."""
+    control, flag = record.get("control"), control_name(record["args"])
     if control != flag:
-        raise impossible(path, "control", f"is {control!r}", f"args.control = {flag!r}")
-    if record["args"].get("quantizer") == "random":
-        return "random_codes"
-    return None if control is None else str(control)
+        raise impossible(path, "control", f"is {control!r}", f"{flag!r}, which the flags give")
+    return control
 
 
 def check_stage1(path: Path, record: Record, sizes: Mapping[str, int]) -> None:

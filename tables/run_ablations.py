@@ -52,11 +52,11 @@ def grid(text_emb: Path | None) -> dict[str, Setting]:
         "vq_16_k4096": Setting("equal tokens", f"{vq} --num_code 4096"),  # as many code vectors as 4 levels of 1,024
         "vq_4": Setting("equal positions", f"--quantizer vq --num_quantizers 1 --seq_len 4 --code_dim {Z_WIDTH // 4}"),
         "4x2": Setting("equal positions", "--num_quantizers 2"),
-        "unquantized": Setting("controls", "--control unquantized"),
+        "unquantized": Setting("controls", "--quantizer none"),
         "random_codes": Setting("controls", "--quantizer random"),
         "random_2x8": Setting("controls", f"{_budget(2, 8)} --quantizer random"),
         "random_1x16": Setting("controls", f"{_budget(1, 16)} --quantizer random"),
-        "posthoc": Setting("controls", "--control posthoc"),
+        "posthoc": Setting("controls", "--quantizer posthoc"),
         # a graph layer diverges at the configuration's learning rate: these two differ only in the layer
         "gcn_1": Setting("parts", f"--gcn_layers 1 {SLOW}"),
         "gcn_0": Setting("parts", f"--gcn_layers 0 {SLOW}"),

@@ -14,6 +14,7 @@ DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx", "tuc
 CONTROLS = {
     "unquantized": "unquantized", "random_codes": "random codes", "posthoc": "codes made after training",
 }  # fmt: skip
+BASELINES = {"none": "unquantized", "random": "random_codes", "posthoc": "posthoc"}  # of --quantizer
 # flags that change no result, or that the facts say in words
 FOLDERS_AND_MACHINE = {
     "config", "dataset", "name", "out_dir", "checkpoint_dir", "overwrite", "restore", "no_test", "dump_only",
@@ -64,13 +65,18 @@ def size_of(args: Mapping[str, Any]) -> tuple[int, int, int]:
     return args["seq_len"], args["num_code"], 1 if args.get("quantizer") == "vq" else args["num_quantizers"]
 
 
+def control_name(args: Mapping[str, Any]) -> str | None:
+    """The baseline of a run's flags: --quantizer names it, in older records --control; None for a run with own codes."""
+    return args.get("control") or BASELINES.get(str(args.get("quantizer", "rq")))
+
+
 def system_of(record: Mapping[str, Any]) -> System:
     """The facts of a record of run_rq.py. KeyError, TypeError or ValueError where the record is damaged."""
     args = record["args"]
     L, K, Q = size_of(args)
-    kind = str(args.get("quantizer", "rq"))
-    unquantized = args.get("control") == "unquantized"
-    size = f"{kind.upper() if kind in ('rq', 'vq') else kind} {L}{f' x {Q}' * (kind != 'vq')} of {K:,}"
+    unquantized = control_name(args) == "unquantized"
+    vq = args.get("quantizer") == "vq"
+    size = f"VQ {L} of {K:,}" if vq else f"RQ {L} x {Q} of {K:,}"
     layers = args.get("gcn_layers")
     return System(
         codes=f"{L} vector{'s' * (L > 1)}" if unquantized else size,
@@ -87,9 +93,9 @@ def system_of(record: Mapping[str, Any]) -> System:
 
 def quantizer_of(record: Mapping[str, Any]) -> str:
     """``trained`` where at least one epoch trained it through the codes, else ``k-means``: assigned once and frozen."""
-    if record["args"].get("control") == "random_codes" or record["args"].get("quantizer") == "random":
+    if control_name(record["args"]) == "random_codes":
         return "random"
-    epochs = record.get("quantizer_epochs")
+    epochs = record.get("epochs_codes_phase")
     if epochs is None:
         epochs = sum(epoch.get("phase") == "codes" for epoch in record.get("history") or [])
     return "trained" if epochs else "k-means"
@@ -111,9 +117,9 @@ def parameters_of(record: Mapping[str, Any]) -> int | None:
     """All numbers behind the codes: codebooks, projection W_q, decoder, relations. None where the record lacks them."""
     counted = record.get("parameters") or {}
     args = record["args"]
-    if args.get("control") == "unquantized" and "model" in counted:
+    if control_name(args) == "unquantized" and "model" in counted:
         _, K, Q = size_of(args)
-        return int(counted["model"]) - Q * K * int(args["code_dim"])  # its codebooks are not used
+        return int(counted["model"]) - Q * K * int(args["code_dim"])  # it does not use its codebooks
     return int(counted["behind_codes"]) if "behind_codes" in counted else None
 
 

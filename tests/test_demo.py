@@ -20,7 +20,7 @@ from common.files import ROOT, read_json
 from lora_training.score_answers import read_answers, report
 from tests.pages import check_command
 
-RECORDS = (f"{demo.STEM}.json", "from_codes.json", "shuffled.json", "answered.json")
+RECORDS = (f"{demo.STEM}.json", demo.RANKED, demo.SHUFFLED, "answered.json")
 SIZES = {"full": demo.FULL, "quick": demo.QUICK}
 
 
@@ -98,14 +98,15 @@ def test_the_summary_holds_the_table_the_commands_and_the_files(done: Done) -> N
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("from_codes.json", lambda metrics: metrics | {"hits@3": metrics["hits@3"] - 0.001}, "was recorded"),
-        ("shuffled.json", lambda metrics: metrics | {"mrr": 0.9}, "shuffled codes still give MRR 0.9000"),
+        (demo.RANKED, lambda metrics: metrics | {"hits@3": metrics["hits@3"] - 0.001}, "was recorded"),
+        (demo.SHUFFLED, lambda metrics: metrics | {"mrr": 0.9}, "shuffled codes still give MRR 0.9000"),
     ],
     ids=["another score from the integers", "a score without the codes"],
 )
 def test_a_score_that_is_not_the_codes_is_a_fault(
     done: Done, tmp_path: Path, file: str, change: Any, words: str
 ) -> None:
+    (tmp_path / "ranked").mkdir()
     for name in RECORDS:
         shutil.copy(done.out / name, tmp_path / name)
     assert demo.fault(demo.table(tmp_path)) is None

@@ -22,6 +22,7 @@ from lora_training.score_answers import report
 from tables import make_tables, results
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Row, collect, groups, keep, stat
 from tables.rows import public_hashes
+from tables.system import BASELINES
 from tables.table_formats import Cell, Column, Line, Table, cell_text, to_csv, to_latex, to_markdown
 from tests.test_latex import check_latex
 
@@ -337,7 +338,8 @@ def test_a_run_dumped_before_its_end_is_another_setting(tmp_path: Path) -> None:
     [
         ({"control": "unquantized"}, "4 vectors, DistMult, {}no quantizer{}control: unquantized)"),
         ({"control": "random_codes"}, "RQ 4 x 4 of 256, DistMult, {}random quantizer{}control: random codes)"),
-        ({"quantizer": "random"}, "random 4 x 4 of 256, DistMult, {}random quantizer{}control: random codes)"),
+        ({"quantizer": "random"}, "RQ 4 x 4 of 256, DistMult, {}random quantizer{}control: random codes)"),
+        ({"quantizer": "none"}, "4 vectors, DistMult, {}no quantizer{}control: unquantized)"),
         ({"control": "posthoc"}, "RQ 4 x 4 of 256, DistMult, {}k-means quantizer{}control: codes made after training)"),
     ],
 )
@@ -359,7 +361,8 @@ def as_control(record: Record, change: dict[str, str]) -> Record:
     left_out = ("shape", "outputs", "codes", "valid_mrr_by_levels", "mrr_before_collision_pass", "test_shuffled_codes")
     record = {name: value for name, value in record.items() if name not in left_out}
     history = [epoch for epoch in record["history"] if epoch["phase"] != "codes"]
-    return record | {"args": record["args"] | change, "history": history, "control": change.get("control")}
+    control = change.get("control") or BASELINES[change["quantizer"]]
+    return record | {"args": record["args"] | change, "history": history, "control": control}
 
 
 def test_every_line_states_the_facts(tmp_path: Path) -> None:
