@@ -89,7 +89,7 @@ def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
                  "--num_quantizers", "2", "--init_dim", "64", "--gcn_dim", "64", "--code_dim", "16", "--gcn_layers",
                  "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256", "--device", "cpu",
                  "--out_dir", folder, "--checkpoint_dir", f"{folder}/checkpoints"]  # fmt: skip
-        run_rq.train(run_rq.parse_args(flags))
+        run_rq.train(run_rq.parse_config(flags))
         codes = load_torch(Path(folder) / "family_4_64_2_rq.pt", "codes")
         record = read_json(Path(folder) / "family_4_64_2_rq.json", "record")
         assert list(codes.shape) == [1000, 4, 2] and codes.dtype == torch.int64

@@ -45,7 +45,6 @@ from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
 if TYPE_CHECKING:
     import torch
 
-    from model.ensemble import JointScorer
     from model.RQGCN import CodeScorer
 
 Ints = NDArray[np.int64]
@@ -396,7 +395,7 @@ def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph
 
 
 def top_candidates(
-    scorer: CodeScorer | JointScorer,
+    scorer: CodeScorer,
     relations: torch.Tensor,
     codes: torch.Tensor,
     kg: KnowledgeGraph,

@@ -39,9 +39,9 @@ from model.precision import FULL
 from model.relational_graph import RelationalGraph
 
 # The paper's setting; what differs from run_rq.py's defaults.
-PAPER = ["--seq_len", "32", "--num_code", "2048", "--epoch", "800"]
-TOY = ["--seq_len", "4", "--num_code", "32", "--num_quantizers", "2", "--epoch", "2", "--init_dim", "32",
-       "--gcn_dim", "32", "--decoder", "distmult"]  # fmt: skip
+PAPER = ["--config", "/dev/null", "--seq_len", "32", "--num_code", "2048", "--epoch", "800"]
+TOY = ["--config", "/dev/null", "--seq_len", "4", "--num_code", "32", "--num_quantizers", "2", "--epoch", "2",
+       "--init_dim", "32", "--gcn_dim", "32", "--decoder", "distmult"]  # fmt: skip
 RESERVE_S = 45  # after training: ranking from the dump, writing
 LIMIT_MB = 60
 COLUMNS = {"check": "<", "ms": ".3f", "floor_ms": ".3f", "share": ".2f", "ratio": ".2f", "error": ".1e", "note": "<"}
@@ -144,7 +144,9 @@ def train(args: argparse.Namespace, flags: list[str], seconds: float) -> list[Ro
         except subprocess.TimeoutExpired:  # the checkpoint of the last whole epoch is there
             process.terminate()
             process.wait()
-            code = subprocess.run([*words, "--restore", "--dump_only"], stdout=log, stderr=subprocess.STDOUT).returncode
+            done = load_torch(checkpoint, "checkpoint")["last"]["epoch"]
+            stop = ["--restore", "--epoch", str(done)]
+            code = subprocess.run([*words, *stop], stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         last = (args.out / "train.log").read_text().strip().splitlines()[-1:]
         raise InputError(f"run_rq.py ended with {code}: {' '.join(last)}")
@@ -171,9 +173,7 @@ def keep_results(out: Path, record: Row, codes_file: Path, checkpoint: Path) -> 
     # what run_rq.py --eval_codes CODES --checkpoint decoder.pt reads of a checkpoint, and no more
     save_torch(
         {
-            "config": stored["config"],
-            "comparable": stored["comparable"],
-            "trained_on": stored.get("trained_on"),  # checkpoints of before have none
+            **{key: stored[key] for key in ("format", "config", "inputs", "model", "trained_on")},
             "last": {"model": {}, **last},
             "best": {"model": scorer, "relations": best["relations"].cpu(), **slim},
         },

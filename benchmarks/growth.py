@@ -43,8 +43,8 @@ from common.files import read_json, write_json
 from common.record import make_record
 from model.evaluation import evaluate_codes
 from model.precision import keep_freed_memory
-from model.recommended import EXACT_UP_TO, encoder_pace
-from model.trainer import Phase
+from model.schedule import CODES
+from model.sizes import EXACT_UP_TO, encoder_pace
 
 MODEL = [
     "--gcn_dim", "128", "--init_dim", "128", "--gcn_layers", "1", "--gcn_drop", "0", "--tf_layers", "0",
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> Row:
     draw_seconds = time.perf_counter() - start
     flags = [*MODEL, "--batch", str(args.batch), "--encoder_every", str(args.encoder_every), "--seed", str(args.seed)]
     trainer = make_trainer(kg, [*flags, "--num_negatives", str(negatives)], Path("unused"))
-    trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
+    trainer._start_epoch(CODES)  # k-means, once per run
     steps = min(max(args.steps, args.encoder_every), steps_per_epoch(trainer))
     if args.warm_steps:
         run_steps(trainer, args.warm_steps)

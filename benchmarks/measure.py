@@ -127,20 +127,19 @@ def make_trainer(
     kg: KnowledgeGraph, flags: Sequence[str], checkpoint: Path, device: torch.device | str = "cpu"
 ) -> Trainer:
     """The trainer that ``run_rq.py FLAGS`` would make for ``kg``; it is seeded and has trained nothing yet."""
+    from common.config import parse_config
     from common.record import seed_everything
     from model.inputs import load_text
-    from model.RQGCN import RQGCN
-    from model.trainer import Trainer, TrainSettings
-    from run_rq import choose_levels, model_arguments, parse_args
+    from model.RQGCN import RQGCN, model_arguments
+    from model.sizes import with_sizes
+    from model.trainer import Trainer
 
-    args = parse_args(list(flags))
-    choose_levels(args, kg)
-    seed_everything(args.seed)
-    text = load_text(args.text_emb, kg.num_entities)
-    config = model_arguments(args, text)
-    model = RQGCN(kg.num_entities, kg.num_relations, **config)
-    settings = TrainSettings(**{key: getattr(args, key) for key in TrainSettings.__dataclass_fields__})
-    return Trainer(kg, model, settings, checkpoint, config, {}, text, device, lambda line: None)
+    config = with_sizes(parse_config(list(flags)), kg.num_entities, kg.num_relations, len(kg.train))
+    seed_everything(config.seed)
+    text = load_text(config.text_emb, kg.num_entities)
+    model_args = model_arguments(config, None if text is None else text.shape[1])
+    model = RQGCN(kg.num_entities, kg.num_relations, **model_args)
+    return Trainer(kg, model, config, checkpoint, model_args, {}, text, device, lambda line: None)
 
 
 @contextmanager
@@ -201,7 +200,7 @@ def run_steps(trainer: Trainer, steps: int) -> float:
     try:
         finish(trainer.device)
         start = time.perf_counter()
-        trainer._train_epoch()
+        trainer._train_epoch(trainer.phase())
         finish(trainer.device)
         return time.perf_counter() - start
     finally:
@@ -209,7 +208,7 @@ def run_steps(trainer: Trainer, steps: int) -> float:
 
 
 def steps_per_epoch(trainer: Trainer) -> int:
-    return -(-len(trainer.heads) // trainer.settings.batch)
+    return -(-len(trainer.heads) // trainer.config.batch)
 
 
 DATASET = ROOT / "data" / "FB15k-237"

@@ -46,7 +46,8 @@ from common.device import find_device
 from common.errors import run_command
 from data.knowledge_graph import KnowledgeGraph
 from model.precision import FULL, keep_freed_memory
-from model.trainer import Phase, Trainer
+from model.schedule import CODES
+from model.trainer import TRAINING_PRECISION, Trainer
 
 INSIDE = ("_scorer_step", "_encoder_step", "_refresh", "optimizer.step")
 SHOWN_OPERATORS = 12
@@ -97,14 +98,14 @@ def ready_trainer(kg: KnowledgeGraph, flags: list[str], device: torch.device | s
     """A trainer in the middle of its codes phase, warmed up by a cycle."""
     words = ["--warmup_epochs", "0", "--freeze_at", "1", "--frozen_noise", "0", "--weight_average", "0"]
     trainer = make_trainer(kg, [*flags, *words], folder / "unused.pt", device)
-    trainer._start_epoch(Phase(0.0, "codes"))  # k-means, once per run
+    trainer._start_epoch(CODES)  # k-means, once per run
     run_steps(trainer, cycle_of(trainer))
     return trainer
 
 
 def cycle_of(trainer: Trainer) -> int:
     """Steps from one assignment to the next."""
-    every, assigned = trainer.settings.encoder_every, trainer.settings.assign_every
+    every, assigned = trainer.config.encoder_every, trainer.schedule.assign_every(len(trainer._batches()))
     return -(-assigned // every) * every
 
 
@@ -127,7 +128,7 @@ def profile_step(trainer: Trainer, cycles: int, rates: Mapping[str, float]) -> l
         run_steps(trainer, cycle)
     rows: list[Row] = []
     for part in INSIDE:
-        rate = rates[FULL if part == "_refresh" else trainer.settings.matmul_precision]
+        rate = rates[FULL if part == "_refresh" else TRAINING_PRECISION]
         rows.append({
             "part": STEP_PARTS[part], "calls": best.calls.get(part, 0) / cycle,
             "ms": 1e3 * best.seconds.get(part, 0.0) / cycle, "gflop": counted.flops.get(part, 0) / 1e9 / cycle,
@@ -191,13 +192,13 @@ def main() -> int:
     flags = [*RECIPE, *words[cut + 1 :], "--device", args.device]
     with tempfile.TemporaryDirectory() as folder:
         trainer = ready_trainer(kg, flags, args.device, Path(folder))
-        settings = {trainer.settings.matmul_precision, FULL}
+        settings = {TRAINING_PRECISION, FULL}
         rates = {precision: matmul_rate(precision, args.device) for precision in settings}
         rows = profile_step(trainer, args.cycles, rates)
         top = operators(trainer)
     cycle = cycle_of(trainer)
     print(f"{kg.name}, {args.device}, {args.threads} threads, flags: {' '.join(flags)}")
-    print(f"per step, over cycles of {cycle} steps with one encoder pass per {trainer.settings.encoder_every}")
+    print(f"per step, over cycles of {cycle} steps with one encoder pass per {trainer.config.encoder_every}")
     print_table(rows, PROFILE_COLUMNS)
     print("ratio: time over floor, the part's matrix products alone at the rate measured here\n")
     print_table(top, {"operator": "<", "calls": "d", "ms": ".2f", "share": ".3f"})

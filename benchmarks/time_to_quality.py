@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import DATASET, FAMILY, Row, benchmark_parser, print_table, write_rows
+from common.config import parse_config
 from common.errors import InputError, content_of, run_command
 from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph
@@ -35,12 +36,11 @@ from model.losses import gather_targets
 from model.precision import keep_freed_memory
 from model.RQGCN import RQGCN
 from model.trainer import Trainer
-from run_rq import parse_args
 
 # The recommended CPU recipe, as flags of run_rq.py
 RECIPE = ["--config", str(ROOT / "configs" / "FB15k-237_4x4_cpu.txt")]
-ORIGINAL = ["--loss", "bce", "--batch", "1024", "--lr", "0.0005", "--gcn_layers", "2", "--gcn_dim", "200",
-            "--init_dim", "200", "--decoder", "conve", "--lr_schedule", "constant", "--device", "cpu"]  # fmt: skip
+ORIGINAL = ["--config", "/dev/null", "--loss", "bce", "--batch", "1024", "--lr", "0.0005", "--gcn_layers", "2",
+            "--gcn_dim", "200", "--init_dim", "200", "--decoder", "conve", "--device", "cpu"]  # fmt: skip
 
 
 # ---------------------------------------------------------------- ours
@@ -49,7 +49,7 @@ ORIGINAL = ["--loss", "bce", "--batch", "1024", "--lr", "0.0005", "--gcn_layers"
 def train_ours(dataset: Path, flags: list[str], minutes: float, threads: int, folder: Path) -> dict[str, Any]:
     """The run record of run_rq.py with these flags."""
     words = [sys.executable, str(ROOT / "run_rq.py"), *flags, "--dataset", str(dataset), "--max_minutes", str(minutes),
-             "--out_dir", str(folder / "codes"), "--checkpoint_dir", str(folder), "--device", "cpu", "--no_test",
+             "--out_dir", str(folder / "codes"), "--checkpoint_dir", str(folder), "--device", "cpu", "--split", "valid",
              "--num_workers", str(threads)]  # fmt: skip
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -93,7 +93,7 @@ def original_model(kg: KnowledgeGraph, flags: list[str], folder: Path) -> Traine
     from benchmarks.measure import make_trainer
     from benchmarks.message_passing import PerEdgeLayer
 
-    recipe = parse_args(flags)
+    recipe = parse_config(flags)
     size = [f"--{name}={getattr(recipe, name)}" for name in ("seq_len", "num_code", "num_quantizers")]
     trainer = make_trainer(kg, [*size, *ORIGINAL], folder / "unused.pt")
     encoder = trainer.model.encoder
@@ -112,9 +112,9 @@ def original_step(trainer: Trainer, model: RQGCN, batch: torch.Tensor) -> torch.
     labels = torch.zeros_like(scores)
     rows, columns = gather_targets(trainer.indptr, trainer.targets, batch)
     labels[rows, columns] = 1
-    smoothing = trainer.settings.lbl_smooth
+    smoothing = trainer.config.lbl_smooth
     labels = (1 - smoothing) * labels + smoothing / labels.shape[1]
-    return F.binary_cross_entropy_with_logits(scores, labels) + trainer.settings.vq_weight * quantized.total_loss
+    return F.binary_cross_entropy_with_logits(scores, labels) + trainer.config.vq_weight * quantized.total_loss
 
 
 def train_original(kg: KnowledgeGraph, flags: list[str], minutes: float, folder: Path) -> Row:
@@ -122,7 +122,7 @@ def train_original(kg: KnowledgeGraph, flags: list[str], minutes: float, folder:
     from model.evaluation import evaluate_codes
 
     trainer = original_model(kg, flags, folder)
-    model, settings = trainer.model, trainer.settings
+    model, settings = trainer.model, trainer.config
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.l2)
     model.train()
     start, steps, epoch_ends = time.perf_counter(), 0, []

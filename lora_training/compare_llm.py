@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +81,7 @@ Recipe = dict[str, dict[str, Any]]
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
-    "codes": {"seq_len": 1, "num_code": 128, "num_quantizers": 4, "code_dim": 128, "assign_every": 2},
+    "codes": {"seq_len": 1, "num_code": 128, "num_quantizers": 4, "code_dim": 128},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
              "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
     "data": {"num_candidates": 20},
@@ -176,7 +177,7 @@ def stage1_steps(
     """Training of stage 1 on ``dataset`` with the flags ``values``, and the words that rank from its codes."""
     stem = stem_of(dataset.name, values)
     codes, checkpoint = folder / f"{stem}.pt", folder / "checkpoints" / f"{stem}.pt"
-    words = ["run_rq.py", "--dataset", str(dataset), *flags(values), "--seed", str(seed)]
+    words = ["run_rq.py", "--config", os.devnull, "--dataset", str(dataset), *flags(values), "--seed", str(seed)]
     words += ["--out_dir", str(folder), "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]
     ranking = ["run_rq.py", "--dataset", str(dataset), "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
     return Step(name, words, [codes, codes.with_suffix(".json"), checkpoint]), ranking

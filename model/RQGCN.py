@@ -7,15 +7,17 @@ the model are the scores that the dumped integers give.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from common.config import Config
 from model.CompGCN import CompGCN
 from model.decoders import JointDecoder, make_decoder
-from model.entity_inputs import LEARNED, MEANT, TEXT, EntityInputs, sources_of
-from model.members import MemberCompGCN, linear
+from model.entity_inputs import LEARNED, TEXT, EntityInputs, sources_of
+from model.members import linear
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import RQCodebook
 
@@ -27,15 +29,23 @@ class Encoded(NamedTuple):
     relations: Tensor  # [2R, D], for the decoder
 
 
-def scorer_of(config: dict[str, Any], best: dict[str, Any], device: torch.device | str) -> tuple[CodeScorer, Tensor]:
+def model_arguments(config: Config, text_dim: int | None) -> dict[str, Any]:
+    """The arguments of RQGCN, by name, that the settings stand for; ``text_dim``: T, None without text embeddings."""
+    names = ["init_dim", "inputs", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
+             "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend", "ensemble"]  # fmt: skip
+    return {name: getattr(config, name) for name in names} | {"composition": config.opn, "text_dim": text_dim}
+
+
+def scorer_of(
+    args: Mapping[str, Any], best: Mapping[str, Any], device: torch.device | str
+) -> tuple[CodeScorer, Tensor]:
     """(CodeScorer, relations [2R, D]) of a checkpoint's best epoch: all that ranking from integers needs.
 
-    ``config``: the model's arguments. Raises KeyError or RuntimeError where the entries are not there or do not fit.
+    ``args``: the model's arguments. Raises KeyError or RuntimeError where the entries are not there or do not fit.
     """
-    dim = config["gcn_dim"] if config["gcn_layers"] else config["init_dim"]
-    names = ("seq_len", "num_code", "num_quantizers", "code_dim", "decoder", "decoder_drop", "codebook")
-    members = config.get("ensemble", 1)  # checkpoints of before have no such entry
-    scorer = CodeScorer(dim=dim, ensemble=members, **{name: config[name] for name in names})
+    dim = args["gcn_dim"] if args["gcn_layers"] else args["init_dim"]
+    names = ("seq_len", "num_code", "num_quantizers", "code_dim", "decoder", "decoder_drop", "ensemble")
+    scorer = CodeScorer(dim=dim, **{name: args[name] for name in names})
     prefix = "scorer."
     scorer.load_state_dict(
         {name.removeprefix(prefix): value for name, value in best["model"].items() if name.startswith(prefix)}
@@ -49,7 +59,7 @@ class CodeScorer(nn.Module):
     ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``;
     ``ensemble``: members, each of which decodes its own part of the L * code_dim numbers to its own D / members numbers
     and scores by these; the score is the sum of theirs. The parts are equal runs of these numbers: whole positions
-    where members divide L; else a part begins or ends within a position, whose codes then speak to several members.
+    where the number of members divides L; else several members read one position.
     """
 
     def __init__(
@@ -61,7 +71,6 @@ class CodeScorer(nn.Module):
         dim: int,
         decoder: str = "conve",
         decoder_drop: float | None = None,
-        codebook: dict[str, Any] | None = None,
         ensemble: int = 1,
     ) -> None:
         super().__init__()
@@ -69,7 +78,7 @@ class CodeScorer(nn.Module):
             raise ValueError(
                 f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and D = {dim} equally"
             )
-        self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers, **(codebook or {}))
+        self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers)
         self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
         # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
         nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)
@@ -93,13 +102,12 @@ class CodeScorer(nn.Module):
 class RQGCN(nn.Module):
     """CompGCN encoder, expansion to L positions, residual codebooks, decoder.
 
-    ``init_dim``: width of the learned inputs; ``gcn_dim``: D; ``gcn_layers`` 0 leaves the graph out (the ablation
-    "w/o GCN"); ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
-    ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8, None without; ``codebook``: further arguments
-    of RQCodebook; ``text_init`` adds projected text embeddings to the learned inputs (``encode`` then takes them);
-    ``ensemble``: members that share all widths and the L positions' vectors out among them (``CodeScorer``); codebooks
-    and transformer blocks are common to all; ``inputs``: what each member starts from, as ``entity_inputs.sources_of``
-    reads it, in place of ``text_init``; ``text_neighbours``: entities that the source "neighbours" means (None: 10).
+    ``init_dim``: width of the learned inputs; ``inputs``: what the encoder (each ensemble member) starts from, see
+    ``entity_inputs.sources_of``; ``gcn_dim``: D; ``gcn_layers`` 0 leaves the graph out (the ablation "w/o GCN") and
+    D is ``init_dim``; ``code_dim``: width of a code vector; ``tf_layers`` transformer blocks over the L positions with
+    ``att_head`` heads; ``text_dim``: T of the text embeddings for Eq. 8 and ``inputs``, None without; ``ensemble``:
+    members that share all widths and the L positions' vectors (``CodeScorer``), without graph layers; codebooks and
+    transformer blocks are common to all. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class RQGCN(nn.Module):
         num_relations: int,
         *,
         init_dim: int = 200,
+        inputs: str = LEARNED,
         gcn_dim: int = 200,
         gcn_layers: int = 2,
         composition: str = "mult",
@@ -123,49 +132,31 @@ class RQGCN(nn.Module):
         decoder: str = "conve",
         decoder_drop: float | None = None,
         text_dim: int | None = None,
-        codebook: dict[str, Any] | None = None,
-        text_init: bool = False,
         ensemble: int = 1,
-        inputs: str | None = None,
-        text_neighbours: int | None = None,
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
-        if ensemble < 1 or any(size % ensemble for size in (seq_len * code_dim, init_dim, width)):
-            raise ValueError(
-                f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and the widths {init_dim} and "
-                f"{width} equally"
-            )
-        if tf_layers and seq_len % ensemble:
-            raise ValueError(
-                f"{ensemble} members cannot share L = {seq_len} positions equally, which transformer blocks ask for "
-                "(--tf_layers 0 does not)"
-            )
+        _check_sharing(ensemble, seq_len, code_dim, init_dim, gcn_layers, tf_layers)
         self.seq_len, self.code_dim, self.members = seq_len, code_dim, ensemble
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
         nn.init.xavier_normal_(self.entity_embedding)
         nn.init.xavier_normal_(self.relation_embedding)
-        sources = sources_of(inputs or (f"{LEARNED}+{TEXT}" if text_init else LEARNED), ensemble)
+        sources = sources_of(inputs, ensemble)
         with_text = [member for member, own in enumerate(sources) if own != {LEARNED}]
         if with_text and not text_dim:
-            raise ValueError(
-                f"inputs {'+'.join(sorted(sources[with_text[0]]))} start from text embeddings: give text_dim"
-            )
-        self.inputs = EntityInputs(sources, init_dim, text_neighbours or MEANT)
+            raise ValueError(f"inputs {inputs} need text embeddings: give text_dim")
+        self.inputs = EntityInputs(sources, init_dim)
         self.text_projection = (
             nn.Linear(text_dim or 0, init_dim, bias=False) if any(TEXT in own for own in sources) else None
         )
-        # a member without text beside one with text is there to know other things: Eq. 8 leaves it alone
-        self.told = with_text or list(range(ensemble))
-        encoders = [
-            CompGCN(
-                gcn_layers, init_dim // ensemble, gcn_dim // ensemble, width // ensemble, num_relations,
-                composition=composition, dropout=gcn_drop, act=act, backend=graph_backend,
-            )
-            for _ in range(ensemble)
-        ]  # fmt: skip
-        self.encoder = encoders[0] if ensemble == 1 else MemberCompGCN(encoders)
+        # a member without text beside one with text is there to learn other things: Eq. 8 does not train it
+        members_of_loss = with_text or list(range(ensemble))
+        self.register_buffer("members_of_loss", torch.tensor(members_of_loss), persistent=False)
+        self.encoder = CompGCN(
+            gcn_layers, init_dim // ensemble, gcn_dim // ensemble, width // ensemble, num_relations,
+            composition=composition, dropout=gcn_drop, act=act, backend=graph_backend,
+        )  # fmt: skip
         self.ffn = linear(ensemble, width, seq_len * code_dim)
         self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
         self.transformer = nn.ModuleList(
@@ -176,14 +167,12 @@ class RQGCN(nn.Module):
         )
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
-        self.scorer = CodeScorer(
-            seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, codebook, ensemble
-        )  # fmt: skip
+        self.scorer = CodeScorer(seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, ensemble)
         self.W_s = linear(ensemble, width, ensemble * text_dim) if text_dim else None
 
     @property
     def rq_codebook(self) -> RQCodebook:
-        """The residual codebooks (they live in the half that survives without the encoder)."""
+        """The residual codebooks: part of the scorer, which needs no encoder."""
         return self.scorer.rq_codebook
 
     def relation_parameters(self) -> list[Tensor]:
@@ -197,7 +186,7 @@ class RQGCN(nn.Module):
     def encode(self, g: RelationalGraph, text: Tensor | None = None) -> Encoded:
         """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim.
 
-        text [M, T]: looked at where a member starts from it.
+        text [M, T]: needed where a member starts from it.
         """
         projection = None if self.text_projection is None else self.text_projection.weight
         e = self.inputs(self.entity_embedding, text, projection)
@@ -211,14 +200,14 @@ class RQGCN(nn.Module):
         return Encoded(z, relations)
 
     def semantic_loss(self, q: Tensor, text: Tensor) -> Tensor:
-        """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities (and
-        over the members of an ensemble, each of which has to tell the text; where some start from it, these alone)."""
+        """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities and
+        ensemble members (where some members start from text, over these alone)."""
         if self.W_s is None:
             raise ValueError("the model was built without text_dim, so it has no W_s for the semantic loss")
-        told = self.W_s(q).view(len(q), self.members, -1)
-        if len(self.told) < self.members:
-            told = told[:, self.told]
-        return (told - text.unsqueeze(1)).square().sum(dim=2).mean()
+        predicted = self.W_s(q).view(len(q), self.members, -1)  # [N, members, T]
+        if len(self.members_of_loss) < self.members:
+            predicted = predicted.index_select(1, self.members_of_loss)
+        return (predicted - text.unsqueeze(1)).square().sum(dim=2).mean()
 
     @torch.no_grad()
     def clean_z(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
@@ -238,3 +227,18 @@ class RQGCN(nn.Module):
     def cal_allent_codes_emds(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
         """Vectors that those codes stand for, [M, L, code_dim]."""
         return self.rq_codebook.decode_from_codes(self.cal_allent_codes(g, text))
+
+
+def _check_sharing(ensemble: int, seq_len: int, code_dim: int, init_dim: int, gcn_layers: int, tf_layers: int) -> None:
+    """ValueError where ensemble members cannot share the widths equally."""
+    if ensemble < 1 or any(size % ensemble for size in (seq_len * code_dim, init_dim)):
+        raise ValueError(
+            f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and the width {init_dim} equally"
+        )
+    if ensemble > 1 and gcn_layers:
+        raise ValueError(f"an ensemble of {ensemble} has no graph layers, but gcn_layers is {gcn_layers}")
+    if tf_layers and seq_len % ensemble:
+        raise ValueError(
+            f"{ensemble} members cannot share L = {seq_len} positions equally, as transformer blocks need it "
+            "(--tf_layers 0 does not)"
+        )

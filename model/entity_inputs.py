@@ -1,6 +1,6 @@
-"""What the encoder starts from: vectors learned per entity, projected texts, what an entity's nearest by text learned.
+"""What the encoder starts from: vectors learned per entity, projected texts, the mean vector of the nearest by text.
 
-Members of an ensemble may start from different sources, since models that know different things err apart.
+Ensemble members may start from different sources: members that differ make different errors.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 LEARNED, TEXT, NEIGHBOURS = SOURCES = ("learned", "text", "neighbours")
-MEANT = 10  # neighbours, where no number is given
-TEMPERATURE = 0.1  # of cosines: a neighbour at .5 weighs a seventh of one at .7
+NUM_NEIGHBOURS = 10
+TEMPERATURE = 0.1  # of cosines: a neighbour at .5 has a seventh of the weight of one at .7
 ROWS_AT_ONCE = 2**24  # of cosines: 64 MB
 
 
 class Neighbours(NamedTuple):
-    """The nearest entities of each by text: who, int64 [M, N], and their weights [M, N], 1 in sum."""
+    """The nearest entities of each by text: ids, int64 [M, N], and their weights [M, N], 1 in sum."""
 
     entities: Tensor
     weights: Tensor
 
     def mean(self, vectors: Tensor) -> Tensor:
-        """Weighted means of the neighbours' rows: vectors [M, W] -> [M, W]; an entity's own row takes no part."""
+        """Weighted means of the neighbours' rows: vectors [M, W] -> [M, W], without an entity's own row."""
         found: Tensor = F.embedding_bag(self.entities, vectors, per_sample_weights=self.weights, mode="sum")
         return found
 
 
 @torch.no_grad()
-def nearest_by_text(text: Tensor, count: int) -> Neighbours:
-    """The ``count`` others (all, where there are fewer) with the highest cosine to each of text [M, T], weighed by a
+def nearest_by_text(text: Tensor, count: int = NUM_NEIGHBOURS) -> Neighbours:
+    """The ``count`` others (all, where there are fewer) with the highest cosine to each of text [M, T], weighted by a
     softmax of cosine / TEMPERATURE. Exact: M^2 T products.
 
     As in the retrieval of kNN-KGE (Zhang et al. 2022, arXiv 2201.05575), but of inputs instead of answers.
@@ -58,21 +58,21 @@ def sources_of(inputs: str, members: int) -> list[frozenset[str]]:
     if unknown:
         raise ValueError(f"inputs {inputs} name {unknown[0]!r}, expected {', '.join(SOURCES)} joined by +")
     if len(found) not in (1, members):
-        raise ValueError(f"inputs {inputs} are of {len(found)} members, but there are {members}: give 1 or {members}")
+        raise ValueError(f"inputs {inputs} are for {len(found)} members, but there are {members}: give 1 or {members}")
     return found * members if len(found) == 1 else found
 
 
 class EntityInputs(nn.Module):
     """The encoder's inputs [M, width], each member's slice the sum of its own sources.
 
-    ``sources``: one set per member; ``count``: neighbours of each entity.
+    ``sources``: one set per member.
     """
 
-    def __init__(self, sources: list[frozenset[str]], width: int, count: int) -> None:
+    def __init__(self, sources: list[frozenset[str]], width: int) -> None:
         super().__init__()
         if len(set(sources)) == 1:
             sources = sources[:1]  # one slice for all
-        self.sources, self.size, self.count = sources, width // len(sources), count
+        self.sources, self.size = sources, width // len(sources)
         self._near: tuple[Tensor, Neighbours] | None = None  # of the text that they were found by
 
     def forward(self, learned: Tensor, text: Tensor | None = None, projection: Tensor | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class EntityInputs(nn.Module):
             own = learned if len(self.sources) == 1 else learned[:, part]
             terms = [own] if LEARNED in sources else []
             if sources != {LEARNED} and text is None:
-                raise ValueError("the model starts from text embeddings: encode(g, text) needs them")
+                raise ValueError("the model's inputs are text embeddings: encode(g, text) needs them")
             if TEXT in sources:
                 assert text is not None and projection is not None
                 terms.append(F.linear(text, projection[part]))
@@ -98,5 +98,5 @@ class EntityInputs(nn.Module):
 
     def _neighbours(self, text: Tensor) -> Neighbours:
         if self._near is None or self._near[0] is not text:
-            self._near = text, nearest_by_text(text, self.count)
+            self._near = text, nearest_by_text(text)
         return self._near[1]

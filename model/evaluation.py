@@ -10,7 +10,6 @@ from torch import Tensor
 
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.data_parallel import World
-from model.ensemble import JointScorer
 from model.losses import SCORES_AT_ONCE
 from model.ranking import filtered_ranks, summarize
 from model.RQGCN import CodeScorer
@@ -18,7 +17,7 @@ from model.RQGCN import CodeScorer
 
 @torch.no_grad()
 def evaluate_vectors(
-    scorer: CodeScorer | JointScorer,
+    scorer: CodeScorer,
     relations: Tensor,
     q_all: Tensor,
     kg: KnowledgeGraph,
@@ -65,7 +64,7 @@ def evaluate_vectors(
 
 @torch.no_grad()
 def evaluate_codes(
-    scorer: CodeScorer | JointScorer,
+    scorer: CodeScorer,
     relations: Tensor,
     codes: Tensor,
     kg: KnowledgeGraph,

@@ -1,22 +1,30 @@
-"""Ranking from dumped integers: metrics, candidates and predictions, with no encoder in sight."""
+"""Ranking from dumped integers: metrics, candidates and predictions; no encoder is built."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import load_codes
+from common.config import Config
 from common.errors import InputError
 from common.files import write_json
-from model.inputs import check_entities, check_trained_on, choose_device, load_graph, load_scorer
+from model.inputs import check_entities, choose_device, load_graph, load_scorer
 
 if TYPE_CHECKING:
     import torch
 
     from data.knowledge_graph import KnowledgeGraph
-    from model.ensemble import JointScorer
     from model.RQGCN import CodeScorer
+
+
+class Scored(NamedTuple):
+    """All that ranking needs: the integers and what turns them into scores."""
+
+    scorer: CodeScorer
+    relations: torch.Tensor  # [2R, D]
+    codes: torch.Tensor  # int64 [M, L, Q]
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -27,131 +35,101 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     )
 
 
-def load_scored_codes(
-    args: argparse.Namespace, kg: KnowledgeGraph, device: torch.device
-) -> tuple[CodeScorer | JointScorer, torch.Tensor, torch.Tensor]:
-    """(scorer, relations [2R, D], codes [M, L, Q]) from --checkpoint and --eval_codes, checked against each other."""
-    import torch
-
-    from model.ensemble import JointScorer
-    from model.evaluation import shuffled
+def load_scored_codes(checkpoint: Path, codes_file: Path, kg: KnowledgeGraph, device: torch.device) -> Scored:
+    """The scorer of a checkpoint and the codes to rank from; InputError where they or the graph do not fit."""
     from model.trainer import codes_hash
 
-    loaded = [load_scorer(path, kg, device) for path in args.checkpoint]
-    codebook = loaded[0].scorer.rq_codebook
-    codes = load_codes(args.eval_codes, kg.num_entities, codebook.num_codes)
-    for path, one in zip(args.checkpoint, loaded, strict=True):
-        there = one.scorer.rq_codebook
-        wanted = [one.seq_len, there.num_quantizers]
-        if list(codes.shape[1:]) != wanted:
-            raise InputError(
-                f"--eval_codes {args.eval_codes} has [L, Q] = {list(codes.shape[1:])}, the checkpoint {path.name} "
-                f"expects {wanted}"
-            )
-        if there.num_codes != codebook.num_codes:
-            raise InputError(
-                f"--checkpoint {path} has {there.num_codes} codes a level, {args.checkpoint[0].name} has "
-                f"{codebook.num_codes}; give checkpoints of the same codes"
-            )
-    check_entities(args.eval_codes, kg)
-    for path, one in zip(args.checkpoint, loaded, strict=True):
-        check_trained_on(f"--checkpoint {path}", *one.learned_from, kg)
-        if codes_hash(codes) != one.codes_sha256:
-            print(f"warning: {args.eval_codes} are not the codes of {path}'s best epoch", file=sys.stderr)
-    if args.shuffle_codes:
-        codes = shuffled(codes, args.seed)
-    if len(loaded) == 1:
-        return loaded[0].scorer, loaded[0].relations, codes.to(device)
-    joint = JointScorer([one.scorer for one in loaded]).eval()
-    return joint, torch.cat([one.relations for one in loaded], dim=1), codes.to(device)
+    loaded = load_scorer(checkpoint, kg, device)
+    codebook = loaded.scorer.rq_codebook
+    codes = load_codes(codes_file, kg.num_entities, codebook.num_codes)
+    wanted = [loaded.seq_len, codebook.num_quantizers]
+    if list(codes.shape[1:]) != wanted:
+        raise InputError(
+            f"--eval_codes {codes_file} has [L, Q] = {list(codes.shape[1:])}, the checkpoint {checkpoint.name} "
+            f"expects {wanted}"
+        )
+    check_entities(codes_file, kg)
+    if codes_hash(codes) != loaded.codes_sha256:
+        print(f"warning: {codes_file} are not the codes of the best epoch of {checkpoint}", file=sys.stderr)
+    return Scored(loaded.scorer, loaded.relations, codes.to(device))
 
 
-def eval_codes(args: argparse.Namespace) -> None:
-    """Rank --split from the integers of --eval_codes alone; no encoder is built."""
-    from model.evaluation import evaluate_codes
+def eval_codes(config: Config) -> None:
+    """Rank --split from the integers of --eval_codes alone, or print or write what is predicted from them."""
+    from model.evaluation import evaluate_codes, shuffled
 
-    device = choose_device(args)
-    kg = load_graph(args)
-    scorer, relations, codes = load_scored_codes(args, kg, device)
-    if args.predict:
-        predict(args, kg, scorer, relations, codes)
+    assert config.eval_codes is not None and config.checkpoint is not None
+    device = choose_device(config)
+    kg = load_graph(config)
+    scored = load_scored_codes(config.checkpoint, config.eval_codes, kg, device)
+    if config.shuffle_codes:
+        scored = scored._replace(codes=shuffled(scored.codes, config.seed))
+    if config.predict:
+        predict(config, kg, scored)
+    if config.export_candidates:
+        export_candidates(config, kg, scored)
+    if config.predict or config.export_candidates:
         return
-    if args.export_candidates:
-        export_candidates(args, kg, scorer, relations, codes)
-        return
-    metrics = evaluate_codes(scorer, relations, codes, kg, args.split)
-    print(
-        f"{args.split} from {'shuffled codes of ' if args.shuffle_codes else ''}{args.eval_codes}: "
-        f"{format_metrics(metrics)}"
-    )
+    metrics = evaluate_codes(*scored, kg, config.split)
+    of_whom = f"shuffled codes of {config.eval_codes}" if config.shuffle_codes else config.eval_codes
+    print(f"{config.split} from {of_whom}: {format_metrics(metrics)}")
     if "unseen" in metrics:
         print(
             f"  with an entity unseen in training ({metrics['unseen']['count']} queries): "
             f"{format_metrics(metrics['unseen'])}"
         )
-    if args.metrics_out:
-        write_json(metrics, args.metrics_out)
-        print(f"wrote {args.metrics_out}")
+    if config.out_dir:
+        path = config.out_dir / f"{config.eval_codes.stem}_{config.split}{'_shuffled' * config.shuffle_codes}.json"
+        write_json(metrics, path)
+        print(f"wrote {path}")
 
 
-def export_candidates(
-    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer | JointScorer,
-    relations: torch.Tensor, codes: torch.Tensor,
-) -> None:  # fmt: skip
+def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> None:
     """Write the --top candidates of every query of --split, both directions, for Class/gen_lp_data_rq.py.
 
-    Other answers known from train and valid are left out of the lists; the truth's own rank filters all splits.
+    Other answers known from train and valid are left out of the lists; the rank of the true tail filters all splits.
+    The file's header names checkpoint, codes and split, and says whether the codes were shuffled.
     """
     from Class.candidates import check_ending, top_candidates, write_candidates
 
-    check_ending(args.export_candidates)
-    found = top_candidates(
-        scorer, relations, codes, kg, args.split, count=args.top or 20, filter_splits=("train", "valid")
-    )
+    assert config.export_candidates is not None and config.eval_codes is not None and config.checkpoint is not None
+    path = config.export_candidates
+    check_ending(path)
+    found = top_candidates(*scored, kg, config.split, count=config.top, filter_splits=("train", "valid"))
     write_candidates(
-        args.export_candidates,
-        found,
-        kg,
-        model=" + ".join(path.name for path in args.checkpoint),
-        codes=args.eval_codes.name,
-        split=args.split,
-    )
-    print(
-        f"wrote {args.export_candidates}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries "
-        f"of {args.split}"
-    )
+        path, found, kg, model=config.checkpoint.name, codes=config.eval_codes.name, split=config.split,
+        shuffled_codes=config.shuffle_codes,
+    )  # fmt: skip
+    print(f"wrote {path}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries of {config.split}")
     print(
         "next, with one such file for valid and one for test: "
-        f"python Class/gen_lp_data_rq.py --candidates VALID TEST --codes {args.eval_codes}"
+        f"python Class/gen_lp_data_rq.py --candidates VALID TEST --codes {config.eval_codes}"
     )
 
 
-def predict(
-    args: argparse.Namespace, kg: KnowledgeGraph, scorer: CodeScorer | JointScorer,
-    relations: torch.Tensor, codes: torch.Tensor,
-) -> None:  # fmt: skip
+def predict(config: Config, kg: KnowledgeGraph, scored: Scored) -> None:
     """Print the --top tails of (HEAD, RELATION), known answers marked with their split."""
     import torch
 
     from data.knowledge_graph import find_name
 
-    head_word, relation_word = args.predict
+    assert config.predict is not None
+    head_word, relation_word = config.predict
     head = find_name(head_word, kg.entities, [kg.labels], "entity", "--predict")
     inverse = relation_word.startswith("~")
     relation_name = relation_word.removeprefix("~")
     relation = find_name(relation_name, kg.relations, [kg.relation_labels], "relation", "--predict")
     relation += kg.num_relations * inverse
-    scorer.eval()
     with torch.no_grad():
-        q_all = scorer.entity_vectors_from_codes(codes)
-        scores = scorer.scores(q_all[[head]], relations[[relation]], q_all)[0]
+        q_all = scored.scorer.eval().entity_vectors_from_codes(scored.codes)
+        scores = scored.scorer.scores(q_all[[head]], scored.relations[[relation]], q_all)[0]
     known: dict[int, str] = {}
     for split in ("test", "valid", "train"):
         answers = kg.answers(split)
         row = int(answers.rows([head], [relation])[0])
         if row >= 0:
             known |= dict.fromkeys(answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist(), split)
-    top = scores.topk(min(args.top or 10, len(scores)))
+    top = scores.topk(min(config.top, len(scores)))
     print(f"{kg.labels[head]} -- {relation_word} -->")
     for place, (score, tail) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
         mark = f"  known ({known[tail]})" if tail in known else ""

@@ -1,13 +1,73 @@
-"""A run that does not fit the memory: one line with the flags that make it smaller, and values that would fit."""
+"""Sizes that fit a graph, for settings that are "auto", and what to reduce where they do not fit the memory."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from common.config import AUTO, Config
 from common.device import memory_wanted
 from common.errors import InputError
+
+EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes (benchmarks/growth.py)
+SAMPLED = 4096  # entities drawn per step there
+
+
+def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
+    """Settings for a graph of M entities, R relations and E training triples: flag -> number.
+
+    - width D: 256 (128 for fewer than 500 entities, whose codes hold few bits)
+    - K: the largest power of two up to 1,024 with at least 3 entities per code
+    - B: the power of two nearest below E / 160, from 256 to 1,024 (FB15k-237 1,024, WN18RR 512)
+    - epochs: 80 up to 500,000 triples, fewer above, so that the number of steps stays about that of FB15k-237 x 2
+    - above 100,000 entities, the softmax is over 4,096 sampled entities and the encoder passes over the graph rarely
+    """
+    large = entities > EXACT_UP_TO
+    return {
+        "init_dim": 256 if entities >= 500 else 128,
+        "gcn_dim": 256 if entities >= 500 else 128,
+        "num_code": min(1024, max(16, _power_of_two(entities // 3))),
+        "batch": min(1024, max(256, _power_of_two(triples // 160))),
+        "epoch": max(5, min(80, 80 * 500_000 // max(1, triples))),
+        "num_negatives": SAMPLED if large else 0,
+        "encoder_every": encoder_pace(entities) if large else 2,
+    }
+
+
+def with_sizes(config: Config, entities: int, relations: int, triples: int) -> Config:
+    """``config`` with a number in place of every "auto"; one line says which.
+
+    ``code_dim``, where it is "auto", shares D out among the L positions. Raises InputError where widths do not fit.
+    """
+    found = sizes_for(entities, relations, triples)
+    chosen = {name: value for name, value in found.items() if getattr(config, name) == AUTO}
+    sized = dataclasses.replace(config, **chosen)
+    if config.code_dim == AUTO:
+        width = sized.gcn_dim if sized.gcn_layers else sized.init_dim
+        step = sized.att_head if sized.tf_layers else 1
+        chosen["code_dim"] = max(8 * step, width // sized.seq_len // step * step)
+        sized = dataclasses.replace(sized, code_dim=chosen["code_dim"])
+    if chosen:
+        flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
+        print(f"sizes for {entities:,} entities, {relations} relations, {triples:,} triples: {flags}")
+    if sized.tf_layers and sized.code_dim % sized.att_head:
+        raise InputError(f"--code_dim {sized.code_dim} is no multiple of --att_head {sized.att_head}; change one")
+    return sized
+
+
+def encoder_pace(entities: int) -> int:
+    """Scorer steps per pass of the encoder on a large graph: a pass reads the whole graph, a step does not."""
+    return max(64, 64 * entities // EXACT_UP_TO)
+
+
+def _power_of_two(value: int) -> int:
+    """The largest power of two up to ``value``, at least 1."""
+    return 1 << max(0, value.bit_length() - 1)
+
+
+# ---------------------------------------------------------------- out of memory
 
 
 def smaller_batch(batch: int, used: float, wanted: float, total: float, fixed: float) -> int:
@@ -21,40 +81,43 @@ def smaller_batch(batch: int, used: float, wanted: float, total: float, fixed: f
 
 
 @contextmanager
-def sizes_named(args: argparse.Namespace) -> Iterator[None]:
-    """Turn a lack of memory within the block into an InputError. ``args``: the flags of run_rq.py."""
+def explain_oom(config: Config) -> Iterator[list[Config]]:
+    """Turn a lack of memory within the block into an InputError that names smaller sizes.
+
+    Gives a list; the config with its sizes, once known, is appended to it by the caller.
+    """
+    latest = [config]
     try:
-        yield
+        yield latest
     except (RuntimeError, MemoryError) as error:
         memory = memory_wanted(error)
         if memory is None:
             raise
+        config = latest[-1]
         reason = " ".join(str(error).split(". ")[0].split()) or "no memory"
-        if args.eval_codes:
-            raise InputError(f"out of memory ({reason}); close other programs, or rank with --device cpu") from error
-        # how much the encoder keeps, whatever the batch, is not known here: a quarter of what was used is assumed
-        batch = smaller_batch(args.batch, memory.used, memory.wanted, memory.total, memory.used / 4)
-        sampled = args.num_negatives or args.loss != "ce" or args.teacher
-        negatives = "" if sampled else f" (or keep it and score --num_negatives {8 * batch} at a time)"
-        others = ", ".join(smaller_model(args))
+        if config.eval_codes or config.batch == AUTO:
+            raise InputError(f"out of memory ({reason}); close other programs, or use --device cpu") from error
+        # the encoder's part, which does not depend on the batch, is unknown here: a quarter of what was used is assumed
+        batch = smaller_batch(config.batch, memory.used, memory.wanted, memory.total, memory.used / 4)
+        exact = config.loss == "ce" and not config.num_negatives
+        negatives = f" (or keep it and score --num_negatives {8 * batch} at a time)" if exact else ""
+        others = ", ".join(smaller_model(config))
         raise InputError(
-            f"out of memory ({reason}); --batch {args.batch} is too large here, try --batch {batch}{negatives}"
+            f"out of memory ({reason}); --batch {config.batch} is too large here, try --batch {batch}{negatives}"
             f"{', else ' if others else ''}{others}; "
             "the last finished epoch is kept, and other flags are another run: --name and --out_dir"
         ) from error
 
 
-def smaller_model(args: argparse.Namespace) -> list[str]:
-    """The flags that make the model smaller, such as the others let stand: given codes have their levels, members share
-    the width out, and ComplEx halves what each has of it."""
+def smaller_model(config: Config) -> list[str]:
+    """Flags that make the model smaller and keep it valid: members share the width, ComplEx halves it."""
     found = []
-    # no number where reading the graph itself was too much
-    if isinstance(args.num_quantizers, int) and args.num_quantizers > 1 and not args.codes_from:
-        found.append(f"--num_quantizers {args.num_quantizers // 2}")
-    step, width = 2 * args.ensemble, "gcn_dim" if args.gcn_layers else "init_dim"
-    half = getattr(args, width) // 2 // step * step
-    if half:
+    if config.num_quantizers > 1:
+        found.append(f"--num_quantizers {config.num_quantizers // 2}")
+    step, width = 2 * config.ensemble, "gcn_dim" if config.gcn_layers else "init_dim"
+    half = getattr(config, width) // 2 // step * step
+    if half > 0:
         found.append(f"--{width} {half}")
-    if args.gcn_layers > 1 and not args.codes_from:
+    if config.gcn_layers > 1:
         found.append("--gcn_layers 1")
     return found

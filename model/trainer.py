@@ -1,9 +1,11 @@
-"""Training of RQGCN: epochs of 1-N queries, assignments, checkpoints that resume exactly, the best epoch.
+"""Training of RQGCN: epochs of 1-N queries, assignment of codes, checkpoints that resume exactly, the best epoch.
 
 One step (Eq. 9): the scorer sees only decoded codes; their gradient is handed, straight through, to the encoder,
-together with the quantization loss. The encoder acts on the scores through its codes alone, so its pass over the
-graph may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned anew
-at the first such pass after ``assign_every`` scorer steps, and at the end of an epoch.
+together with the quantization loss. The encoder changes the scores through its codes only, so its pass over the graph
+may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned anew at the
+first such pass after some scorer steps (``Schedule.assign_every``), and at the end of an epoch.
+
+All exchange between processes is in this file: the quantizer, the losses and the scorer know nothing of it.
 """
 
 from __future__ import annotations
@@ -11,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,122 +23,82 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.config import Config
 from common.errors import InputError
 from common.files import save_torch
 from data.knowledge_graph import KnowledgeGraph
 from model.averaging import WeightAverage
+from model.checkpoint import FORMAT, check_fits, check_optimizer, random_states, set_random_states, settings_of
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
-from model.losses import (
-    LOSSES,
-    Sample,
-    Targets,
-    draw_sample,
-    gather_targets,
-    sampled_softmax_cross_entropy,
-    softmax_cross_entropy,
-)
+from model.losses import LOSSES, Sample, draw_sample, gather_targets, sampled_softmax_cross_entropy
 from model.precision import matmul_precision, return_freed_memory
 from model.queries import training_queries
 from model.relational_graph import RelationalGraph
 from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
-from model.stored import check_fits, check_optimizer, settings_of
-from model.teacher import Teacher, Trained, ask
+from model.schedule import CODES, FROZEN, WARM_UP, Phase, schedule_of
+
+TRAINING_PRECISION = "medium"  # of float32 products in training; ranking and assignment have the highest
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train; the flags of run_rq.py under the same names."""
+class Losses(NamedTuple):
+    """Values of the terms of Eq. 9 in one step."""
 
-    epoch: int = 800
-    lr: float = 5e-4
-    encoder_lr: float | None = None
-    l2: float = 1e-8
-    batch: int = 1024
-    loss: str = "ce"
-    num_negatives: int = 0
-    tails_at_once: int = 0
-    lbl_smooth: float = 0.1
-    vq_weight: float = 1.0
-    text_weight: float = 1.0
-    relation_weight: float = 0.0
-    warmup_epochs: float = 1  # below 1: a part of the run
-    z_noise: float = 0.0
-    frozen_noise: float = 0.0
-    weight_average: float | None = None
-    freeze_at: float = 0.85
-    encoder_every: int = 8
-    assign_every: int = 8
-    lr_schedule: str = "cosine"
-    eval_every: int = 1
-    patience: int = 0
-    max_minutes: float = 0
-    teacher_weight: float = 0.7
-    control: str | None = None
-    matmul_precision: str = "medium"
-    seed: int = 0
+    structure: float
+    semantic: float
+    quantization: float
 
 
-class Phase(NamedTuple):
-    """Where training stands: ``progress`` in [0, 1], and which path the scores take."""
+class ScorerStep(NamedTuple):
+    """What the backward pass of the scorer leaves: L_st, L_se and the gradient with respect to z."""
 
-    progress: float
-    name: str  # "warm-up" (unquantized), "codes" or "frozen" (codes, or vectors, stand still: no encoder pass)
+    structure: Tensor
+    semantic: Tensor
+    gradient: Tensor  # [M, L, code_dim]; sparse with sampled negatives
 
 
 class Trainer:
-    """Trains ``model`` on ``kg`` and keeps ``checkpoint`` (one file with ``last`` and ``best``).
+    """Trains ``model`` on ``kg`` by ``config`` and keeps ``checkpoint`` (one file with ``last`` and ``best``).
 
-    ``config``: the model's arguments; ``comparable``: what must agree for the run to be continued; both are stored.
-    ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that share the
-    work, by default this one alone. ``codes`` [M, L, Q] are given ones, for which codebooks, relations and decoder are
-    trained; ``teachers``: models whose answers to the training queries take ``teacher_weight`` of the softmax loss's
-    targets. Raises InputError for a batch of fewer queries than there are processes.
+    ``model_args``: the arguments that the model was built with; ``inputs``: file -> sha256; both are stored with the
+    settings. ``text``: [M, T] for Eq. 8 or None. ``report`` receives one line per epoch. ``world``: the processes that
+    share the work, by default this one alone. Raises InputError for a batch of fewer queries than there are processes.
     """
 
     def __init__(
         self,
         kg: KnowledgeGraph,
         model: RQGCN,
-        settings: TrainSettings,
+        config: Config,
         checkpoint: Path,
-        config: dict[str, Any],
-        comparable: dict[str, Any],
+        model_args: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
         text: Tensor | None = None,
         device: torch.device | str = "cpu",
         report: Callable[[str], None] = print,
         world: World | None = None,
-        codes: Tensor | None = None,
-        teachers: Sequence[Trained] = (),
     ) -> None:
         self.world = world = world or World()
-        self.kg, self.model, self.settings, self.report = kg, model.to(device), settings, report
-        self.checkpoint, self.config, self.comparable = checkpoint, config, comparable
+        self.kg, self.model, self.config, self.report = kg, model.to(device), config, report
+        self.checkpoint, self.model_args, self.inputs = checkpoint, dict(model_args), dict(inputs or {})
+        self.schedule = schedule_of(config)
         self.device = torch.device(device)
         self.text = None if text is None else text.to(self.device)
         self.graph = RelationalGraph.from_triples(kg.train, kg.num_entities, kg.num_relations).to(self.device)
-        queries = training_queries(kg, settings.tails_at_once).to(self.device)
+        queries = training_queries(kg, config.tails_at_once).to(self.device)
         self.heads, self.rels, self.indptr, self.targets = queries
-        least = min(settings.batch, len(self.heads))
+        least = min(config.batch, len(self.heads))
         if least < world.size:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
         share_batch_norms(model.scorer, world)
-        model.rq_codebook.world = world
         world.copy_from_first(model.state_dict().values())
         self.optimizer = self._make_optimizer()
         self.average = self._make_average()
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        begun = time.monotonic()
-        self.teacher: Teacher | None = None
-        if teachers:
-            self.teacher = ask(teachers, self.heads, self.rels, settings.teacher_weight)
-        self.seconds_asking = time.monotonic() - begun  # again each time a run is continued: the answers are not kept
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.trained_on = kg.train_digest()
-        self.codes_given = codes is not None
-        self.unquantized = settings.control in ("unquantized", "frozen_vectors")
-        self.codes: Tensor | None = None if codes is None else codes.to(self.device)  # [M, L, Q], those in use
+        self.codes: Tensor | None = None  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use without codes
         self.epoch = 0
         self.saved_epoch = 0  # the last one in the checkpoint; 0: this run has none
@@ -147,141 +108,215 @@ class Trainer:
         self._clock = time.monotonic()
 
     def _make_optimizer(self) -> torch.optim.Adam:
-        """Adam; what steps once per ``encoder_every`` scorer steps has ``encoder_lr``, by default its root times lr."""
-        settings = self.settings
-        encoder_lr = settings.encoder_lr or settings.lr * math.sqrt(settings.encoder_every)
+        """Adam; what is stepped once per ``encoder_every`` scorer steps has sqrt(encoder_every) times the rate."""
         every_step = {id(p) for p in [*self.model.scorer.parameters(), *self.model.relation_parameters()]}
         if self.model.W_s is not None:
             every_step |= {id(p) for p in self.model.W_s.parameters()}
         groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
         for parameter in self.model.parameters():
             groups[id(parameter) in every_step].append(parameter)
+        encoder = {"params": groups[False], "rate": math.sqrt(self.config.encoder_every)}
         return torch.optim.Adam(
-            [
-                {"params": groups[True], "rate": 1.0},
-                {"params": groups[False], "rate": encoder_lr / settings.lr},
-            ],
-            lr=settings.lr,
-            weight_decay=settings.l2,
+            [{"params": groups[True], "rate": 1.0}, encoder], lr=self.config.lr, weight_decay=self.config.l2
         )
 
     def _make_average(self) -> WeightAverage | None:
-        """Of what trains on once codes are frozen; of all weights where a control leaves codes out."""
-        if self.settings.weight_average is None:
+        """Of what trains once codes are frozen; of all weights where a baseline has no codes in training."""
+        if not self.config.weight_average:
             return None
-        trained = self.model.parameters() if self._never_frozen() else self.optimizer.param_groups[0]["params"]
+        some_train = self.schedule.trains_with_codes
+        trained = self.optimizer.param_groups[0]["params"] if some_train else self.model.parameters()
         statistics = [buffer for buffer in self.model.scorer.decoder.buffers() if buffer.is_floating_point()]
-        return WeightAverage([*trained, *statistics], self.settings.weight_average)
+        return WeightAverage([*trained, *statistics], self.config.weight_average)
 
-    def _never_frozen(self) -> bool:
-        return self.settings.control in ("unquantized", "posthoc")
+    # ---------------------------------------------------------------- all epochs
+
+    def fit(self) -> None:
+        """Train to the last epoch or the time limit; resumes where ``restore`` left it.
+
+        A run that ends while it warms up still gets codes, scored as they are.
+        """
+        self._clock = time.monotonic()
+        done = self._finished()
+        while not done:
+            phase = self.phase()
+            row = {"epoch": self.epoch + 1, "phase": phase.name, **self._train_epoch(phase)}
+            self.epoch += 1
+            done = self._finished()
+            if self.epoch % self.config.eval_every == 0 or done:
+                row["valid"] = self._validate(phase)
+                done = self._finished()  # the time may have ended while it was ranked
+            self.seconds, self._clock = self._elapsed(), time.monotonic()
+            row["seconds"] = self.seconds
+            self.history.append(row)
+            self.report(format_epoch(row))
+            self._warn_of_divergence()
+            self.save()
+            return_freed_memory()
+        ends_as = CODES if self.schedule.makes_codes else WARM_UP
+        if self.best is None or (self.schedule.makes_codes and self.codes is None):
+            if not self.schedule.trains_with_codes:
+                self.best = None  # of the run when it was shorter
+                if self.average is not None:
+                    self.average.settle()
+            self._start_epoch(ends_as)
+            self._validate(ends_as)
+            self.save()
+
+    def phase(self) -> Phase:
+        """The phase of the next epoch."""
+        return self.schedule.phase(self.epoch, self._limited_seconds())
+
+    def _finished(self) -> bool:
+        return self.epoch >= self.config.epoch or self._progress(self.epoch) >= 1.0
+
+    def _progress(self, epoch: float) -> float:
+        return self.schedule.progress(epoch, self._limited_seconds())
+
+    def _limited_seconds(self) -> float:
+        """Seconds so far where they limit the run, else 0: a run without a time limit never depends on the clock."""
+        return self._elapsed() if self.config.max_minutes else 0.0
+
+    def _elapsed(self) -> float:
+        """Seconds of training so far, the same number in every process."""
+        return self.world.same(self.seconds + time.monotonic() - self._clock)
 
     # ---------------------------------------------------------------- one epoch
 
-    def _phase(self, epoch: float) -> Phase:
-        """Progress by epochs or, with ``max_minutes``, by the clock, whichever is further."""
-        progress = epoch / self.settings.epoch
-        if self.settings.max_minutes:
-            progress = max(progress, self._elapsed() / (60 * self.settings.max_minutes))
-        if self.codes_given or self.settings.control == "random_codes":
-            return Phase(progress, "frozen")
-        until = self.settings.warmup_epochs
-        if self._never_frozen() or (progress if until < 1 else epoch) < until:
-            return Phase(progress, "warm-up")
-        if progress >= self.settings.freeze_at < 1:
-            return Phase(progress, "frozen")
-        return Phase(progress, "warm-up" if self.unquantized else "codes")
+    def _train_epoch(self, phase: Phase) -> dict[str, Any]:
+        """One pass over the queries. Returns the mean loss terms and the last learning rate."""
+        self.model.train()
+        batches = self._batches()
+        self._start_epoch(phase)
+        averaging = self._averaging(phase)
+        losses, assign_every = list[Losses](), self.schedule.assign_every(len(batches))
+        gradient, waiting, unassigned = None, 0, 0  # gradient of z, summed over the steps since the encoder's pass
+        title = f"epoch {self.epoch + 1} {phase.name}"
+        for step, batch in enumerate(tqdm(batches, desc=title, leave=False, unit="step", disable=None)):
+            last = step + 1 == len(batches)
+            self._set_lr(self._progress(self.epoch + step / len(batches)))
+            self.optimizer.zero_grad(set_to_none=True)
+            with matmul_precision(TRAINING_PRECISION):
+                scored = self._scorer_step(batch, phase)
+                quantization = 0.0
+                if phase.trains_encoder:
+                    gradient = scored.gradient.to_dense() if gradient is None else gradient.add_(scored.gradient)
+                    waiting, unassigned = waiting + 1, unassigned + 1
+                if gradient is not None and (waiting == self.config.encoder_every or last):
+                    quantization = self._encoder_step(gradient / waiting, phase)
+                    gradient, waiting = None, 0
+            values = [float(scored.structure), float(scored.semantic), quantization]
+            losses.append(Losses(*self.world.sum_gradients(self.model.parameters(), values)))
+            self.optimizer.step()
+            if averaging is not None:
+                averaging.update()
+            if phase.trains_encoder and not waiting and (unassigned >= assign_every or last or not phase.quantized):
+                self._refresh(phase)
+                unassigned = 0
+            self._check_finite(sum(losses[-1]), step)
+        return self._means(losses, phase) | {"lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _elapsed(self) -> float:
-        return self.world.same(self.seconds + time.monotonic() - self._clock)
+    def _means(self, losses: list[Losses], phase: Phase) -> dict[str, Any]:
+        """Mean of each loss term over the steps that have it; ``levels``: each level's quantization loss."""
+        n, encoder_steps = len(losses), math.ceil(len(losses) / self.config.encoder_every)
+        levels = []
+        if phase == CODES:
+            own_part = self.model.rq_codebook.level_losses * self.world.share(self.kg.num_entities)
+            levels = self.world.sum(own_part).tolist()
+        return {
+            "structure": sum(loss.structure / n for loss in losses),
+            "semantic": sum(loss.semantic / n for loss in losses),
+            "quantization": sum(loss.quantization for loss in losses) / encoder_steps,
+            "levels": levels,
+        }
+
+    def _batches(self) -> list[Tensor]:
+        """The queries in a new order, in batches; a last one of a single query joins the one before (batch norm), as
+        does one that would leave a process without a query."""
+        order = torch.randperm(len(self.heads), generator=self.generator).to(self.device)
+        batches = list(order.split(self.config.batch))
+        if len(batches) > 1 and len(batches[-1]) < max(2, self.world.size):
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
 
     def _set_lr(self, progress: float) -> None:
-        scale = 1.0
-        if self.settings.lr_schedule == "cosine":
-            scale = 0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * group["rate"] * scale
+            group["lr"] = self.schedule.lr(progress) * group["rate"]
 
-    def _structure_loss(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor]:
-        """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D], or of
-        q_all [U, D] of a sample's entities.
-
-        With ``relation_weight``, L_st also asks for the relation of every (h, t), a softmax over the 2R relations
-        (Chen et al., AKBC 2021, arXiv 2110.02834).
-        """
-        heads, smoothing = self.heads[batch], self.settings.lbl_smooth
-        q_head, relations = q_all[heads if sample is None else sample.heads], self.model.relation_vectors()
-        query = self.model.scorer.decoder.query(q_head, relations[self.rels[batch]])
-        if sample is None:
-            targets = gather_targets(self.indptr, self.targets, batch)
-            loss = partial(LOSSES[self.settings.loss], targets=targets, label_smoothing=smoothing)
-            if self.teacher is not None:
-                loss = partial(loss, teacher=self.teacher.answers(batch))
-        else:
-            targets = sample.targets
-            loss = partial(
-                sampled_softmax_cross_entropy, sample=sample, num_entities=self.kg.num_entities,
-                label_smoothing=smoothing,
-            )  # fmt: skip
-        structure = self._of_members(loss, query, q_all)
-        if self.settings.relation_weight:
-            pairs = self.model.scorer.decoder.relation_query(q_head[targets.rows], q_all[targets.columns])
-            own = Targets(torch.arange(len(pairs), device=self.device), self.rels[batch][targets.rows])
-            structure = structure + self.settings.relation_weight * softmax_cross_entropy(
-                pairs, relations, own, smoothing
-            )
-        if self.text is None:
-            return structure, structure.new_zeros(())
-        return structure, self.model.semantic_loss(q_head, self.text[heads])
-
-    def _of_members(self, loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, q_all: Tensor) -> Tensor:
-        """``loss`` of each member's own scores, their mean: what members learn apart, they get wrong apart."""
-        members = self.model.members
-        if members == 1:
-            return loss(query, q_all)
-        slices = zip(query.chunk(members, dim=1), q_all.chunk(members, dim=1), strict=True)
-        return torch.stack([loss(q.contiguous(), e.contiguous()) for q, e in slices]).mean()
-
-    def _draw(self, batch: Tensor) -> Sample | None:
-        """With ``num_negatives``: a fresh set of negatives, and which entities the batch needs with it."""
-        count = self.settings.num_negatives
-        if not count:
+    def _averaging(self, phase: Phase) -> WeightAverage | None:
+        """The average, in epochs whose steps enter it; a run that is made longer may warm up again and loses it."""
+        if self.average is None:
             return None
-        targets = gather_targets(self.indptr, self.targets, batch)
-        return draw_sample(self.heads[batch], targets, self.kg.num_entities, count, self.generator)
+        if self.schedule.averages(phase, self._progress(self.epoch)):
+            return self.average
+        self.average.forget()
+        return None
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            with self.world.together():
+                where = f"epoch {self.epoch + 1}, step {step + 1}"
+                raise InputError(f"the loss became {loss} in {where}; {self._after_nan()}")
+
+    def _after_nan(self) -> str:
+        kept = f"epoch {self.saved_epoch} is saved in {self.checkpoint}: " if self.saved_epoch else ""
+        return f"{kept}try a lower --lr, a lower --vq_weight or --loss ce"
+
+    def _warn_of_divergence(self) -> None:
+        """Say so where L_st is above log M, the loss of a uniform guess, and rises. Some decoders start above it and
+        fall at once (ConvE), so one epoch above it is no sign."""
+        last = [row["structure"] for row in self.history[-2:]]
+        guess = math.log(self.kg.num_entities) if self.config.loss == "ce" else math.inf
+        if len(last) == 2 and last[1] > guess and last[1] > last[0]:
+            self.report(f"warning: L_st is above {guess:.2f}, the loss of a uniform guess, and rises; try a lower --lr")
+
+    # ---------------------------------------------------------------- codes
+
+    def _start_epoch(self, phase: Phase) -> None:
+        """Codebooks by residual k-means at first; later, unused codes get a new place. Then codes are assigned."""
+        if phase == FROZEN and self.codes is not None:
+            return
+        if self.schedule.draws_codes:
+            codebook = self.model.rq_codebook
+            shape = (self.kg.num_entities, self.model.seq_len, codebook.num_quantizers)
+            self.codes = torch.randint(codebook.num_codes, shape, generator=self.generator).to(self.device)
+            return
+        z = self.model.clean_z(self.graph, self.text)
+        if phase.quantized:
+            self._move_codebooks(z)
+        self._refresh(phase, z)
+
+    def _move_codebooks(self, z: Tensor) -> None:
+        """k-means or revival by the first process; the others receive its codebooks and the generator's state."""
+        codebook, world = self.model.rq_codebook, self.world
+        if world.first and self.codes is None:
+            codebook.init_from_data(z, generator=self.generator)
+        elif world.first:
+            codebook.revive_dead_codes(z, self.codes, generator=self.generator)
+        if world.size > 1:
+            world.copy_from_first(codebook.state_dict().values())
+            state = self.generator.get_state().to(world.device)
+            world.copy_from_first([state])
+            self.generator.set_state(state.cpu())
 
     def _refresh(self, phase: Phase, z: Tensor | None = None) -> None:
-        """What the scorer sees until the next encoder pass: vectors while warming up, codes from then on.
+        """What the scorer sees until the next encoder pass: vectors in the warm-up, codes from then on.
 
         ``z``: [M, L, code_dim] as ``clean_z`` gives it now, where the caller has it. A run that is made longer may warm
         up again: the codes that it had are those of other vectors by then.
         """
         z = self.model.clean_z(self.graph, self.text) if z is None else z
-        if phase.name == "warm-up" or self.unquantized:
-            self.z, self.codes = z, None
-        else:
-            self.z, self.codes = None, self.model.rq_codebook.cal_codes(z)
+        self.z, self.codes = (None, self._assign(z)) if phase.quantized else (z, None)
 
-    def _start_epoch(self, phase: Phase) -> None:
-        """Codebooks by residual k-means of the warmed-up vectors at first; later, unused codes get a new place."""
-        codebook = self.model.rq_codebook
-        if phase.name == "frozen" and self.codes is not None:
-            return
-        if self.settings.control == "random_codes":
-            codes = codebook.random_codes(self.kg.num_entities, self.model.seq_len, self.generator)
-            self.codes = codes.to(self.device)
-            return
-        z = self.model.clean_z(self.graph, self.text)
-        if phase.name != "warm-up" and not self.unquantized:
-            self.world.copy_from_first([z])
-            if self.codes is None:
-                codebook.init_from_data(z, generator=self.generator)
-            else:
-                codebook.revive_dead_codes(z, self.codes, generator=self.generator)
-        self._refresh(phase, z)
+    def _assign(self, z: Tensor) -> Tensor:
+        """Codes int64 [M, L, Q] of z [M, L, code_dim]; every process searches for its own entities."""
+        own = self.model.rq_codebook.cal_codes(self.world.own(z))
+        return self.world.gather(own, len(z))
 
-    def _scorer_step(self, batch: Tensor, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of L_st + L_se. Returns (L_st, L_se, their gradient with respect to z [M, L, code_dim]).
+    # ---------------------------------------------------------------- one step
+
+    def _scorer_step(self, batch: Tensor, phase: Phase) -> ScorerStep:
+        """Backward of L_st + L_se.
 
         Of several processes, each takes its part of the batch and returns its part of the sums that these are.
         With sampled negatives only the entities that the batch needs are decoded, and the gradient is sparse.
@@ -291,9 +326,9 @@ class Trainer:
         sample = self._draw(batch)
         with self.world.own_randomness():  # noise too: of a sample it has a size of its own in every process
             z_q, seen = self._decoded(phase, sample)
-            structure, semantic = self._structure_loss(self.model.scorer.entity_vectors(seen), batch, sample)
+            structure, semantic = self._scorer_losses(self.model.scorer.entity_vectors(seen), batch, sample)
         structure, semantic = structure * triples, semantic * queries
-        (structure + self.settings.text_weight * semantic).backward()
+        (structure + self.config.text_weight * semantic).backward()
         gradient = z_q.grad
         assert gradient is not None
         z_q.grad = None
@@ -302,28 +337,66 @@ class Trainer:
             gradient = torch.sparse_coo_tensor(
                 sample.entities[None], gradient, shape, is_coalesced=True, check_invariants=False
             )
-        return structure.detach(), semantic.detach(), gradient
+        return ScorerStep(structure.detach(), semantic.detach(), gradient)
+
+    def _scorer_losses(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor]:
+        """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D], or of
+        q_all [U, D] of a sample's entities.
+
+        Rows are taken by ``index_select``: the backward pass of ``x[i]`` sums in another order in every run when there
+        are several threads.
+        """
+        heads, smoothing = self.heads[batch], self.config.lbl_smooth
+        q_head = q_all.index_select(0, heads if sample is None else sample.heads)
+        relations = self.model.relation_vectors().index_select(0, self.rels[batch])
+        query = self.model.scorer.decoder.query(q_head, relations)
+        if sample is None:
+            targets = gather_targets(self.indptr, self.targets, batch)
+            loss = partial(LOSSES[self.config.loss], targets=targets, label_smoothing=smoothing)
+        else:
+            loss = partial(
+                sampled_softmax_cross_entropy, sample=sample, num_entities=self.kg.num_entities,
+                label_smoothing=smoothing,
+            )  # fmt: skip
+        structure = self._of_members(loss, query, q_all)
+        if self.text is None:
+            return structure, structure.new_zeros(())
+        return structure, self.model.semantic_loss(q_head, self.text[heads])
+
+    def _of_members(self, loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, q_all: Tensor) -> Tensor:
+        """The mean over ensemble members of ``loss`` of each one's own scores."""
+        members = self.model.members
+        if members == 1:
+            return loss(query, q_all)
+        slices = zip(query.chunk(members, dim=1), q_all.chunk(members, dim=1), strict=True)
+        return torch.stack([loss(q.contiguous(), e.contiguous()) for q, e in slices]).mean()
+
+    def _draw(self, batch: Tensor) -> Sample | None:
+        """With ``num_negatives``: a fresh set of negatives, and which entities the batch needs with it."""
+        if not self.config.num_negatives:
+            return None
+        targets = gather_targets(self.indptr, self.targets, batch)
+        return draw_sample(self.heads[batch], targets, self.kg.num_entities, self.config.num_negatives, self.generator)
 
     def _decoded(self, phase: Phase, sample: Sample | None) -> tuple[Tensor, Tensor]:
         """z_q [M, L, code_dim] (or [U, L, code_dim] of a sample's entities), which gets the gradient of z, and what the
         scorer sees of it.
         """
-        frozen = phase.name == "frozen"
-        if phase.name == "warm-up" or self.unquantized:
+        noise = self.schedule.noise(phase)
+        if not phase.quantized:
             assert self.z is not None
             z_q = self.z if sample is None else self.z[sample.entities]
-            noise = self.settings.frozen_noise if frozen else self.settings.z_noise
-            z_q = _blurred(z_q.detach(), noise).requires_grad_()
+            z_q = _with_noise(z_q.detach(), noise).requires_grad_()
             return z_q, z_q
         assert self.codes is not None
         z_q = self.model.rq_codebook.decode_from_codes(self.codes if sample is None else self.codes[sample.entities])
-        z_q.requires_grad_().retain_grad()  # codes that follow averages (EMA) have none of their own
-        return z_q, _blurred(z_q, self.settings.frozen_noise) if frozen else z_q
+        z_q.retain_grad()
+        return z_q, _with_noise(z_q, noise)
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
         queries = self.world.share(len(batch))
-        if self.world.size == 1 or self.settings.loss == "bce":
+        if self.world.size == 1 or self.config.loss == "bce":
             return queries, queries
         tails = self.indptr[batch + 1] - self.indptr[batch]
         return int(self.world.own(tails).sum()) / int(tails.sum()), queries
@@ -335,169 +408,39 @@ class Trainer:
         """
         z = self.model.encode(self.graph, self.text).z
         surrogate, quantization = (z * gradient).sum(), 0.0
-        if phase.name == "codes":
+        if phase == CODES:
             assert self.codes is not None
             own = self.world.own
             total_loss = self.model.rq_codebook(own(z), codes=own(self.codes)).total_loss * self.world.share(len(z))
-            surrogate = surrogate + self.settings.vq_weight * total_loss
+            surrogate = surrogate + self.config.vq_weight * total_loss
             quantization = float(total_loss.detach())
         surrogate.backward()
         return quantization
 
-    def _batches(self) -> list[Tensor]:
-        """The queries in a new order, in batches; a last one of a single query joins the one before (batch norm), as
-        does one that would leave a process without a query."""
-        order = torch.randperm(len(self.heads), generator=self.generator).to(self.device)
-        batches = list(order.split(self.settings.batch))
-        if len(batches) > 1 and len(batches[-1]) < max(2, self.world.size):
-            batches[-2:] = [torch.cat(batches[-2:])]
-        return batches
+    # ---------------------------------------------------------------- scoring
 
-    def _train_epoch(self) -> dict[str, Any]:
-        settings = self.settings
-        self.model.train()
-        batches = self._batches()
-        phase = self._phase(self.epoch)
-        self._start_epoch(phase)
-        averaging = self._averaging(phase)
-        totals = {"structure": 0.0, "semantic": 0.0, "quantization": 0.0}
-        gradient, waiting, encoder_steps = None, 0, 0  # gradient of z, summed over the steps since the encoder's pass
-        unassigned = 0  # steps since codes were assigned
-        title = f"epoch {self.epoch + 1} {phase.name}"
-        for step, batch in enumerate(tqdm(batches, desc=title, leave=False, unit="step", disable=None)):
-            self._set_lr(self._phase(self.epoch + step / len(batches)).progress)
-            self.optimizer.zero_grad(set_to_none=True)
-            with matmul_precision(settings.matmul_precision):
-                structure, semantic, own = self._scorer_step(batch, phase)
-            quantization = 0.0
-            if phase.name != "frozen":
-                gradient = own.to_dense() if gradient is None else gradient.add_(own)
-                waiting += 1
-            if waiting and (waiting == settings.encoder_every or step + 1 == len(batches)):
-                assert gradient is not None
-                with matmul_precision(settings.matmul_precision):
-                    quantization = self._encoder_step(gradient / waiting, phase)
-                gradient, waiting, encoder_steps = None, 0, encoder_steps + 1
-            losses = [float(structure), float(semantic), quantization]
-            losses = self.world.sum_gradients(self.model.parameters(), losses)
-            self.optimizer.step()
-            if averaging is not None:
-                averaging.update()
-            unassigned += 1
-            due = phase.name == "warm-up" or unassigned >= settings.assign_every or step + 1 == len(batches)
-            if phase.name != "frozen" and not waiting and due:
-                self._refresh(phase)
-                unassigned = 0
-            self._check_finite(sum(losses), step)
-            totals["structure"] += losses[0] / len(batches)
-            totals["semantic"] += losses[1] / len(batches)
-            totals["quantization"] += losses[2]
-        totals["quantization"] /= max(1, encoder_steps)
-        levels = []
-        if phase.name == "codes":
-            own_part = self.model.rq_codebook.level_losses * self.world.share(self.kg.num_entities)
-            levels = self.world.sum(own_part).tolist()
-        return {"phase": phase.name, **totals, "levels": levels, "lr": self.optimizer.param_groups[0]["lr"]}
-
-    def _averaging(self, phase: Phase) -> WeightAverage | None:
-        """The average, while codes are frozen (a control without codes: from when they would be), else None.
-
-        A run that is made longer may warm up again, and then has no average any more.
-        """
-        if self.average is None:
-            return None
-        if phase.name == "frozen" or (self._never_frozen() and phase.progress >= self.settings.freeze_at):
-            return self.average
-        self.average.forget()
-        return None
-
-    def _check_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            with self.world.together():
-                where = f"epoch {self.epoch + 1}, step {step + 1}"
-                raise InputError(f"the loss became {loss} in {where}; {self._after_nan()}")
-
-    def _rises_above_guessing(self) -> bool:
-        """L_st of the last epoch: some decoders begin above even scores and fall at once (ConvE), so one is no sign."""
-        last = [row["structure"] for row in self.history[-2:]]
-        return len(last) == 2 and last[1] > self._loss_of_guessing() and last[1] > last[0]
-
-    def _loss_of_guessing(self) -> float:
-        """L_st of even scores: log M (and log 2R for relations) of the softmax loss; nothing is asked of another."""
-        if self.settings.loss != "ce":
-            return math.inf
-        relations = self.settings.relation_weight * math.log(2 * self.kg.num_relations)
-        return math.log(self.kg.num_entities) + relations
-
-    def _after_nan(self) -> str:
-        kept = f"epoch {self.saved_epoch} is saved in {self.checkpoint}: " if self.saved_epoch else ""
-        return f"{kept}try a lower --lr, a lower --vq_weight or --loss ce"
-
-    # ---------------------------------------------------------------- all epochs
-
-    def fit(self) -> None:
-        """Train to the last epoch, the time limit or the end of patience; resumes where ``restore`` left it.
-
-        A limit that ends the run while it warms up still gives it codes, scored as they are.
-        """
-        self._clock = time.monotonic()
-        done = self._finished() or self._out_of_patience()
-        while not done:
-            row = {"epoch": self.epoch + 1, **self._train_epoch()}
-            self.epoch += 1
-            done = self._finished()
-            if self.epoch % self.settings.eval_every == 0 or done:
-                row["valid"] = self._validate(row["phase"])
-            self._advance_clock()
-            done = done or ("valid" in row and self._finished())  # the time may have ended while it was ranked
-            row["seconds"] = self.seconds
-            self.history.append(row)
-            done = done or self._out_of_patience()
-            self.report(format_epoch(row))
-            if self._rises_above_guessing():
-                guess = self._loss_of_guessing()
-                self.report(f"warning: L_st is above {guess:.2f}, that of even scores, and rises: try a lower --lr")
-            self.save()
-            return_freed_memory()
-        as_dumped = self.best is not None and (self.unquantized or self.codes is not None)
-        if not as_dumped and self._finished():
-            if self.settings.control == "posthoc":
-                self.best = None  # of the run when it was shorter
-                if self.average is not None:
-                    self.average.settle()
-            ends_as = "frozen" if self.unquantized else "codes"
-            self._start_epoch(Phase(1.0, ends_as))
-            self._validate(ends_as)
-            self.save()
-
-    def _finished(self) -> bool:
-        return self.epoch >= self.settings.epoch or self._phase(self.epoch).progress >= 1.0
-
-    def _advance_clock(self) -> None:
-        self.seconds, self._clock = self._elapsed(), time.monotonic()
-
-    def _validate(self, phase: str) -> dict[str, Any]:
-        """Metrics on valid by the path of the phase; the best epoch is chosen among those scored from codes."""
+    def _validate(self, phase: Phase) -> dict[str, Any]:
+        """Metrics on valid by the path of the phase; the best epoch is the best of those that the run may report."""
         averaged = nullcontext() if self.average is None else self.average.in_place()
         try:
             with averaged:
-                return self._validate_finite(phase)
+                return self._score_epoch(phase)
         except ValueError as error:  # ranking refuses NaN scores
             raise InputError(f"epoch {self.epoch} cannot be ranked: {error}; {self._after_nan()}") from error
 
-    def _validate_finite(self, phase: str) -> dict[str, Any]:
+    def _score_epoch(self, phase: Phase) -> dict[str, Any]:
         model = self.model
         model.eval()
         with torch.no_grad():
             relations = model.relation_vectors()
-            if phase == "warm-up" or self.unquantized:
+            if phase.quantized:
+                assert self.codes is not None
+                metrics = self._score_codes(relations, self.codes)
+            else:
                 q_all = model.scorer.entity_vectors(model.clean_z(self.graph, self.text))
                 metrics = evaluate_vectors(model.scorer, relations, q_all, self.kg, "valid", self.world)
-            else:
-                assert self.codes is not None
-                metrics = self._scored_codes(relations, self.codes)
-        scored_as_dumped = phase != "warm-up" or self.settings.control == "unquantized"
-        if scored_as_dumped and (self.best is None or metrics["mrr"] > mrr_as_trained(self.best)):
+        best = self.best
+        if self.schedule.can_be_best(phase) and (best is None or metrics["mrr"] > mrr_as_trained(best)):
             self.best = {
                 "epoch": self.epoch,
                 "valid": metrics,
@@ -508,20 +451,11 @@ class Trainer:
             }
         return metrics
 
-    def _scored_codes(self, relations: Tensor, codes: Tensor) -> dict[str, Any]:
+    def _score_codes(self, relations: Tensor, codes: Tensor) -> dict[str, Any]:
         metrics = evaluate_codes(self.model.scorer, relations, codes, self.kg, "valid", world=self.world)
         metrics["usage"] = code_usage(codes, self.model.rq_codebook.num_codes).tolist()
         metrics["perplexity"] = code_perplexity(codes, self.model.rq_codebook.num_codes).tolist()
         return metrics
-
-    def _out_of_patience(self) -> bool:
-        """Asked after an epoch; only one that was evaluated can end the run, only those that could be best count."""
-        patience = self.settings.patience
-        if not patience or self.best is None or "valid" not in self.history[-1]:
-            return False
-        all_count = self.settings.control == "unquantized"
-        since = [row for row in self.history[self.best["epoch"] :] if all_count or row["phase"] != "warm-up"]
-        return len(since) >= patience
 
     def score_best(self, split: str) -> dict[str, Any]:
         """Metrics of the best epoch on ``split``: from its codes, or from z itself without quantization."""
@@ -560,7 +494,7 @@ class Trainer:
             codes, changed, _ = resolve_collisions(z, self.model.rq_codebook, best["codes"].to(self.device))
             if len(changed):
                 best["valid_before_collision_pass"] = best["valid"]
-                best["valid"] = self._scored_codes(best["relations"].to(self.device), codes)
+                best["valid"] = self._score_codes(best["relations"].to(self.device), codes)
                 best["codes"], best["codes_sha256"] = codes, codes_hash(codes)
         if len(changed):
             self.save()
@@ -577,30 +511,22 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "codes": self.codes,
             "average": None if self.average is None else self.average.values,
-            "rng": {
-                "order": self.generator.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": self._cuda_states(),
-            },
+            "rng": random_states(self.device, self.generator, one_gpu=self.world.size > 1),
             "history": self.history,
         }
-        whole = {"format": 1, "config": self.config, "comparable": self.comparable, "trained_on": self.trained_on,
-                 "last": last, "best": self.best}  # fmt: skip
+        whole = {
+            "format": FORMAT, "config": self.config.as_plain(), "inputs": self.inputs, "model": self.model_args,
+            "trained_on": self.trained_on, "last": last, "best": self.best,
+        }  # fmt: skip
         with self.world.together():
             if self.world.first:
                 save_torch(whole, self.checkpoint)
         self.saved_epoch = self.epoch
 
-    def _cuda_states(self) -> list[Tensor]:
-        """Of the generators of all GPUs; where each process has one of them, of this process's (they are in step)."""
-        if self.device.type != "cuda":
-            return []
-        return [torch.cuda.get_rng_state(self.device)] if self.world.size > 1 else torch.cuda.get_rng_state_all()
-
-    def restore(self, stored: dict[str, Any]) -> None:
-        """Continue from a loaded checkpoint, bit for bit on the CPU."""
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Continue from a loaded checkpoint, bit for bit on the CPU. ValueError or KeyError where it does not fit."""
         last, codebook = stored["last"], self.model.rq_codebook
-        shape = (self.kg.num_entities, self.config["seq_len"], codebook.num_quantizers)
+        shape = (self.kg.num_entities, self.model.seq_len, codebook.num_quantizers)
         check_fits(stored, self.model, shape, codebook.num_codes)
         settings = [settings_of(group) for group in self.optimizer.param_groups]
         self.model.load_state_dict(last["model"])
@@ -609,29 +535,22 @@ class Trainer:
         self.epoch, self.seconds, self.history = last["epoch"], last["seconds"], last["history"]
         self.saved_epoch = self.epoch
         self.codes = None if last["codes"] is None else last["codes"].to(self.device)
-        values = last.get("average")  # checkpoints of before have no such entry
-        if self.average is not None and values is not None:
-            self.average.load(values)
+        if self.average is not None and last["average"] is not None:
+            self.average.load(last["average"])
         self.best = stored["best"]
-        rng = last["rng"]
-        self.generator.set_state(rng["order"].cpu())
-        torch.set_rng_state(rng["torch"].cpu())
-        if self.device.type == "cuda" and rng["cuda"] and self.world.size > 1:
-            torch.cuda.set_rng_state(rng["cuda"][0].cpu(), self.device)
-        elif self.device.type == "cuda" and rng["cuda"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
+        set_random_states(last["rng"], self.device, self.generator, one_gpu=self.world.size > 1)
 
 
-def mrr_as_trained(best: dict[str, Any]) -> float:
+def mrr_as_trained(best: Mapping[str, Any]) -> float:
     """Valid MRR of a best epoch before the collision pass, as other epochs are scored."""
     return float(best.get("valid_before_collision_pass", best["valid"])["mrr"])
 
 
-def _blurred(z: Tensor, noise: float) -> Tensor:
-    """z [., L, code_dim] with normal noise of ``noise`` of its standard deviations over entities.
+def _with_noise(z: Tensor, noise: float) -> Tensor:
+    """z [., L, code_dim] plus normal noise of ``noise`` of its standard deviations over entities.
 
-    While z warms up the model so learns to do with what codes will keep of it; once codes are frozen, to do without
-    telling entities of near codes apart.
+    In the warm-up the scorer so learns to work with what codes will keep of z; once codes are frozen, not to tell
+    apart entities whose codes are near.
     """
     if not noise:
         return z
@@ -643,7 +562,7 @@ def codes_hash(codes: Tensor) -> str:
     return hashlib.sha256(codes.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def format_epoch(row: dict[str, Any]) -> str:
+def format_epoch(row: Mapping[str, Any]) -> str:
     """One line: epoch, phase, each loss term, per-level quantization loss, usage, MRR, seconds."""
     parts = [
         f"epoch {row['epoch']:4d}  {row['phase']:7s}",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +17,11 @@ import torch
 
 import run_rq
 from common import errors, record
+from common.config import Config
 from data.knowledge_graph import KnowledgeGraph
-from model.RQGCN import RQGCN
-from model.trainer import Trainer, TrainSettings
+from model import trainer as trainer_module
+from model.RQGCN import RQGCN, model_arguments
+from model.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 # M = 43 differs from every other size below, so that a tensor with 43 rows is indexed by entities
@@ -98,8 +102,9 @@ def flags_of(values: dict[str, Any]) -> list[str]:
 def small_flags(dataset: Path, folder: Path, **more: Any) -> list[str]:
     """Flags of a small run of stage 1 whose outputs go to ``folder``."""
     small: dict[str, Any] = {
-        "dataset": dataset, "out_dir": folder / "codes", "checkpoint_dir": folder / "checkpoints", **SHAPE, "epoch": 4,
-        "batch": 32, "lr": 0.01, "device": "cpu", "freeze_at": 0.7,
+        "config": os.devnull, "dataset": dataset, "out_dir": folder / "codes",
+        "checkpoint_dir": folder / "checkpoints", **SHAPE, "epoch": 4, "batch": 32, "lr": 0.01,
+        "device": "cpu", "freeze_at": 0.7,
     }  # fmt: skip
     return flags_of(small | more)
 
@@ -159,7 +164,7 @@ class Run(NamedTuple):
 
 def finished(dataset: Path, folder: Path, stem: str, **changes: Any) -> Run:
     flags = small_flags(dataset, folder, **changes)
-    run_rq.train(run_rq.parse_args(flags))
+    run_rq.train(run_rq.parse_config(flags))
     return Run(dataset, folder, stem, flags)
 
 
@@ -179,9 +184,7 @@ TrainerMaker = Callable[..., Trainer]
 
 def books_of(model: RQGCN) -> list[torch.Tensor]:
     """The codebooks [K, code_dim] by level."""
-    return [
-        model.get_parameter(f"scorer.rq_codebook.codebooks.{q}.weight") for q in range(len(model.rq_codebook.codebooks))
-    ]
+    return [book.weight for book in model.rq_codebook.codebooks]  # type: ignore[misc]
 
 
 def make_model(kg: KnowledgeGraph, seed: int = 0, **changes: Any) -> RQGCN:
@@ -190,16 +193,20 @@ def make_model(kg: KnowledgeGraph, seed: int = 0, **changes: Any) -> RQGCN:
 
 
 @pytest.fixture
-def trainer_of(ring_kg: KnowledgeGraph, tmp_path: Path) -> TrainerMaker:
-    """trainer_of(model={...}, epoch=..., ...) -> a Trainer on the ring, quiet, checkpoint in tmp_path."""
+def trainer_of(ring_kg: KnowledgeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerMaker:
+    """trainer_of(model={...}, epoch=..., ...) -> a Trainer on the ring, quiet and in full precision, checkpoint in
+    tmp_path. Settings of the model may be given either way."""
+    monkeypatch.setattr(trainer_module, "TRAINING_PRECISION", "highest")
 
     def make(model: dict[str, Any] | None = None, text: torch.Tensor | None = None, **settings: Any) -> Trainer:
-        values: dict[str, Any] = {"epoch": 6, "lr": 0.01, "batch": 16, "matmul_precision": "highest", **settings}
-        config = SHAPE | {"gcn_drop": 0.2, "codebook": {}, "decoder_drop": None} | (model or {})
-        record.seed_everything(values.get("seed", 0))
-        net = RQGCN(ring_kg.num_entities, ring_kg.num_relations, **config)
-        return Trainer(
-            ring_kg, net, TrainSettings(**values), tmp_path / "run.pt", config, {}, text, "cpu", lambda line: None
-        )
+        args = SHAPE | {"gcn_drop": 0.2, "decoder_drop": None} | (model or {})
+        names = {field.name for field in fields(Config)}
+        values = {"epoch": 6, "lr": 0.01, "batch": 16} | {key: args[key] for key in args.keys() & names} | settings
+        config = Config(**values)
+        record.seed_everything(config.seed)
+        args = model_arguments(config, args.get("text_dim")) | {key: args[key] for key in args.keys() - names}
+        net = RQGCN(ring_kg.num_entities, ring_kg.num_relations, **args)
+        checkpoint = tmp_path / "run.pt"
+        return Trainer(ring_kg, net, config, checkpoint, args, {}, text, "cpu", lambda line: None)
 
     return make

@@ -19,10 +19,10 @@ from benchmarks.time_to_quality import original_model, original_step, ours_row, 
 from common.errors import InputError
 from common.files import ROOT, load_torch, read_json
 from data.knowledge_graph import KnowledgeGraph
-from model.trainer import Phase
+from model.schedule import CODES
 from tests.conftest import SHAPE, K, L, M, Q, flags_of, small_flags
 
-SMALL = [*flags_of(SHAPE), "--device", "cpu", "--batch", "32"]
+SMALL = ["--config", os.devnull, *flags_of(SHAPE), "--device", "cpu", "--batch", "32"]
 # what a bare machine with CUDA torch does not have
 ABSENT = ("numba", "pooch", "requests", "dgl", "sklearn", "scipy", "matplotlib", "pykeen", "datasets", "accelerate")
 
@@ -33,13 +33,6 @@ ABSENT = ("numba", "pooch", "requests", "dgl", "sklearn", "scipy", "matplotlib",
 def test_tables_leave_blanks_and_keep_columns(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([{"way": "a", "ratio": 1.234}, {"way": "bcd", "ratio": None}], {"way": "<", "ratio": ".2f"})
     assert capsys.readouterr().out == "way  ratio\na     1.23\nbcd\n"
-
-
-def test_levels_that_are_left_open_are_settled(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
-    """The GPU checklist gives the paper's sizes and no number of levels."""
-    sizes = flags_of({key: value for key, value in SHAPE.items() if key != "num_quantizers"})
-    trainer = make_trainer(ring_kg, [*sizes, "--device", "cpu", "--batch", "32"], tmp_path / "x.pt")
-    assert trainer.model.rq_codebook.num_quantizers >= 1 and run_steps(trainer, 1) > 0
 
 
 def test_parts_of_a_step_are_counted_and_put_back(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -83,7 +76,7 @@ def test_profile_adds_up(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     assert parts[2]["floor_ms"] == pytest.approx(2e3 * parts[2]["gflop"])  # codes are searched in full precision
     costs = step_profile.PartCosts()
     with costs("search"):
-        trainer._refresh(Phase(0.0, "codes"))
+        trainer._refresh(CODES)
     once = costs.flops["search"] / step_profile.cycle_of(trainer)
     assert parts[2]["gflop"] * 1e9 == once, "the epoch's own search at its start is no part of a step"
     # scores [32, M] against D: one product forward, two backward, at least
@@ -135,7 +128,7 @@ def test_original_step_is_the_trainers_loss_by_the_other_way(ring_kg: KnowledgeG
     found = original_step(trainer, trainer.model, batch)
     ours.model.load_state_dict(trainer.model.state_dict())  # after the step: it initialised the codebooks
     output = ours.model.rq_codebook(ours.model.encode(ours.graph).z)
-    structure, _ = ours._structure_loss(ours.model.scorer.entity_vectors(output.z_q), batch, None)
+    structure, _ = ours._scorer_losses(ours.model.scorer.entity_vectors(output.z_q), batch, None)
     torch.testing.assert_close(found, structure + output.total_loss, rtol=1e-4, atol=1e-5)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.teacher import Teacher
 from torch import Tensor, nn
 
 import run_rq
@@ -30,7 +31,6 @@ from model import trainer as trainer_module
 from model.data_parallel import SharedBatchNorm, World
 from model.evaluation import evaluate_vectors
 from model.RQCodebook import RQCodebook
-from model.teacher import Teacher
 from model.trainer import Trainer, TrainSettings
 from tests.conftest import ROOT, SHAPE, D, M, Q, R, flags_of, make_model, small_flags
 
@@ -268,7 +268,7 @@ def main(ring: Path, out: Path) -> None:
         torch.save(scenario(kg, world, out / f"files of {name}"), out / f"{name}_{world.rank}.pt")
     flags = small_flags(ring, out / "command", decoder="conve", graph_backend="torch", epoch=3)
     with open(out / f"command_{world.rank}.txt", "w") as said, redirect_stdout(said), redirect_stderr(said):
-        run_rq.train(run_rq.parse_args(flags))
+        run_rq.train(run_rq.parse_config(flags))
 
 
 # ---------------------------------------------------------------- two processes equal one

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--dataset", str(FOLDER), "--seq_len", "4", "--decoder", "distmult", "--gcn_layers", "0", "--tf_layers",
              "0", "--lr", "0.005", "--epoch", "3", "--device", "cpu",
              "--out_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]  # fmt: skip
-    run_rq.train(run_rq.parse_args(flags))
+    run_rq.train(run_rq.parse_config(flags))
     return out
 
 
@@ -43,7 +43,7 @@ def test_the_dump_scores_as_recorded_and_shuffled_codes_do_not(run: Path) -> Non
     flags = ["--dataset", str(FOLDER), "--eval_codes", str(run / f"{STEM}.pt"),
              "--checkpoint", str(run / "checkpoints" / f"{STEM}.pt"), "--metrics_out", str(run / "again.json"),
              "--device", "cpu"]  # fmt: skip
-    run_rq.eval_codes(run_rq.parse_args(flags))
+    run_rq.eval_codes(run_rq.parse_config(flags))
     again = json.loads((run / "again.json").read_text())
     assert again["mrr"] == pytest.approx(record["test"]["mrr"], abs=1e-6)
 

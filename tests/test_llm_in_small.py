@@ -24,7 +24,7 @@ def test_the_recipe_is_one_that_every_stage_takes() -> None:
     given = read_json(llm_in_small.RECIPE, "recipe")
     assert given.keys() <= compare_llm.RECIPE.keys()
     for model in (recipe["stage1"], recipe["stage1"] | recipe["codes"]):
-        assert run_rq.parse_args(["--dataset", "x", *compare_llm.flags(model)]).decoder == "complex"
+        assert run_rq.parse_config(["--dataset", "x", *compare_llm.flags(model)]).decoder == "complex"
     base = make_tiny_base.parse_args(compare_llm.flags(recipe["base"]))
     with torch.device("meta"):
         size = sum(value.numel() for value in make_tiny_base.build_model(base, base.vocab_size).parameters())

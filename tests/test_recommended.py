@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import model.recommended
-from common.errors import InputError
-from common.files import ROOT
+import pytest
 from model.flags import parse_args, set_settings, take_open_settings
 from model.recommended import EXACT_UP_TO, WORTH, Measured, measured, recipe, recommend, worthwhile
+
+from common.errors import InputError
+from common.files import ROOT
 from tests.conftest import Command, K, L, M, Q, small_flags
 
 

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model.flags import idle_flags
+from model.stored import fault_of
 
 import run_rq
 from common.errors import InputError
 from common.files import load_torch, save_torch
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model import inputs
-from model.flags import idle_flags
 from model.from_codes import load_scored_codes
 from model.sizes import sizes_named, smaller_model
-from model.stored import fault_of
 from model.trainer import Trainer
 from tests.conftest import (
     CODE_DIM,
@@ -263,7 +263,7 @@ print(peak_memory_mb())
 
 def test_entities_of_one_code_tie_to_the_last_bit(family_run: Run, family: KnowledgeGraph) -> None:
     """The stated tie rule is for equal scores: a matrix product must not tell two equal rows apart."""
-    args = run_rq.parse_args(family_run.scored())
+    args = run_rq.parse_config(family_run.scored())
     scorer, relations, codes = load_scored_codes(args, family, torch.device("cpu"))
     codes[:500:9] = codes[500:][: len(codes[:500:9])]  # the collision pass left none
     whole, inverse, counts = torch.unique(codes.flatten(1), dim=0, return_inverse=True, return_counts=True)
@@ -378,7 +378,7 @@ def test_one_changed_row_changes_the_ranking(rq: Command, ring_run: Run, tmp_pat
 def test_predict_prints_the_best_tails_by_name(rq: Command, family_run: Run, family: KnowledgeGraph) -> None:
     head = int(family.test[0, 0])
     relation = int(family.test[0, 1])
-    scorer, relations, codes = load_scored_codes(run_rq.parse_args(family_run.scored()), family, torch.device("cpu"))
+    scorer, relations, codes = load_scored_codes(run_rq.parse_config(family_run.scored()), family, torch.device("cpu"))
     q_all = scorer.entity_vectors_from_codes(codes)
     words = {
         relation: family.relations[relation],
@@ -570,8 +570,8 @@ def test_flags_out_of_range_are_refused(
 @pytest.mark.parametrize("frozen", [["--codes_from", "a.pt"], ["--control", "random_codes"]], ids=" ".join)
 def test_codes_that_are_frozen_from_the_start_need_no_freeze_at(frozen: list[str]) -> None:
     flags = ["--freeze_at", "1", "--frozen_noise", "0.3", "--weight_average", "0.9"]
-    assert run_rq.parse_args([*flags, *frozen]).frozen_noise == 0.3
-    assert run_rq.parse_args([*flags, "--frozen_noise", "0", "--weight_average", "0"]).freeze_at == 1
+    assert run_rq.parse_config([*flags, *frozen]).frozen_noise == 0.3
+    assert run_rq.parse_config([*flags, "--frozen_noise", "0", "--weight_average", "0"]).freeze_at == 1
 
 
 def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_a_run_from_before_a_flag_goes_on_without_it(rq: Command, ring: Path, tm
     ],
 )
 def test_what_never_comes_to_act_is_named(flags: list[str], said: list[str]) -> None:
-    notes = idle_flags(run_rq.parse_args(flags))
+    notes = idle_flags(run_rq.parse_config(flags))
     assert len(notes) == bool(said) and all(word in notes[0] for word in said)
 
 
@@ -839,7 +839,7 @@ def test_a_damaged_score_before_the_collision_pass_is_named(ring_run: Run) -> No
     [([], True), (["--loss", "bce"], False), (["--num_negatives", "9"], False), (["--teacher", "t.pt"], False)],
 )
 def test_out_of_memory_offers_negatives_only_where_they_go(flags: list[str], offered: bool) -> None:
-    with pytest.raises(InputError) as error, sizes_named(run_rq.parse_args(flags)):
+    with pytest.raises(InputError) as error, sizes_named(run_rq.parse_config(flags)):
         raise MemoryError
     assert ("--num_negatives" in str(error.value)) == offered
 
@@ -856,14 +856,14 @@ def test_out_of_memory_offers_negatives_only_where_they_go(flags: list[str], off
     ],
 )
 def test_out_of_memory_offers_what_is_smaller_and_goes_with_the_other_flags(flags: str, words: list[str]) -> None:
-    assert smaller_model(run_rq.parse_args(flags.split())) == words
+    assert smaller_model(run_rq.parse_config(flags.split())) == words
 
 
 def test_a_config_is_its_flags_and_later_flags_win(tmp_path: Path) -> None:
     config = tmp_path / "flags.txt"
     config.write_text("# a comment\n--seq_len 3 --lr 0.25\n--text_emb 'a b.npy'  # another\n")
-    got = vars(run_rq.parse_args(["--seed", "5", "--config", str(config), "--lr", "0.5"]))
-    same = vars(run_rq.parse_args(["--seed", "5", "--seq_len", "3", "--lr", "0.5", "--text_emb", "a b.npy"]))
+    got = vars(run_rq.parse_config(["--seed", "5", "--config", str(config), "--lr", "0.5"]))
+    same = vars(run_rq.parse_config(["--seed", "5", "--seq_len", "3", "--lr", "0.5", "--text_emb", "a b.npy"]))
     assert got == same | {"config": config}
 
 
@@ -886,7 +886,7 @@ def test_a_config_that_cannot_be_read_is_named(rq: Command, tmp_path: Path, text
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.txt")), ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_parse(config: Path) -> None:
-    assert str(run_rq.parse_args(["--config", str(config)]).dataset).startswith("data/")
+    assert str(run_rq.parse_config(["--config", str(config)]).dataset).startswith("data/")
 
 
 def test_help_names_every_flag_of_the_original_trainer(rq: Command) -> None:
@@ -897,4 +897,4 @@ def test_help_names_every_flag_of_the_original_trainer(rq: Command) -> None:
     )
     for flag in original.split():
         assert f"--{flag}" in outcome.out
-    assert set(SHAPE) <= set(vars(run_rq.parse_args([])))
+    assert set(SHAPE) <= set(vars(run_rq.parse_config([])))

@@ -22,11 +22,10 @@ from model.losses import (
     sampled_softmax_cross_entropy,
     softmax_cross_entropy,
 )
-from model.trainer import Phase
+from model.schedule import CODES, WARM_UP, Phase
 from tests.conftest import L, M, TrainerMaker, assert_refused, small_flags
 
 N, B, D = 11, 6, 4  # entities, queries, width
-CODES, WARM_UP = Phase(0.5, "codes"), Phase(0.0, "warm-up")
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Targets]:
@@ -168,7 +167,7 @@ def test_only_the_needed_entities_are_decoded(trainer_of: TrainerMaker, monkeypa
 def test_training_with_few_negatives_learns_and_resumes(ring: Any, tmp_path: Any, rq: Any) -> None:
     """The loss falls over the epochs, and a run in two parts ends as one in a single part (the draws resume too)."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags: dict[str, Any] = {"num_negatives": 8, "epoch": 6, "lr_schedule": "constant"}
+    flags: dict[str, Any] = {"num_negatives": 8, "epoch": 6}
     assert rq(*small_flags(ring, whole, **flags)).code == 0
     assert rq(*small_flags(ring, parts, **(flags | {"epoch": 3, "freeze_at": 1.0}))).code == 0
     record = read_json(next((whole / "codes").glob("*.json")), "record")
@@ -188,8 +187,6 @@ def test_training_with_few_negatives_learns_and_resumes(ring: Any, tmp_path: Any
 def test_negatives_go_with_the_softmax(ring: Any, tmp_path: Any, rq: Any) -> None:
     assert_refused(rq(*small_flags(ring, tmp_path, num_negatives=8, loss="bce")), "--num_negatives")
     assert_refused(rq(*small_flags(ring, tmp_path, num_negatives=-1)), "--num_negatives -1")
-    outcome = rq(*small_flags(ring, tmp_path, relation_weight=1, decoder="distmult", loss="bce"))
-    assert_refused(outcome, "--relation_weight")
 
 
 # ---------------------------------------------------------------- ranking in chunks over entities

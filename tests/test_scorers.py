@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import model.teacher as teacher_module
 import numpy as np
 import pytest
 import torch
+from model.ensemble import JointScorer
+from model.teacher import Trained, ask, trained_model
 
-import model.teacher as teacher_module
 import run_rq
 from common.files import load_torch, save_torch
 from data.knowledge_graph import KnowledgeGraph, with_inverse
-from model.ensemble import JointScorer
 from model.RQGCN import CodeScorer
-from model.teacher import Trained, ask, trained_model
 from model.trainer import Phase
 from tests.conftest import (
     CODE_DIM,
@@ -326,12 +326,12 @@ def test_a_taught_run_continues_to_the_same_bits(
     changes = {"teacher": ring_run.checkpoint, "lr_schedule": "constant", "freeze_at": 1.0}
     whole = finished(ring, tmp_path / "whole", RING, epoch=4, **changes)
     half = finished(ring, tmp_path / "half", RING, epoch=2, **changes)
-    run_rq.train(run_rq.parse_args([*small_flags(ring, tmp_path / "half", epoch=4, **changes), "--restore"]))
+    run_rq.train(run_rq.parse_config([*small_flags(ring, tmp_path / "half", epoch=4, **changes), "--restore"]))
     one, two = (load_torch(run.checkpoint, "checkpoint")["last"]["model"] for run in (whole, half))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
     monkeypatch.delattr(run_rq, "load_teachers")  # what is only dumped needs no answers
     again = [*small_flags(ring, tmp_path / "half", epoch=4, **changes), "--restore", "--dump_only"]
-    run_rq.train(run_rq.parse_args(again))
+    run_rq.train(run_rq.parse_config(again))
 
 
 def test_a_teacher_of_mixed_widths_is_refused(rq: Command, ring: Path, ring_run: Run, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_teacher_that_starts_from_text_needs_it(rq: Command, ring: Path, tmp_p
     text = tmp_path / "text.npy"
     np.save(text, np.random.default_rng(0).normal(size=(M, 5)).astype(np.float32))
     words = small_flags(ring, tmp_path / "teacher", control="unquantized", text_emb=text, epoch=2)
-    run_rq.train(run_rq.parse_args([*words, "--text_init"]))
+    run_rq.train(run_rq.parse_config([*words, "--text_init"]))
     path = tmp_path / "teacher" / "checkpoints" / "ring_3_8_2_rq_unquantized.pt"
     assert_refused(rq(*small_flags(ring, tmp_path, teacher=path, epoch=2)), "--teacher", "text")
     found = rq(*small_flags(ring, tmp_path, teacher=path, epoch=2, text_emb=text))

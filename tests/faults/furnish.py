@@ -117,7 +117,7 @@ def ablated(out: Path, record: Path) -> None:
     """One finished run of the grid: the scores of ``record`` under the flags of that setting."""
     args = run_ablations.build_parser().parse_args([])
     words = run_ablations.command(args, run_ablations.grid(None)["4x4"], 0, out / "4x4_seed0")
-    flags = {key: run_rq.as_plain(value) for key, value in vars(run_rq.parse_args(words[1:])).items()}
+    flags = run_rq.parse_config(words[1:]).as_plain()
     write_json(read_json(record, "record") | {"args": flags, "dataset": "FB15k-237"}, out / "4x4_seed0" / "run.json")
 
 

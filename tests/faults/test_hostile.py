@@ -185,7 +185,7 @@ def test_a_folder_of_any_name_trains_and_its_files_stay_inside(
     neighbour.write_text("another run's")
     monkeypatch.chdir(harmful_graph)
     flags = small_flags(Path("../") / harmful_graph.name, out, epoch=2, graph_backend="torch")
-    run_rq.train(run_rq.parse_args(flags))
+    run_rq.train(run_rq.parse_config(flags))
     assert neighbour.exists()
     assert (out / "codes" / f"{harmful_graph.name}_3_8_2_rq.pt").is_file()
     assert sorted(path.name for path in (tmp_path / "inside").iterdir()) == ["data", "out"]

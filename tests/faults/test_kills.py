@@ -25,7 +25,7 @@ from tests.test_trainer import assert_same
 FAMILY: dict[str, Any] = {
     "seq_len": 4, "num_code": 32, "num_quantizers": 2, "code_dim": 16, "init_dim": 32, "gcn_dim": 32, "gcn_layers": 1,
     "tf_layers": 0, "decoder": "distmult", "epoch": 12, "batch": 512, "lr": 0.01, "device": "cpu", "freeze_at": 0.7,
-    "graph_backend": "torch", "patience": 0,
+    "graph_backend": "torch",
 }  # fmt: skip
 
 

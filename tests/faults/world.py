@@ -81,19 +81,19 @@ def pristine() -> Path:
         to_openke(kg, folder / "data" / "openke")
         rng = np.random.default_rng(0)
         np.save(folder / "text.npy", rng.standard_normal((M, 6)).astype(np.float32))
-        run_rq.train(run_rq.parse_args(stage_one(folder)))
+        run_rq.train(run_rq.parse_config(stage_one(folder)))
         other = other_graph(folder / "data" / "other")
         flags = small_flags(other, folder / "other", epoch=2, graph_backend="torch", batch=4)
-        run_rq.train(run_rq.parse_args(flags))
+        run_rq.train(run_rq.parse_config(flags))
         pair = {"eval_codes": folder / "other" / "codes" / "other_3_8_2_rq.pt", "dataset": other, "device": "cpu",
                 "checkpoint": folder / "other" / "checkpoints" / "other_3_8_2_rq.pt"}  # fmt: skip
         exported = folder / "other" / "lists" / "valid.npz"
         run_rq.eval_codes(
-            run_rq.parse_args([*flags_of(pair), "--split", "valid", "--export_candidates", str(exported)])
+            run_rq.parse_config([*flags_of(pair), "--split", "valid", "--export_candidates", str(exported)])
         )
         for split, ending in (("valid", "npz"), ("test", "npz"), ("valid", "json"), ("test", "json")):
             run_rq.eval_codes(
-                run_rq.parse_args([
+                run_rq.parse_config([
                     *scored(folder), "--split", split, "--top", "6",
                     "--export_candidates", str(folder / "lists" / f"{split}.{ending}"),
                 ])

@@ -1,14 +1,66 @@
-"""What a checkpoint must hold, so that a damaged or foreign one is named before anything rests on it."""
+"""Checkpoints of stage 1: one file with all that the next epoch depends on (``last``) and what is dumped (``best``).
+
+format      2
+config      the settings of run_rq.py (common/config.py)
+inputs      file name -> sha256 of what was read
+trained_on  hash of the training triples
+model       the arguments of RQGCN
+last        epoch, seconds, model, optimizer, codes, average, rng, history
+best        epoch, valid, codes, codes_sha256, relations, model; None before an epoch was scored from codes
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.config import LIMITS, Config
+from common.errors import InputError
+from common.files import load_torch
+
+FORMAT = 2
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of run_rq.py; InputError for another file, another format or a damaged one."""
+    stored = load_torch(path, "checkpoint")
+    if isinstance(stored, Mapping) and "comparable" in stored:
+        raise InputError(
+            f"checkpoint {path} is from an older version of run_rq.py, whose settings cannot be compared with these; "
+            "train again (codes files of that version stay usable)"
+        )
+    fault = fault_of(stored)
+    if fault is not None:
+        raise InputError(f"checkpoint file {path} was not written by run_rq.py, or is damaged: {fault}")
+    return stored
+
+
+def check_same_run(stored: Mapping[str, Any], path: Path, config: Config, inputs: Mapping[str, str]) -> None:
+    """InputError where ``stored`` belongs to other settings or inputs; limits may differ with ``--restore``."""
+    names = config.compared()
+    then = {name: stored["config"].get(name) for name in names} | _named(stored["inputs"])
+    now = names | _named(inputs)
+    free = LIMITS if config.restore else set()
+    differing = sorted(key for key in (now.keys() | then.keys()) - free if now.get(key) != then.get(key))
+    if not differing:
+        return
+    shown = ", ".join(f"{key} (there {then.get(key)}, here {now.get(key)})" for key in differing[:3])
+    goes_on = "--restore to go on, " if set(differing) <= LIMITS else ""
+    hint = "give the same flags" if config.restore else f"give {goes_on}another --name and --out_dir, or --overwrite"
+    raise InputError(f"{path} comes from other arguments: {shown}; {hint}")
+
+
+def _named(inputs: Mapping[str, str]) -> dict[str, str]:
+    return {f"file {name}": value for name, value in inputs.items()}
+
+
+# ---------------------------------------------------------------- damage
 
 
 def fault_of(stored: Any) -> str | None:
@@ -18,11 +70,13 @@ def fault_of(stored: Any) -> str | None:
     """
     if not isinstance(stored, Mapping):
         return f"it holds a {type(stored).__name__}, expected the entries config, last and best"
-    for key in ("config", "comparable", "last"):
+    if stored.get("format") != FORMAT:
+        return f"its format is {str(stored.get('format'))[:20]}, expected {FORMAT}"
+    for key in ("config", "inputs", "model", "last"):
         if not isinstance(stored.get(key), Mapping):
             return f"its entry {key} is missing or damaged"
-    if not all(_is_plain(value) for key in ("config", "comparable") for value in stored[key].values()):
-        return "config or comparable holds more than plain values"
+    if not all(_is_plain(value) for key in ("config", "inputs", "model") for value in stored[key].values()):
+        return "config, inputs or model holds more than plain values"
     last, best = stored["last"], stored.get("best", 0)
     if not (best is None or isinstance(best, Mapping)):
         return "its entry best is missing or damaged"
@@ -34,7 +88,7 @@ def fault_of(stored: Any) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool | int | float) or value == {}
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def _weights_fault(weights: Any) -> str | None:
@@ -112,3 +166,28 @@ def check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict[str, Any
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group's settings: all but its parameters and the rate, which a schedule moves."""
     return {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+
+
+# ---------------------------------------------------------------- random state
+
+
+def random_states(device: torch.device, generator: torch.Generator, one_gpu: bool) -> dict[str, Any]:
+    """States of all generators that training draws from; ``one_gpu``: of this process's GPU alone."""
+    gpus: list[Tensor] = []
+    if device.type == "cuda":
+        gpus = [torch.cuda.get_rng_state(device)] if one_gpu else torch.cuda.get_rng_state_all()
+    return {"order": generator.get_state(), "torch": torch.get_rng_state(), "cuda": gpus}
+
+
+def set_random_states(
+    states: Mapping[str, Any], device: torch.device, generator: torch.Generator, one_gpu: bool
+) -> None:
+    """Put stored states back."""
+    generator.set_state(states["order"].cpu())
+    torch.set_rng_state(states["torch"].cpu())
+    if device.type != "cuda" or not states["cuda"]:
+        return
+    if one_gpu:
+        torch.cuda.set_rng_state(states["cuda"][0].cpu(), device)
+    else:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

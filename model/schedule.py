@@ -1,0 +1,113 @@
+"""When codes are learned: the phases of a run, and the baselines that leave phases out.
+
+A run warms up (scores from z itself), then learns codes (scores from the codes, encoder and codebooks train), then
+fixes them (scores from the codes, only their vectors, relations and decoder train).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from common.config import Config
+
+ASSIGNMENTS = 16  # of codes per epoch, at least
+MOST_STEPS_APART = 8  # between two assignments
+
+
+class Phase(NamedTuple):
+    """What an epoch trains, and where its scores come from."""
+
+    name: str
+    quantized: bool  # scores come from codes, else from z
+    trains_encoder: bool
+
+
+WARM_UP = Phase("warm-up", quantized=False, trains_encoder=True)
+CODES = Phase("codes", quantized=True, trains_encoder=True)
+FROZEN = Phase("frozen", quantized=True, trains_encoder=False)
+
+
+class Schedule:
+    """Warm-up until ``warmup_epochs``, codes until ``freeze_at``, frozen codes until the end."""
+
+    makes_codes = True  # whether the run ends with codes
+    trains_with_codes = True  # whether any epoch has codes
+    draws_codes = False  # whether codes are drawn at random instead of assigned
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def progress(self, epoch: float, seconds: float = 0.0) -> float:
+        """Part of the run that is over, by epochs or, with ``max_minutes``, by the clock, whichever is further."""
+        done = epoch / self.config.epoch
+        return max(done, seconds / (60 * self.config.max_minutes)) if self.config.max_minutes else done
+
+    def phase(self, epoch: float, seconds: float = 0.0) -> Phase:
+        """The phase of the epoch that starts after ``epoch`` epochs."""
+        progress, until = self.progress(epoch, seconds), self.config.warmup_epochs
+        if (progress if until < 1 else epoch) < until:
+            return WARM_UP
+        return FROZEN if progress >= self.config.freeze_at < 1 else CODES
+
+    def lr(self, progress: float) -> float:
+        """The learning rate: a half cosine from ``lr`` down to 1 % of it."""
+        return self.config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+
+    def assign_every(self, steps: int) -> int:
+        """Scorer steps between assignments of codes, in an epoch of ``steps``."""
+        return max(1, min(MOST_STEPS_APART, steps // ASSIGNMENTS))
+
+    def noise(self, phase: Phase) -> float:
+        """Standard deviation of the noise on what the scorer sees, in those of its input."""
+        return {WARM_UP: self.config.z_noise, FROZEN: self.config.frozen_noise}.get(phase, 0.0)
+
+    def averages(self, phase: Phase, progress: float) -> bool:
+        """Whether the steps of this epoch enter the average of the weights."""
+        return phase == FROZEN
+
+    def can_be_best(self, phase: Phase) -> bool:
+        """Whether an epoch's score is one that the run may report: from codes, where it makes codes."""
+        return phase.quantized
+
+
+class Unquantized(Schedule):
+    """Baseline: the same model, without codes to the end."""
+
+    makes_codes = False
+    trains_with_codes = False
+
+    def phase(self, epoch: float, seconds: float = 0.0) -> Phase:
+        return WARM_UP
+
+    def averages(self, phase: Phase, progress: float) -> bool:
+        return progress >= self.config.freeze_at
+
+    def can_be_best(self, phase: Phase) -> bool:
+        return True
+
+
+class PostHoc(Unquantized):
+    """Baseline: trained without codes, quantized once at the end."""
+
+    makes_codes = True
+
+    def can_be_best(self, phase: Phase) -> bool:
+        return phase.quantized
+
+
+class RandomCodes(Schedule):
+    """Baseline: codes drawn at random before the first epoch and never changed (RandomEQ, Li et al. 2023)."""
+
+    draws_codes = True
+
+    def phase(self, epoch: float, seconds: float = 0.0) -> Phase:
+        return FROZEN
+
+
+SCHEDULES = {"rq": Schedule, "vq": Schedule, "random": RandomCodes, "posthoc": PostHoc, "none": Unquantized}
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The schedule of ``--quantizer``."""
+    return SCHEDULES[config.quantizer](config)
