@@ -200,7 +200,7 @@ def dataset_name(name: str, hashes: Mapping[str, str], triples: str | None, data
 
 
 def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
-    """A run of run_rq.py: the result from its codes and the control with shuffled codes; or a baseline (--quantizer none ...)."""
+    """A run of run_rq.py: the result from its codes and the control with shuffled codes; or a baseline run."""
     base = common(path, record)
     dataset = dataset_name(record["dataset"], record.get("inputs") or {}, record.get("trained_on"), data)
     check_stage1(path, record, known_counts(dataset, data))

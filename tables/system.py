@@ -66,7 +66,7 @@ def size_of(args: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def control_name(args: Mapping[str, Any]) -> str | None:
-    """The baseline of a run's flags: --quantizer names it, in older records --control; None for a run with own codes."""
+    """The baseline that the flags name (--quantizer; --control in older records); None for a run with own codes."""
     return args.get("control") or BASELINES.get(str(args.get("quantizer", "rq")))
 
 

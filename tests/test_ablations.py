@@ -46,7 +46,7 @@ def test_finished_runs_are_not_repeated_and_results_come_from_records(
 ) -> None:
     flags = iter(small_flags(ring, tmp_path))
     words = dict(zip(flags, flags, strict=False))
-    for own in ("--dataset", "--out_dir", "--checkpoint_dir", "--epoch"):
+    for own in ("--config", "--dataset", "--out_dir", "--checkpoint_dir", "--epoch"):
         words.pop(own, None)
     config = tmp_path / "recipe.txt"
     config.write_text(shlex.join([word for pair in words.items() for word in pair]))
