@@ -65,59 +65,40 @@ def draw_all(inputs: Inputs, out: Path, names: list[str]) -> dict[str, list[Path
     return drawn
 
 
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags behind ``Inputs``."""
-    group = parser.add_argument_group("inputs")
-    group.add_argument(
-        "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
-    )
-    group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")
-    group.add_argument("--model", type=Path, nargs="+", metavar="DIR", help="adapters, merged or base models")
-    group.add_argument(
-        "--tokenizer", metavar="DIR", help="folder of the tokenizer that counts prompt tokens (default: an estimate)"
-    )
-    add_record_flags(parser)
-    group = parser.add_argument_group("drawing")
-    group.add_argument(
-        "--projection", choices=embeddings.PROJECTIONS, default="tsne", help="projection of figures 8 and 13"
-    )
-    group.add_argument(
-        "--sample", type=int, default=2000, metavar="N", help="largest number of entities in figures 2 and 9"
-    )
-    group.add_argument("--seed", type=int, default=0, help="seed of samples, baselines and t-SNE")
-
-
-def inputs_of(args: argparse.Namespace) -> Inputs:
-    """``Inputs`` of the flags of ``add_input_flags``; InputError if a number is out of range."""
-    if args.sample < 1 or args.seed < 0:
-        raise InputError(f"--sample must be 1 or more and --seed 0 or more, got {args.sample} and {args.seed}")
-    return Inputs(
-        codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
-        tokenizer=args.tokenizer, projection=args.projection, sample=args.sample, seed=args.seed,
-    )  # fmt: skip
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--figure", nargs="+", choices=[*FIGURES, "all"], default=["all"], metavar="NAME",
                         help=f"{', '.join(FIGURES)} or all")  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder for the PNG and PDF files")
-    add_input_flags(parser)
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("inputs")
+    group.add_argument("--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)")
+    group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")
+    group.add_argument("--model", type=Path, nargs="+", metavar="DIR", help="adapters, merged or base models")
+    group.add_argument("--tokenizer", metavar="DIR", help="its tokens are counted in prompts (default: an estimate)")
+    add_record_flags(parser)
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--projection", choices=embeddings.PROJECTIONS, default="tsne", help="in figures 8 and 13")
+    group.add_argument("--sample", type=int, default=2000, metavar="N", help="most entities in figures 2 and 9")
+    group.add_argument("--seed", type=int, default=0, help="seed of samples, baselines and t-SNE")
+    args = parser.parse_args(argv)
+    if args.sample < 1 or args.seed < 0:
+        parser.error(f"--sample must be 1 or more and --seed 0 or more, got {args.sample} and {args.seed}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    inputs = inputs_of(args)
+    inputs = Inputs(
+        codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
+        tokenizer=args.tokenizer, projection=args.projection, sample=args.sample, seed=args.seed,
+    )  # fmt: skip
     if "all" in args.figure:
         if not draw_all(inputs, args.out, list(FIGURES)):
             raise InputError("nothing could be drawn; the lines above name the commands for the inputs")
     else:
         for name in args.figure:
-            print(
-                f"figure {name}: wrote {', '.join(path.name for path in FIGURES[name].draw(inputs, args.out))}",
-                flush=True,
-            )
+            files = FIGURES[name].draw(inputs, args.out)
+            print(f"figure {name}: wrote {', '.join(path.name for path in files)}", flush=True)
     print(f"the files are in {args.out}")
 
 

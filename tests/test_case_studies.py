@@ -228,7 +228,8 @@ def test_answers_without_record_or_rows_are_refused(answers: Path, tmp_path: Pat
     content["metrics"][LINKS]["test"]["hits@1"] = 1.0
     write_json(content, record)
     refused(answers, "metrics.link_prediction.test.hits@1")
-    for other in ({"metrics": {}, "args": {}}, []):
+    others: list[Any] = [{"metrics": {}, "args": {}}, []]
+    for other in others:
         write_json(other, record)
         refused(answers, "inference_results.json")
     record.unlink()

@@ -87,9 +87,8 @@ def test_equal_inputs_give_equal_bytes(name: str, inputs: Inputs, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [(["7"], "--records"), (["11"], "--records"), (["9", "--dataset", "RING"], "data/download.py"),
-     (["2", "--sample", "0"], "--sample")],
-)  # fmt: skip
+    [(["7"], "--records"), (["11"], "--records"), (["9", "--dataset", "RING"], "data/download.py")],
+)
 def test_a_named_figure_without_inputs_is_an_error(
     flags: list[str], word: str, swept: Path, ring: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +97,14 @@ def test_a_named_figure_without_inputs_is_an_error(
         make_figures.main(["--figure", *(str(ring) if flag == "RING" else flag for flag in flags), *words])
     assert word in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--sample", "--seed"])
+def test_numbers_out_of_range_are_one_line(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        make_figures.main([flag, "-1"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and flag in printed and printed.count("\n") == 1
 
 
 def test_lines_differ_in_grey_and_heat_maps_rise_in_lightness() -> None:

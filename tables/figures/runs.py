@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import content_of
 from common.files import read_json
@@ -163,16 +163,16 @@ def draw_training(inputs: Inputs, out: Path) -> list[Path]:
     return save(figure, out, "figure_10", inputs.kinds)
 
 
-def draw_run(losses: Axes, scores: Axes, history: Sequence[dict[str, object]], label: str, number: int) -> None:
+def draw_run(losses: Axes, scores: Axes, history: Sequence[dict[str, Any]], label: str, number: int) -> None:
     """Loss and MRR of one run."""
     style = line(number) | {"markersize": 2.5}
     losses.plot([epoch["epoch"] for epoch in history], [epoch["structure"] for epoch in history], label=label, **style)
     for warm, fill in ((True, "white"), (False, style["color"])):
         phase = [epoch for epoch in history if (epoch["phase"] == "warm-up") == warm]
-        points = [(epoch["epoch"], valid["mrr"]) for epoch in phase if isinstance(valid := epoch.get("valid"), dict)]
+        points = [(epoch["epoch"], epoch["valid"]["mrr"]) for epoch in phase if "valid" in epoch]
         scores.plot([x for x, _ in points], [y for _, y in points], **style, markerfacecolor=fill)
     frozen = next((epoch["epoch"] for epoch in history if epoch["phase"] == "frozen"), None)
-    if isinstance(frozen, int):
+    if frozen is not None:
         scores.axvline(frozen, color=style["color"], linewidth=0.8, linestyle=":")
 
 
