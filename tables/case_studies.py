@@ -46,6 +46,7 @@ from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, com
 
 _CODES = re.compile(r"<CODE>((?:Q\d+_\d+[:|]?)+)</CODE>")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
+LIKELIHOOD = ("likelihood", "predict")  # --decode that scores candidates without their list
 HEADS = {LINKS: "Link prediction", TRIPLES: "Triple classification"}
 
 
@@ -228,9 +229,9 @@ def question(row: Row) -> str:
 
 
 def exchange(case: Case) -> str:
-    """Prompt and answer; with --decode predict: the query without candidates and the best three by score."""
+    """Prompt and answer; with --decode likelihood: the query without candidates and the best three by score."""
     prompt, what = case.row["instruction"], "Answer"
-    if case.answer["decode"] == "predict":
+    if case.answer["decode"] in LIKELIHOOD:
         prompt, what = prediction(need_fields(case.row, "head", "relation")), "Best by score"
     unparsed = "" if case.answer["parsed"] else " (could not be parsed)"
     answer = block(short_codes(case.answer["text"]))

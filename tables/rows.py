@@ -41,7 +41,10 @@ SPLIT_FILES = ("train.txt", "valid.txt", "test.txt")
 TRAINING_IN_WORDS = {
     "model_name", "train_data", "val_data", "output_dir", "overwrite", "resume_from_checkpoint", "micro_batch_size",
     "eval_batch_size", "logging_steps", "seed", "report_to", "lora_r", "gradient_checkpointing", "epochs", "max_steps",
-    "eval_steps", "max_length", "code_init",
+    "eval_steps", "max_length", "code_init", "plain_text",
+}  # fmt: skip
+ANSWER_BASELINES = {
+    "candidate_model": "candidate ranker", "as_listed": "first candidate of the list", "random": "random choice",
 }  # fmt: skip
 EXPECTED = ROOT / "tables" / "expected"
 KEEP_FIRST = "give --keep before files are replaced, or repeat inference.py"
@@ -277,7 +280,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
                 **base}  # fmt: skip
         valid = numbers(splits.get("validation"), names)
         rows.append(Row(variant="", metrics=numbers(test, names), valid=valid, **what))
-        for part, variant in (("candidate_model", "candidate ranker"), ("as_listed", "first candidate of the list")):
+        for part, variant in ANSWER_BASELINES.items():
             if numbers(test.get(part), names):
                 rows.append(Row(variant=variant, metrics=numbers(test[part], names), valid={}, **what))
     return rows
