@@ -217,7 +217,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
     )
-    parser.add_argument("--k", type=int, nargs="+", default=list(KS), metavar="K", help="numbers of nearest entities")
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        default=list(KS),
+        metavar="K",
+        help="numbers of nearest entities (default: 200 to 1000)",
+    )
     parser.add_argument("--chunk", type=int, default=CHUNK, help="entities at a time; changes only memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)

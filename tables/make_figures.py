@@ -68,7 +68,7 @@ def draw_all(inputs: Inputs, out: Path, names: list[str]) -> dict[str, list[Path
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--figure", nargs="+", choices=[*FIGURES, "all"], default=["all"], metavar="NAME",
-                        help=f"{', '.join(FIGURES)} or all")  # fmt: skip
+                        help=f"{', '.join(FIGURES)} or all (default: all)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder for the PNG and PDF files")
     group = parser.add_argument_group("inputs")
     group.add_argument("--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)")

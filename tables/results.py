@@ -172,7 +172,8 @@ def relative(value: Any) -> Any:
 def add_record_flags(parser: argparse.ArgumentParser) -> None:
     """--records and --data, for every command that reads records."""
     parser.add_argument("--records", nargs="+", type=Path, metavar="DIR", default=list(FOLDERS),
-                        help="folders (with all below them) or files of run records")  # fmt: skip
+                        help="folders (with all below them) or files of run records (default: tables/records, "
+                        "codes_new, lora_training/lora_outputs and lora_training/inference_results.json)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", default=ROOT / "data", help="folder of the graphs")
 
 

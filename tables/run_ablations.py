@@ -91,7 +91,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the configuration's)")
     parser.add_argument("--text_emb", type=Path, metavar="FILE.npy", help="adds the settings with text")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of every run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every setting")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every setting (default: 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings")
     parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "codes_new" / "ablations",
                         help="folder for the runs and ablations.json")  # fmt: skip
