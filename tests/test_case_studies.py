@@ -40,7 +40,7 @@ def link(number: int, rank: float | None, truth: list[str], with_codes: bool = T
     )  # fmt: skip
 
 
-def judge(number: int, truth: str, split: str = "test") -> Row:
+def triple(number: int, truth: str, split: str = "test") -> Row:
     text = prompts.classification(
         "A", "knows", f"B{number}", f"<ENT>A</ENT> {codes(1)}", f"<ENT>B</ENT> {codes(2)}", True
     )
@@ -62,7 +62,7 @@ def ranked(row: Row, scores: list[float | None], **more: Any) -> Answer:
     return make_answer(row, "score", scores=scores, text=prompts.numbered([codes(1), codes(0)]), **more)
 
 
-def judged(row: Row, margin: float) -> Answer:
+def classified(row: Row, margin: float) -> Answer:
     scores = [margin, 0.0]
     return make_answer(row, "score", candidates=["True", "False"], scores=scores, text=str(margin > 0))
 
@@ -80,7 +80,7 @@ LINK_SCORES: list[list[float | None]] = [
     [-1, -2, -3, -4, -5], [-3, -2, -4, -1, -5], [-1, -2, -3, -4, -5], [-1, -2, -3, None, -4], [-1, -2, -3, -4, -5],
     [-1, -2, -9, -8, -3], [-1, -2, -3, -4, -5],
 ]  # fmt: skip
-JUDGE_ROWS = [judge(0, "True"), judge(1, "False"), judge(2, "False"), judge(3, "True")]
+TRIPLE_ROWS = [triple(0, "True"), triple(1, "False"), triple(2, "False"), triple(3, "True")]
 MARGINS = [3.0, -5.0, 2.0, 0.5]  # right, right, wrong, right at a threshold of 0
 
 
@@ -105,8 +105,8 @@ def leave(folder: Path, rows: list[Row], found: list[Answer]) -> Path:
 @pytest.fixture
 def answers(tmp_path: Path) -> Path:
     links = [ranked(row, scores) for row, scores in zip(LINK_ROWS, LINK_SCORES, strict=True)]
-    judgements = [judged(row, margin) for row, margin in zip(JUDGE_ROWS, MARGINS, strict=True)]
-    return leave(tmp_path / "run", [*LINK_ROWS, *JUDGE_ROWS], [*judgements, *links])
+    classifications = [classified(row, margin) for row, margin in zip(TRIPLE_ROWS, MARGINS, strict=True)]
+    return leave(tmp_path / "run", [*LINK_ROWS, *TRIPLE_ROWS], [*classifications, *links])
 
 
 def ids(cases: list[Case]) -> list[str]:
@@ -132,9 +132,9 @@ def test_triples_are_picked_by_the_distance_from_the_threshold(answers: Path) ->
 
 def test_the_threshold_is_the_one_of_validation(tmp_path: Path) -> None:
     """Validation says that True begins at 2.5: the answer of margin 2 is right there, that of 0.5 wrong."""
-    tuning = [judge(10, "True", "validation"), judge(11, "False", "validation")]
-    found = [judged(row, margin) for row, margin in zip([*tuning, *JUDGE_ROWS], [2.9, 2.1, *MARGINS], strict=True)]
-    run = open_run(leave(tmp_path, JUDGE_ROWS, found))
+    tuning = [triple(10, "True", "validation"), triple(11, "False", "validation")]
+    found = [classified(row, margin) for row, margin in zip([*tuning, *TRIPLE_ROWS], [2.9, 2.1, *MARGINS], strict=True)]
+    run = open_run(leave(tmp_path, TRIPLE_ROWS, found))
     right, wrong, _ = pick_triples(run, 9)
     assert ids(wrong.cases) == ["t-3"] and ids(right.cases) == ["t-1", "t-0", "t-2"]
     assert "threshold +2.500" in page(run, 1) and "t-10" not in page(run, 9)

@@ -66,7 +66,7 @@ def test_shared_facts_are_counted_over_group_and_graph(ring_kg: KnowledgeGraph) 
         overall = sum((h, fact.relation, fact.tail) in edges for h in range(ring_kg.num_entities))
         assert (fact.overall, fact.group) == (overall, 5)
         assert fact.lift == pytest.approx(fact.having / 5 / (overall / ring_kg.num_entities))
-    assert (found[0].relation, found[0].tail) == (hub, one), "the class that all but e3 are of"
+    assert (found[0].relation, found[0].tail) == (hub, one), "the class of all but e3"
 
 
 def test_over_representation_beats_frequency(tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ def test_codes_of_another_order_are_mapped_by_name(tmp_path: Path, capsys: pytes
 def test_unknown_and_ambiguous_names_are_refused(ring: Path, codes_file: Path, tmp_path: Path) -> None:
     words = ["--codes", str(codes_file), "--dataset", str(ring), "--entity"]
     raw, names = ["m1", "m2", "m3"], [["Mercury (a planet)", "Mercury (m2)", "Venus"], ["Mercury", "Mercury", "Venus"]]
-    for ask, word in ((lambda: inspect_codes.main([*words, "Nobody"]), "Nobody"),
+    for call, word in ((lambda: inspect_codes.main([*words, "Nobody"]), "Nobody"),
                       (lambda: find_name("mercury", raw, names, "entity", "--entity"), "[m1]")):  # fmt: skip
         with pytest.raises(InputError) as error:
-            ask()
+            call()
         assert str(error.value).startswith("--entity") and word in str(error.value)
     assert find_name("Mercury (m2)", raw, names, "entity") == 1
