@@ -16,7 +16,7 @@ from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import from_zero, line, new_figure, plain_log, save, short, whole_ticks
 from tables.results import CODES, Group, Row, groups
 from tables.rows import EXPECTED
-from tables.system import size_of, system_of
+from tables.system import System, short_count, size_of, system_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Key = tuple[object, ...]
 MOST_TICKS = 10  # that fit on a panel
 MRR = "valid MRR"
-LONGEST_LABEL = 56
+LONGEST_LABEL = 48
 
 
 def stage1(inputs: Inputs, needs: Callable[[Row], object] = bool, what: str = "") -> dict[str, list[Row]]:
@@ -69,8 +69,17 @@ def legend_labels(settings: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def run_labels(rows: Sequence[Row]) -> list[str]:
-    """A legend label per run of a panel."""
-    return legend_labels([f"{row.setting}, seed {row.seed}" for row in rows], [row.path.stem for row in rows])
+    """A legend label per run of a panel: the settings that differ, parameters behind the codes, bits per entity."""
+    systems = [system_of(row.record) for row in rows]
+    settings = [f"{found.codes}, {others(row)}, seed {row.seed}" for found, row in zip(systems, rows, strict=True)]
+    labels = legend_labels(settings, [row.path.stem for row in rows])
+    return [f"{label} ({sizes(found)})" for label, found in zip(labels, systems, strict=True)]
+
+
+def sizes(system: System) -> str:
+    """``0.45M, 160 bits``."""
+    parameters = short_count(system.parameters).removesuffix(" parameters")
+    return f"{parameters}, {system.bits:,.0f} bits" if system.bits else parameters
 
 
 def curves(rows: Sequence[Row], key: Callable[[Row], Key], x: Callable[[Row], int]) -> dict[Key, dict[int, float]]:
