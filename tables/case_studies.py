@@ -1,16 +1,16 @@
-"""Case studies as the paper's Tables 8 to 10: single prompts, their candidates, the answer and the truth, as Markdown.
+"""Case studies as in the paper's Tables 8 to 10: single prompts, candidates, the answer and the truth, as Markdown.
 
     python tables/case_studies.py                                        from lora_training/answers.jsonl
     python tables/case_studies.py --answers lora_training/lora_outputs/second/answers.jsonl --count 3 --out cases.md
 
-Cases are chosen by rule, never by hand; of equally good ones the first of the file is taken.
+Cases are chosen by fixed rules; ties are resolved by the order of the file.
 
-Link prediction. Queries whose truth the LLM could choose, by the gain 1 / (rank by the LLM) - 1 / (rank by the
-candidates' model): the highest above 0, the lowest below 0, and the first ones whose rank stayed.
-Triple classification. By the distance of log P(True) - log P(False) from the validation threshold: the surest right
-answers, the surest wrong ones, and those nearest to the threshold.
+Link prediction: queries whose truth the LLM could choose, by 1 / (rank by LLM) - 1 / (rank by candidate ranker): the
+highest gain, the greatest loss, and the first ones whose rank did not change.
+Triple classification: by the distance of log P(True) - log P(False) from the validation threshold: the most confident
+correct answers, the most confident wrong ones, and those nearest to the threshold.
 
-Answers are shown only with the run record that inference.py wrote beside them, and with the very rows they answer.
+Answers are shown only with the run record beside them and with the rows that they answer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE, END_CODE
-from Class.instructions import Row, need_fields, read_rows
 from Class.prompts import prediction
+from Class.rows import Row, need_fields, read_rows
 from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import read_json, write_text
 from lora_training.inference import OUTPUT, answers_path, listed_candidates
@@ -47,11 +47,12 @@ from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, com
 
 _CODES = re.compile(r"<CODE>((?:Q\d+_\d+[:|]?)+)</CODE>")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
+LIKELIHOOD = ("likelihood", "predict")  # --decode that scores candidates without their list
 HEADS = {LINKS: "Link prediction", TRIPLES: "Triple classification"}
 
 
 class Run(NamedTuple):
-    """Answers with what they rest on."""
+    """Answers, their record and the rows that they answer."""
 
     path: Path  # of the answers
     record: Record
@@ -68,7 +69,7 @@ class Case(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """One kind of case and the cases of it, best first."""
+    """One kind of case and its cases, best first."""
 
     title: str
     rule: str
@@ -83,15 +84,15 @@ def record_beside(answers: Path) -> Path:
     stem = answers.name.removesuffix(".answers.jsonl")
     record = answers.with_name(OUTPUT.name if answers.name == "answers.jsonl" else f"{stem}.json")
     if answers_path(record) != answers:
-        raise InputError(f"--answers {answers} is no answers.jsonl or NAME.answers.jsonl, as inference.py names it")
+        raise InputError(f"--answers {answers}: expected answers.jsonl or NAME.answers.jsonl, as inference.py names it")
     return record
 
 
 def open_run(answers: Path, rows: Path | None = None) -> Run:
     """Answers, their record and their rows, checked against each other.
 
-    ``rows``: the rows that were answered, where they lie elsewhere than the record says. Raises InputError where one
-    of the three is missing, or belongs to another run.
+    ``rows``: the file of rows if it is not where the record says. Raises InputError if one of the three is missing or
+    belongs to another run.
     """
     found = read_answers(answers).answers
     path = record_beside(answers)
@@ -108,7 +109,7 @@ def open_run(answers: Path, rows: Path | None = None) -> Run:
     with content_of(path, "run record"):
         common(path, record)
         if sorted(record["answers"], key=key) != sorted(found, key=key):
-            raise InputError(f"--answers {answers} are not the answers of {path.name} beside it; repeat inference.py")
+            raise InputError(f"--answers {answers} differ from the answers in {path.name}; repeat inference.py")
         for task in (LINKS, TRIPLES):
             check_scored(path, task, record["metrics"].get(task, {}), record["answers"])
         rows = answered_rows(path, record, rows)
@@ -121,7 +122,7 @@ def open_run(answers: Path, rows: Path | None = None) -> Run:
 
 
 def key(row: Row | Answer) -> tuple[str, str]:
-    """What makes a row or an answer the only one."""
+    """Identifies a row and its answer."""
     return row["split"], str(row["id"])
 
 
@@ -129,80 +130,73 @@ def key(row: Row | Answer) -> tuple[str, str]:
 
 
 def by_mean(run: Run) -> bool:
-    """Whether names of unequal length are ranked by their mean per token, as the metrics are."""
+    """Whether names of unequal length are ranked by the mean score per token, as in the metrics."""
     return str(run.metrics[LINKS]["test"].get("lengths", "")).startswith("mean")
 
 
 def gain(answer: Answer, mean: bool) -> float:
-    """1 / rank by the LLM - 1 / rank by the candidates' model."""
+    """1 / rank by the LLM - 1 / rank by the candidate ranker."""
     return 1 / rank_of(per_token(answer) if mean else answer) - 1 / known_rank(answer)
 
 
 def could_choose(answer: Answer) -> bool:
-    """Whether the LLM could have found the truth, and its rank without the LLM is known."""
+    """Whether the LLM could choose the truth and its rank by the candidate ranker is known."""
     listed = answer["decode"] == SEARCHED or answer["truth"][0] in answer["candidates"]
     return listed and answer["candidate_rank"] is not None
 
 
+def pick(title: str, rule: str, cases: Sequence[Case], value: Callable[[Case], float], count: int, total: int) -> Pick:
+    """The ``count`` cases of the highest ``value``; ties keep the order of the file."""
+    chosen = sorted(cases, key=value, reverse=True)[:count]
+    return Pick(title, f"{len(cases):,} of {total:,} {rule}", chosen)
+
+
 def pick_links(run: Run, count: int) -> list[Pick]:
-    """Gains, losses and queries that stayed."""
+    """Gains, losses and queries whose rank did not change."""
     mean = by_mean(run)
     cases = [case for case in run.cases[LINKS] if could_choose(case.answer)]
-    gains = [gain(case.answer, mean) for case in cases]
 
-    def best(fits: Callable[[float], bool], order: Callable[[float], float]) -> list[Case]:
-        chosen = [place for place, value in enumerate(gains) if fits(value)]
-        return [cases[place] for place in sorted(chosen, key=lambda place: order(gains[place]))[:count]]
+    def change(case: Case) -> float:
+        return gain(case.answer, mean)
 
+    better, worse, same = (
+        [case for case in cases if fits(change(case))] for fits in (lambda x: x > 0, lambda x: x < 0, lambda x: x == 0)
+    )
+    total = len(cases)
     return [
-        Pick("Best improvement", f"{share(gains, lambda x: x > 0)} rank higher by the LLM; highest gain first",
-             best(lambda x: x > 0, lambda x: -x)),
-        Pick("Worst loss", f"{share(gains, lambda x: x < 0)} rank lower by the LLM; greatest loss first",
-             best(lambda x: x < 0, lambda x: x)),
-        Pick("Unchanged", f"{share(gains, lambda x: x == 0)} keep their rank; first of the file first",
-             best(lambda x: x == 0, lambda x: 0.0)),
-    ]  # fmt: skip
-
-
-def share(values: Sequence[float], fits: Callable[[float], bool]) -> str:
-    """``3 of 20``: how many values fit."""
-    return f"{sum(map(fits, values)):,} of {len(values):,}"
+        pick("Best improvement", "rank higher by the LLM; highest gain first", better, change, count, total),
+        pick("Worst loss", "rank lower by the LLM; greatest loss first", worse, lambda c: -change(c), count, total),
+        pick("Unchanged", "keep their rank; in the order of the file", same, change, count, total),
+    ]
 
 
 def pick_triples(run: Run, count: int) -> list[Pick]:
-    """Sure and right, sure and wrong, unsure. Answers that did not parse have no margin and are left out."""
+    """Confident and correct, confident and wrong, uncertain. Answers that could not be parsed are left out."""
     threshold = run.metrics[TRIPLES]["test"]["threshold"]
     cases = [case for case in run.cases[TRIPLES] if case.answer["parsed"]]
-    right = [case for case in cases if says_true(case.answer, threshold) == (case.answer["truth"] == [TRUE])]
-    wrong = [case for case in cases if says_true(case.answer, threshold) != (case.answer["truth"] == [TRUE])]
 
-    def sureness(case: Case) -> float:
+    def correct(case: Case) -> bool:
+        return (margin(case.answer) > threshold) == (case.answer["truth"] == [TRUE])
+
+    def confidence(case: Case) -> float:
         return abs(margin(case.answer) - threshold)
 
-    def surest(chosen: list[Case]) -> list[Case]:
-        return sorted(chosen, key=sureness, reverse=True)[:count]  # stable: ties stay in order
-
-    total = f"of {len(cases):,}"
+    total = len(cases)
     return [
-        Pick("Surest right answer", f"{len(right):,} {total} are right; farthest from the threshold first",
-             surest(right)),
-        Pick("Surest wrong answer", f"{len(wrong):,} {total} are wrong; farthest from the threshold first",
-             surest(wrong)),
-        Pick("Least sure answer", f"all {len(cases):,}; nearest to the threshold first",
-             sorted(cases, key=sureness)[:count]),
+        pick("Most confident correct answer", "are correct; farthest from the threshold first",
+             [case for case in cases if correct(case)], confidence, count, total),
+        pick("Most confident wrong answer", "are wrong; farthest from the threshold first",
+             [case for case in cases if not correct(case)], confidence, count, total),
+        pick("Least confident answer", "were parsed; nearest to the threshold first",
+             cases, lambda case: -confidence(case), count, total),
     ]  # fmt: skip
-
-
-def says_true(answer: Answer, threshold: float) -> bool:
-    """What the answer says, as score_answers.py reads it."""
-    return margin(answer) > threshold
 
 
 # ---------------------------------------------------------------- printing
 
 
 def short_codes(text: str) -> str:
-    """Every code cut to its first position, and how many positions are left out: ``<CODE>Q0_5:Q1_9 …+3</CODE>``."""
+    """All codes cut to their first position, with the number of the others: ``<CODE>Q0_5:Q1_9 …+3</CODE>``."""
 
     def cut(match: re.Match[str]) -> str:
         positions = re.findall(r"Q0_\d+(?:[:|]?Q[1-9]\d*_\d+)*", match[1])
@@ -212,7 +206,7 @@ def short_codes(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text with Markdown's special characters escaped, on one line."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
@@ -224,8 +218,8 @@ def block(text: str) -> str:
 
 
 def rank_text(rank: float) -> str:
-    """A rank, which is infinite for a truth that was not found."""
-    return "never found" if math.isinf(rank) else f"{rank:,g}"
+    """A rank; it is infinite for a truth that was not found."""
+    return "not found" if math.isinf(rank) else f"{rank:,g}"
 
 
 def question(row: Row) -> str:
@@ -236,12 +230,13 @@ def question(row: Row) -> str:
 
 
 def exchange(case: Case) -> str:
-    """Prompt and answer; of candidates that were scored without their list, what was asked and the best three."""
-    asked, said = case.row["instruction"], "Answer"
-    if is_likelihood(case.answer):
-        asked, said = prediction(need_fields(case.row, "head", "relation")), "Best by score"
-    unread = "" if case.answer["parsed"] else " (it did not parse)"
-    return f"Prompt:\n\n{block(short_codes(asked))}\n{said}{unread}:\n\n{block(short_codes(case.answer['text']))}\n"
+    """Prompt and answer; with --decode likelihood: the query without candidates and the best three by score."""
+    prompt, what = case.row["instruction"], "Answer"
+    if case.answer["decode"] in LIKELIHOOD:
+        prompt, what = prediction(need_fields(case.row, "head", "relation")), "Best by score"
+    unparsed = "" if case.answer["parsed"] else " (could not be parsed)"
+    answer = block(short_codes(case.answer["text"]))
+    return f"Prompt:\n\n{block(short_codes(prompt))}\n{what}{unparsed}:\n\n{answer}\n"
 
 
 def link_case(case: Case, mean: bool) -> str:
@@ -261,26 +256,26 @@ def link_case(case: Case, mean: bool) -> str:
         codes = _CODES.fullmatch(listed[name].answer) if name in listed else None
         shown_codes = f"`{short_codes(codes[0])[len(CODE) : -len(END_CODE)]}`" if codes else ""
         score = "" if value is None else f"{value:.3f}"
-        said = "truth" if name == truth else "another right answer, not counted" if name in others else ""
-        lines.append(f"| {place} | {at} | {plain(names.get(name, name))} | {shown_codes} | {score} | {said} |")
+        remark = "truth" if name == truth else "another correct answer, not counted" if name in others else ""
+        lines.append(f"| {place} | {at} | {plain(names.get(name, name))} | {shown_codes} | {score} | {remark} |")
     before, after = known_rank(answer), rank_of(ranked)
     return (
-        f"Truth: {plain(names.get(truth, truth))}. Rank before (candidates' model): {rank_text(before)}, "
-        f"after (LLM): {rank_text(after)}.\n\n{exchange(case)}" + "\n".join(lines) + "\n"
+        f"Truth: {plain(names.get(truth, truth))}. Rank by the candidate ranker: {rank_text(before)}, "
+        f"by the LLM: {rank_text(after)}.\n\n{exchange(case)}" + "\n".join(lines) + "\n"
     )
 
 
 def triple_case(case: Case, threshold: float) -> str:
-    """A triple: truth, what was said and how surely, prompt and answer."""
-    said = says_true(case.answer, threshold)
+    """A triple: truth, answer and confidence, prompt."""
+    value = margin(case.answer)
     return (
-        f"Truth: {case.answer['truth'][0]}. Said: {said}, log P(True) - log P(False) = {margin(case.answer):+.3f} at a "
-        f"threshold of {threshold:+.3f}.\n\n{exchange(case)}"
+        f"Truth: {case.answer['truth'][0]}. Answer: {value > threshold}, log P(True) - log P(False) = {value:+.3f}, "
+        f"threshold {threshold:+.3f}.\n\n{exchange(case)}"
     )
 
 
 def page(run: Run, count: int) -> str:
-    """The whole text. InputError where no task of Tables 8 to 10 was answered."""
+    """The whole text. InputError if no task of Tables 8 to 10 was answered."""
     record, parts = run.record, []
     if LINKS in run.cases:
         mean = by_mean(run)
@@ -289,28 +284,28 @@ def page(run: Run, count: int) -> str:
         threshold = run.metrics[TRIPLES]["test"]["threshold"]
         parts += section(run, TRIPLES, pick_triples(run, count), lambda case: triple_case(case, threshold))
     if not parts:
-        raise InputError(f"--answers {run.path} answer no test row of {LINKS} or {TRIPLES}; make some: inference.py")
+        raise InputError(f"--answers {run.path} contain no test row of {LINKS} or {TRIPLES}; make some: inference.py")
     model = Path(str(record["model"].get("base_model"))).name
     return (
         "# Case studies\n\n"
         f"From {plain(str(shown(run.path)))} (model {plain(model)}, {plain(record['device'])}, {record['finished']}, "
-        f"commit {commit_words(record['git_commit'])}), rows {plain(str(shown(run.rows)))}. Chosen by the rules at "
-        "the head of tables/case\\_studies.py. Codes are cut to their first position: `…+3` stands for three more.\n\n"
+        f"commit {commit_words(record['git_commit'])}), rows {plain(str(shown(run.rows)))}. Chosen by the rules in "
+        "tables/case\\_studies.py. Codes are cut to their first position: `…+3` stands for three more.\n\n"
         + "\n".join(parts)
     )
 
 
 def section(run: Run, task: str, picks: Sequence[Pick], show: Callable[[Case], str]) -> list[str]:
-    """One task: its counts, then every pick with its cases."""
+    """One task: its counts, then every kind of case."""
     answers = [case.answer for case in run.cases[task]]
-    unread = sum(not answer["parsed"] for answer in answers)
-    text = f"## {HEADS[task]}\n\n{len(answers):,} test rows answered, {unread:,} answers did not parse"
+    unparsed = sum(not answer["parsed"] for answer in answers)
+    text = f"## {HEADS[task]}\n\n{len(answers):,} test rows answered, {unparsed:,} could not be parsed"
     if task == LINKS:
-        text += f"; the truth of {sum(map(could_choose, answers)):,} could be chosen"
+        text += f"; for {sum(map(could_choose, answers)):,} the LLM could choose the truth"
     parts = [f"{text}.\n"]
-    for pick in picks:
-        parts.append(f"### {pick.title}\n\nRule: {pick.rule}.\n" + ("" if pick.cases else "\nThere is none.\n"))
-        for case in pick.cases:
+    for kind in picks:
+        parts.append(f"### {kind.title}\n\nRule: {kind.rule}.\n" + ("" if kind.cases else "\nNone.\n"))
+        for case in kind.cases:
             parts.append(f"#### {plain(question(case.row))}\n\nRow {plain(str(case.row['id']))}. {show(case)}")
     return parts
 

@@ -1,24 +1,26 @@
-"""How good codes are, without any model: usage, perplexity, collisions, entropy and Jaccard distances.
+"""Quality of codes, without any model: perplexity, collisions, entropy and Jaccard distances.
 
     python tables/code_quality.py --codes codes_new/FB15k-237_4_1024_4_rq.pt
     python tables/code_quality.py --codes demo_output/family_4_256_4_rq.pt --json quality.json
 
 Definitions (M entities, codes [M, L, Q]):
 
-usage, perplexity   per level: the fraction of its K codes in use; exp of the entropy of how often each occurs
+bits per entity     L * Q * log2 K, the size of an entity's codes
+perplexity          per level: exp of the entropy of the code frequencies; K if all codes are equally frequent
 collisions          entities that share their whole code with another one
-entropy             -sum p log2 p over whole-entity codes (Eq. 11), in bits; log2 M where no two entities are equal.
-                    The paper's figures exceed log2 M, so it counts something else: they are not comparable
+entropy             -sum p log2 p over whole-entity codes (Eq. 11), in bits; log2 M if no two entities are equal.
+                    The paper's figures exceed log2 M, so they are not comparable
 Jaccard distance    of two entities: 1 - |A & B| / |A | B|, with A the L*Q items (position, level, code) of an entity
-                    (Eq. 12, 13). At k: the mean over all entities of the mean over their k nearest other ones, nearest
-                    by the squared distance of the decoded vectors [L * code_dim] in float32, ties by id. High: even
-                    near entities can be told apart. All sets have L*Q items: s equal ones give 1 - s / (2*L*Q - s)
+                    (Eq. 12, 13). At k: the mean over all entities of the mean over their k nearest other entities by
+                    squared distance of the decoded vectors [L * code_dim] in float32, ties by id. High: near entities
+                    have different codes. All sets have L*Q items: s equal items give 1 - s / (2*L*Q - s)
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -29,10 +31,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import load_codes, load_entities
-from Class.instructions import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
+from Class.source import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
 from common.device import peak_memory_mb
 from common.errors import CommandParser, InputError, run_command
 from common.files import load_torch, write_json
+from tables.system import parameters_of, short_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,18 +54,19 @@ class CodeSet(NamedTuple):
     entities: list[str]  # M raw names
     codes: Tensor  # int64 [M, L, Q]
     num_code: int  # K
-    vectors: Tensor | None  # float32 [M, L, code_dim]; None where stage 1 left them out
+    vectors: Tensor | None  # float32 [M, L, code_dim]; None if stage 1 did not save them
 
     @property
     def name(self) -> str:
         return self.path.stem
 
     def flat_vectors(self) -> Tensor:
-        """The decoded vectors [M, L * code_dim]; InputError where the file is not there."""
+        """The decoded vectors [M, L * code_dim]; InputError if the file does not exist."""
         if self.vectors is None:
+            dataset = shlex.quote(str(self.record["args"].get("dataset")))
             raise InputError(
-                f"{embeddings_path(self.path)} does not exist: the distances need the decoded vectors; write them: "
-                f"python run_rq.py --dataset {self.record['args'].get('dataset')} ... --restore"
+                f"{embeddings_path(self.path)} does not exist, the distances need it; write it: python run_rq.py "
+                f"--dataset {dataset} ... --restore"
             )
         return self.vectors.flatten(1)
 
@@ -73,7 +77,7 @@ def embeddings_path(codes: Path) -> Path:
 
 
 def open_code_set(path: str | Path) -> CodeSet:
-    """Read codes, names and, where they are there, vectors. InputError where a file is not the one of its record."""
+    """Read codes, names and, if saved, vectors. InputError if a file is not the one of its record."""
     path = Path(path)
     record = read_record(path)
     names, vectors = path.with_suffix(".entities.txt"), embeddings_path(path)
@@ -90,7 +94,7 @@ def open_code_set(path: str | Path) -> CodeSet:
 
 
 def pick_codes(given: Sequence[Path] | None) -> list[Path]:
-    """``--codes``, else all codes that stage 1 left, newest first (the demo's where codes_new/ has none)."""
+    """``--codes``, else all codes files of stage 1, newest first (the demo's if codes_new/ has none)."""
     found = list(given or dumped_codes())
     if not found:
         raise InputError(
@@ -106,7 +110,7 @@ def nearest_entities(rows: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Ten
     """The k nearest other entities of each of ``rows`` [n] (ids), by squared distance of ``vectors`` [M, D].
 
     Returns (ids int64 [n, k], distances float32 [n, k]), nearest first, ties by id. Distances are computed in float64
-    and rounded to float32, so that equal vectors tie whatever the order of summation was. Memory: 24 bytes * n * M.
+    and rounded to float32, so that equal vectors tie for any order of summation. Memory: 24 bytes * n * M.
     """
     import torch
 
@@ -114,7 +118,7 @@ def nearest_entities(rows: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Ten
     norms = wide.square().sum(1)
     squares = torch.addmm(norms[rows, None] + norms, wide[rows], wide.t(), alpha=-2).clamp_min_(0)
     squares[torch.arange(len(rows)), rows] = torch.inf
-    # the bits of a float32 >= 0 order as its value does: above the id, they make one integer that has no ties
+    # the bits of a float32 >= 0 have the order of its values: above the id, they make one integer without ties
     keys = (squares.float() + 0.0).view(torch.int32).long() << 32
     keys |= torch.arange(len(vectors))
     best = keys.topk(min(k, len(vectors) - 1), largest=False, sorted=True).values
@@ -134,9 +138,9 @@ def jaccard(codes: Tensor, rows: Tensor, others: Tensor) -> Tensor:
 
 
 def jaccard_by_k(codes: Tensor, vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[int, float]:
-    """k -> mean Jaccard distance to the k nearest entities. k beyond M - 1 is left out.
+    """k -> mean Jaccard distance to the k nearest entities. k above M - 1 is left out.
 
-    codes [M, L, Q]; vectors [M, D], which decide who is near; ``chunk`` entities at a time, which changes no result.
+    codes [M, L, Q]; vectors [M, D] define the neighbours; ``chunk`` entities at a time, which changes no result.
     """
     return jaccard_of([codes], vectors, ks, chunk)[0]
 
@@ -144,7 +148,7 @@ def jaccard_by_k(codes: Tensor, vectors: Tensor, ks: Sequence[int] = KS, chunk: 
 def jaccard_of(
     variants: Sequence[Tensor], vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK
 ) -> list[dict[int, float]]:
-    """``jaccard_by_k`` of several codes [M, L, Q] under the same neighbours, which are searched once."""
+    """``jaccard_by_k`` of several codes [M, L, Q] with the same neighbours, which are searched once."""
     import torch
 
     M, wide = len(vectors), vectors.double()
@@ -165,8 +169,8 @@ def jaccard_of(
 
 
 def quality(found: CodeSet, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[str, Any]:
-    """Every number of this file's head for one set of codes; ``jaccard`` is None without vectors."""
-    from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
+    """All numbers of this file's docstring for one set of codes; ``jaccard`` is None without vectors."""
+    from model.RQCodebook import code_perplexity, collisions, entropy_bits
 
     M, L, Q = found.codes.shape
     return {
@@ -176,7 +180,8 @@ def quality(found: CodeSet, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[
         "seq_len": L,
         "num_code": found.num_code,
         "num_quantizers": Q,
-        "usage": code_usage(found.codes, found.num_code).tolist(),
+        "bits_per_entity": L * Q * math.log2(found.num_code),
+        "parameters_behind_codes": parameters_of(found.record),
         "perplexity": code_perplexity(found.codes, found.num_code).tolist(),
         "collisions": collisions(found.codes),
         "entropy_bits": entropy_bits(found.codes),
@@ -189,11 +194,12 @@ def quality(found: CodeSet, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[
 
 def print_quality(row: dict[str, Any]) -> None:
     """One set of codes, as a table."""
+    size = f"{row['seq_len']} x {row['num_quantizers']} of {row['num_code']:,}"
     print(
-        f"{row['codes']}: {row['entities']:,} entities, {row['seq_len']} x {row['num_quantizers']} of {row['num_code']}"
+        f"{row['codes']}: {row['entities']:,} entities, {size}, {row['bits_per_entity']:,.0f} bits per entity, "
+        f"{short_count(row['parameters_behind_codes'])} behind the codes"
     )
     print("  level       " + "".join(f"{level:>9}" for level in range(row["num_quantizers"])))
-    print("  usage       " + "".join(f"{value:9.3f}" for value in row["usage"]))
     print("  perplexity  " + "".join(f"{value:9.1f}" for value in row["perplexity"]))
     print(f"  collisions  {row['collisions']:,} entities share their whole code with another one")
     print(
@@ -211,9 +217,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
     )
-    parser.add_argument("--k", type=int, nargs="+", default=list(KS), metavar="K", help="numbers of nearest entities")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="entities at a time: memory, no result")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        default=list(KS),
+        metavar="K",
+        help="numbers of nearest entities (default: 200 to 1000)",
+    )
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="entities at a time; changes only memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
     if min(args.k) < 1 or args.chunk < 1:
         parser.error(f"--k and --chunk must be 1 or more, got {args.k} and {args.chunk}")

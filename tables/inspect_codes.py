@@ -1,13 +1,13 @@
-"""What an entity's codes mean: its neighbours by shared codes and by distance, and the facts that they share.
+"""Inspect an entity's codes: its neighbours by shared codes and by distance, and the facts that they share.
 
     python tables/inspect_codes.py --entity "Lady Gaga" --codes codes_new/FB15k-237_4_1024_4_rq.pt
     python tables/inspect_codes.py --entity ada_ashley --codes demo_output/family_4_256_4_rq.pt --top 5
 
-Shared prefix: at each position, the levels that are equal from level 0 up to the first that differs (levels refine one
-another, so a later one alone says nothing); an entity's nearness is their sum over positions. Distance: the squared one
-of the decoded vectors. A shared fact is a (relation, tail) of the entity's own training triples, inverse relations
-included, that at least one neighbour has too. Facts come by n * log2(n / expected) with n of the entity and its
-neighbours having it and expected = their number * (entities that have it) / M: common and unusual first.
+Shared prefix: at each position, the number of levels that are equal from level 0 up to the first difference (each level
+refines the one before); the similarity of two entities is the sum over positions. Distance: squared distance of the
+decoded vectors. A shared fact is a (relation, tail) of the entity's own training triples, inverse relations included,
+that at least one neighbour has too. Facts are sorted by n * log2(n / expected): n of the entity and its neighbours have
+the fact, expected = group size * (entities that have it) / M.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import print_codes
-from Class.instructions import Source, open_source
+from Class.source import Source, open_source
 from common.errors import CommandParser, run_command
 from data.knowledge_graph import Ints, KnowledgeGraph, find_name
 from tables.code_quality import nearest_entities, open_code_set
@@ -46,18 +46,18 @@ class Fact(NamedTuple):
     having: int  # of the entity and its neighbours
     group: int  # the entity and its neighbours
     overall: int  # of all M entities
-    lift: float  # share among the group over share among all entities
+    lift: float  # fraction in the group over fraction of all entities
 
 
 def shared_levels(codes: Ints, entity: int) -> Ints:
-    """Levels shared from level 0 on, by entity and position: [M, L] for codes [M, L, Q]."""
+    """Number of shared levels, counted from level 0, by entity and position: [M, L] for codes [M, L, Q]."""
     same = codes == codes[entity]
     found: Ints = np.logical_and.accumulate(same, axis=2).sum(axis=2)
     return found
 
 
 def nearest_by_prefix(codes: Ints, entity: int, top: int) -> Near:
-    """The ``top`` other entities that share most levels, ties by id; entities that share none are left out."""
+    """The ``top`` other entities that share the most levels, ties by id; entities that share none are left out."""
     total = shared_levels(codes, entity).sum(axis=1)
     total[entity] = 0
     order = np.argsort(-total, kind="stable")[:top]
@@ -68,7 +68,7 @@ def nearest_by_prefix(codes: Ints, entity: int, top: int) -> Near:
 def shared_facts(kg: KnowledgeGraph, entity: int, neighbours: Ints) -> list[Fact]:
     """The facts that ``entity`` shares with at least one of ``neighbours``, most over-represented first.
 
-    A fact that points into the group (siblings' "sibling of" each other) counts like any other.
+    A fact about a member of the group (siblings' "sibling of" each other) counts like any other.
     """
     graph = kg.csr()
 
@@ -81,7 +81,7 @@ def shared_facts(kg: KnowledgeGraph, entity: int, neighbours: Ints) -> list[Fact
     R = kg.num_relations
     found = []
     for (relation, tail), count in having.items():
-        # who has (relation, tail): the tails of the query backwards, each once
+        # the entities that have (relation, tail), each once: the tails of the inverse query
         rows = slice(graph.indptr[tail], graph.indptr[tail + 1])
         backwards = relation - R if relation >= R else relation + R
         overall = len(np.unique(graph.neighbour[rows][graph.relation[rows] == backwards]))
@@ -144,8 +144,8 @@ def print_facts(source: Source, entity: int, near: Near, title: str, top: int) -
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/inspect_codes.py", description=__doc__.split("\n")[0])
     parser.add_argument("--entity", required=True, metavar="NAME", help="by name or raw name")
-    parser.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: what codes_new/ holds)")
-    parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: what the codes belong to)")
+    parser.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: the newest in codes_new/)")
+    parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the graph of the codes)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="neighbours and facts to show")
     args = parser.parse_args(argv)
     if args.top < 1:
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def nearest_by_distance(source: Source, entity: int, top: int) -> Near | None:
-    """The ``top`` nearest other entities by decoded vectors, in the graph's ids; None where there are no vectors."""
+    """The ``top`` nearest other entities by decoded vectors, in the graph's ids; None without vectors."""
     import torch
 
     found = open_code_set(Path(source.codes_info["record"]).with_suffix(".pt"))

@@ -1,12 +1,11 @@
 """The paper's figures and more, as PNG and PDF, from codes, run records, graphs and models.
 
-    python tables/make_figures.py                                       all that can be drawn from what is there
+    python tables/make_figures.py                                       all figures whose inputs exist
     python tables/make_figures.py --figure 6 --codes codes_new/FB15k-237_4_1024_4_rq.pt
     python tables/make_figures.py --codes demo_output/family_4_256_4_rq.pt --records demo_output --dataset data/family
 
-FIGURES below says what each shows. 9 and 13 go on with further data sets and models, 12 with another sample.
-A figure whose inputs are not there is passed over with a line that says what makes them; asked for by its number, that
-is an error.
+FIGURES below lists them. 9 and 13 show further data sets and models, 12 another sample.
+A figure without inputs is skipped with a line that names the command for them; with --figure NAME that is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tables.results import add_record_flags
 
 
 class Figure(NamedTuple):
-    """One figure: what draws it into a folder, and what it shows."""
+    """One figure: its drawing function and its caption."""
 
     draw: Callable[[Inputs, Path], list[Path]]
     shows: str
@@ -48,72 +47,58 @@ FIGURES = {
     "13": Figure(functools.partial(embeddings.draw, number=13), "as figure 8, further models"),
     "levels": Figure(runs.draw_levels, "MRR when only the first levels are decoded"),
     "tokens": Figure(runs.draw_tokens, "MRR against code tokens per entity"),
-    "usage": Figure(quality.draw_usage, "how often the codes of each level occur"),
+    "perplexity": Figure(runs.draw_perplexity, "perplexity of the codes of each level"),
+    "pareto": Figure(runs.draw_pareto, "test MRR over the parameters behind the codes, ours and published"),
 }  # fmt: skip
 OUT = ROOT / "tables" / "out"
 
 
 def draw_all(inputs: Inputs, out: Path, names: list[str]) -> dict[str, list[Path]]:
-    """Draw these figures; those without inputs are passed over with one line each. Figure -> its files."""
+    """Draw these figures; those without inputs are skipped with one line each. Figure -> its files."""
     drawn = {}
     for name in names:
         try:
             drawn[name] = FIGURES[name].draw(inputs, out)
             print(f"figure {name}: wrote {', '.join(path.name for path in drawn[name])}", flush=True)
         except Missing as reason:
-            print(f"figure {name} passed over: {reason}", flush=True)
+            print(f"figure {name} skipped: {reason}", flush=True)
     return drawn
-
-
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that ``Inputs`` is made of."""
-    group = parser.add_argument_group("inputs")
-    group.add_argument(
-        "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
-    )
-    group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")
-    group.add_argument("--model", type=Path, nargs="+", metavar="DIR", help="adapters, merged or base models")
-    group.add_argument(
-        "--tokenizer", metavar="DIR", help="folder of the tokenizer that counts words (default: a proxy)"
-    )
-    add_record_flags(parser)
-    group = parser.add_argument_group("drawing")
-    group.add_argument("--projection", choices=embeddings.PROJECTIONS, default="tsne", help="of figures 8 and 13")
-    group.add_argument("--sample", type=int, default=2000, metavar="N", help="entities of figures 2 and 9 at most")
-    group.add_argument("--seed", type=int, default=0, help="of samples, baselines and t-SNE")
-
-
-def inputs_of(args: argparse.Namespace) -> Inputs:
-    """``Inputs`` of the flags of ``add_input_flags``; InputError where a number is out of range."""
-    if args.sample < 1 or args.seed < 0:
-        raise InputError(f"--sample must be 1 or more and --seed 0 or more, got {args.sample} and {args.seed}")
-    return Inputs(
-        codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
-        tokenizer=args.tokenizer, projection=args.projection, sample=args.sample, seed=args.seed,
-    )  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--figure", nargs="+", choices=[*FIGURES, "all"], default=["all"], metavar="NAME",
-                        help=f"{', '.join(FIGURES)} or all")  # fmt: skip
+                        help=f"{', '.join(FIGURES)} or all (default: all)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder for the PNG and PDF files")
-    add_input_flags(parser)
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("inputs")
+    group.add_argument("--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)")
+    group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")
+    group.add_argument("--model", type=Path, nargs="+", metavar="DIR", help="adapters, merged or base models")
+    group.add_argument("--tokenizer", metavar="DIR", help="its tokens are counted in prompts (default: an estimate)")
+    add_record_flags(parser)
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--projection", choices=embeddings.PROJECTIONS, default="tsne", help="in figures 8 and 13")
+    group.add_argument("--sample", type=int, default=2000, metavar="N", help="most entities in figures 2 and 9")
+    group.add_argument("--seed", type=int, default=0, help="seed of samples, baselines and t-SNE")
+    args = parser.parse_args(argv)
+    if args.sample < 1 or args.seed < 0:
+        parser.error(f"--sample must be 1 or more and --seed 0 or more, got {args.sample} and {args.seed}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    inputs = inputs_of(args)
+    inputs = Inputs(
+        codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
+        tokenizer=args.tokenizer, projection=args.projection, sample=args.sample, seed=args.seed,
+    )  # fmt: skip
     if "all" in args.figure:
         if not draw_all(inputs, args.out, list(FIGURES)):
-            raise InputError("nothing could be drawn; the lines above say what makes the inputs")
+            raise InputError("nothing could be drawn; the lines above name the commands for the inputs")
     else:
         for name in args.figure:
-            print(
-                f"figure {name}: wrote {', '.join(path.name for path in FIGURES[name].draw(inputs, args.out))}",
-                flush=True,
-            )
+            files = FIGURES[name].draw(inputs, args.out)
+            print(f"figure {name}: wrote {', '.join(path.name for path in files)}", flush=True)
     print(f"the files are in {args.out}")
 
 

@@ -3,8 +3,8 @@
     python tables/make_report.py tables/records --out report.html
     python tables/make_report.py codes_new/FB15k-237_4_1024_4_rq.json lora_training/inference_results.json
 
-The page is self-contained: no network, no scripts, images inside. Codes that lie beside a record (same name, .pt) are
-measured and drawn too. Every text that comes from a file is escaped.
+The page is self-contained: no network, no scripts, images inside. Codes beside a record (same name, .pt) are measured
+and drawn too. All text from files is escaped.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, write_text
-from common.metrics import JUDGING, RANKING
+from common.metrics import CLASSIFICATION, RANKING
 from tables.code_quality import CodeSet, quality
 from tables.figures.inputs import Inputs
 from tables.make_figures import FIGURES, OUT, draw_all
-from tables.make_tables import CHOICES, CONTROL, OURS, RIVAL, make_tables
-from tables.results import Collection, Row, collect
+from tables.make_tables import BASELINE, CHOICES, CONTROL, OURS, make_tables
+from tables.results import Row, collect
 from tables.rows import commit_words
 from tables.table_formats import NAMES, Table, cell_text, is_best, marks
 
-NEEDS_CODES = ("2", "4", "6", "9", "12", "usage")  # without codes they would show the bundled graph
+NEEDS_CODES = ("2", "4", "6", "9", "12")  # without codes they would show the bundled graph
 NEEDS_MODEL = ("8", "13")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -46,34 +46,34 @@ figure { margin: 1.5em 0; } figure img { max-width: 100%; } figcaption, .note { 
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: .8em; }
 summary { cursor: pointer; }
 """
-SCALE = 0.6  # of a figure's pixels on the page: all figures in one size of letters
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser refuses whatever else slipped in
+SCALE = 0.6  # size of a figure on the page, relative to its pixels
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser loads nothing else
 
 
 # ---------------------------------------------------------------- pieces of HTML
 
 
-def html_table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], words: int, ours: frozenset[int] = frozenset()
-) -> str:
-    """Cells are HTML already; the first ``words`` columns hold words, the others numbers; ``ours``: rows set off."""
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int, ours: Sequence[int] = ()) -> str:
+    """Cells are HTML already; the first ``words`` columns hold text, the others numbers; rows ``ours`` are coloured."""
 
-    def kind(column: int) -> str:
-        return "" if column < words else ' class="number"'
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}>{text}</{tag}>" if i < words else f'<{tag} class="number">{text}</{tag}>'
+            for i, text in enumerate(texts)
+        )
 
-    head = "".join(f"<th{kind(i)}>{text}</th>" for i, text in enumerate(heads))
     body = "".join(
-        ('<tr class="ours">' if place in ours else "<tr>")
-        + "".join(f"<td{kind(i)}>{text}</td>" for i, text in enumerate(row))
-        + "</tr>\n"
+        ('<tr class="ours">' if place in ours else "<tr>") + cells("td", row) + "</tr>\n"
         for place, row in enumerate(rows)
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    return (
+        f'<div class="wide"><table><thead><tr>{cells("th", heads)}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    )
 
 
 def runs_html(rows: Sequence[Row]) -> str:
-    """One row per run and variant: where it comes from and what it measured on test (on valid where test was left)."""
-    metrics = [name for name in (*RANKING, *JUDGING) if any(name in (row.metrics or row.valid) for row in rows)]
+    """One row per run and variant: where it comes from and its metrics on test (on valid without test)."""
+    metrics = [name for name in (*RANKING, *CLASSIFICATION) if any(name in (row.metrics or row.valid) for row in rows)]
     heads = [
         "task",
         "data set",
@@ -98,7 +98,7 @@ def runs_html(rows: Sequence[Row]) -> str:
 
 
 def table_html(table: Table) -> str:
-    """A table of the paper: blocks, notes, the best of a column in bold, our lines set off."""
+    """A table of the paper: blocks, notes, the best of a column in bold, our lines coloured."""
     heads = ["", "method", *(escape(f"{c.dataset} {NAMES.get(c.metric, c.metric)}".strip()) for c in table.columns)]
     found = marks(table)
     rows = []
@@ -108,46 +108,43 @@ def table_html(table: Table) -> str:
             text = escape(cell_text(line.cells[column])) if column in line.cells else ""
             cells.append(f"<b>{text}</b>" if is_best(table, line, column) else text)
         rows.append(cells)
-    ours = frozenset(place for place, line in enumerate(table.lines) if line.block in (OURS, RIVAL, CONTROL))
+    ours = [place for place, line in enumerate(table.lines) if line.block in (OURS, BASELINE, CONTROL)]
     notes = [f"[{mark}] {escape(note)}" for note, mark in found.items()] + [escape(note) for note in table.notes]
-    return f"<h3>Table {table.number}: {escape(table.title)}</h3>\n{html_table(heads, rows, 2, ours)}" + "".join(
-        f'<div class="note">{note}</div>\n' for note in notes
+    return f"<h3>Table {table.number}: {escape(table.title)}</h3>\n{html_table(heads, rows, 2, ours)}" + note_html(
+        notes
     )
 
 
+def note_html(notes: Iterable[str]) -> str:
+    """A line each; they are HTML already."""
+    return "".join(f'<div class="note">{note}</div>\n' for note in notes)
+
+
 def quality_html(sets: Sequence[CodeSet]) -> str:
-    """Usage, perplexity, collisions and entropy of each codes file (Jaccard distances are figure 6)."""
-    heads = [
-        "codes",
-        "entities",
-        "size",
-        "usage by level",
-        "perplexity by level",
-        "collisions",
-        "entropy, bits",
-        "at most",
-    ]
+    """Size, perplexity, collisions and entropy of each codes file (Jaccard distances are figure 6)."""
+    heads = ["codes", "entities", "size", "bits per entity", "parameters behind the codes", "perplexity by level",
+             "collisions", "entropy, bits", "at most"]  # fmt: skip
     rows = []
-    for found in sets:
-        row = quality(found, ks=())
+    for row in (quality(found, ks=()) for found in sets):
+        parameters = row["parameters_behind_codes"]
         rows.append([
             escape(row["codes"]), f"{row['entities']:,}",
-            f"{row['seq_len']} x {row['num_quantizers']} of {row['num_code']:,}",
-            " ".join(f"{x:.3f}" for x in row["usage"]), " ".join(f"{x:.0f}" for x in row["perplexity"]),
+            f"{row['seq_len']} x {row['num_quantizers']} of {row['num_code']:,}", f"{row['bits_per_entity']:,.0f}",
+            "" if parameters is None else f"{parameters:,}", " ".join(f"{x:.0f}" for x in row["perplexity"]),
             f"{row['collisions']:,}", f"{row['entropy_bits']:.3f}", f"{row['entropy_bits_max']:.3f}",
         ])  # fmt: skip
     return html_table(heads, rows, 1)
 
 
 def figures_html(drawn: dict[str, list[Path]]) -> str:
-    """Each figure's PNG inside the page."""
+    """The PNG files of all figures, inside the page."""
     parts = []
     for name, paths in drawn.items():
         title = f"Figure {name}" if name.isdigit() else name.capitalize()
         shows = escape(FIGURES[name].shows)
         for path in paths:
             image = path.read_bytes()
-            width = round(SCALE * int.from_bytes(image[16:20], "big"))  # of the PNG's first chunk
+            width = round(SCALE * int.from_bytes(image[16:20], "big"))  # from the PNG's first chunk
             data = base64.b64encode(image).decode()
             parts.append(
                 f'<figure><img alt="{shows}" width="{width}" src="data:image/png;base64,{data}">'
@@ -157,10 +154,10 @@ def figures_html(drawn: dict[str, list[Path]]) -> str:
 
 
 def records_html(rows: Sequence[Row]) -> str:
-    """The whole record of each run, folded; the answers of an LLM are counted only."""
+    """The whole record of each run, folded; answers of an LLM are only counted."""
     parts = []
     for path, record in {str(row.path): row.record for row in rows}.items():
-        shown = {key: f"{len(value):,} left out here" if key == "answers" else value for key, value in record.items()}
+        shown = {key: f"{len(value):,}, not shown" if key == "answers" else value for key, value in record.items()}
         text = json.dumps(shown, indent=1, ensure_ascii=False)
         parts.append(f"<details><summary>{escape(path)}</summary><pre>{escape(text)}</pre></details>\n")
     return "".join(parts)
@@ -170,14 +167,13 @@ def records_html(rows: Sequence[Row]) -> str:
 
 
 def codes_beside(rows: Sequence[Row]) -> list[Path]:
-    """The codes files that lie beside the rows' records."""
+    """The codes files beside the rows' records."""
     return [path for path in dict.fromkeys((ROOT / row.path).with_suffix(".pt") for row in rows) if path.is_file()]
 
 
 def page(runs: Sequence[Path], data: Path, models: Sequence[Path] | None, title: str) -> str:
-    """The HTML. InputError where the runs hold no result."""
-    collection: Collection = collect(runs, data)
-    rows = collection.rows
+    """The HTML. InputError if the runs hold no result."""
+    rows, omitted = collect(runs, data)
     if not rows:
         raise InputError(
             f"RUN {' '.join(map(str, runs))} holds no run record; name what run_rq.py or inference.py wrote"
@@ -190,9 +186,8 @@ def page(runs: Sequence[Path], data: Path, models: Sequence[Path] | None, title:
         figures = figures_html(drawn)
     tasks = {row.task for row in rows}
     numbers = [number for number, choice in CHOICES.items() if choice.task in tasks]
-    refused = "".join(f'<div class="note">refused: {escape(line)}</div>\n' for line in collection.refused)
     sections = [
-        ("Runs", runs_html(rows) + refused),
+        ("Runs", runs_html(rows) + note_html(f"left out: {escape(line)}" for line in omitted)),
         ("The paper's tables", "".join(table_html(table) for table in make_tables(numbers, runs, data))),
         ("Figures", figures),
         ("Code quality", quality_html(sets) if sets else ""),

@@ -1,13 +1,13 @@
-"""The paper's tables: its numbers, its peers' and what this toolkit's run records say, side by side.
+"""The paper's tables: its numbers, those of its peers and those of this toolkit's run records, side by side.
 
     python tables/make_tables.py                                   all tables as Markdown on the terminal
     python tables/make_tables.py --table 2 --format latex --out table2.tex
-    python tables/make_tables.py --format csv --out tables.csv     one line per number, in full
+    python tables/make_tables.py --format csv --out tables.csv     one line per number, with all digits
     python tables/make_tables.py --reproduce docs/REPRODUCE.md     rewrite the numbers in that page from tables/records
 
-Paper and peers: tables/expected/*.json. Ours: tables/results.py. Table 6 is counted from the data folders and must
-equal the paper's counts. What was not measured stays blank. Data sets that the paper does not have (the bundled family
-graph) get a table of their own under the same columns.
+Paper and peers: tables/expected/*.json. Ours: tables/results.py. Table 6 is counted from the data folders. What was not
+measured stays blank. Data sets that the paper does not have (the bundled family graph) get a table of their own with
+the same columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, read_json, read_text, write_text
 from data.knowledge_graph import KnowledgeGraph
-from tables.results import (
-    CODES,
-    KEPT,
-    LINKS,
-    TRIPLES,
-    Group,
-    Row,
-    add_record_flags,
-    collect,
-    groups,
-    report_refused,
-)
-from tables.rows import EXPECTED, commit_words, counts
+from tables.results import CODES, KEPT, LINKS, TRIPLES, Group, Row, add_record_flags, groups, read_rows
+from tables.rows import EXPECTED, commit_words, counts, dataset_name
+from tables.system import system_of
 from tables.table_formats import Cell, Column, Line, Table, to_csv, to_latex, to_markdown
 
 NUMBERS = (2, 3, 4, 5, 6)
 SUFFIXES = {"md": ".md", "latex": ".tex", "csv": ".csv"}
-OURS, RIVAL, CONTROL = "ours", "rival", "control"  # rivals answered the same queries, controls compete with nobody
+OURS, BASELINE, CONTROL = "ours", "baseline", "control"  # a baseline answered the same queries without our model
 BUNDLED = ("family",)
 GRAPH_FILES = ("train.txt", "train2id.txt")
 
@@ -65,7 +55,7 @@ CHOICES = {
 
 
 def expected(number: int, folder: Path = EXPECTED) -> dict[str, Any]:
-    """The paper's and its peers' numbers of a table, every one with its source."""
+    """The numbers of the paper and its peers for a table, each with its source."""
     content = read_json(folder / f"table{number}.json", "expected numbers")
     for method in content["methods"]:
         if not method.get("source"):
@@ -74,7 +64,7 @@ def expected(number: int, folder: Path = EXPECTED) -> dict[str, Any]:
 
 
 def expected_lines(content: dict[str, Any]) -> list[Line]:
-    """Peers, paper and references as lines; references do not compete for the best."""
+    """Peers, paper and references as lines; references are never marked as the best."""
     lines = []
     for method in content["methods"]:
         decimals = method.get("decimals", 0 if content["table"] == 6 else 3)
@@ -90,46 +80,64 @@ def expected_lines(content: dict[str, Any]) -> list[Line]:
 # ---------------------------------------------------------------- our side
 
 
-def our_lines(number: int, found: Iterable[Group], columns: list[Column]) -> list[Line]:
-    """One line per setting and variant, over the data sets of ``columns``: results, rivals, controls.
+def our_lines(number: int, found: Iterable[Group], columns: Sequence[Column]) -> list[Line]:
+    """One line per setting and variant, over the data sets of ``columns``: results, baselines, controls.
 
-    Controls and runs that answered a part of the test split alone do not compete for the best.
+    Controls and runs that answered only a part of the test split are never marked as the best.
     """
-    by_label: dict[tuple[str, str], dict[str, Group]] = {}
+    by_setting: dict[tuple[str, str], list[Group]] = {}
     datasets = {column.dataset for column in columns}
     for group in found:
         row = group.first
         if row.task == CHOICES[number].task and row.dataset in datasets and CHOICES[number].shows(row):
-            by_label.setdefault((row.setting, row.variant), {})[row.dataset] = group
+            by_setting.setdefault((row.setting, row.variant), []).append(group)
+    names = method_names([same[0].first for same in by_setting.values()])
     lines = []
-    for (setting, variant), per_dataset in by_label.items():
-        cells = {}
-        for column in columns:
-            value = per_dataset[column.dataset].stat(column.metric) if column.dataset in per_dataset else None
-            if value:
-                cells[column] = Cell(value.mean, value.std, value.n)
-        if cells:
-            rows = [row for group in per_dataset.values() for row in group.rows]
+    for (setting, variant), same in by_setting.items():
+        measured = [group for group in same if any(column_stat(group, column) for column in columns)]
+        cells = {
+            column: Cell(*value) for column in columns for group in measured if (value := column_stat(group, column))
+        }
+        if measured:
+            rows = [row for group in measured for row in group.rows]
             control = variant.startswith(CONTROL) or rows[0].codes == "shuffled"
-            block = CONTROL if control else RIVAL if variant else OURS
-            note = "; ".join(provenance(group) for group in per_dataset.values() if has_test(group, columns))
-            method = setting + (f" ({variant})" if variant else "")
-            competes = not control and not any(row.limited for row in rows)
-            lines.append(Line(block, method, cells, note, competes))
-    return sorted(lines, key=lambda line: (OURS, RIVAL, CONTROL).index(line.block))
+            block = CONTROL if control else BASELINE if variant else OURS
+            method = ", ".join([names[setting], seed_words(measured)]) + (f" ({variant})" if variant else "")
+            competes = not control and not any(row.partial for row in rows)
+            lines.append(Line(block, method, cells, "; ".join(map(provenance, measured)), competes))
+    return sorted(lines, key=lambda line: (OURS, BASELINE, CONTROL).index(line.block))
 
 
-def has_test(group: Group, columns: list[Column]) -> bool:
-    """Whether a group has a number in one of the columns."""
-    return any(group.stat(column.metric) for column in columns if column.dataset == group.first.dataset)
+def column_stat(group: Group, column: Column) -> Any:
+    """The (mean, std, n) of a group in a column; None if it is of another data set or not measured."""
+    return group.stat(column.metric) if column.dataset == group.first.dataset else None
+
+
+def method_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Setting -> label; settings with one label are distinguished by the flags in which they differ."""
+    shared: dict[str, set[str]] = {}
+    for row in rows:
+        shared[row.label] = shared.get(row.label, set(row.flags)) & set(row.flags)
+    return {
+        row.setting: ", ".join([row.label, *(flag for flag in row.flags if flag not in shared[row.label])])
+        for row in rows
+    }
+
+
+def seed_words(found: Sequence[Group]) -> str:
+    """``1 seed``, ``3 seeds``, ``1 to 3 seeds`` where the data sets differ."""
+    numbers = sorted({len(group.rows) for group in found})
+    return " to ".join(map(str, numbers)) + (" seed" if numbers == [1] else " seeds")
 
 
 def provenance(group: Group) -> str:
-    """Data set, seeds, time, codes that were given, device, commits and records of the runs behind a line."""
+    """Data set, seeds, minutes, perplexity by level, device, commits and records of the runs behind a line."""
     seeds = ", ".join("none" if seed is None else str(seed) for seed in group.seeds)
     minutes = [row.minutes for row in group.rows]
     time = f"{min(minutes):.1f}" + (f" to {max(minutes):.1f}" if len(minutes) > 1 else "") + " min"
     parts = [f"{group.first.dataset}: seed{'s' * (len(minutes) > 1)} {seeds}", time]
+    if group.first.task == CODES and (perplexity := system_of(group.first.record).perplexity):
+        parts.append("perplexity by level " + ", ".join(f"{value:,.0f}" for value in perplexity))
     before = [
         row.record["mrr_before_collision_pass"] for row in group.rows if "mrr_before_collision_pass" in row.record
     ]
@@ -144,10 +152,8 @@ def provenance(group: Group) -> str:
 
 
 def given_codes(row: Row) -> str:
-    """The first characters of the hash of the codes file that a run was given; "" where it was given none."""
-    codes = row.record.get("codes") or {}
-    digest = codes.get("sha256") or row.record.get("inputs", {}).get("codes") or ""
-    return str(digest)[:6]
+    """The first characters of the hash of the codes file that an LLM was given; "" without codes."""
+    return str((row.record.get("codes") or {}).get("sha256") or "")[:6]
 
 
 def unique(words: Iterable[str]) -> str:
@@ -156,7 +162,7 @@ def unique(words: Iterable[str]) -> str:
 
 
 def result_tables(number: int, found: list[Group]) -> list[Table]:
-    """The paper's table with our lines, then one under the same columns for every other data set with results."""
+    """The paper's table with our lines, then one with the same columns for every other data set with results."""
     content = expected(number)
     title, metrics = content["title"], content["metrics"]
     columns = [Column(dataset, metric) for dataset in content["datasets"] for metric in metrics]
@@ -175,29 +181,19 @@ def result_tables(number: int, found: list[Group]) -> list[Table]:
 
 
 def data_table(data: Path, only: Iterable[str] | None = None) -> list[Table]:
-    """Table 6: the paper's counts, and those of the graphs in ``data`` (or of ``only`` these).
+    """Table 6: the paper's counts, and those of the graphs in ``data`` (or only of these folders).
 
-    Raises InputError where a data set of the paper has other counts here.
+    A folder that is named like a public data set and holds other triples is shown under another name.
     """
     content = expected(6)
     columns = [Column("", metric) for metric in content["metrics"]]
     lines = expected_lines(content)
-    wanted = {line.method: line.cells for line in lines}
-    folders = sorted(path for path in data.iterdir() if any((path / name).is_file() for name in GRAPH_FILES))
-    for folder in folders:
-        if only is not None and folder.name not in only:
-            continue
-        cells = {
-            Column("", name): Cell(value, decimals=0) for name, value in counts(KnowledgeGraph.load(folder)).items()
-        }
-        for column, cell in wanted.get(folder.name, {}).items():
-            if column not in cells or cells[column].value != cell.value:
-                here = f"{cells[column].value:,}" if column in cells else "none"
-                raise InputError(
-                    f"{folder} has {here} {column.metric}, expected the paper's {cell.value:,}; "
-                    f"fetch it anew: python data/download.py {folder.name}"
-                )
-        lines.append(Line("counted here", folder.name, cells))
+    for folder in sorted(path for path in data.iterdir() if any((path / name).is_file() for name in GRAPH_FILES)):
+        if only is None or folder.name in only:
+            kg = KnowledgeGraph.load(folder)
+            name = dataset_name(folder.name, kg.input_hashes, kg.train_digest(), data)
+            cells = {Column("", metric): Cell(value, decimals=0) for metric, value in counts(kg).items()}
+            lines.append(Line("counted here", name, cells))
     return [Table(6, content["title"], columns, lines, content["notes"])]
 
 
@@ -211,9 +207,7 @@ def make_tables(
     numbers = list(numbers)
     found: list[Group] = []
     if any(number in CHOICES for number in numbers):
-        collection = collect(records, data)
-        report_refused(collection)
-        found = groups(collection.rows)
+        found = groups(read_rows(records, data))
         report_untested(found)
     return [
         table
@@ -223,11 +217,11 @@ def make_tables(
 
 
 def report_untested(found: Iterable[Group]) -> None:
-    """One line on stderr about settings that no table shows, since their runs left the test split alone."""
+    """One line on stderr about settings that no table shows because their runs did not use the test split."""
     untested = sum(not any(row.metrics for row in group.rows) for group in found)
     if untested:
         words = "1 setting" if untested == 1 else f"{untested} settings"
-        print(f"{words} without test metrics in no table; list them: python tables/results.py", file=sys.stderr)
+        print(f"{words} without test metrics, not shown; list them: python tables/results.py", file=sys.stderr)
 
 
 def render(tables: list[Table], form: str) -> str:
@@ -238,9 +232,9 @@ def render(tables: list[Table], form: str) -> str:
 
 
 def reproduced(text: str, data: Path = ROOT / "data", name: object = "the page") -> str:
-    """A page with the blocks between ``<!-- table N -->`` and ``<!-- end -->`` written anew from tables/records.
+    """A page with the blocks between ``<!-- table N -->`` and ``<!-- end -->`` rewritten from tables/records.
 
-    Only what the repository itself holds goes in (its records, its graph), so that every machine writes the same.
+    Only the repository's own records and graph are used, so that every machine writes the same.
     """
     pattern = re.compile(r"(<!-- table (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
     found = {int(number) for _, number, _ in pattern.findall(text)}

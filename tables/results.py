@@ -1,10 +1,10 @@
-"""Run records in, checked rows out: what tables and figures are made of. Nothing here is ever typed.
+"""Read run records and check them: the rows behind all tables and figures.
 
     python tables/results.py                                                list the rows of the default folders
     python tables/results.py --keep lora_training/inference_results.json    check a record, copy it to tables/records
 
-A row is one run on one data set: its setting, seed, commit, device, minutes, metrics and the record they come from
-(tables/rows.py). A file with metrics and no record is refused, a record whose metrics cannot be is an error.
+A row is one run on one data set: setting, seed, commit, device, minutes, metrics and the record (tables/rows.py). A
+file with metrics and without a record is left out with a line; a record with impossible metrics is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, read_json, write_json
-from common.metrics import JUDGING, RANKING
+from common.metrics import CLASSIFICATION, RANKING
 from tables.rows import CODES, LINKS, TRIPLES, Row, answered_data, lacks_record, rows_of, shown, training_record
 
 __all__ = ["CODES", "LINKS", "TRIPLES", "Collection", "Group", "Row", "Stat", "collect", "groups", "keep", "stat"]
@@ -32,10 +32,10 @@ FOLDERS = (KEPT, ROOT / "codes_new", ROOT / "lora_training" / "lora_outputs",
 
 
 class Collection(NamedTuple):
-    """What folders of records hold."""
+    """The content of folders of records."""
 
     rows: list[Row]
-    refused: list[str]  # one line per file that holds metrics and no record
+    left_out: list[str]  # one line per file that holds metrics and no record
 
 
 class Stat(NamedTuple):
@@ -48,13 +48,13 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that differ in seed alone."""
+    """Rows that differ only in their seed."""
 
     rows: list[Row]
 
     @property
     def first(self) -> Row:
-        """The row of the lowest seed: for task, dataset, setting, variant, which are the same in all."""
+        """The row of the lowest seed; task, data set, setting and variant are the same in all rows."""
         return self.rows[0]
 
     @property
@@ -62,7 +62,7 @@ class Group:
         return [row.seed for row in self.rows]
 
     def stat(self, metric: str, split: str = "test") -> Stat | None:
-        """Mean and spread of a metric; None where no row has it."""
+        """Mean and standard deviation of a metric; None if no row has it."""
         chosen = [row.metrics if split == "test" else row.valid for row in self.rows]
         values = [metrics[metric] for metrics in chosen if metric in metrics]
         return stat(values) if values else None
@@ -74,9 +74,9 @@ def stat(values: Sequence[float]) -> Stat:
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
-    """Rows by (task, dataset, setting, variant), in order of first appearance, each sorted by seed.
+    """Rows by (task, data set, setting, variant), in order of first appearance, each sorted by seed.
 
-    Of several runs with one seed the one that finished last stands for it: a seed counts once.
+    A seed counts once: of several runs with one seed, the one that finished last is used.
     """
     found: dict[tuple[str, str, str, str], dict[int | None, Row]] = {}
     for row in rows:
@@ -94,38 +94,31 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "data") -> Collection:
     """All rows of the records in ``places`` (folders with everything below them, or files), each run once.
 
-    ``data``: folder of the graphs, by which counts and hashes are checked where the data set is there. A place that
-    does not exist is passed over when it is a default one. Raises InputError for a place that is not there, a file
-    given by name that is no record, and a record that is damaged or impossible.
+    ``data``: folder of the graphs, used to check counts and hashes. Default places that do not exist are skipped.
+    Raises InputError for another place that does not exist, a named file that is no record, and a record that is
+    damaged or impossible.
     """
-    rows: list[Row] = []
-    refused: list[str] = []
-    seen: set[tuple[Any, ...]] = set()
+    rows: dict[tuple[Any, ...], Row] = {}
+    left_out: list[str] = []
     for place in map(Path, places):
         if not place.exists():
             if place in FOLDERS:
                 continue
             raise InputError(f"--records {place} does not exist; run records are written by run_rq.py and inference.py")
-        files = [place] if place.is_file() else sorted(place.rglob("*.json"))
+        files = [place] if place.is_file() else filter(holds_object, sorted(place.rglob("*.json")))
         for path in files:
-            if path != place and not holds_object(path):
-                continue
             content = read_json(path, "record")
             reason = lacks_record(content)
-            if reason:
-                line = f"{shown(path)} {reason}; only what a run recorded itself becomes a row"
-                if path == place:
-                    raise InputError(line)
-                refused.append(line)
+            if reason and path != place:
+                left_out.append(f"{shown(path)} {reason}; only values that a run recorded become rows")
                 continue
-            found = rows_of(path, content, Path(data))
+            found = [] if reason else rows_of(path, content, Path(data))
             if path == place and not found:
-                raise InputError(f"--records {path} is no record of run_rq.py or inference.py")
+                reason = reason or "is no record of run_rq.py or inference.py"
+                raise InputError(f"--records {path} {reason}")
             for row in found:
-                if run_key(row) not in seen:
-                    seen.add(run_key(row))
-                    rows.append(row)
-    return Collection(rows, refused)
+                rows.setdefault(run_key(row), row)
+    return Collection(list(rows.values()), left_out)
 
 
 def holds_object(path: Path) -> bool:
@@ -144,12 +137,12 @@ def run_key(row: Row) -> tuple[Any, ...]:
 
 
 def keep(path: Path, folder: Path = KEPT, data: Path = ROOT / "data", name: str | None = None) -> Path:
-    """Check a record and copy it to ``folder`` as it will be needed: without answers, with the adapter's own record
-    and the data sets, paths relative to the repository. Returns the file; InputError where one of the name differs."""
+    """Check a record and copy it to ``folder``: without answers, with the adapter's own record and the data sets, paths
+    relative to the repository. Returns the file. InputError if another record has this name."""
     content = read_json(path, "record")
     reason = lacks_record(content)
     if reason or not rows_of(path, content, data):
-        raise InputError(f"{path} {reason or 'is no record of run_rq.py or inference.py'}; nothing was kept")
+        raise InputError(f"{path} {reason or 'is no record of run_rq.py or inference.py'}; it was not copied")
     if "model" in content:
         more = {"training": training_record(path, content), "data": answered_data(path, content)}
         content = {key: value for key, value in content.items() if key != "answers"} | more
@@ -159,13 +152,13 @@ def keep(path: Path, folder: Path = KEPT, data: Path = ROOT / "data", name: str 
         raise InputError(f"{path}: its name {stem[:60]!r} is no plain file name; give --name")
     target = folder / f"{stem}.json"
     if target.exists() and read_json(target, "record") != content:
-        raise InputError(f"{target} is another run's record; give --name")
+        raise InputError(f"{target} is the record of another run; give --name")
     write_json(content, target)
     return target
 
 
 def relative(value: Any) -> Any:
-    """A copy whose texts name the repository's folder by nothing: ``ROOT/data/family`` becomes ``data/family``."""
+    """A copy with the repository's folder removed from all texts: ``ROOT/data/family`` becomes ``data/family``."""
     if isinstance(value, dict):
         return {key: relative(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -179,25 +172,38 @@ def relative(value: Any) -> Any:
 def add_record_flags(parser: argparse.ArgumentParser) -> None:
     """--records and --data, for every command that reads records."""
     parser.add_argument("--records", nargs="+", type=Path, metavar="DIR", default=list(FOLDERS),
-                        help="folders (all below them) or files of run records")  # fmt: skip
+                        help="folders (with all below them) or files of run records (default: tables/records, "
+                        "codes_new, lora_training/lora_outputs and lora_training/inference_results.json)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", default=ROOT / "data", help="folder of the graphs")
 
 
-def report_refused(collection: Collection) -> None:
-    """One line on stderr per file that was left out."""
-    for line in collection.refused:
-        print(f"refused: {line}", file=sys.stderr)
+def read_rows(places: Iterable[Path], data: Path) -> list[Row]:
+    """The rows of ``collect``; one line on stderr per file that was left out."""
+    found = collect(places, data)
+    for line in found.left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    return found.rows
+
+
+def print_groups(found: Iterable[Group]) -> None:
+    """One line per group: task, data set, metrics, seeds, setting, record."""
+    for group in found:
+        row = group.first
+        means = {name: group.stat(name) for name in (*RANKING, *CLASSIFICATION)}
+        metrics = "  ".join(f"{name} {value.mean:.3f}" for name, value in means.items() if value)
+        name = "mrr" if "mrr" in row.valid else "accuracy"
+        valid = group.stat(name, "valid")
+        metrics = metrics or ("no test" + (f", valid {name} {valid.mean:.3f}" if valid else ""))
+        seeds = ",".join("-" if seed is None else str(seed) for seed in group.seeds)
+        print(f"{row.task:21} {row.dataset:11} {metrics:53} seeds {seeds}: {row.setting} {row.variant} [{row.path}]")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/results.py", description=__doc__.split("\n")[0])
     add_record_flags(parser)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="check this record and copy it to tables/records")
-    parser.add_argument("--name", help="name of the kept record (default: the run's, or its folder's and file's)")
-    args = parser.parse_args(argv)
-    if args.name and not args.keep:
-        parser.error("--name goes with --keep FILE")
-    return args
+    parser.add_argument("--name", help="with --keep: name of the copy (default: the run's, or its folder's and file's)")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,20 +216,10 @@ def main(argv: list[str] | None = None) -> None:
             "      python tables/levels.py --page docs/MIGRATION.md"
         )
         return
-    collection = collect(args.records, args.data)
-    report_refused(collection)
-    for group in groups(collection.rows):
-        row = group.first
-        found = {name: group.stat(name) for name in (*RANKING, *JUDGING)}
-        metrics = "  ".join(f"{name} {value.mean:.3f}" for name, value in found.items() if value)
-        valid = group.stat("mrr", "valid") or group.stat("accuracy", "valid")
-        metrics = metrics or "test left alone" + (
-            f", valid {'mrr' if 'mrr' in row.valid else 'accuracy'} {valid.mean:.3f}" if valid else ""
-        )
-        seeds = ",".join("-" if seed is None else str(seed) for seed in group.seeds)
-        print(f"{row.task:21} {row.dataset:11} {metrics:53} seeds {seeds}: {row.setting} {row.variant} [{row.path}]")
-    if not collection.rows:
-        print("no run record found; the first comes by: python run_rq.py --help")
+    rows = read_rows(args.records, args.data)
+    print_groups(groups(rows))
+    if not rows:
+        print("no run record found; make one: python run_rq.py --dataset data/family")
 
 
 if __name__ == "__main__":

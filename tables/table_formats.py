@@ -1,7 +1,7 @@
-"""One table of numbers as Markdown, LaTeX (booktabs) or CSV. Knows nothing of records: cells in, text out.
+"""One table of numbers as Markdown, LaTeX (booktabs) or CSV: cells in, text out.
 
-In Markdown and LaTeX numbers are printed as papers do (no leading zero, a spread behind them where there is one), the
-best of a column in bold. The CSV has one line per cell, its number in full, so that it reads back to the same table.
+In Markdown and LaTeX, numbers are printed as in papers (no leading zero, then the standard deviation), the best of a
+column in bold. The CSV has one line per cell, its number with all digits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "±": r"$\pm$", "|": r"\textbar{}", '"': "''",
 }  # fmt: skip
-MANY = 4  # columns; more are set smaller
-WIDE = 40  # letters; longer names of methods are broken into lines
+MANY = 4  # more columns than this are printed smaller
+WIDE = 40  # longer method names (characters) are broken into lines
 FIELDS = ("table", "title", "dataset", "metric", "block", "method", "value", "std", "n", "decimals", "best", "competes",
           "note")  # fmt: skip
 
 
 class Column(NamedTuple):
-    """What one column holds; ``dataset`` is "" where the table has no data sets above its columns."""
+    """A metric of a data set; ``dataset`` is "" if the table has no data sets above its columns."""
 
     dataset: str
     metric: str
@@ -44,13 +44,13 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A method and what was measured of it; a column without a cell stays blank."""
+    """A method and its numbers; a column without a cell stays blank."""
 
-    block: str  # methods of one block stand together
+    block: str  # methods of one block are printed together
     method: str
     cells: dict[Column, Cell]
     note: str = ""
-    competes: bool = True  # for the best of a column
+    competes: bool = True  # may be marked as the best of a column
 
 
 class Table(NamedTuple):
@@ -74,18 +74,18 @@ def cell_text(cell: Cell) -> str:
 
 
 def best_of(table: Table, column: Column) -> float | None:
-    """The highest number of a column as printed; None where fewer than two methods compete (nothing to be best of)."""
+    """The highest number of a column as printed; None if fewer than two methods compete."""
     values = [shown_value(line.cells[column]) for line in table.lines if line.competes and column in line.cells]
     return max(values) if len(values) > 1 and column.metric in NAMES else None
 
 
 def is_best(table: Table, line: Line, column: Column) -> bool:
-    """Whether a cell is the best of its column; equal as printed means equally good."""
+    """Whether a cell is the best of its column; cells that are printed equal share it."""
     return line.competes and column in line.cells and shown_value(line.cells[column]) == best_of(table, column)
 
 
 def shown_value(cell: Cell) -> float:
-    """The number as it is printed: what nobody can tell apart is equally good."""
+    """The number as it is printed."""
     return round(cell.value, cell.decimals)
 
 
@@ -124,12 +124,12 @@ def to_markdown(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it is: ``--`` of a flag does not become a dash."""
+    """Text that LaTeX prints unchanged: ``--`` of a flag does not become a dash."""
     return re.sub(r"-(?=-)", "-{}", "".join(LATEX.get(letter, letter) for letter in text))
 
 
 def latex_cell(table: Table, line: Line, column: Column) -> str:
-    """A number, bold where it is the best; blank where there is none."""
+    """A number, bold if it is the best; blank if there is none."""
     if column not in line.cells:
         return ""
     text = escape_latex(cell_text(line.cells[column]))
@@ -137,7 +137,7 @@ def latex_cell(table: Table, line: Line, column: Column) -> str:
 
 
 def latex_heads(columns: Sequence[Column]) -> list[str]:
-    """Data sets over their columns, where there are any, then the metrics."""
+    """Data sets (if any) over their columns, then the metrics."""
     heads, rules = [], []
     start = 0
     while start < len(columns):
@@ -153,7 +153,7 @@ def latex_heads(columns: Sequence[Column]) -> list[str]:
 
 
 def to_latex(table: Table) -> str:
-    r"""A ``table`` environment for ``\usepackage{booktabs}``; blocks are parted by rules."""
+    r"""A ``table`` environment for ``\usepackage{booktabs}``; blocks are separated by rules."""
     rows: list[str] = []
     block = None
     found = marks(table)
@@ -180,7 +180,7 @@ def to_latex(table: Table) -> str:
 
 
 def to_csv(tables: Iterable[Table]) -> str:
-    """One line per cell, blank ones too; ``from_csv`` reads it back. Notes of whole tables have lines of their own."""
+    """One line per cell, blank ones too. Notes of whole tables have lines of their own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(FIELDS)
@@ -195,27 +195,3 @@ def to_csv(tables: Iterable[Table]) -> str:
         for note in table.notes:
             writer.writerow([table.number, table.title, *[""] * (len(FIELDS) - 3), note])
     return out.getvalue()
-
-
-def from_csv(text: str) -> list[Table]:
-    """The tables of ``to_csv``."""
-    tables: dict[tuple[int, str], Table] = {}
-    for row in csv.DictReader(io.StringIO(text)):
-        key = (int(row["table"]), row["title"])
-        table = tables.setdefault(key, Table(*key, [], [], []))
-        if not row["method"]:
-            table.notes.append(row["note"])
-            continue
-        column = Column(row["dataset"], row["metric"])
-        if column not in table.columns:
-            table.columns.append(column)
-        line = Line(row["block"], row["method"], {}, row["note"], row["competes"] == "1")
-        if not table.lines or table.lines[-1][:2] != line[:2] or table.lines[-1].note != line.note:
-            table.lines.append(line)
-        if row["value"]:
-            number = float(row["value"])
-            value = int(number) if row["decimals"] == "0" else number
-            table.lines[-1].cells[column] = Cell(
-                value, float(row["std"]) if row["std"] else None, int(row["n"]), int(row["decimals"])
-            )
-    return list(tables.values())

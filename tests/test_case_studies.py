@@ -1,4 +1,4 @@
-"""Case studies: the right cases by rule, what they show, and refusals of answers that nothing stands behind."""
+"""Case studies: the cases that the rules choose, their text, and refusals of answers without record or rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def link(number: int, rank: float | None, truth: list[str], with_codes: bool = T
     )  # fmt: skip
 
 
-def judge(number: int, truth: str, split: str = "test") -> Row:
+def triple(number: int, truth: str, split: str = "test") -> Row:
     text = prompts.classification(
         "A", "knows", f"B{number}", f"<ENT>A</ENT> {codes(1)}", f"<ENT>B</ENT> {codes(2)}", True
     )
@@ -62,7 +62,7 @@ def ranked(row: Row, scores: list[float | None], **more: Any) -> Answer:
     return make_answer(row, "score", scores=scores, text=prompts.numbered([codes(1), codes(0)]), **more)
 
 
-def judged(row: Row, margin: float) -> Answer:
+def classified(row: Row, margin: float) -> Answer:
     scores = [margin, 0.0]
     return make_answer(row, "score", candidates=["True", "False"], scores=scores, text=str(margin > 0))
 
@@ -80,7 +80,7 @@ LINK_SCORES: list[list[float | None]] = [
     [-1, -2, -3, -4, -5], [-3, -2, -4, -1, -5], [-1, -2, -3, -4, -5], [-1, -2, -3, None, -4], [-1, -2, -3, -4, -5],
     [-1, -2, -9, -8, -3], [-1, -2, -3, -4, -5],
 ]  # fmt: skip
-JUDGE_ROWS = [judge(0, "True"), judge(1, "False"), judge(2, "False"), judge(3, "True")]
+TRIPLE_ROWS = [triple(0, "True"), triple(1, "False"), triple(2, "False"), triple(3, "True")]
 MARGINS = [3.0, -5.0, 2.0, 0.5]  # right, right, wrong, right at a threshold of 0
 
 
@@ -105,8 +105,8 @@ def leave(folder: Path, rows: list[Row], found: list[Answer]) -> Path:
 @pytest.fixture
 def answers(tmp_path: Path) -> Path:
     links = [ranked(row, scores) for row, scores in zip(LINK_ROWS, LINK_SCORES, strict=True)]
-    judgements = [judged(row, margin) for row, margin in zip(JUDGE_ROWS, MARGINS, strict=True)]
-    return leave(tmp_path / "run", [*LINK_ROWS, *JUDGE_ROWS], [*judgements, *links])
+    classifications = [classified(row, margin) for row, margin in zip(TRIPLE_ROWS, MARGINS, strict=True)]
+    return leave(tmp_path / "run", [*LINK_ROWS, *TRIPLE_ROWS], [*classifications, *links])
 
 
 def ids(cases: list[Case]) -> list[str]:
@@ -120,7 +120,7 @@ def ids(cases: list[Case]) -> list[str]:
 def test_links_are_picked_by_gain(answers: Path) -> None:
     better, worse, same = pick_links(open_run(answers), 9)
     assert (ids(better.cases), ids(worse.cases), ids(same.cases)) == (["l-1", "l-0"], ["l-3", "l-2"], ["l-5", "l-6"])
-    assert [pick.rule.split(" rank")[0].split(" keep")[0] for pick in (better, worse, same)] == ["2 of 6"] * 3
+    assert all(pick.rule.startswith("2 of 6 ") for pick in (better, worse, same))
     assert [ids(pick.cases) for pick in pick_links(open_run(answers), 1)] == [["l-1"], ["l-3"], ["l-5"]]
 
 
@@ -132,12 +132,12 @@ def test_triples_are_picked_by_the_distance_from_the_threshold(answers: Path) ->
 
 def test_the_threshold_is_the_one_of_validation(tmp_path: Path) -> None:
     """Validation says that True begins at 2.5: the answer of margin 2 is right there, that of 0.5 wrong."""
-    tuning = [judge(10, "True", "validation"), judge(11, "False", "validation")]
-    found = [judged(row, margin) for row, margin in zip([*tuning, *JUDGE_ROWS], [2.9, 2.1, *MARGINS], strict=True)]
-    run = open_run(leave(tmp_path, JUDGE_ROWS, found))
+    tuning = [triple(10, "True", "validation"), triple(11, "False", "validation")]
+    found = [classified(row, margin) for row, margin in zip([*tuning, *TRIPLE_ROWS], [2.9, 2.1, *MARGINS], strict=True)]
+    run = open_run(leave(tmp_path, TRIPLE_ROWS, found))
     right, wrong, _ = pick_triples(run, 9)
     assert ids(wrong.cases) == ["t-3"] and ids(right.cases) == ["t-1", "t-0", "t-2"]
-    assert "at a threshold of +2.500" in page(run, 1) and "t-10" not in page(run, 9)
+    assert "threshold +2.500" in page(run, 1) and "t-10" not in page(run, 9)
 
 
 def test_names_of_unequal_length_rank_as_the_metrics_do(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_names_of_unequal_length_rank_as_the_metrics_do(tmp_path: Path) -> None:
     run = open_run(leave(tmp_path, rows, found))
     assert [ids(pick.cases) for pick in pick_links(run, 1)] == [["l-0"], [], []]
     text = page(run, 1)
-    assert "after (LLM): 1." in text and "| score per token |" in text and "| -1.000 | truth |" in text
+    assert "by the LLM: 1." in text and "| score per token |" in text and "| -1.000 | truth |" in text
 
 
 # ---------------------------------------------------------------- the page
@@ -159,18 +159,18 @@ def test_a_case_shows_ranks_candidates_and_truth(answers: Path) -> None:
     text = page(open_run(answers), 1)
     case = text[text.index("### Best improvement") : text.index("### Worst loss")]
     assert "Query: (Head 1 \\| knows \\| ?)" in case and "Row l-1." in case
-    assert "Truth: Bo\\*b\\*. Rank before (candidates' model): 4, after (LLM): 1." in case
+    assert "Truth: Bo\\*b\\*. Rank by the candidate ranker: 4, by the LLM: 1." in case
     table = [line for line in case.splitlines() if line.startswith("| ")][2:]
     assert table == [
-        "| 1 | 4 | Di | `Q0_3:Q1_1 …+2` | -1.000 | another right answer, not counted |",
+        "| 1 | 4 | Di | `Q0_3:Q1_1 …+2` | -1.000 | another correct answer, not counted |",
         "| 2 | 2 | Bo\\*b\\* | `Q0_1:Q1_1 …+2` | -2.000 | truth |",
         "| 3 | 1 | Ada \\| \\\\ \\`x\\` | `Q0_0:Q1_1 …+2` | -3.000 |  |",
         "| 4 | 3 | \\<b\\>Cy\\</b\\> | `Q0_2:Q1_1 …+2` | -4.000 |  |",
         "| 5 | 5 | Eve | `Q0_4:Q1_1 …+2` | -5.000 |  |",
     ]
     assert "1. <CODE>Q0_1:Q1_1 …+2</CODE>\n2. <CODE>Q0_0:Q1_1 …+2</CODE>" in case, "the answer, cut as the prompt is"
-    assert "Said: True, log P(True) - log P(False) = +2.000 at a threshold of +0.000" in text
-    assert "7 test rows answered, 0 answers did not parse; the truth of 6 could be chosen." in text
+    assert "Answer: True, log P(True) - log P(False) = +2.000, threshold +0.000" in text
+    assert "7 test rows answered, 0 could not be parsed; for 6 the LLM could choose the truth." in text
     assert "commit ccccccccc+changes), rows" in text, "what ran was not that commit's"
     assert page(open_run(answers), 1) == text
 
@@ -190,11 +190,11 @@ def test_codes_are_cut_visibly() -> None:
     )
 
 
-def test_what_a_search_did_not_find_is_never_found(tmp_path: Path) -> None:
+def test_a_truth_that_a_search_did_not_find_has_no_rank(tmp_path: Path) -> None:
     row = link(0, 2.0, ["e0"])
     found = make_answer(row, "constrained_all", candidates=["z9", "e3"], scores=[-1.0, -2.0], text="1. x")
     text = page(open_run(leave(tmp_path, [row], [found])), 1)
-    assert "after (LLM): never found" in text and "| 1 |  | z9 |  | -1.000 |  |" in text and "| 2 | 4 | Di |" in text
+    assert "by the LLM: not found" in text and "| 1 |  | z9 |  | -1.000 |  |" in text and "| 2 | 4 | Di |" in text
 
 
 # ---------------------------------------------------------------- refusals and the command
@@ -205,35 +205,35 @@ def change_record(answers: Path, **fields: Any) -> None:
     write_json(read_json(path, "record") | fields, path)
 
 
+def refused(answers: Path, word: str, rows: Path | None = None) -> None:
+    """open_run ends with one line that contains ``word``."""
+    with pytest.raises(InputError) as error:
+        open_run(answers, rows)
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
 def test_answers_without_record_or_rows_are_refused(answers: Path, tmp_path: Path) -> None:
-    rows = answers.with_name("test_tasks.json")
+    rows, record = answers.with_name("test_tasks.json"), answers.with_name("inference_results.json")
     moved = rows.rename(tmp_path / "elsewhere.json")
-    with pytest.raises(InputError, match=r"its rows .* are not there now"):
-        open_run(answers)
+    refused(answers, "does not exist")
     assert open_run(answers, moved).cases
     (tmp_path / "others.json").write_text("[]")
-    with pytest.raises(InputError, match=r"its rows .* are others now"):
-        open_run(answers, tmp_path / "others.json")
+    refused(answers, "others.json", tmp_path / "others.json")
     moved.rename(rows)
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(lines[1:]))
-    with pytest.raises(InputError, match=r"are not the answers of inference_results\.json"):
-        open_run(answers)
+    refused(answers, "inference_results.json")
     answers.write_text("".join(lines))
-    metrics = read_json(answers.with_name("inference_results.json"), "record")["metrics"]
-    metrics[LINKS]["test"]["hits@1"] = 1.0
-    change_record(answers, metrics=metrics)
-    with pytest.raises(InputError, match=r"metrics\.link_prediction\.test\.hits@1 is 1\.0, expected 0\.4285"):
-        open_run(answers)
-    write_json({"metrics": {}, "args": {}}, answers.with_name("inference_results.json"))
-    with pytest.raises(InputError, match="holds metrics and no run record"):
-        open_run(answers)
-    write_json([], answers.with_name("inference_results.json"))
-    with pytest.raises(InputError, match="is no record of answers"):
-        open_run(answers)
-    answers.with_name("inference_results.json").unlink()
-    with pytest.raises(InputError, match=r"has no run record inference_results\.json beside it"):
-        open_run(answers)
+    content = read_json(record, "record")
+    content["metrics"][LINKS]["test"]["hits@1"] = 1.0
+    write_json(content, record)
+    refused(answers, "metrics.link_prediction.test.hits@1")
+    others: list[Any] = [{"metrics": {}, "args": {}}, []]
+    for other in others:
+        write_json(other, record)
+        refused(answers, "inference_results.json")
+    record.unlink()
+    refused(answers, "inference_results.json")
 
 
 @pytest.mark.parametrize("odd", [None, 3, "x", [1], {"a": 1}], ids=repr)
@@ -245,15 +245,13 @@ def test_a_damaged_record_is_one_line(answers: Path, field: str, odd: Any) -> No
     if odd in fits.get(field, ()):
         assert page(open_run(answers), 1)
         return
-    with pytest.raises(InputError, match=r"inference_results\.json") as error:
-        page(open_run(answers), 1)
-    assert "\n" not in str(error.value)
+    refused(answers, "inference_results.json")
 
 
 def test_records_are_found_by_the_names_inference_gives(tmp_path: Path) -> None:
     for name in ("inference_results.json", "other.json"):
         assert case_studies.record_beside(answers_path(tmp_path / name)) == tmp_path / name
-    with pytest.raises(InputError, match=r"is no answers\.jsonl"):
+    with pytest.raises(InputError):
         case_studies.record_beside(tmp_path / "mine.jsonl")
 
 
@@ -269,5 +267,5 @@ def test_the_command(answers: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == text
     with pytest.raises(SystemExit):
         case_studies.parse_args(["--count", "0"])
-    with pytest.raises(InputError, match=r"answers file .* does not exist"):
+    with pytest.raises(InputError):
         case_studies.main(["--answers", str(tmp_path / "none" / "answers.jsonl")])

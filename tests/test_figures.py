@@ -1,4 +1,4 @@
-"""What figures show is computed right, every figure draws from whatever is there, and says what it lacks."""
+"""Figures: their numbers are computed correctly, each is drawn from the inputs that exist, missing inputs are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from Class.codes import print_codes
 from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph
 from tables import make_figures
-from tables.code_quality import CodeSet, open_code_set
+from tables.code_quality import CodeSet
 from tables.figures import answers, embeddings, graph, quality, runs, similarity, style
 from tables.figures.inputs import Inputs, Missing
 from tests.test_code_quality import stage1
@@ -48,18 +48,18 @@ def is_image(path: Path) -> bool:
 # ---------------------------------------------------------------- drawing
 
 
-def test_all_draws_what_is_there_and_says_what_is_not(
+def test_all_figures_with_inputs_are_drawn_and_the_others_named(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs.kinds = ("png",)  # the test below draws both kinds
     drawn = make_figures.draw_all(inputs, tmp_path, list(make_figures.FIGURES))
-    assert set(drawn) == {"2", "5", "10", "levels", "tokens", "usage", "4", "12"} - lacking(inputs)
+    assert set(drawn) == {"2", "5", "10", "levels", "tokens", "perplexity", "pareto", "4", "12"} - lacking(inputs)
     assert all(is_image(path) for paths in drawn.values() for path in paths)
     assert all([path.suffix for path in paths] == [".png"] for paths in drawn.values())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(make_figures.FIGURES), "one line each"
     for line in lines:
-        assert "wrote" in line or ("passed over" in line and "python" in line), line
+        assert "wrote" in line or ("skipped" in line and "python" in line), line
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".pt"], "baselines are never saved"
 
 
@@ -74,7 +74,7 @@ def lacking(inputs: Inputs) -> set[str]:
 
 EVERY = [
     "levels",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("2", "5", "10", "tokens", "usage")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("2", "5", "10", "tokens", "perplexity", "pareto")),
 ]
 
 
@@ -85,16 +85,26 @@ def test_equal_inputs_give_equal_bytes(name: str, inputs: Inputs, tmp_path: Path
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_a_figure_asked_for_without_its_inputs_is_an_error(swept: Path, ring: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["7"], "--records"), (["11"], "--records"), (["9", "--dataset", "RING"], "data/download.py")],
+)
+def test_a_named_figure_without_inputs_is_an_error(
+    flags: list[str], word: str, swept: Path, ring: Path, tmp_path: Path
+) -> None:
     words = ["--records", str(swept), "--data", str(ring.parent), "--out", str(tmp_path)]
-    for number, hint in (("7", "run_llm_grid.py"), ("11", "run_llm_grid.py")):
-        with pytest.raises(InputError, match=hint):
-            make_figures.main(["--figure", number, *words])
-    with pytest.raises(InputError, match=r"data/download\.py"):
-        make_figures.main(["--figure", "9", "--dataset", str(ring), *words])
-    with pytest.raises(InputError, match="--sample must be 1 or more"):
-        make_figures.main(["--figure", "2", "--sample", "0", *words])
+    with pytest.raises(InputError) as error:
+        make_figures.main(["--figure", *(str(ring) if flag == "RING" else flag for flag in flags), *words])
+    assert word in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--sample", "--seed"])
+def test_numbers_out_of_range_are_one_line(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        make_figures.main([flag, "-1"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and flag in printed and printed.count("\n") == 1
 
 
 def test_lines_differ_in_grey_and_heat_maps_rise_in_lightness() -> None:
@@ -107,12 +117,36 @@ def test_lines_differ_in_grey_and_heat_maps_rise_in_lightness() -> None:
     assert (np.diff(shades) > 0).all()
 
 
-def test_names_with_dollars_open_no_formula(tmp_path: Path) -> None:
+def test_dollar_signs_in_names_are_no_formulas(swept: Path, inputs: Inputs, tmp_path: Path) -> None:
     figure, axes = style.new_figure(1, 1, 3, 3)
     names = ["Ke$ha \\frac $", "A$AP $x_{$", "<b>&"]
     style.heat_map(axes[0][0], np.eye(3), names, names, text=".1f")
-    axes[0][0].set_title(style.short(names[0]))
+    axes[0][0].set_title("$x_{$")
     assert all(is_image(path) for path in style.save(figure, tmp_path, "dollars", ["png"]))
+    (tmp_path / "runs").mkdir()
+    for path in swept.glob("ring_*_rq.json"):
+        record = json.loads(path.read_text()) | {"dataset": "a $x_{$ b"}
+        (tmp_path / "runs" / path.name).write_text(json.dumps(record))
+    odd = Inputs(records=[tmp_path / "runs"], data=inputs.data, kinds=("png",))
+    for name in ("5", "10", "levels", "tokens", "perplexity", "pareto"):
+        assert all(is_image(path) for path in make_figures.FIGURES[name].draw(odd, tmp_path))
+
+
+def test_characters_without_a_font_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import font_manager
+
+    monkeypatch.setattr(style, "FONTS", ())
+    figure, axes = style.new_figure(1, 1, 3, 3)
+    axes[0][0].set_title("\u77e5\u8b58")
+    style.save(figure, tmp_path, "cjk", ["png"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "\u77e5" in printed and "fonts-noto-cjk" in printed
+    monkeypatch.undo()
+    fonts = [SimpleNamespace(name="DejaVu Sans"), SimpleNamespace(name="Noto Sans CJK SC")]
+    monkeypatch.setattr(font_manager, "fontManager", SimpleNamespace(ttflist=fonts))
+    assert style.font_families() == ["DejaVu Sans", "Noto Sans CJK SC"]
 
 
 # ---------------------------------------------------------------- 2, 9
@@ -174,27 +208,40 @@ def test_samples_share_their_facts_and_cosines_are_cosines(inputs: Inputs, tmp_p
 
 
 def row(L: int, K: int, mrr: float, **more: Any) -> Any:
-    args = {"seq_len": L, "num_code": K, "num_quantizers": 2, "quantizer": "rq"} | more.pop("args", {})
-    rest = more.pop("rest", "ConvE, GCN 2")
-    setting = f"RQ {L} x 2 of {K:,}, {rest}"
-    return SimpleNamespace(valid={"mrr": mrr}, setting=setting, record={"args": args} | more, path=Path("run.json"))
+    args = {"seq_len": L, "num_code": K, "num_quantizers": 2, "decoder": "conve"} | more.pop("args", {})
+    record = {"args": args, "history": [], "parameters": {"behind_codes": 1000 * K}} | more
+    label = f"RQ {L} x 2 of {K:,}"
+    return SimpleNamespace(
+        task="codes", variant="", dataset="ring", seed=0, finished="2026", valid={"mrr": mrr}, metrics={"mrr": mrr},
+        setting=label, flags=(), record=record, path=Path("run.json"),
+    )  # fmt: skip
 
 
 def test_curves_average_seeds_and_keep_settings_apart() -> None:
-    rows = [row(2, 8, 0.2), row(2, 8, 0.4), row(4, 8, 0.5), row(4, 8, 0.9, rest="DistMult, GCN 2")]
+    rows = [row(2, 8, 0.2), row(2, 8, 0.4), row(4, 8, 0.5), row(4, 8, 0.9, args={"decoder": "distmult"})]
     found = runs.curves(rows, lambda r: (runs.size(r)[1], runs.others(r)), lambda r: runs.size(r)[0])
-    assert found == {(8, "ConvE, GCN 2"): {2: pytest.approx(0.3), 4: 0.5}, (8, "DistMult, GCN 2"): {4: 0.9}}
+    rest = "k-means, 1 members"
+    assert found == {(8, f"ConvE, {rest}"): {2: pytest.approx(0.3), 4: 0.5}, (8, f"DistMult, {rest}"): {4: 0.9}}
     assert runs.varied(rows) == rows[:3], "DistMult has no second size"
     assert runs.size(row(4, 1024, 0.5, args={"quantizer": "vq"})) == (4, 1024, 1)
 
 
-def test_labels_keep_what_differs() -> None:
-    assert runs.tell_apart(["RQ, ConvE, lr 1, seed 0", "RQ, ConvE, lr 2, seed 0"]) == ["RQ, lr 1", "RQ, lr 2"]
+def test_legends_show_only_differences() -> None:
+    label = runs.legend_labels
+    assert label(["RQ, ConvE, lr 1, seed 0", "RQ, ConvE, lr 2, seed 0"], []) == ["RQ, lr 1", "RQ, lr 2"]
     long = [f"RQ 1 x 16, {'x' * 60}, seed {seed}" for seed in (0, 1)]
-    assert runs.fitting(long, ["a_seed0", "a_seed1"]) == ["RQ 1 x 16, seed 0", "RQ 1 x 16, seed 1"]
+    assert label(long, []) == ["RQ 1 x 16, seed 0", "RQ 1 x 16, seed 1"]
     odd = [f"RQ, {'x' * 60}{seed}" for seed in (0, 1)]
-    assert runs.fitting(odd, ["a_seed0", "a_seed1"]) == ["a_seed0", "a_seed1"], "cut, they would be the same"
-    assert runs.tell_apart(["RQ, ConvE"]) == ["RQ, ConvE"] and runs.tell_apart(["a, b", "a, b"]) == ["a, b", "a, b"]
+    assert label(odd, ["a_seed0", "a_seed1"]) == ["a_seed0", "a_seed1"], "cut, they would be equal"
+    assert label(["RQ, ConvE"], []) == ["RQ, ConvE"] and label(["a, b", "a, b"], ["c", "d"]) == ["c", "d"]
+
+
+def drawn_by(draw: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The figure that ``draw`` would save for these rows."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(runs, "save", lambda figure, *_: drawn.append(figure))
+    draw(SimpleNamespace(rows=rows, kinds=("png",)), tmp_path)
+    return drawn[0]
 
 
 def test_training_curves_keep_the_warm_up_apart_and_count_a_seed_once(
@@ -204,13 +251,8 @@ def test_training_curves_keep_the_warm_up_apart_and_count_a_seed_once(
     history = [{"epoch": n, "phase": phase, "structure": 9.0 - n, "valid": {"mrr": n / 10}}
                for n, phase in enumerate(phases, 1)]  # fmt: skip
     runs_made = [row(2, 8, 0.4, history=history), row(2, 8, 0.4, history=history[:1])]
-    for finished, made in zip(("2026", "2025"), runs_made, strict=True):
-        made.task, made.variant, made.dataset, made.seed, made.finished = "codes", "", "ring", 0, finished
-    drawn: list[Any] = []
-    monkeypatch.setattr(runs, "save", lambda figure, *_: drawn.append(figure))
-    fake: Any = SimpleNamespace(rows=runs_made, kinds=("png",))
-    runs.draw_training(fake, tmp_path)
-    losses, scores = drawn[0].axes
+    runs_made[1].finished = "2025"
+    losses, scores = drawn_by(runs.draw_training, runs_made, tmp_path, monkeypatch).axes
     assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2, 3, 4]], "the later of two runs with one seed"
     warm, codes, frozen = scores.lines
     assert (list(warm.get_xdata()), list(codes.get_xdata())) == ([1, 2], [3, 4]) and frozen.get_xdata()[0] == 4
@@ -218,15 +260,37 @@ def test_training_curves_keep_the_warm_up_apart_and_count_a_seed_once(
 
 
 def test_figure_5_needs_two_sizes(inputs: Inputs, swept: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     one = Inputs(records=[swept / "ring_3_8_2_rq.json"], data=inputs.data)
-    with pytest.raises(Missing, match="two sizes"):
-        runs.draw_sizes(one, tmp_path)
-    with pytest.raises(Missing, match="no records of stage 1"):
-        (tmp_path / "empty").mkdir()
-        runs.draw_training(Inputs(records=[tmp_path / "empty"], data=inputs.data), tmp_path)
+    none = Inputs(records=[tmp_path / "empty"], data=inputs.data)
+    for draw, given in ((runs.draw_sizes, one), (runs.draw_training, none), (runs.draw_pareto, none)):
+        with pytest.raises(Missing):
+            draw(given, tmp_path)
 
 
-# ---------------------------------------------------------------- 6, usage
+def test_pareto_has_one_point_per_setting_and_the_published_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = row(4, 16, 0.3)
+    again = row(4, 16, 0.5)
+    again.seed = 1
+    control = row(4, 8, 0.9)
+    control.variant = "control: unquantized"
+    shuffled = row(4, 8, 0.01)
+    shuffled.variant = "control: codes shuffled"
+    rows = [row(4, 8, 0.2), other, again, control, shuffled]
+    for made in rows:
+        made.dataset = "FB15k-237"
+    (panel,) = drawn_by(runs.draw_pareto, rows, tmp_path, monkeypatch).axes
+    points = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in panel.lines}
+    assert points["RQ, k-means, no text"] == [(0.008, 0.2), (0.016, pytest.approx(0.4))], "mean over the seeds"
+    assert points["unquantized"] == [(0.008, 0.9)] and not any(
+        mrr == 0.01 for found in points.values() for _, mrr in found
+    )
+    assert {text.get_text() for text in panel.texts} == {"NodePiece", "EARL", "RotatE"}
+
+
+# ---------------------------------------------------------------- 6
 
 
 def test_baselines_have_the_shape_of_the_codes_and_kmeans_is_near(inputs: Inputs) -> None:
@@ -238,17 +302,6 @@ def test_baselines_have_the_shape_of_the_codes_and_kmeans_is_near(inputs: Inputs
     same = (clusters[:, None, :, 0] == clusters[None, :, :, 0])[:, :, 0]
     distances = torch.cdist(found.vectors[:, 0], found.vectors[:, 0])
     assert distances[same].mean() < 0.7 * distances[~same].mean()
-
-
-def test_usage_is_sorted_counts_in_bins(inputs: Inputs) -> None:
-    found = open_code_set(inputs.code_sets[0].path)
-    counts = quality.usage_counts(found)
-    M, L, Q = found.codes.shape
-    assert counts.shape == (Q, found.num_code) and (counts.sum(1) == M * L).all() and (np.diff(counts) <= 0).all()
-    values = np.arange(1024.0).reshape(1, 1024)
-    values[0, -8:] = np.nan
-    bins = quality.binned(values)
-    assert bins.shape == (1, 256) and bins[0, 0] == 1.5 and np.isnan(bins[0, -2:]).all() and bins[0, -3] == 1013.5
 
 
 # ---------------------------------------------------------------- 7, 11

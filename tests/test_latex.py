@@ -1,4 +1,4 @@
-"""LaTeX tables, read by a small parser of what they may hold, and set by pdflatex where there is one."""
+"""LaTeX tables, checked by a small parser, and typeset by pdflatex if it is installed."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_the_numbers_are_those_of_the_records() -> None:
     assert {int(number) for number in re.findall(r"<!-- table (\d) -->", TEXT)} == set(make_tables.NUMBERS)
 
 
-def test_a_number_changed_by_hand_is_seen(tmp_path: Path) -> None:
+def test_a_number_edited_by_hand_is_replaced(tmp_path: Path) -> None:
     """The control of the test above."""
     changed = re.sub(r"(\| ours \|.*?\| \*{0,2}\.)\d\d\d", r"\g<1>999", TEXT, count=1)
     assert changed != TEXT and make_tables.reproduced(changed) == TEXT
@@ -36,7 +36,7 @@ def test_a_number_changed_by_hand_is_seen(tmp_path: Path) -> None:
     page.write_text(changed, encoding="utf-8")
     make_tables.main(["--reproduce", str(page)])
     assert page.read_text(encoding="utf-8") == TEXT
-    with pytest.raises(InputError, match=r"has blocks of tables \[\]"):
+    with pytest.raises(InputError):
         make_tables.reproduced("# no block\n")
 
 

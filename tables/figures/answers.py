@@ -1,7 +1,7 @@
 """Figures 7 and 11: metrics of the LLM's answers over (L, K), from the records of inference.py.
 
-Figure 7 has link prediction, figure 11 triple classification; a cell is the mean over the seeds of that size. Settings
-that differ in more than the codes' L and K, or in how many training rows came of it, have panels of their own.
+Figure 7 shows link prediction, figure 11 triple classification; a cell is the mean over seeds. Settings that
+differ in more than L, K and the number of training rows have panels of their own.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.metrics import JUDGING, RANKING
+from common.metrics import CLASSIFICATION, RANKING
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import heat_map, new_figure, save, short
 from tables.results import LINKS, TRIPLES, Row, groups
 
-TASKS = {7: (LINKS, RANKING), 11: (TRIPLES, JUDGING)}
+TASKS = {7: (LINKS, RANKING), 11: (TRIPLES, CLASSIFICATION)}
 SHOWN = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10", "f1": "F1"}
 
 
@@ -32,7 +32,7 @@ def grid(rows: list[Row], metric: str) -> tuple[list[int], list[int], np.ndarray
 
 
 def others(row: Row) -> str:
-    """The run's setting without the codes' size and the number of training rows: equal where runs are compared."""
+    """The run's setting without the size of the codes and the number of training rows: only equal ones are compared."""
     return ", ".join(
         word for word in row.setting.split(", ") if not word.startswith("codes ") and not word.endswith(" rows")
     )
@@ -48,8 +48,8 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             found.setdefault(key, []).append(row)
     if not found:
         raise Missing(
-            f"no record of answers to {task.replace('_', ' ')}; make some: python tables/run_llm_grid.py --out "
-            "lora_training/lora_outputs/grid"
+            f"no record of answers to {task.replace('_', ' ')} with codes; make one: cd lora_training && python "
+            "inference.py; or name yours: --records FOLDER"
         )
     figure, axes = new_figure(len(found), len(metrics), 2.7, 2.4)
     for panels, ((dataset, Q, setting), rows) in zip(axes, found.items(), strict=True):

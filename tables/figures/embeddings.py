@@ -1,6 +1,6 @@
-"""Figures 8 and 13: word and code tokens of a language model, by the rows of its input embedding, in the plane.
+"""Figures 8 and 13: input embeddings of a language model's word and code tokens, projected to two dimensions.
 
-Figure 8 has the first model, figure 13 the others (such as the base next to the tuned one).
+Figure 8 shows the first model, figure 13 the others (such as the base next to the tuned one).
 """
 
 from __future__ import annotations
@@ -87,17 +87,17 @@ def tokens_of(folder: Path, seed: int) -> Tokens:
         picked = rng.permutation(np.asarray(chosen))[:count]
         return np.asarray(weights[torch.from_numpy(np.sort(picked))].float().numpy())
 
-    by_level = [] if shape is None else np.split(np.array(ids[4:]), shape.num_quantizers)  # 4 marks stand first
+    by_level = [] if shape is None else np.split(np.array(ids[4:]), shape.num_quantizers)  # after the 4 marks
     return Tokens(rows(words, WORDS), [rows(level, PER_LEVEL) for level in by_level])
 
 
 def project(vectors: NDArray[np.float32], how: str, seed: int) -> NDArray[np.float64]:
-    """vectors [n, D] -> [n, 2]: the two main directions ("pca"), or t-SNE started from them."""
+    """vectors [n, D] -> [n, 2]: the two principal components ("pca"), or t-SNE initialised with them."""
     centred = vectors.astype(np.float64) - vectors.mean(0)
     if how == "pca":
         u, s, _ = np.linalg.svd(centred, full_matrices=False)
         plane = u[:, :2] * s[:2]
-        return np.asarray(plane * np.where(plane[np.abs(plane).argmax(0), [0, 1]] < 0, -1, 1))  # one sign, always
+        return np.asarray(plane * np.where(plane[np.abs(plane).argmax(0), [0, 1]] < 0, -1, 1))  # a fixed sign
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(vectors) - 1) / 3)

@@ -1,8 +1,8 @@
-"""Figures 2 and 9: what an entity costs in a prompt, told by its neighbourhood or by its codes.
+"""Figures 2 and 9: prompt tokens of an entity, described by its neighbourhood or by its codes.
 
 2-hop neighbours: the entities, other than itself, within two training edges of either direction. Prompt tokens: of
-the lines "head | relation | tail" of all training triples that touch the entity or one of its neighbours, which is
-what a prompt that spells out this neighbourhood holds. Code tokens: <CODE>...</CODE>, one token per code.
+the lines "head | relation | tail" of all training triples that contain the entity or one of its neighbours, as a prompt
+with this neighbourhood in words. Code tokens: <CODE>...</CODE>, one token per code.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from tables.figures.style import COLOURS, line, new_figure, plain_log, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINE = " |  | \n"  # what a triple's line has around its three names
-CONTEXT = 4096  # tokens that LLaMA2 reads at most
-PROXY = "proxy: a token per 4 letters of a word or number, one per other sign"
+LINE = " |  | \n"  # a triple's line without its three names
+CONTEXT = 4096  # context window of LLaMA2 in tokens
+PROXY = "estimate: a token per 4 letters of a word or number, one per other character"
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
 
 class Cost(NamedTuple):
-    """Of each sampled entity."""
+    """Per sampled entity."""
 
     neighbours: Ints  # [n], within two edges
-    tokens: Ints  # [n], of the triples that lead there
+    tokens: Ints  # [n], of these triples
 
 
 def proxy_tokens(text: str) -> int:
-    """A tokenizer's count, guessed without one: ceil(letters / 4) per word or number, 1 per other visible sign."""
+    """An estimate of a tokenizer's count: ceil(letters / 4) per word or number, 1 per other visible character."""
     return sum(-(-len(word) // 4) for word in _WORDS.findall(text))
 
 
 def token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
-    """(text -> tokens, how they were counted): by the tokenizer of this folder or hub name, else by the proxy."""
+    """(text -> tokens, how they were counted): by a tokenizer (folder or hub name), else by ``proxy_tokens``."""
     if tokenizer is None:
         return proxy_tokens, PROXY
     from lora_training.base_model import load_tokenizer
@@ -50,7 +50,7 @@ def token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
 
 
 def triple_tokens(kg: KnowledgeGraph, count: Callable[[str], int]) -> Ints:
-    """Tokens of the line of each training triple [n]: those of its names and of ``LINE``, each counted alone."""
+    """Tokens of the line of each training triple [n]: those of its names and of ``LINE``, counted separately."""
     entity = np.array([count(label) for label in kg.labels], dtype=np.int64)
     relation = np.array([count(label) for label in kg.relation_labels], dtype=np.int64)
     h, r, t = kg.train.T
@@ -102,7 +102,7 @@ def draw_graph(panels: list[Axes], kg: KnowledgeGraph, inputs: Inputs, count: Ca
     for axes, values, label in zip(panels, cost, ("2-hop neighbours", "prompt tokens"), strict=True):
         axes.plot(np.sort(values).clip(1), share, color=COLOURS[0], linewidth=1.6,
                   label=f"neighbourhood, median {np.median(values):,.0f}")  # fmt: skip
-        axes.set(xlabel=f"{label} of an entity", ylabel="share of entities with at most so many",
+        axes.set(xlabel=f"{label} of an entity", ylabel="fraction of entities with at most x",
                  ylim=(0, 1.02), title=title)  # fmt: skip
     for panel in panels:
         plain_log(panel)

@@ -1,4 +1,4 @@
-"""What figures are drawn from: codes, records, graphs and models, each opened when a figure asks for it."""
+"""Inputs of figures: codes, records, graphs and models, each opened when a figure needs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from Class.codes import unique_names
-from Class.instructions import BUNDLED, dumped_codes, training_folder
+from Class.source import BUNDLED, dumped_codes, training_folder
 from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
@@ -21,12 +21,12 @@ MODELS = (LORA / "lora_outputs" / "lora_adapters", LORA / "lora_outputs" / "merg
 
 
 class Missing(InputError):
-    """A figure's inputs are not there; the line says which command makes them."""
+    """A figure has no inputs; the line names the command that makes them."""
 
 
 @dataclass
 class Inputs:
-    """The flags of make_figures.py, and what they name. None: what the stages left in their folders."""
+    """The flags of make_figures.py and the files that they name. None: the files in the stages' default folders."""
 
     codes: Sequence[Path] | None = None
     records: Sequence[Path] = FOLDERS
@@ -41,7 +41,7 @@ class Inputs:
 
     @cached_property
     def code_sets(self) -> list[CodeSet]:
-        """The codes files, opened and checked; Missing where there is none."""
+        """The codes files, opened and checked; Missing if there is none."""
         paths = list(dumped_codes() if self.codes is None else self.codes)
         if not paths:
             raise Missing("there are no codes; make some: python demo_complete.py, or name them: --codes FILE.pt")
@@ -75,12 +75,12 @@ class Inputs:
 
     @cached_property
     def model_folders(self) -> list[Path]:
-        """Folders of adapters and models that are there; Missing where there is none."""
+        """Folders of adapters and models; Missing if there is none."""
         found = list(self.models) if self.models is not None else [path for path in MODELS if path.is_dir()]
         if not found:
             raise Missing(
-                "there is no model; make one: python lora_training/make_tiny_base.py --dataset data/family, then cd "
-                "lora_training && python train_lora.py --model_name tiny_base; or name one: --model DIR"
+                "there is no model; make one: python lora_training/make_tiny_base.py --dataset data/family; or name "
+                "one: --model DIR"
             )
         return found
 

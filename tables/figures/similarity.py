@@ -1,11 +1,12 @@
 """Figures 4 and 12: cosine similarity of the decoded codes of some entities, one panel per codes file.
 
-The entities come in groups that share a training fact (relation, tail), which no code file chose: where codes carry
-the graph, the blocks on the diagonal stand out. Figure 12 draws another sample.
+The entities come in groups that share a training fact (relation, tail), chosen without the codes: if codes represent
+the graph, the blocks on the diagonal are brighter. Figure 12 draws another sample.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Sample(NamedTuple):
 def sample_groups(kg: KnowledgeGraph, seed: int) -> Sample:
     """GROUPS random facts with SIZE to LARGEST heads, SIZE random ones of each, no entity twice.
 
-    Missing where the graph has too few such facts.
+    Missing if the graph has too few such facts.
     """
     rng = np.random.default_rng(seed)
     h, r, t = np.unique(kg.train, axis=0).T
@@ -71,8 +72,8 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
         if codes.vectors is not None and all(entity in row for entity in wanted):
             variants.append((name, codes, [row[entity] for entity in wanted]))
     if not variants:
-        raise Missing(f"no codes with decoded vectors know the entities of {kg.name}; make them: python run_rq.py "
-                      f"--dataset data/{kg.name}")  # fmt: skip
+        raise Missing(f"no codes with decoded vectors belong to {kg.name}; make them: python run_rq.py --dataset "
+                      + shlex.quote(f"data/{kg.name}"))  # fmt: skip
     names = display_names(kg)
     shown = [names[e] for e in sample.entities]
     figure, axes = new_figure(1, len(variants), 4.6, 4.3)

@@ -1,10 +1,12 @@
-"""How every figure looks and how it is saved: readable in grey and by colour-blind readers.
+"""Style and saving of all figures: readable in greyscale and by colour-blind readers, in any language.
 
 Lines differ in colour, marker and dash; heat maps use cividis, whose lightness rises with the value.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,26 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 MAP = "cividis"
-KINDS = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # kind of file -> what is left out of it
+KINDS = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # kind of file -> metadata that is left out
+FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Arial Unicode MS",
+)  # for characters that DejaVu Sans lacks, if installed
 LONGEST_NAME = 28  # characters of a name on an axis
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows x columns panels, each width x height inches; no window is ever opened."""
+    """A figure of rows x columns panels, each width x height inches, without a window; "$" is an ordinary character."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,7 +55,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
             "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
             "axes.spines.top": False, "axes.spines.right": False,
             "legend.edgecolor": "none", "legend.framealpha": 0.85, "legend.fontsize": 8,
-            "pdf.fonttype": 42, "savefig.dpi": 160,
+            "pdf.fonttype": 42, "savefig.dpi": 160, "text.parse_math": False, "font.family": font_families(),
         }
     )  # fmt: skip
     figure, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,
@@ -47,17 +63,34 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     return figure, [list(row) for row in axes]
 
 
+def font_families() -> list[str]:
+    """DejaVu Sans, then the installed fonts of ``FONTS``: each character is taken from the first font that has it."""
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in FONTS if name in installed)]
+
+
 def save(figure: Figure, out: Path, name: str, kinds: Sequence[str] = tuple(KINDS)) -> list[Path]:
-    """``name``.png and ``name``.pdf (``kinds``) in ``out``, without dates: equal inputs give equal bytes."""
+    """``name``.png and ``name``.pdf (``kinds``) in ``out``, without dates: equal inputs give equal bytes.
+
+    Prints one line if no installed font has some character of a name.
+    """
     import matplotlib.pyplot as plt
 
     paths = []
-    for kind in kinds:
-        path = out / f"{name}.{kind}"
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata=KINDS[kind])
-        paths.append(path)
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        for kind in kinds:
+            path = out / f"{name}.{kind}"
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, format=kind, metadata=KINDS[kind])
+            paths.append(path)
     plt.close(figure)
+    missing = {chr(int(found[1])) for one in raised if (found := re.match(r"Glyph (\d+)", str(one.message)))}
+    if missing:
+        letters = " ".join(sorted(missing)[:5])
+        print(f"{name}: no installed font has {letters}; install one, as Noto Sans CJK: apt install fonts-noto-cjk")
     return paths
 
 
@@ -70,27 +103,30 @@ def line(number: int) -> dict[str, Any]:
 
 
 def from_zero(axes: Axes) -> None:
-    """Let the vertical axis start at 0, with some room above the highest point."""
+    """Start the vertical axis at 0, with some room above the highest point."""
     axes.set_ylim(0, 1.06 * max(float(np.max(np.asarray(line.get_ydata(), float))) for line in axes.lines))
 
 
 def whole_ticks(axes: Axes) -> None:
-    """Integers alone on the horizontal axis."""
+    """Only integers on the horizontal axis."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plain_log(axes: Axes) -> None:
-    """A logarithmic horizontal axis with written-out numbers."""
+def plain_log(axes: Axes, digits: Sequence[int] = (1,)) -> None:
+    """A logarithmic horizontal axis with plain numbers at ``digits`` times the powers of 10."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+    axes.xaxis.set_major_locator(LogLocator(subs=digits))
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.3g}" if value < 1 else f"{value:,.0f}")
+    axes.minorticks_off()
 
 
 def short(name: str, longest: int = LONGEST_NAME) -> str:
-    """The name, cut where it is too long for an axis, its dollar signs kept from opening a formula."""
-    cut = name if len(name) <= longest else name[: longest - 1] + "…"
-    return cut.replace("$", r"\$")
+    """The name, cut if it is too long for an axis."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def heat_map(
@@ -102,7 +138,7 @@ def heat_map(
     limits: tuple[float, float] | None = None,
     text: str | None = None,
 ) -> Any:
-    """Draw values [rows, columns], NaN white; ``text`` is the format of the numbers in the cells, None for none."""
+    """Draw values [rows, columns], NaN white; ``text`` is the format of the numbers in the cells, None without."""
     low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
     image = axes.imshow(values, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.grid(False)
