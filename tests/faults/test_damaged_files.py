@@ -60,6 +60,7 @@ MODEL = {
     "base/tokenizer.json": damage.JSON,
     "base/model.safetensors": damage.SAFETENSORS,
 }
+CONFIG = {"base/config.json": damage.JSON}
 ADAPTED = {
     f"{ADAPTER}/adapter_config.json": damage.JSON,
     f"{ADAPTER}/adapter_model.safetensors": damage.SAFETENSORS,
@@ -74,7 +75,7 @@ READERS = {
         {"text.npy": damage.NPY, **GRAPH},
     ),
     "config": Reader(
-        "run_rq.py --config W/flags.txt --dataset W/data/ring --epoch 2 --out_dir OUT/codes --checkpoint_dir OUT/checks",
+        "run_rq.py --config W/flags.txt --dataset W/data/ring --epoch 2 --out_dir OUT/codes --checkpoint_dir OUT/ck",
         {"flags.txt": damage.FLAGS},
         ("error: --",),
     ),
@@ -99,9 +100,7 @@ READERS = {
         f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir OUT/tuned",
         {"rows/train.json": damage.ROWS, "rows/validation.json": damage.ROWS, **MODEL},
     ),
-    "merge": Reader(
-        f"lora_training/merge_adapter.py {MERGE} --output_dir OUT/merged", ADAPTED | {"base/config.json": damage.JSON}
-    ),
+    "merge": Reader(f"lora_training/merge_adapter.py {MERGE} --output_dir OUT/merged", ADAPTED | CONFIG),
     "answer": Reader(
         f"lora_training/inference.py {ANSWER} --output OUT/results.json",
         {"rows/test_tasks.json": without(damage.ROWS, "cut", "no rows"), **ADAPTED},

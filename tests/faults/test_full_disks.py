@@ -26,6 +26,8 @@ from tests.faults.world import (
     snapshot,
 )
 
+ANSWERS = "--answers W/answers/answers.jsonl"
+RECORDS = "--records W/codes --data W/data"
 LIMIT = 300  # bytes per file: less than any output has
 LISTS = "--candidates W/lists/valid.npz W/lists/test.npz"
 WRITERS = {
@@ -40,10 +42,10 @@ WRITERS = {
     "tune": f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir OUT/tuned",
     "merge": f"lora_training/merge_adapter.py {MERGE} --output_dir OUT/merged",
     "answer": f"lora_training/inference.py {ANSWER} --output OUT/results.json",
-    "score": "lora_training/score_answers.py --answers W/answers/answers.jsonl --output OUT/metrics.json",
-    "studies": "tables/case_studies.py --answers W/answers/answers.jsonl --rows W/rows/test_tasks.json --out OUT/cases.md",
+    "score": f"lora_training/score_answers.py {ANSWERS} --output OUT/metrics.json",
+    "studies": f"tables/case_studies.py {ANSWERS} --rows W/rows/test_tasks.json --out OUT/cases.md",
     "report": f"tables/make_report.py W/codes/{STEM}.json --out OUT/report.html --data W/data",
-    "figure": f"tables/make_figures.py --figure usage --codes W/{CODES} --out OUT/figures --records W/codes --data W/data",
+    "figure": f"tables/make_figures.py --figure usage --codes W/{CODES} --out OUT/figures {RECORDS}",
 }
 
 

@@ -29,6 +29,7 @@ from tests.faults.world import (
     snapshot,
 )
 
+TUNING = f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir OUT/tuned"
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 
 
@@ -58,7 +59,7 @@ def plain_attack(_: bytes) -> bytes:
         (f"run_rq.py {STAGE1} --restore", CHECKPOINT),
         (f"Class/gen_fb_data_rq.py {ROWS} --out_dir OUT/rows", CODES),
         (
-            f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir OUT/tuned --code_init W/{CHECKPOINT}",
+            f"{TUNING} --code_init W/{CHECKPOINT}",
             CHECKPOINT,
         ),
     ],
@@ -102,8 +103,7 @@ def test_a_model_with_code_of_its_own_is_refused(world: Path, tmp_path: Path, mo
     (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
     (folder / "mine.py").write_text(f"open({str(tmp_path / WITNESS)!r}, 'w')\nclass Config: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
-    command = f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir OUT/tuned"
-    assert_one_line(call(command, world, tmp_path / "out"), "base")
+    assert_one_line(call(TUNING, world, tmp_path / "out"), "base")
     assert not (tmp_path / WITNESS).exists()
 
 
@@ -189,6 +189,5 @@ def test_paths_in_a_record_are_never_written_to(world: Path, tmp_path: Path) -> 
     stats = json.loads(path.read_text())
     stats["codes"] |= {"file": "../../escape.pt", "record": "../../escape.json", "dataset": "../../escape"}
     path.write_text(json.dumps(stats))
-    command = f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir OUT/tuned"
-    call(command, world, tmp_path / "out")
+    call(TUNING, world, tmp_path / "out")
     assert not list(tmp_path.rglob("escape*"))
