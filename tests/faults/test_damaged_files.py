@@ -80,9 +80,8 @@ READERS = {
         ("error: --",),
     ),
     "resume": Reader(f"run_rq.py {STAGE1} --restore", {CHECKPOINT: damage.PT_CHECKPOINT}),
-    "dump": Reader(f"run_rq.py {STAGE1} --restore --dump_only", {CHECKPOINT: damage.PT_CHECKPOINT}),
     "rank": Reader(
-        f"run_rq.py {RANK} --metrics_out OUT/metrics.json",
+        f"run_rq.py {RANK}",
         {CODES: damage.PT_CODES, CHECKPOINT: damage.PT_CHECKPOINT, f"codes/{STEM}.entities.txt": damage.ENTITIES},
     ),
     "triples": Reader(f"Class/gen_fb_data_rq.py {ROWS} --out_dir OUT/rows", CODED | GRAPH),

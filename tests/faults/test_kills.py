@@ -112,7 +112,7 @@ def test_stage_one_that_is_asked_to_stop_saves_the_epoch(
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
 def test_a_killed_dump_leaves_the_codes_before_it_or_its_own(pristine: Path, tmp_path: Path, seed: int) -> None:
     world = Path(shutil.copytree(pristine, tmp_path / "world"))
-    command, codes = f"run_rq.py {STAGE1} --restore --dump_only", world / "codes" / f"{STEM}.pt"
+    command, codes = f"run_rq.py {STAGE1} --restore", world / "codes" / f"{STEM}.pt"
     good = load_torch(codes, "codes")
     if seed % 2:
         codes.unlink()
