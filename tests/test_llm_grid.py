@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.faults.furnish import leave
 
 from Class.instructions import split_path
 from common.errors import InputError
@@ -17,7 +18,6 @@ from tables import run_llm_grid
 from tables.case_studies import record_beside
 from tables.rows import LINKS, TRIPLES, answer_setting
 from tables.run_llm_grid import GRID, QUICK, TASKS, base_step, cell_folder, cell_steps
-from tests.faults.furnish import leave
 from tests.pages import check_command
 
 

@@ -84,14 +84,25 @@ TRIPLES = TEXT | {
     "a line of a megabyte": edit_line(lambda line: b"x" * 2**20),
 }
 OPTIONAL_TEXT = {name: damage for name, damage in TEXT.items() if name not in ("missing", "random bytes")}
+
+
+def with_id(value: bytes) -> Damage:
+    """Another id in the first column."""
+    return edit_line(lambda line: value + b"\t" + line.partition(b"\t")[2])
+
+
+def with_flag(text: str) -> Damage:
+    """One more line of flags."""
+    return lambda content: content + f"{text}\n".encode()
+
+
 DICT = OPTIONAL_TEXT | {
-    f"id {value[:20].decode()!r}": edit_line(lambda line, value=value: value + b"\t" + line.partition(b"\t")[2])
-    for value in (b"-1", b"1.0", b"", b"x", b"9" * 5000, b"0x1", b"0")
+    f"id {value[:20].decode()!r}": with_id(value) for value in (b"-1", b"1.0", b"", b"x", b"9" * 5000, b"0x1", b"0")
 }
 ENTITIES = TEXT | {"two rows exchanged": lambda content: content.replace(b"e0\ne1\n", b"e1\ne0\n")}
 ENTITIES = {name: damage for name, damage in ENTITIES.items() if name != "missing"}
 FLAGS = TEXT | {
-    f"holds {text[:24]}": lambda content, text=text: content + f"{text}\n".encode()
+    f"holds {text[:24]}": with_flag(text)
     for text in (
         "--no_such_flag 1", "--lr fast", "--lr nan", "--lr", "words alone", "--batch -3", "--num_code 4398046511104",
         "--seed " + "9" * 5000, "--name 'a quote", "--name ../../escape", "--device toaster",

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -119,9 +119,10 @@ class Case(NamedTuple):
     damage: Damage
 
 
-def all_cases() -> list[object]:
+def all_cases() -> list[Any]:
     """Every damage of every file of every command; all but one per file, drawn by a seed, are slow."""
-    rng, cases = random.Random(8), []
+    rng = random.Random(8)
+    cases: list[Any] = []
     for name, reader in READERS.items():
         for file, damages in reader.files.items():
             chosen = rng.choice(sorted(damages))

@@ -143,8 +143,8 @@ def last_step(out: Path) -> int:
 
 
 def assert_same_adapter(a: Path, b: Path) -> None:
-    found = [load_file(str(out / "tuned" / "lora_adapters" / "adapter_model.safetensors")) for out in (a, b)]
-    assert_equal(*found)
+    whole, found = (load_file(str(out / "tuned" / "lora_adapters" / "adapter_model.safetensors")) for out in (a, b))
+    assert_equal(whole, found)
     assert not (b / "tuned" / "checkpoints").exists()
 
 
