@@ -23,13 +23,22 @@ class InputError(Exception):
     what to run next. ``run_command`` prints it and exits with code 2."""
 
 
+class _DefaultOnce(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help text, unless there is none or the text states it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class CommandParser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line on stderr and exit code 2; its help shows every default."""
 
     origin = ""  # said before an error: the file that the flags stand in, where they come from one
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _DefaultOnce)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
 

@@ -35,7 +35,6 @@ from lora_training.score_answers import (
     SEARCHED,
     TRUE,
     Answer,
-    is_likelihood,
     known_rank,
     margin,
     per_token,
