@@ -73,7 +73,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     begun, rng = time.perf_counter(), np.random.default_rng(args.seed)
     if args.model:
-        from lora_training.code_tokens import load_base
+        from lora_training.base_model import load_base
 
         model: Any = load_base(args.model, getattr(torch, args.dtype))
     else:

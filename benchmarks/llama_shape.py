@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
-    from lora_training.train_lora import Plan
+    from lora_training.plan import Plan
 
 SHAPES: dict[str, dict[str, Any]] = {
     "LLaMA2-7B": {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
@@ -111,8 +111,9 @@ def make_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, code
 
     from lora_training.code_tokens import CodeShape
     from lora_training.memory import model_shape
+    from lora_training.plan import Base, Plan
     from lora_training.prompts import IGNORED, Example
-    from lora_training.train_lora import Plan, TokenRows
+    from lora_training.token_rows import TokenRows
 
     rng, data = np.random.default_rng(0), TokenRows()
     for _ in range(rows * (args.warm + args.steps)):
@@ -120,7 +121,8 @@ def make_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, code
         prompt = args.sequence - args.answer
         data.append(Example(ids, [IGNORED] * prompt + ids[prompt:]))
     shape = model_shape(llama_config(args.shape))
-    return Plan({"file": None}, CodeShape(*CODES[args.shape]), shape, tokenizer, code_ids, data, data, rows, None)
+    base = Base(shape, args.sequence, tokenizer, shape.vocabulary, code_ids, None)
+    return Plan({"file": None}, CodeShape(*CODES[args.shape]), base, data, data, [], rows, None)
 
 
 def lora_arguments(args: argparse.Namespace, rows: int, folder: Path) -> argparse.Namespace:
@@ -140,15 +142,16 @@ def build_model(args: argparse.Namespace, lora: argparse.Namespace, plan: Plan, 
     from transformers import AutoModelForCausalLM
 
     from lora_training.code_tokens import resize_model
-    from lora_training.train_lora import add_adapter
+    from lora_training.lora_trainer import add_adapter
+    from lora_training.train_lora import lora_settings
 
     torch.manual_seed(0)
     config: Any = llama_config(args.shape)
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        resize_model(base, plan.tokenizer, lora.seed)
+        resize_model(base, plan.base.tokenizer, lora.seed)
     base.config.use_cache = False
-    return add_adapter(base, lora, plan.row_ids)
+    return add_adapter(base, lora_settings(lora), plan.base.row_ids, plan.base.shape)
 
 
 # ---------------------------------------------------------------- a measurement
@@ -159,17 +162,19 @@ def measure(args: argparse.Namespace, rows: int, tokenizer: Any, code_ids: list[
     import torch
     from transformers import TrainerCallback
 
-    from lora_training import train_lora
+    from lora_training import lora_trainer, train_lora
     from lora_training.memory import expected_memory, lora_parameters, row_parameters
+    from lora_training.plan import check_device
+    from lora_training.token_rows import Collate
 
     first, last, times = args.warm, args.warm + args.steps, list[float]()
     with tempfile.TemporaryDirectory() as folder:
         lora = lora_arguments(args, rows, Path(folder))
-        device = train_lora.check_device(lora)
+        device = check_device(lora)
         plan = make_plan(args, tokenizer, code_ids, rows)
         arguments = train_lora.training_arguments(lora, plan, device)
         arguments.eval_strategy = arguments.save_strategy = "no"
-        arguments.load_best_model_at_end = False
+        arguments.load_best_model_at_end = arguments.eval_on_start = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -179,16 +184,14 @@ def measure(args: argparse.Namespace, rows: int, tokenizer: Any, code_ids: list[
                     finish(device)
                     times.append(time.perf_counter())
 
-        trainer = train_lora.make_trainer(
-            build_model(args, lora, plan, device), arguments, plan.train, plan.validation,
-            train_lora.Collate(plan.tokenizer.pad_token_id), 0, 0.0,
-        )  # fmt: skip
+        model, collate = build_model(args, lora, plan, device), Collate(plan.base.tokenizer.pad_token_id)
+        trainer = lora_trainer.make_trainer(model, arguments, plan.train, plan.validation, collate, 0.0)
         trainer.add_callback(Steps())
         trainer.train()
-    trained, added = row_parameters(plan.model, len(code_ids)), len(tokenizer) - plan.model.vocabulary
-    flops = step_flops(plan.model, lora.lora_r, rows, args.sequence, args.answer, len(tokenizer), len(code_ids))
+    trained, added = row_parameters(plan.base.shape, len(code_ids)), len(tokenizer) - plan.base.shape.vocabulary
+    flops = step_flops(plan.base.shape, lora.lora_r, rows, args.sequence, args.answer, len(tokenizer), len(code_ids))
     expected = expected_memory(
-        plan.model, lora_parameters(plan.model, lora.lora_r), trained, added, rows, args.sequence, args.answer
+        plan.base.shape, lora_parameters(plan.base.shape, lora.lora_r), trained, added, rows, args.sequence, args.answer
     ).total
     per_step = (times[1] - times[0]) / args.steps
     row: dict[str, Any] = {
@@ -208,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     begun = time.perf_counter()
     import torch
 
-    from lora_training.code_tokens import CodeShape, add_code_tokens, quiet_libraries
+    from lora_training.base_model import quiet_libraries
+    from lora_training.code_tokens import CodeShape, add_code_tokens
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.quick:

@@ -32,7 +32,7 @@ from Class.instructions import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from data.knowledge_graph import find_name, show_names
-from lora_training.code_tokens import ADAPTER
+from lora_training.adapters import ADAPTER
 from lora_training.inference import (
     Listed,
     Reader,

@@ -86,7 +86,7 @@ RECIPE: Recipe = {
              "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
     "data": {"num_candidates": 20},
     "tuning": {"epochs": 9, "batch_size": 32, "learning_rate": 2e-3, "adam_beta2": 0.99, "lora_r": 64,
-               "lora_alpha": 64, "lora_dropout": 0, "train_rows": "all", "matmul_precision": "medium",
+               "lora_alpha": 64, "lora_dropout": 0, "train_rows": "all",
                "eval_steps": 1000, "eval_batch_size": 128, "logging_steps": 100},
     "answers": {},
 }  # fmt: skip

@@ -46,20 +46,9 @@ from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import exclusive_lock, read_json, sha256_file, write_json
 from common.record import by_name, make_record
-from lora_training.code_tokens import (
-    RECORD,
-    WEIGHTS,
-    Saved,
-    check_base,
-    check_model_name,
-    load_adapted,
-    load_base,
-    load_config,
-    load_tokenizer,
-    read_codes_info,
-    read_saved,
-    refuse_other_codes,
-)
+from lora_training.adapters import RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
+from lora_training.base_model import check_model_name, load_base, load_config, load_tokenizer
+from lora_training.code_tokens import read_codes_info, refuse_other_codes
 from lora_training.memory import enough_memory
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
 from lora_training.score_answers import Answer, is_judgement, is_ranking, print_report, read_answers, report

@@ -51,7 +51,7 @@ UNLABELLED = NOT_COMPARED | {
 UNLABELLED_TRAINING = {
     "model_name", "train_data", "val_data", "output_dir", "overwrite", "resume_from_checkpoint", "micro_batch_size",
     "eval_batch_size", "logging_steps", "seed", "report_to", "lora_r", "gradient_checkpointing", "epochs", "max_steps",
-    "eval_steps", "max_length", "code_init",
+    "eval_steps", "max_length", "code_init", "plain_text",
 }  # fmt: skip
 EXPECTED = ROOT / "tables" / "expected"
 KEEP_FIRST = "give --keep before data are replaced, or repeat inference.py"
@@ -274,7 +274,7 @@ def training_defaults() -> Record:
     from lora_training.train_lora import parse_args
 
     gone = {"share_prompts": False, "rank_loss": False, "token_weight": 1.0, "place_weight": 0.0, "draw": 0,
-            "easy_until": 0.5}  # fmt: skip
+            "easy_until": 0.5, "matmul_precision": "highest"}  # fmt: skip
     return gone | vars(parse_args([]))
 
 

@@ -15,8 +15,8 @@ from Class.instructions import Source
 from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, find_name
 from lora_training import ask
+from lora_training.adapters import load_adapted, read_saved
 from lora_training.ask import Asker, Query, find_query, interact, mark_entity
-from lora_training.code_tokens import load_adapted, read_saved
 from lora_training.inference import open_codes
 from tests.test_gen_lp import export
 from tests.test_inference import World, likelihoods, world  # noqa: F401

@@ -21,15 +21,12 @@ from common.errors import InputError
 from common.files import ROOT, read_json, write_json
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
+from lora_training.adapters import RECORD, load_adapted, read_saved
+from lora_training.base_model import load_base, load_tokenizer
 from lora_training.code_tokens import (
-    RECORD,
     CodeShape,
     add_code_tokens,
-    load_adapted,
-    load_base,
-    load_tokenizer,
     read_codes_info,
-    read_saved,
     resize_model,
     save_tokenizer,
     trainable_rows,

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import llama_shape
 from benchmarks.llama_shape import SHAPES, step_flops
 from common.files import ROOT, read_json
-from lora_training import train_lora
+from lora_training import lora_trainer
 from lora_training.code_tokens import CodeShape, add_code_tokens
 from lora_training.memory import model_shape
+from lora_training.token_rows import Collate
 
 ABSENT = ("numba", "pooch", "requests", "dgl", "sklearn", "scipy", "matplotlib", "pykeen", "datasets")
 
@@ -57,13 +58,13 @@ def test_flops_are_those_that_torch_counts(
     model.get_base_model().set_attn_implementation("eager")
     if checkpointing:
         model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    batch = train_lora.Collate(0)([plan.train[row] for row in range(3)])
+    batch = Collate(0)([plan.train[row] for row in range(3)])
     labels = batch.pop("labels")
     counter = FlopCounterMode(display=False)
     with counter:
-        train_lora.mean_loss(model.float().train()(**batch), labels).backward()
+        lora_trainer.mean_loss(model.float().train()(**batch), labels).backward()
     B, T, D, layers = 3, args.sequence, SHAPES["tiny"]["hidden_size"], SHAPES["tiny"]["num_hidden_layers"]
-    found = step_flops(plan.model, lora.lora_r, B, T, args.answer, len(tokenizer), len(ids), checkpointing)
+    found = step_flops(plan.base.shape, lora.lora_r, B, T, args.answer, len(tokenizer), len(ids), checkpointing)
     eager = 2 * B * T * T * D * layers * (2 * (1 + checkpointing) + 4)
     assert counter.get_total_flops() == found.counted - found.attention + found.head_unneeded + eager
 

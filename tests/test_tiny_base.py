@@ -17,7 +17,8 @@ from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import make_tiny_base
-from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, reload_check
+from lora_training.base_model import load_tokenizer
+from lora_training.code_tokens import CodeShape, add_code_tokens, reload_check
 from lora_training.prompts import encode_answer, encode_text, prompt_text
 
 FAMILY = ROOT / "data" / "family"
@@ -60,22 +61,6 @@ def test_the_corpus_says_what_training_says_and_nothing_held_out(family: Knowled
     held_out_pairs = {frozenset((source.shown[h], source.shown[t])) for h, t in only_held_out}
     facts = [line[1:-1].split(" | ") for line in lines if line.startswith("(")]
     assert not held_out_pairs & {frozenset((fact[0], fact[2])) for fact in facts}
-
-
-def test_recall_says_each_fact_once_more_nearby(family: KnowledgeGraph) -> None:
-    once = {lines[0]: lines[1:] for text in make_tiny_base.documents(family, 0) if (lines := text.split("\n"))}
-    orders = set()
-    for text in make_tiny_base.documents(family, 0, recall=5):
-        title, *said = text.split("\n")
-        facts = []
-        for start in range(0, len(said), 10):
-            both = said[start : start + 10]
-            group, again = both[: len(both) // 2], both[len(both) // 2 :]
-            assert sorted(group) == sorted(again)
-            facts += group
-            orders.add(tuple(group.index(line) for line in again))
-        assert sorted(facts) == sorted(once.pop(title))
-    assert not once and len(orders) > 50, "in many orders"
 
 
 def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:

@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.files import read_json, write_json
 from data import embed_text
 from data.knowledge_graph import KnowledgeGraph
-from lora_training import compare_llm, train_lora
+from lora_training import compare_llm, lora_trainer, train_lora
 from lora_training.steps import Step
 from tables import run_ablations, run_llm_grid
 from tests.conftest import arguments
@@ -65,14 +65,14 @@ def half_embedded(folder: Path) -> None:
 
 def half_tuned(folder: Path, words: list[str]) -> None:
     """A tuning of two steps that was killed while it wrote the second one's checkpoint."""
-    write = train_lora.write_record
+    write = lora_trainer.write_record
 
     def dying(value: object, path: Path) -> None:
         if path.parent.name == "checkpoint-2":
             raise KeyboardInterrupt
         write(value, path)
 
-    with patch.object(train_lora, "write_record", dying), pytest.raises(KeyboardInterrupt):
+    with patch.object(lora_trainer, "write_record", dying), pytest.raises(KeyboardInterrupt):
         train_lora.main([*words, "--max_steps", "2"])
     shutil.rmtree(folder / "half" / "checkpoints" / "checkpoint-2")
 

@@ -16,7 +16,7 @@ from transformers import Trainer as LibraryTrainer
 import model.trainer
 from common.device import memory_wanted
 from common.files import exclusive_lock, load_torch
-from lora_training import train_lora
+from lora_training import lora_trainer
 from lora_training.score_answers import read_answers
 from model.sizes import smaller_batch
 from tests.faults.cases import Target
@@ -206,13 +206,13 @@ def test_lora_out_of_memory_names_flags_and_sizes(
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, calls, target = train_lora.token_losses, [], BY_NAME["tune"]
+    losses, calls, target = lora_trainer.token_losses, [], BY_NAME["tune"]
 
     def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return losses(logits, labels) * (math.nan if len(calls) > 12 else 1)
 
-    monkeypatch.setattr(train_lora, "token_losses", broken)
+    monkeypatch.setattr(lora_trainer, "token_losses", broken)
     more = ["--max_steps", "20", "--logging_steps", "1"]
     longer = Target("tune", target.script, lambda w: [*target.arguments(w), *more], [])
     one_line(call(longer, world), "the loss is not finite at step", "lower --learning_rate")

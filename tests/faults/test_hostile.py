@@ -18,7 +18,7 @@ from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq
 from Class.instructions import read_rows
 from common.errors import InputError, run_command
 from common.files import ROOT, load_torch
-from lora_training.code_tokens import load_config, load_tokenizer
+from lora_training.base_model import load_config, load_tokenizer
 from tables.results import keep
 from tests.conftest import M, graph_triples, small_flags
 from tests.faults.damage import WITNESS, Attack, attack, legacy_attack

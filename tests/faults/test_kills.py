@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from common import errors
 from common.files import ROOT, load_torch
-from lora_training import train_lora
+from lora_training import lora_trainer, train_lora
 from tests.conftest import flags_of, small_flags
 from tests.faults.children import finish, start
 from tests.faults.world import pristine, tuning
@@ -136,7 +136,7 @@ def test_asked_to_stop_lora_saves_the_step_and_goes_on_bit_for_bit(
     number: int, code: int,
 ) -> None:  # fmt: skip
     """Step 3 is between two regular checkpoints: it is saved because of the signal alone."""
-    loss, calls = train_lora.mean_loss, []
+    loss, calls = lora_trainer.mean_loss, []
 
     def asking(*words: Any, **more: Any) -> Any:
         calls.append(1)
@@ -146,7 +146,7 @@ def test_asked_to_stop_lora_saves_the_step_and_goes_on_bit_for_bit(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train_lora, "mean_loss", asking)
+        patch.setattr(lora_trainer, "mean_loss", asking)
         errors.run_command(lambda: train_lora.main(lora_flags(out)))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")]
     assert end.value.code == code
@@ -160,7 +160,7 @@ def test_a_half_written_checkpoint_is_passed_over(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file of seconds comes last, so a folder without it was being written when the run was killed."""
-    write = train_lora.write_record
+    write = lora_trainer.write_record
 
     def dying(value: Any, path: Path) -> None:
         if path.parent.name == "checkpoint-4":
@@ -168,7 +168,7 @@ def test_a_half_written_checkpoint_is_passed_over(
         write(value, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_lora, "write_record", dying)
+        patch.setattr(lora_trainer, "write_record", dying)
         train_lora.main(lora_flags(tmp_path))
     assert (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file()
     train_lora.main([*lora_flags(tmp_path), "--resume_from_checkpoint", "last"])
