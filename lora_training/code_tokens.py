@@ -249,22 +249,19 @@ def read_codebooks(path: str | Path, shape: CodeShape) -> torch.Tensor:
 
     InputError if the file is no checkpoint of run_rq.py, or has codebooks of other sizes than ``shape``.
     """
-    import torch
+    from model.quantizers import codebooks_of
 
     K, Q = shape
     stored = load_torch(path, "checkpoint")
     if not isinstance(stored, Mapping):
         raise InputError(f"checkpoint {path} is a {type(stored).__name__}; give the one that run_rq.py wrote")
     try:
-        weights = stored["best"]["model"]
-        found = [weights[name] for q in range(Q + 1) if (name := f"scorer.rq_codebook.codebooks.{q}.weight") in weights]
-        codebooks: torch.Tensor = torch.stack(found).float()
-        sizes = list(codebooks.shape)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        codebooks = codebooks_of(stored["best"]["model"]).float()
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"checkpoint {path} has no codebooks; give the one that run_rq.py wrote") from error
-    if len(sizes) != 3 or sizes[:2] != [Q, K] or not bool(codebooks.isfinite().all()):
+    if codebooks.dim() != 3 or codebooks.shape[:2] != (Q, K) or not bool(codebooks.isfinite().all()):
         raise InputError(
-            f"checkpoint {path} has codebooks {sizes}{' and more' if len(found) > Q else ''}, the rows have codes of "
-            f"{Q} levels of {K}: give the checkpoint of the run that made them"
+            f"checkpoint {path} has codebooks {list(codebooks.shape)}, the rows have codes of {Q} levels of {K}: give "
+            "the checkpoint of the run that made them"
         )
     return codebooks

@@ -63,22 +63,6 @@ def test_the_corpus_says_what_training_says_and_nothing_held_out(family: Knowled
     assert not held_out_pairs & {frozenset((fact[0], fact[2])) for fact in facts}
 
 
-def test_recall_says_each_fact_once_more_nearby(family: KnowledgeGraph) -> None:
-    once = {lines[0]: lines[1:] for text in make_tiny_base.documents(family, 0) if (lines := text.split("\n"))}
-    orders = set()
-    for text in make_tiny_base.documents(family, 0, recall=5):
-        title, *said = text.split("\n")
-        facts = []
-        for start in range(0, len(said), 10):
-            both = said[start : start + 10]
-            group, again = both[: len(both) // 2], both[len(both) // 2 :]
-            assert sorted(group) == sorted(again)
-            facts += group
-            orders.add(tuple(group.index(line) for line in again))
-        assert sorted(facts) == sorted(once.pop(title))
-    assert not once and len(orders) > 50, "in many orders"
-
-
 def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:
     texts = make_tiny_base.with_prompt_words([f"text {i}" for i in range(7)], 3)
     assert [i for i, text in enumerate(texts) if not text.startswith("text")] == [3, 7] and len(texts) == 9
