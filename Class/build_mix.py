@@ -112,7 +112,7 @@ def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, A
     for name, stats in tasks.items():
         with content_of(folder / name / STATS, "statistics", "write the task again"):
             info = stats["codes"]
-            wanted = {"sha256": (str, type(None)), "shuffled": bool, "shuffle_seed": int}
+            wanted: dict[str, Any] = {"sha256": (str, type(None)), "shuffled": bool, "shuffle_seed": int}
             fits = all(isinstance(info[key], kind) for key, kind in wanted.items() if key in info)
             if not (fits and isinstance(info, dict) and isinstance(stats["dataset"], str)):
                 raise ValueError("codes or dataset")

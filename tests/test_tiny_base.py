@@ -76,7 +76,7 @@ def test_prompt_words_end_in_the_very_tokens_of_an_answer(made: Path) -> None:
 
 def test_prompt_tokens_are_one_token_each_and_come_back(tmp_path: Path) -> None:
     """A query's prompt loses its fixed words' tokens, wherever the rows were read, and text stays what it was."""
-    row = {"instruction": prompts.prediction("a has b"), "output": "c d"}
+    row = {"instruction": prompts.prediction({"head": "a", "relation": "has b", "head_codes": None}), "output": "c d"}
     text, lengths = prompt_text(row), []
     for name, extra in {"plain": [], "short": ["--prompt_tokens"]}.items():
         make_tiny_base.main(["--dataset", str(FAMILY), "--out", str(tmp_path / name), "--vocab_size", "900",
@@ -120,8 +120,8 @@ def test_one_seed_one_base(made: Path, tmp_path: Path) -> None:
     run(tmp_path / "other", steps=2, seed=1)
     digests = [files.sha256_file(tmp_path / name / "model.safetensors") for name in ("same", "again", "other")]
     assert digests[0] == digests[1] != digests[2]
-    files = [tmp_path / "same" / "tokenizer.json", made / "tokenizer.json"]
-    assert files.sha256_file(files[0]) == files.sha256_file(files[1])
+    tokenizers = [tmp_path / "same" / "tokenizer.json", made / "tokenizer.json"]
+    assert files.sha256_file(tokenizers[0]) == files.sha256_file(tokenizers[1])
 
 
 def test_parameters_by_flags() -> None:
