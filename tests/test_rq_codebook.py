@@ -230,6 +230,18 @@ def test_loss_and_gradients_on_a_case_computed_by_hand() -> None:
         torch.testing.assert_close(got.detach(), torch.tensor(expected).double(), rtol=0, atol=1e-7)
 
 
+def test_closed_form_losses_are_those_of_the_loop() -> None:
+    """Values and gradients, under an own weight per level."""
+    book, z = codebook().double(), vectors(dtype=torch.float64).requires_grad_()
+    codes, found = book.cal_codes(z), []
+    weight_of_level = torch.tensor([1.0, 3.0, 0.2]).double()
+    for book.closed_form in (True, False):
+        losses = book.losses(z, codes)
+        found.append([losses, *torch.autograd.grad(losses @ weight_of_level, [z, *weights(book)])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.25, 2.0])
 def test_gradients_equal_their_closed_forms(beta: float) -> None:
     """d loss / d z = beta 2/n sum over q of r_{q+1}; d loss / d c_q = 2/n sum over its rows of (c_q - r_q).
