@@ -80,7 +80,7 @@ def entities_hash(kg: KnowledgeGraph) -> str:
 
 
 def is_held_out(info: dict[str, Any]) -> bool:
-    """Whether ``info`` says that the model has not seen the triples of its queries."""
+    """Whether, by ``info``, the model was not trained on the triples of its queries."""
     folds = info.get("folds")
     return info.get("split") in HELD_OUT_SPLITS or (isinstance(folds, int) and folds >= 2)
 

@@ -106,7 +106,7 @@ def load_codes(path: str | Path, num_entities: int | None = None, num_code: int 
 
 def load_entities(path: str | Path) -> list[str]:
     """The raw entity names of ``{stem}.entities.txt``, row by row. Raises InputError when it cannot be read."""
-    try:  # split at newlines alone: a name may hold U+2028 or another line end that splitlines() knows
+    try:  # split at newlines only: a name may hold U+2028 or another line end of splitlines()
         return Path(path).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"entity names {path} cannot be read: {error}; run run_rq.py again to write them") from error

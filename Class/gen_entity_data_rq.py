@@ -48,7 +48,7 @@ Maker = Callable[[int, np.random.Generator], Draft]
 
 
 class Kind(NamedTuple):
-    """One kind of row: its items (numbers that ``make`` understands) in one split."""
+    """One kind of row: its items (arguments of ``make``) in one split."""
 
     task_type: str
     items: Ints
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 
 def holds_answer(prompt: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands in the prompt between word boundaries."""
+    """Whether one of the answers occurs in the prompt between word boundaries."""
     return any(
         answer in prompt and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt) is not None for answer in answers
     )
@@ -281,10 +281,10 @@ def question_kinds(source: Source, own: TrueTails, known: TrueTails, max_answers
     relation = own.keys % (2 * R)
     sizes = np.diff(own.indptr)
     complete = sizes == _sizes(known, heads, relation)
-    asked = np.flatnonzero(complete & (sizes <= max_answers))
+    usable = np.flatnonzero(complete & (sizes <= max_answers))
     first_of = np.searchsorted(heads, np.arange(kg.num_entities + 1))  # an entity's queries are rows of own
 
-    def ask(h: int, path: list[int], facts: set[tuple[int, int, int]], answers: list[int], wording: int) -> Row:
+    def made(h: int, path: list[int], facts: set[tuple[int, int, int]], answers: list[int], wording: int) -> Row:
         words = [prompts.relation_text(source.relations[r % R], "tail" if r < R else "head") for r in path]
         names = [source.shown[answer] for answer in answers]
         return {
@@ -298,7 +298,7 @@ def question_kinds(source: Source, own: TrueTails, known: TrueTails, max_answers
     def one_hop(row: int, rng: np.random.Generator) -> Draft:
         h, r = int(heads[row]), int(relation[row])
         hop = take_hop(own, h, row, r)
-        return ask(h, [r], set(hop.facts), hop.answers, int(rng.integers(len(prompts.ONE_HOP))))
+        return made(h, [r], set(hop.facts), hop.answers, int(rng.integers(len(prompts.ONE_HOP))))
 
     def two_hop(row: int, rng: np.random.Generator) -> Draft:
         h, r = int(heads[row]), int(relation[row])
@@ -319,9 +319,9 @@ def question_kinds(source: Source, own: TrueTails, known: TrueTails, max_answers
             facts.update(second.facts)
         if not 0 < len(ends) <= max_answers:
             return None
-        return ask(h, [r, then], facts, sorted(ends), int(rng.integers(len(prompts.TWO_HOP))))
+        return made(h, [r, then], facts, sorted(ends), int(rng.integers(len(prompts.TWO_HOP))))
 
-    return [Kind("one_hop_question", asked, one_hop), Kind("two_hop_question", asked, two_hop)]
+    return [Kind("one_hop_question", usable, one_hop), Kind("two_hop_question", usable, two_hop)]
 
 
 def _sizes(answers: TrueTails, h: Any, r: Any) -> Ints:

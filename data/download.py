@@ -127,7 +127,7 @@ def fetch(
     out: Path,
     source: Path | None = None,
     base_url: str = BASE_URL,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     pause: float = 2.0,
 ) -> Path:
     """Write one data set to ``out / name`` and return that folder.
@@ -151,13 +151,13 @@ def fetch(
                     if public.path is not None:
                         raise
                     wanted = {key: value for key, value in wanted.items() if key != file}
-                    say(f"{name}/{file}: left out, {error}")
+                    report(f"{name}/{file}: left out, {error}")
     for file, public in wanted.items():
         path = target / file
         if public.path is None and (source is None or not (source / file).is_file()):
             continue
         if path.is_file() and sha256_file(path) == public.sha256:
-            say(f"{name}/{file}: verified, skipped")
+            report(f"{name}/{file}: verified, skipped")
             continue
         with atomic_path(path) as temporary:
             if source is not None:
@@ -167,7 +167,7 @@ def fetch(
                 origin = f"{base_url.rstrip('/')}/{public.path}"
                 _download(origin, temporary, pause)
             _check(name, file, origin, temporary, public.sha256)
-        say(f"{name}/{file}: {path.stat().st_size / 1e6:.1f} MB, verified")
+        report(f"{name}/{file}: {path.stat().st_size / 1e6:.1f} MB, verified")
     return target
 
 

@@ -348,11 +348,11 @@ def _json_of(answer: requests.Response) -> Any:
 def _refusal(answer: requests.Response) -> str:
     """``HTTP 401: message of the server``, on one line, with the remedy where it is known."""
     body = _json_of(answer)
-    said = body.get("error", body) if isinstance(body, dict) else answer.text
-    said = said.get("message", said) if isinstance(said, dict) else said
-    said = " ".join(str(said).split())[:200]
+    message = body.get("error", body) if isinstance(body, dict) else answer.text
+    message = message.get("message", message) if isinstance(message, dict) else message
+    message = " ".join(str(message).split())[:200]
     remedy = {401: "; set the variable OPENAI_API_KEY", 404: "; check --endpoint and --model"}
-    return f"HTTP {answer.status_code}: {said or answer.reason}{remedy.get(answer.status_code, '')}"
+    return f"HTTP {answer.status_code}: {message or answer.reason}{remedy.get(answer.status_code, '')}"
 
 
 def _retry_after(answer: requests.Response, wait: float) -> float:

@@ -475,7 +475,7 @@ class _Reader:
             example = " and ".join(map(ascii, groups[0][:2]))
             found = f"{len(groups)} {what} names in several spellings, such as {example}"
             if self.keep_names:
-                self.report["warnings"].append(f"{found}; they are kept apart")
+                self.report["warnings"].append(f"{found}; they are different entities or relations")
                 return
             file, line = self.where(odd)
             self.fault(file, line, _Words(found), "one spelling (white space, quotes, BOM, Unicode form) of each name")
@@ -684,10 +684,13 @@ def main() -> None:
         prog="data/knowledge_graph.py", description="Validate a graph folder and print what it holds."
     )
     parser.add_argument("folder", help="the folder, such as data/family")
-    parser.add_argument("--no_cache", action="store_true", help="parse the files even where a cache of them exists")
+    parser.add_argument("--no_cache", action="store_true", help="parse the files even if a cache of them exists")
+    parser.add_argument(
+        "--keep_names", action="store_true", help="accept several spellings of a name as names"
+    )
     args = parser.parse_args()
     start = time.perf_counter()
-    kg = KnowledgeGraph.load(args.folder, use_cache=not args.no_cache)
+    kg = KnowledgeGraph.load(args.folder, not args.no_cache, args.keep_names)
     seconds = time.perf_counter() - start
     print(f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, loaded in {seconds:.2f} s")
     for key, value in kg.report.items():

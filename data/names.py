@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ HEADER_WORDS = (
 )
 
 
+# names that ``plain_name`` may change: others are not looked at, which is faster
+_ODD = re.compile(r"""[^\x20-\x7e]|  |^[ "']| $""")
+
+
 def plain_name(name: str) -> str:
     """The name in Unicode form NFC, without BOMs, repeated or outer white space, and quotes around it."""
     name = " ".join(unicodedata.normalize("NFC", name.replace("\ufeff", "").replace("\u200b", " ")).split())
@@ -30,7 +35,7 @@ def plain_name(name: str) -> str:
 
 def same_but_for_spelling(names: Sequence[str]) -> list[list[str]]:
     """Groups of names that ``plain_name`` makes equal: they are probably one entity, written in several ways."""
-    plain = [name if name.isalnum() and name.isascii() else plain_name(name) for name in names]
+    plain = [plain_name(name) if _ODD.search(name) else name for name in names]
     if len(set(plain)) == len(names):
         return []
     groups: dict[str, list[str]] = defaultdict(list)
@@ -41,7 +46,7 @@ def same_but_for_spelling(names: Sequence[str]) -> list[list[str]]:
 
 def unusual(names: Sequence[str]) -> list[str]:
     """Names that ``plain_name`` changes."""
-    return [name for name in names if plain_name(name) != name]
+    return [name for name in names if _ODD.search(name) and plain_name(name) != name]
 
 
 def is_header(h: str, r: str, t: str) -> bool:

@@ -62,7 +62,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def get(server: Server, out: Path, said: list[str] | None = None) -> Path:
-    return fetch("toy", out, base_url=server.url, say=(said if said is not None else []).append, pause=0)
+    return fetch("toy", out, base_url=server.url, report=(said if said is not None else []).append, pause=0)
 
 
 def test_fetches_verifies_and_then_skips(server: Server, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_wrong_hash_names_both_and_keeps_the_other_files(server: Server, tmp_p
 
 def test_no_server(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--source"):
-        fetch("toy", tmp_path, base_url="http://127.0.0.1:1", say=lambda line: None, pause=0)
+        fetch("toy", tmp_path, base_url="http://127.0.0.1:1", report=lambda line: None, pause=0)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -133,20 +133,20 @@ def test_source_folder(server: Server, tmp_path: Path, nested: bool) -> None:
     folder.mkdir(parents=True)
     for name, body in {**CONTENT, "extra.npy": b"extra"}.items():
         (folder / name).write_bytes(body)
-    target = fetch("toy", tmp_path / "out", source, base_url=server.url, say=lambda line: None)
+    target = fetch("toy", tmp_path / "out", source, base_url=server.url, report=lambda line: None)
     assert {path.name for path in target.iterdir()} == {*CONTENT, "extra.npy"} and server.requests == []
 
     (folder / "extra.npy").write_bytes(b"one's own embeddings")
     said: list[str] = []
-    without = fetch("toy", tmp_path / "own", source, say=said.append)
+    without = fetch("toy", tmp_path / "own", source, report=said.append)
     assert {path.name for path in without.iterdir()} == set(CONTENT) and "extra.npy: left out" in "".join(said)
 
     (folder / "valid.txt").write_bytes(b"changed")
     with pytest.raises(InputError, match=r"toy/valid\.txt .* expected"):
-        fetch("toy", tmp_path / "again", source, say=lambda line: None)
+        fetch("toy", tmp_path / "again", source, report=lambda line: None)
     (folder / "valid.txt").unlink()
     with pytest.raises(InputError, match=r"has no valid\.txt"):
-        fetch("toy", tmp_path / "third", source, say=lambda line: None)
+        fetch("toy", tmp_path / "third", source, report=lambda line: None)
     assert not (tmp_path / "third").exists()
 
 
