@@ -174,12 +174,13 @@ def reload_check(tokenizer: PreTrainedTokenizerBase, shape: CodeShape) -> None:
 # ---------------------------------------------------------------- rows
 
 
-def token_matrices(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """The embedding and, if its weights are separate, the head: module name (last part) -> module."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+def token_matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Weights of the embedding and, if they are separate, of the head: module name (last part) -> [V, D]."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     parts = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    return {names[id(part)]: part for part in parts}
+    return {names[id(part)]: part.weight for part in parts}
 
 
 def trainable_rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]]:
@@ -210,8 +211,7 @@ def resize_model(
     generator = torch.Generator().manual_seed(seed)
     directions = None if codebooks is None else _directions(model, codebooks, generator)
     with torch.no_grad():
-        for part in token_matrices(model).values():
-            matrix: torch.Tensor = part.weight
+        for matrix in token_matrices(model).values():
             mean, spread = row_statistics(matrix[:old_tokens])
             D = len(mean)
             new = NOISE * D**-0.5 * torch.randn(len(tokenizer) - old_tokens, D, generator=generator)
@@ -238,7 +238,7 @@ def _directions(model: PreTrainedModel, codebooks: torch.Tensor, generator: torc
     import torch
 
     Q, K, C = codebooks.shape
-    D = model.get_input_embeddings().weight.shape[1]
+    D = next(iter(token_matrices(model).values())).shape[1]
     rotation = torch.linalg.qr(torch.randn(max(C, D), max(C, D), generator=generator))[0][:C, :D]
     rows = codebooks.reshape(Q * K, C) @ rotation
     return rows / rows.norm(dim=1).mean()

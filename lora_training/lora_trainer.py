@@ -255,23 +255,25 @@ class PlainText(NamedTuple):
 class CodeTrainer(Trainer):
     """transformers' Trainer with rows grouped by length, a rate of its own for token rows, and our validation."""
 
-    def __init__(self, *words: Any, collate: Collate, plain: PlainText, rows_lr: float | None, **more: Any) -> None:
-        super().__init__(*words, data_collator=collate, compute_loss_func=mean_loss, **more)
+    def __init__(self, collate: Collate, plain: PlainText, rows_lr: float | None, **more: Any) -> None:
+        super().__init__(data_collator=collate, compute_loss_func=mean_loss, **more)
         self.collate, self.plain, self.rows_lr = collate, plain, rows_lr
 
     def train(self, *words: Any, **more: Any) -> Any:
         # DeepSpeed and FSDP convert inputs themselves
         half = (self.args.bf16 or self.args.fp16) and sharding() == "ddp"
-        with half_precision_inputs(self.model, half):
+        model: Any = self.model
+        with half_precision_inputs(model, half):
             return super().train(*words, **more)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's optimizer; with ``rows_lr`` the trained token rows are a group with this learning rate."""
         if self.rows_lr is not None and self.optimizer is None:
-            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            whole: Any = model or self.model
+            trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
             rows = [parameter for name, parameter in trained if "trainable_tokens" in name]
             others = [parameter for name, parameter in trained if "trainable_tokens" not in name]
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, whole)
             groups: list[dict[str, Any]] = [{"params": others}, {"params": rows, "lr": self.rows_lr}]
             self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **settings)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)

@@ -96,7 +96,7 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
     from lora_training.lora_trainer import recomputation
 
     passes = args.batch_size // plan.micro_batch * args.gradient_accumulation
-    when = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    when: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     if args.eval_steps:
         when = {"eval_strategy": "steps", "save_strategy": "steps"}
         when |= {"eval_steps": args.eval_steps, "save_steps": args.eval_steps}

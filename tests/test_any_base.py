@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = ENDS | {
     "vocab_size": 446, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 512,
 }  # fmt: skip
-HEADS = {"head_dim": 4}
+HEADS: dict[str, Any] = {"head_dim": 4}
 FAMILIES: dict[str, Any] = {
     "Llama": LlamaConfig(**SIZES),
     "Mistral": MistralConfig(**SIZES, **HEADS),
@@ -92,10 +92,10 @@ def test_a_step_reload_and_merge(family: str, data: Path, tmp_path: Path, capsys
     saved = read_saved(tmp_path / "out" / "lora_adapters")
     merge_adapter.main(["--lora_adapter", str(saved.folder), "--output_dir", str(tmp_path / "merged")])
     merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32).eval()
-    for name, part in token_matrices(before).items():
-        new = token_matrices(merged)[name].weight
+    for name, matrix in token_matrices(before).items():
+        new = token_matrices(merged)[name]
         assert len(new) == old + 36 == len(load_tokenizer(str(tmp_path / "merged")))
-        assert torch.equal(new[:old], part.weight)
+        assert torch.equal(new[:old], matrix)
     for name, value in merged.state_dict().items():
         if "expert" in name or "norm" in name or name.endswith("mlp.gate.weight"):
             assert torch.equal(value, before.state_dict()[name]), name
