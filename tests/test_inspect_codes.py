@@ -26,9 +26,7 @@ def test_shared_levels_end_at_the_first_difference() -> None:
     codes = np.array([[[1, 2, 3], [4, 5, 6]], [[1, 2, 0], [0, 5, 6]], [[1, 2, 3], [4, 0, 6]], [[9, 9, 9], [9, 9, 9]]])
     assert shared_levels(codes, 0).tolist() == [[3, 3], [2, 0], [3, 1], [0, 0]]
     near = nearest_by_prefix(codes, 0, 5)
-    assert near.entities.tolist() == [2, 1] and near.values.tolist() == [4, 2], (
-        "e3 shares nothing"
-    )
+    assert near.entities.tolist() == [2, 1] and near.values.tolist() == [4, 2], "e3 shares nothing"
 
 
 def test_prefix_neighbours_are_those_of_plain_loops() -> None:
