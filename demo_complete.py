@@ -104,7 +104,7 @@ def steps(out: Path, size: Size) -> list[Step]:
              "--val_data", predicted / "validation.json", "--output_dir", tuned, "--code_init", checkpoint, LORA,
              size.tuning, made=[adapter]),
         step("let it answer the test queries",
-             "lora_training/inference.py", "--decode predict --lora_adapter", adapter, "--test_data",
+             "lora_training/inference.py", "--decode likelihood --lora_adapter", adapter, "--test_data",
              rows / "test_tasks.json", "--output", answers, "--overwrite", made=[answers, out / "answers.jsonl"]),
         step("score its answers",
              "lora_training/score_answers.py", "--answers", out / "answers.jsonl", "--output", out / "answered.json",

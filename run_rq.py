@@ -56,7 +56,7 @@ def read_inputs(config: Config) -> Inputs:
     for note in config.unused():
         print(f"note: {note}")
     config = with_sizes(config, kg.num_entities, kg.num_relations, len(kg.train))
-    text = load_text(config.text_emb, kg.num_entities)
+    text = load_text(config.text_emb, kg.num_entities, kg.entities)
     hashes = dict(kg.input_hashes)
     if config.text_emb is not None:
         hashes[config.text_emb.name] = sha256_file(config.text_emb)
@@ -81,7 +81,7 @@ def build_model(inputs: Inputs, device: torch.device) -> RQGCN:
     from model.RQGCN import RQGCN
 
     config, kg = inputs.config, inputs.kg
-    if not config.num_negatives:  # a sampled step has no block that is worth it, and sizes that splinter the heap
+    if not config.num_negatives:  # sampled steps allocate blocks of changing sizes, which would fragment kept memory
         keep_freed_memory()
     seed_everything(config.seed)
     try:
@@ -152,7 +152,7 @@ def lock_outputs(inputs: Inputs, locks: ExitStack) -> None:
 
 
 def stored_run(inputs: Inputs) -> dict[str, Any] | None:
-    """The checkpoint to continue, or None to start anew; InputError where other results would be written over."""
+    """The checkpoint to continue, or None for a new run; InputError where other results would be written over."""
     from model.checkpoint import check_same_run, load_checkpoint
 
     config, files, checkpoint = inputs.config, inputs.files, inputs.checkpoint

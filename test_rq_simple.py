@@ -1,7 +1,8 @@
-"""Half a minute of checks that stage 1 is what it says: `python test_rq_simple.py`, or through pytest."""
+"""Half a minute of checks that stage 1 is correct: `python test_rq_simple.py`, or through pytest."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_codes_are_what_is_decoded() -> None:
     assert torch.equal(decoded, codebook.cal_code_emds(z)) and torch.equal(decoded, codebook(z).z_q)
 
 
-def test_each_level_takes_up_what_the_last_one_left() -> None:
+def test_each_level_quantizes_the_residual_of_the_last_one() -> None:
     """The error of the decoded vectors falls with every level, and level q's code is the nearest to its residual."""
     codebook, z = seeded_codebook()
     codes = codebook.cal_codes(z)
@@ -51,7 +52,7 @@ def test_each_level_takes_up_what_the_last_one_left() -> None:
 
 
 def test_beta_weighs_the_commitment_term() -> None:
-    """Eq. 5: the vectors feel the commitment term times beta, the codebooks the codebook term alone."""
+    """Eq. 5: vectors get the commitment term's gradient times beta, codebooks the codebook term's."""
     codebook, z = seeded_codebook()
     z.requires_grad_()
     output = codebook(z)
@@ -64,7 +65,7 @@ def test_beta_weighs_the_commitment_term() -> None:
 
 
 def test_entities_with_equal_codes_score_alike() -> None:
-    """Nothing but the codes tells entities apart: equal codes give equal scores, as head and as tail."""
+    """Scores depend on entities through their codes only: equal codes give equal scores, as head and as tail."""
     kg = KnowledgeGraph.load(ROOT / "data" / "family")
     torch.manual_seed(0)
     model = RQGCN(kg.num_entities, kg.num_relations, init_dim=16, gcn_dim=16, seq_len=L, num_code=K, num_quantizers=Q,
@@ -85,10 +86,10 @@ def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
     import run_rq
 
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--dataset", str(ROOT / "data" / "family"), "--seq_len", "4", "--num_code", "64",
-                 "--num_quantizers", "2", "--init_dim", "64", "--gcn_dim", "64", "--code_dim", "16", "--gcn_layers",
-                 "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256", "--device", "cpu",
-                 "--out_dir", folder, "--checkpoint_dir", f"{folder}/checkpoints"]  # fmt: skip
+        flags = ["--config", os.devnull, "--dataset", str(ROOT / "data" / "family"), "--seq_len", "4",
+                 "--num_code", "64", "--num_quantizers", "2", "--init_dim", "64", "--gcn_dim", "64", "--code_dim", "16",
+                 "--gcn_layers", "1", "--decoder", "distmult", "--epoch", "8", "--lr", "0.01", "--batch", "256",
+                 "--device", "cpu", "--out_dir", folder, "--checkpoint_dir", f"{folder}/checkpoints"]  # fmt: skip
         run_rq.train(run_rq.parse_config(flags))
         codes = load_torch(Path(folder) / "family_4_64_2_rq.pt", "codes")
         record = read_json(Path(folder) / "family_4_64_2_rq.json", "record")
@@ -97,8 +98,8 @@ def test_a_short_run_writes_codes_that_score_as_recorded() -> None:
 
 
 def main() -> None:
-    """Run every check and say what it is."""
-    CommandParser(description="Half a minute of checks that stage 1 is what it says; no flags.").parse_args()
+    """Run every check and print its description."""
+    CommandParser(description="Half a minute of checks that stage 1 is correct; no flags.").parse_args()
     checks = [value for name, value in globals().items() if name.startswith("test_") and callable(value)]
     for check in checks:
         print(f"checking: {(check.__doc__ or '').strip()}", flush=True)

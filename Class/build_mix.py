@@ -8,7 +8,7 @@ Validation and test rows come once, whatever the weight; tasks not named are lef
 
 The tasks cut the same triples differently (link prediction tunes on most of the valid split), so a training row is
 dropped when a test row of any task rests on its triple, and a validation row when a training or a test row does.
-Negatives state no fact and are not compared.
+Negatives are no facts and are not compared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.rows import (
     FILE_STEMS,
-    FORMATS,
     LOCK,
     OUT_FOLDER,
     STATS,
@@ -43,7 +43,7 @@ from Class.rows import (
     write_rows,
 )
 from Class.source import Ints, codes_key
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import exclusive_lock, read_json, write_json
 from common.record import make_record
 
@@ -57,8 +57,8 @@ def hashed_triples(row: Row) -> list[int]:
 def scan(path: Path, forbidden: set[int], facts: set[int], rng: np.random.Generator) -> tuple[Ints, int]:
     """Byte offsets of the rows of a file that rest on no ``forbidden`` fact, and how many others there are.
 
-    Rows that judge a triple False rest on no fact; the same share of them goes, at random, as of the True ones, so that
-    the labels keep their balance. The kept rows' facts are added to ``facts``.
+    Of the rows labelled False, the same share is left out at random as of those labelled True, which keeps the balance
+    of labels. The kept rows' facts are added to ``facts``.
     """
     offsets, false, dropped, true_rows, true_dropped = [], [], 0, 0, 0
     for at, row in read_lines(path):
@@ -80,40 +80,25 @@ def scan(path: Path, forbidden: set[int], facts: set[int], rng: np.random.Genera
 
 
 def draw(count: int, weight: float, rng: np.random.Generator) -> Ints:
-    """Row numbers, each ``weight`` times on average: the whole part surely, the rest for a random part of the rows."""
+    """Row numbers, each ``weight`` times on average: its whole part for all, one more for a random part of them."""
     whole = int(weight)
     part = rng.permutation(count)[: round((weight - whole) * count)]
     return np.concatenate([np.repeat(np.arange(count), whole), part]).astype(np.int64)
 
 
-def copy_numbers(which: Ints, offsets: Ints) -> Ints:
-    """For each (which, offset) [n]: 1 where it comes for the first time, 2 for the second, and so on."""
-    n = len(which)
-    order = np.lexsort((offsets, which))  # stable: equal pairs keep their order
-    file, at = which[order], offsets[order]
-    is_new = np.ones(n, dtype=bool)
-    is_new[1:] = (file[1:] != file[:-1]) | (at[1:] != at[:-1])
-    first = np.maximum.accumulate(np.where(is_new, np.arange(n), 0))
-    numbers = np.empty(n, dtype=np.int64)
-    numbers[order] = np.arange(n) - first + 1
-    return numbers
-
-
 def read_at(paths: list[Path], which: Ints, offsets: Ints) -> Iterator[Row]:
-    """The rows at ``offsets`` of the files ``paths[which]``; a row that comes again gets an id of its own."""
-    files = [open(path, "rb") for path in paths]  # noqa: SIM115
-    try:
-        for place, copy in enumerate(copy_numbers(which, offsets)):
-            file = files[which[place]]
-            file.seek(offsets[place])
-            row = parse_line(file.readline().decode("utf-8-sig"), paths[which[place]], 0)
+    """The rows at ``offsets`` of the files ``paths[which]``; a repeated row gets a new id."""
+    copies: Counter[str] = Counter()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "rb")) for path in paths]
+        for number, offset in zip(which.tolist(), offsets.tolist(), strict=True):
+            files[number].seek(offset)
+            row = parse_line(files[number].readline().decode("utf-8-sig"), paths[number], 0)
             assert row is not None
-            if copy > 1:
-                row["id"] = f"{row['id']}#{copy}"
+            copies[row["id"]] += 1
+            if copies[row["id"]] > 1:
+                row["id"] = f"{row['id']}#{copies[row['id']]}"
             yield row
-    finally:
-        for opened in files:
-            opened.close()
 
 
 def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -125,20 +110,20 @@ def read_tasks(folder: Path, weights: dict[str, float]) -> dict[str, dict[str, A
         raise InputError(f"no data of task {', '.join(absent) or 'any'} in {folder}; there: {made}")
     tasks = {name: read_json(folder / name / STATS, "statistics") for name in weights or there}
     for name, stats in tasks.items():
-        known = stats if isinstance(stats, dict) else {}
-        info, order = known.get("codes"), known.get("candidate_order", {})
-        if not isinstance(info, dict) or not isinstance(known.get("dataset"), str) or not isinstance(order, dict):
-            raise InputError(f"{folder / name / STATS} does not say whose codes its rows have; write it anew")
-        kinds = type(info.get("shuffled", False)), type(info.get("shuffle_seed", 0))
-        if not isinstance(info.get("sha256", ""), str) or kinds != (bool, int):
-            raise InputError(f"{folder / name / STATS}: codes is damaged; write it anew")
+        with content_of(folder / name / STATS, "statistics", "write the task again"):
+            info = stats["codes"]
+            wanted: dict[str, Any] = {"sha256": (str, type(None)), "shuffled": bool, "shuffle_seed": int}
+            fits = all(isinstance(info[key], kind) for key, kind in wanted.items() if key in info)
+            if not (fits and isinstance(info, dict) and isinstance(stats["dataset"], str)):
+                raise ValueError("codes or dataset")
+            stats.get("candidate_order", {}).items()
     codes = {name: codes_key(stats["codes"]) for name, stats in tasks.items()}
     if len(set(codes.values())) > 1:
         shown = ", ".join(
             f"{name}: {tasks[name]['codes'].get('file')}" + (f", shuffled by seed {seed}" if shuffled else "")
             for name, (_, shuffled, seed) in codes.items()
         )
-        raise InputError(f"the tasks rest on different codes, whose tokens clash ({shown}); make them from one file")
+        raise InputError(f"the tasks have different codes ({shown}); make them from one codes file")
     return tasks
 
 
@@ -159,7 +144,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("tasks", nargs="*", type=task_weight, metavar="TASK=WEIGHT", help="default: all, weight 1")
     parser.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file, at random (0: all)")
-    parser.add_argument("--format", choices=FORMATS, default="json", help="a JSON array, or JSON lines")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the order")
     args = parser.parse_args(argv)
     repeated = [name for name, count in Counter(name for name, _ in args.tasks).items() if count > 1]
@@ -183,7 +167,7 @@ class Drawn(NamedTuple):
 def draw_split(
     args: argparse.Namespace, split: str, weights: dict[str, float], forbidden: set[int], facts: set[int]
 ) -> Drawn:
-    """Which rows of the tasks a split gets, in their order: at random for train, else as the tasks have them.
+    """The rows of one split and their order: random for train, else that of the tasks.
 
     ``forbidden`` and ``facts`` as in ``scan``. InputError where no task has such rows.
     """
@@ -214,10 +198,10 @@ def draw_split(
 
 
 def write_mix(args: argparse.Namespace, drawn: dict[str, Drawn]) -> dict[str, dict[str, Any]]:
-    """Write the splits' files and say what they hold; returns the statistics of ``write_rows`` by split."""
+    """Write the splits' files and print their sizes; returns the statistics of ``write_rows`` by split."""
     splits = {}
     for split, plan in drawn.items():
-        target = split_path(args.out_dir, split, args.format)
+        target = split_path(args.out_dir, split)
         rows = read_at(plan.paths, plan.which, plan.offsets)
         splits[split] = write_rows(target, rows, 0, lambda: (args.out_dir / STATS).unlink(missing_ok=True))
         counts = ", ".join(f"{name} {count:,}" for name, count in plan.counts.items())
@@ -253,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
             candidate_orders={name: stats.get("candidate_order", {}) for name, stats in tasks.items()},
         )  # fmt: skip
         write_json(stats, args.out_dir / STATS)
-    print(f"next: python Class/check_leaks.py {args.out_dir}, then {train_command(args.out_dir, args.format)}")
+    print(f"next: python Class/check_leaks.py {args.out_dir}, then {train_command(args.out_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Candidate lists for link prediction: their file, its checks, and how stage 1 makes them.
+"""Candidate lists for link prediction: their file and its checks. Stage 1 makes them in model/export.py.
 
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates FILE.npz --split valid
 
-One row per query, from stage 1 or from any other model, in either of two forms of file. Entities and relations go by
-raw name (text) or by id (integers, the rows of the data set's dicts); both may be mixed in JSON.
+One row per query, from stage 1 or from any other model, in either of two forms of file. Entities and relations are
+given by raw name (text) or by id (integers: the rows of the data set); JSON may mix both.
 
 FILE.json    {"info": {...}, "rows": [{"query": ["ada_ashley", "father"], "direction": "tail", "truth": "max_ashley",
              "candidates": ["max_ashley", 17, ...], "scores": [9.1, 8.7, ...], "rank": 1.5}, ...]}
@@ -11,15 +11,16 @@ FILE.npz     query [n, 2], direction [n] ("tail" or "head"), candidates [n, C], 
              scores [n, C], rank [n], info (JSON text); shorter lists end in -1 (names: in ""), an unknown rank is NaN
 
 query        the entity that is given, and the relation in the data set's own direction
-direction    the end that is asked for: "tail" is (query[0], query[1], ?), "head" is (?, query[1], query[0])
+direction    the end that is to be predicted: "tail" is (query[0], query[1], ?), "head" is (?, query[1], query[0])
 candidates   ranked, best first, without repeats
 truth        (optional) the answer that this list is for: only other known answers were filtered out of it. A row
              without it serves every triple of its query; whatever is known of them is filtered by the reader
 scores       (optional) higher is better, not rising along the list
 rank         (optional) of the truth among all entities, filtered by the answers of all splits, ties at their mean
-info         (optional) what is known of the origin: dataset, split, model, filter, ... Two keys count: with
-             "folds": 2 or more, or with "split": "valid" or "test", the model has not seen the triples of its queries.
-             "entities_sha256" (written here) ties ids to one data set's order of entities
+info         (optional) the origin: dataset, split, model, filter, ... Four keys have an effect: with "folds": 2 or
+             more, or "split": "valid" or "test", the model was not trained on the triples of its queries.
+             "entities_sha256" (written here) identifies the order of entities that ids refer to; a graph whose
+             entities are named by numbers needs it for integers. "shuffled_codes": true marks a control
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ import json
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,12 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import InputError
 from common.files import atomic_path, parse_json, read_json, write_text
-from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
-
-if TYPE_CHECKING:
-    import torch
-
-    from model.RQGCN import CodeScorer
+from data.knowledge_graph import KnowledgeGraph, TrueTails
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -61,17 +57,17 @@ UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 100  # an archive beyond both was made t
 class Candidates(NamedTuple):
     """n ranked lists of at most C entities."""
 
-    queries: Ints  # [n, 2]: entity, relation; R..2R-1 are the inverses, which ask for the head
+    queries: Ints  # [n, 2]: entity, relation; R..2R-1 are the inverses, queries for the head
     truth: Ints  # [n], -1 where the list serves every triple of its query
     ids: Ints  # [n, C], best first, ending in -1
     scores: Floats | None  # [n, C], NaN where ids are -1
     rank: Floats  # [n], NaN where unknown
-    held_out: Bools  # [n], the model has not seen the query's triple
+    held_out: Bools  # [n], the model was not trained on the query's triple
     info: dict[str, Any]
 
 
 def check_ending(path: str | Path) -> Path:
-    """InputError unless the file's name says which form it has."""
+    """InputError unless the file name ends in .npz or .json."""
     path = Path(path)
     if path.suffix not in ENDINGS:
         raise InputError(f"candidates file {path} must end in {' or '.join(ENDINGS)}")
@@ -206,6 +202,7 @@ def _refuse(path: Path, rows: ArrayLike, problem: str) -> None:
 
 
 def _check_info(path: Path, info: Any, kg: KnowledgeGraph, by_id: bool) -> dict[str, Any]:
+    """``info``, if ids (``by_id``) can refer to ``kg``. Raises InputError where they are ambiguous, or of others."""
     if not isinstance(info, dict):
         raise InputError(f"candidates file {path}: info is a {type(info).__name__}, expected an object")
     written = info.get("entities_sha256")
@@ -214,10 +211,25 @@ def _check_info(path: Path, info: Any, kg: KnowledgeGraph, by_id: bool) -> dict[
             f"candidates file {path} has ids of {info.get('dataset')}, whose entities and relations are not those of "
             f"{kg.name} ({kg.num_entities} and {kg.num_relations}) in the same order; export them from {kg.name}"
         )
+    if by_id and written is None:
+        other = next((i for i, name in enumerate(kg.entities) if name.isdecimal() and name != str(i)), None)
+        if other is not None:
+            raise InputError(
+                f"candidates file {path} has integers, and {kg.name} has entities named by numbers (row {other} is "
+                f"{kg.entities[other]!r}): they may be names or rows; write names as text"
+            )
     return info
 
 
-def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
+def _unknown(path: Path, row: int, what: str, value: Any, size: int, kg: KnowledgeGraph) -> InputError:
+    return InputError(
+        f"candidates file {path}: row {row}: {what} {value!r} is none of {kg.name}, expected a raw name or an id in "
+        f"0..{size - 1}"
+    )
+
+
+def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive with their shapes and types checked. Raises InputError."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -226,7 +238,7 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
             assert archive.zip is not None
             unpacked = sum(part.file_size for part in archive.zip.infolist())
             if unpacked > UNPACKED_BYTES and unpacked > UNPACKED_RATIO * path.stat().st_size:
-                raise ValueError(f"{unpacked:,} bytes when unpacked, which no list is")
+                raise ValueError(f"{unpacked:,} bytes when unpacked")
             arrays = {name: archive[name] for name in archive.files}
     except (
         OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
@@ -239,8 +251,7 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
             f"candidates file {path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}"
         )
     n = len(arrays["query"]) if arrays["query"].ndim else 0
-    lists = arrays["candidates"].shape
-    C = lists[1] if len(lists) == 2 else 0
+    C = arrays["candidates"].shape[1] if arrays["candidates"].ndim == 2 else 0
     ids_or_names = "ids or names"
     kinds = {ids_or_names: "iuU", "text": "U", "numbers": "fiu"}
     for name, shape, kind in (
@@ -252,6 +263,12 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
                 f"candidates file {path}: {name} is {arrays[name].dtype} {list(arrays[name].shape)}, expected {kind} "
                 f"{list(shape)}"
             )
+    return arrays
+
+
+def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
+    arrays = _load_npz(path)
+    n = len(arrays["query"])
     by_id = arrays["query"].dtype.kind != "U" or arrays["candidates"].dtype.kind != "U"
     try:
         info = parse_json(str(arrays["info"])) if "info" in arrays else {}
@@ -259,7 +276,7 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
         raise InputError(f"candidates file {path}: info is no JSON: {str(error).splitlines()[0]}") from error
     info = _check_info(path, info, kg, by_id)
     wrong = ~np.isin(arrays["direction"], DIRECTIONS)
-    _refuse(path, wrong, f"asks for another direction than {' or '.join(DIRECTIONS)}")
+    _refuse(path, wrong, f"has another direction than {' or '.join(DIRECTIONS)}")
 
     def ids(array: NDArray[Any], names: list[str], what: str, gaps: bool) -> Ints:
         if array.dtype.kind == "U":
@@ -272,10 +289,7 @@ def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
         bad = (result < (-1 if gaps else 0)) | (result >= len(names))
         if bad.any():
             at = np.argwhere(bad)[0]
-            raise InputError(
-                f"candidates file {path}: row {at[0]}: {what} {array[tuple(at)].item()!r} is none of {kg.name}, "
-                f"expected a raw name or an id in 0..{len(names) - 1}"
-            )
+            raise _unknown(path, int(at[0]), what, array[tuple(at)].item(), len(names), kg)
         return result
 
     entity = ids(arrays["query"][:, 0], kg.entities, "query entity", False)
@@ -297,6 +311,23 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= LARGEST
 
 
+def _fault_of(row: Any) -> str | None:
+    """What is wrong with the form of a JSON row; None where nothing is."""
+    if not isinstance(row, dict):
+        return f"is a {type(row).__name__}, expected an object"
+    query, listed, scores = row.get("query"), row.get("candidates"), row.get("scores")
+    if (
+        not isinstance(query, list) or len(query) != 2 or row.get("direction") not in DIRECTIONS
+        or not isinstance(listed, list)
+    ):  # fmt: skip
+        return 'needs "query": [entity, relation], "direction": "tail" or "head", "candidates": [...]'
+    if scores is not None and not (
+        isinstance(scores, list) and len(scores) == len(listed) and all(map(_is_number, scores))
+    ):
+        return "scores must be numbers, one per candidate"
+    return None if row.get("rank") is None or _is_number(row["rank"]) else "rank must be a number"
+
+
 def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
     content = read_json(path, "candidates")
     rows = content.get("rows") if isinstance(content, dict) else None
@@ -306,60 +337,38 @@ def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
     entity_row = {name: i for i, name in enumerate(kg.entities)}
     relation_row = {name: i for i, name in enumerate(kg.relations)}
 
-    def fault(number: int, problem: str) -> InputError:
-        return InputError(f"candidates file {path}: row {number}: {problem}")
-
-    def one(number: int, value: Any, row_of: dict[str, int], what: str) -> int:
+    def row_of(number: int, value: Any, names: dict[str, int], what: str) -> int:
         nonlocal by_id
-        found = row_of.get(value, -1) if isinstance(value, str) else value if type(value) is int else -1
+        found = names.get(value, -1) if isinstance(value, str) else value if type(value) is int else -1
         by_id |= not isinstance(value, str)
-        if not 0 <= found < len(row_of):
-            raise fault(
-                number, f"{what} {value!r} is none of {kg.name}, expected a raw name or an id in 0..{len(row_of) - 1}"
-            )
+        if not 0 <= found < len(names):
+            raise _unknown(path, number, what, value, len(names), kg)
         return found
 
-    queries, truths, lists, ranks = [], [], [], []
-    scores: list[Any] = []
+    queries, truths, lists = [], [], []
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise fault(number, f"is a {type(row).__name__}, expected an object")
-        query, direction, listed = row.get("query"), row.get("direction"), row.get("candidates")
-        if (
-            not isinstance(query, list)
-            or len(query) != 2
-            or direction not in DIRECTIONS
-            or not isinstance(listed, list)
-        ):
-            raise fault(number, 'needs "query": [entity, relation], "direction": "tail" or "head", "candidates": [...]')
-        relation = one(number, query[1], relation_row, "query relation")
-        relation += kg.num_relations * (direction == "head")
-        queries.append([one(number, query[0], entity_row, "query entity"), relation])
-        truths.append(-1 if row.get("truth") is None else one(number, row["truth"], entity_row, "truth"))
-        lists.append([one(number, value, entity_row, "candidate") for value in listed])
-        for name, values, size in (("scores", row.get("scores"), len(listed)), ("rank", [row.get("rank")], 1)):
-            given = values != [None] and values is not None
-            if given and not (isinstance(values, list) and len(values) == size and all(map(_is_number, values))):
-                raise fault(
-                    number, f"{name} must be {'numbers, one per candidate' if name == 'scores' else 'a number'}"
-                )
-        scores.append(row.get("scores"))
-        ranks.append(np.nan if row.get("rank") is None else float(row["rank"]))
+        fault = _fault_of(row)
+        if fault is not None:
+            raise InputError(f"candidates file {path}: row {number}: {fault}")
+        entity, relation = row["query"]
+        inverse = kg.num_relations * (row["direction"] == "head")
+        relation = row_of(number, relation, relation_row, "query relation") + inverse
+        queries.append([row_of(number, entity, entity_row, "query entity"), relation])
+        truths.append(-1 if row.get("truth") is None else row_of(number, row["truth"], entity_row, "truth"))
+        lists.append([row_of(number, value, entity_row, "candidate") for value in row["candidates"]])
     info = _check_info(path, content.get("info", {}), kg, by_id)
-    C = max(map(len, lists), default=0)
+    n, C = len(rows), max(map(len, lists), default=0)
+    scored = all(row.get("scores") is not None for row in rows)
+    padded = [row["scores"] + [np.nan] * (C - len(row["scores"])) for row in rows] if scored else []
     return Candidates(
         np.array(queries, dtype=np.int64).reshape(-1, 2),
         np.array(truths, dtype=np.int64),
-        np.array([ids + [-1] * (C - len(ids)) for ids in lists], dtype=np.int64).reshape(len(rows), C),
-        _table(scores, C) if None not in scores else None,
-        np.array(ranks, dtype=np.float64),
-        np.full(len(rows), is_held_out(info)),
+        np.array([ids + [-1] * (C - len(ids)) for ids in lists], dtype=np.int64).reshape(n, C),
+        np.array(padded, dtype=np.float64).reshape(n, C) if scored else None,
+        np.array([np.nan if row.get("rank") is None else row["rank"] for row in rows], dtype=np.float64),
+        np.full(n, is_held_out(info)),
         info,
     )
-
-
-def _table(rows: list[list[float]], width: int) -> Floats:
-    return np.array([row + [np.nan] * (width - len(row)) for row in rows], dtype=np.float64).reshape(len(rows), width)
 
 
 # ---------------------------------------------------------------- use
@@ -382,7 +391,7 @@ def find_rows(candidates: Candidates, queries: Ints, kg: KnowledgeGraph) -> Ints
     return found
 
 
-def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph) -> Bools:
+def other_answers(ids: Ints, queries: Ints, answers: TrueTails, kg: KnowledgeGraph) -> Bools:
     """Which of the listed ids [n, C] are known answers of their query (h, r, t) other than t itself."""
     indptr, known = answers.of(queries[:, 0], queries[:, 1])
     M = kg.num_entities
@@ -392,90 +401,3 @@ def other_answers(ids: Ints, queries: Ints, answers: Answers, kg: KnowledgeGraph
     wanted = np.arange(len(queries))[:, None] * M + ids
     found: Bools = keys[np.searchsorted(keys, wanted).clip(max=len(keys) - 1)] == wanted
     return found & (ids >= 0) & (ids != queries[:, 2:])
-
-
-def top_candidates(
-    scorer: CodeScorer,
-    relations: torch.Tensor,
-    codes: torch.Tensor,
-    kg: KnowledgeGraph,
-    split: str,
-    count: int = 20,
-    filter_splits: Sequence[str] = ("train", "valid"),
-    batch: int = 512,
-) -> Candidates:
-    """The ``count`` best entities of every query of ``split``, tails and heads, from the integers [M, L, Q] alone.
-
-    Rows follow ``with_inverse(kg.split(split))``: [2n], tail queries first. A query's other answers known from
-    ``filter_splits`` are left out of its list, its own truth never; equal scores go by the lower id. ``rank``: the
-    truth's place among all entities, filtered by all splits, ties at their mean. Raises ValueError for NaN scores.
-    """
-    import torch
-
-    with torch.no_grad():
-        training = scorer.training
-        scorer.eval()
-        q_all = scorer.entity_vectors_from_codes(codes)
-        found = _top(
-            lambda h, r: scorer.scores(q_all[h], relations[r], q_all),
-            kg,
-            split,
-            count,
-            filter_splits,
-            batch,
-            q_all.device,
-        )
-        scorer.train(training)
-    return found
-
-
-def _top(
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    kg: KnowledgeGraph,
-    split: str,
-    count: int,
-    filter_splits: Sequence[str],
-    batch: int,
-    device: str | torch.device,
-) -> Candidates:
-    """``top_candidates`` of any ``score(heads [B], relations [B]) -> [B, M]``."""
-    import torch
-
-    from model.ranking import rank_scores
-
-    R, M = kg.num_relations, kg.num_entities
-    triples = with_inverse(kg.split(split), R)
-    some, everything = kg.answers(*filter_splits), kg.answers()
-    queries, query_of = np.unique(triples[:, 0] * (2 * R) + triples[:, 1], return_inverse=True)
-    order = np.argsort(query_of, kind="stable")
-    first = np.searchsorted(query_of[order], np.arange(len(queries) + 1))
-    C = min(count, M)
-    ids, scores = np.full((len(triples), C), -1), np.full((len(triples), C), np.nan)
-    ranks = np.empty(len(triples))
-    least = torch.iinfo(torch.int64).min
-    for start in range(0, len(queries), batch):
-        h, r = np.divmod(queries[start : start + batch], 2 * R)
-        values = score(torch.from_numpy(h).to(device), torch.from_numpy(r).to(device)).float() + 0.0  # no -0.0
-        members = order[first[start] : first[start + len(h)]]
-        rows, truth = (torch.from_numpy(x).to(device) for x in (query_of[members] - start, triples[members, 2]))
-        known = [torch.from_numpy(x).to(device) for x in everything.of(h, r)]
-        ranks[members] = rank_scores(values, truth, (known[0], known[1]), rows).cpu().numpy()
-        # integers that order by score, then by lower id: the bits of a float32 order like its value, once those of
-        # negative numbers are turned round
-        bits = values.view(torch.int32)
-        bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-        keys = (bits << 32) + (M - 1 - torch.arange(M, device=device))
-        own = keys[rows, truth]
-        indptr, drop = (torch.from_numpy(x).to(device) for x in some.of(h, r))
-        keys[torch.repeat_interleave(indptr.diff()), drop] = least
-        best = keys.topk(C, dim=1).values[rows]  # (N, C): per triple, whose truth may have been dropped with the others
-        own = torch.where((best == own[:, None]).any(1), least, own)
-        best = torch.cat([best, own[:, None]], dim=1).topk(C, dim=1).values
-        listed = torch.where(best == least, -1, M - 1 - (best & 0xFFFFFFFF))
-        ids[members] = listed.cpu().numpy()
-        found = values[rows[:, None], listed.clamp(min=0)].double()
-        scores[members] = found.masked_fill(listed < 0, torch.nan).cpu().numpy()
-    info = {"dataset": kg.name, "split": split, "filter": list(filter_splits), "count": C}
-    return Candidates(
-        triples[:, :2].copy(), triples[:, 2].copy(), ids, scores, ranks, np.full(len(triples), is_held_out(info)), info
-    )

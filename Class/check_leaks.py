@@ -3,12 +3,13 @@
     python Class/check_leaks.py lora_training/lora_data
 
 Checked for the folder's own three files and for each task folder in it:
-- answers in prompts: an output that stands in its prompt where no candidates are listed; a first answer that is
-  mentioned more often than the answers listed with it; True named more often than False, or the reverse
-- triples: a fact that rows of two splits rest on, whatever the direction or the task. Negatives state no fact: those
-  that training and test share are counted, since sampling must not look at the test split to avoid them
+- answers in prompts: an output that occurs in its prompt where no candidates are listed; a first answer that occurs
+  more often than the answers listed with it; True more often than False, or the reverse
+- triples: a fact in two splits, whatever the direction or the task; a triple that is False in one split and True in
+  another or the same. Sampled training negatives may be validation or test facts (sampling must not look at these):
+  they are counted
 - the position of the truth among the candidates: uniform where the statistics call the order shuffled; not first far
-  more often in training than in test, as in lists of a model that was trained on the very queries
+  more often in training than in test, as in lists of a model that was trained on the queries
 - labels: both occur, and neither is rare in validation and test
 - ids that occur twice
 Between task folders, test facts must be new to all training and validation rows; a validation fact may be a training
@@ -21,7 +22,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.build_mix import hashed_triples
 from Class.prompts import FALSE, TRUE
 from Class.rows import FILE_STEMS, OUT_FOLDER, STATS, Row, existing_split, read_rows, states_facts
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import read_json
 
-# names may hold the words "True" or "Mexico" by chance: a leak is systematic, so these shares of a task's rows pass
+# names may contain "True" or "Mexico" by chance: a leak is systematic, so this share of a task's rows is accepted
 MENTION_SHARE = 0.02
 RARE_LABEL = 0.10
 FIRST_SHARE = 0.2  # training and test lists of one model may differ by this in how often they begin with the truth
-CHI_SQUARE_Z = 5.0  # a uniform order passes this normal score in all but one of three million sets
+CHI_SQUARE_Z = 5.0  # a uniform order exceeds this normal score once in three million
 
 _TRUE, _FALSE = re.compile(rf"\b{TRUE}\b"), re.compile(rf"\b{FALSE}\b")
 _FIRST_ANSWERS = re.compile(r"^([0-9]+)\. (.+)$", re.MULTILINE)
@@ -45,19 +46,19 @@ _FIRST_ANSWERS = re.compile(r"^([0-9]+)\. (.+)$", re.MULTILINE)
 
 @dataclass
 class Task:
-    """What is counted of the rows of one task type in one split."""
+    """Counts over the rows of one task type in one split."""
 
     rows: int = 0
-    stated: int = 0  # the output stands in the prompt as a piece of its own
+    stated: int = 0  # the output is a separate part of the prompt
     mentioned: int = 0  # the output occurs in the prompt between word boundaries
-    marked: int = 0  # the right answer is named more often than the others
+    marked: int = 0  # the right answer occurs more often than the others
     labels: Counter[str] = field(default_factory=Counter)
     positions: dict[int, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # by list length
 
 
 @dataclass
 class Split:
-    """What is kept of one file."""
+    """Counts, facts and ids of one file."""
 
     tasks: dict[str, Task] = field(default_factory=lambda: defaultdict(Task))
     facts: set[int] = field(default_factory=set)
@@ -67,10 +68,10 @@ class Split:
 
 
 def answer_in_prompt(prompt: str, output: str) -> tuple[bool, bool]:
-    """Whether the output stands in the prompt as a piece of its own, and whether between word boundaries.
+    """Whether the output occurs in the prompt as a separate part, and whether between word boundaries.
 
-    A piece is a whole line, or lies between quotes, bars, brackets, colons or our marks: "Mexico" is not a piece of
-    "Mexico City".
+    A separate part is a whole line, or is between quotes, bars, brackets, colons or <ENT> and <CODE> marks: "Mexico" is
+    none of "Mexico City".
     """
     at = prompt.find(output)
     stated = mentioned = False
@@ -85,14 +86,14 @@ def answer_in_prompt(prompt: str, output: str) -> tuple[bool, bool]:
 
 
 def marks_answer(prompt: str, output: str) -> bool:
-    """Whether the first numbered answer of ``output`` is named more often in the prompt than each of the others."""
+    """Whether the first numbered answer of ``output`` occurs more often in the prompt than each of the others."""
     answers = [match[2] for match in _FIRST_ANSWERS.finditer(output)]
     counts = [prompt.count(answer) for answer in answers]
     return len(counts) > 1 and counts[0] > max(counts[1:])
 
 
 def count_row(row: Row, split: Split) -> None:
-    """Add one row to what is known of its split."""
+    """Add one row to its split."""
     task = split.tasks[row["task_type"]]
     prompt, output = f"{row['instruction']}\n{row.get('input') or ''}", row["output"]
     candidates, truth = row.get("candidates"), row.get("truth") or []
@@ -128,11 +129,11 @@ def task_faults(split_name: str, name: str, task: Task, order: str | None) -> li
     notes = [f"{task.rows:,} rows"]
     if task.stated:
         faults.append(f"{where}: {task.stated:,} of {task.rows:,} prompts state their answer")
-    for count, what in ((task.mentioned, "mention their answer"), (task.marked, "name one answer more often")):
+    for count, what in ((task.mentioned, "mention their answer"), (task.marked, "hold one answer more often")):
         if count:
             notes.append(f"{count:,} prompts {what}")
         chance = MENTION_SHARE * task.rows
-        if count > chance + 3 * (chance * (1 - MENTION_SHARE)) ** 0.5:  # three standard deviations: few rows scatter
+        if count > chance + 3 * (chance * (1 - MENTION_SHARE)) ** 0.5:  # three standard deviations, for few rows
             faults.append(f"{where}: {count:,} of {task.rows:,} prompts {what} (by chance: up to {MENTION_SHARE:.0%})")
     if task.labels:
         share = task.labels[TRUE] / task.labels.total()
@@ -145,7 +146,7 @@ def task_faults(split_name: str, name: str, task: Task, order: str | None) -> li
         notes.append(f"truth among {length} candidates ({order or 'order not stated'}): first {counts[0]:,}, "
                      f"last {counts[-1]:,} of {sum(counts):,}")  # fmt: skip
         if order == "shuffled" and length > 1 and sum(counts) >= 5 * length and chi_square_z(counts) > CHI_SQUARE_Z:
-            faults.append(f"{where}: order is called shuffled, but the truth stands at {counts} of {length} candidates")
+            faults.append(f"{where}: the order should be shuffled, but the truth is at {counts} of {length} candidates")
     print(f"  {split_name:10} {name}: {'; '.join(notes)}")
     return faults
 
@@ -161,8 +162,8 @@ def memorised_lists(splits: dict[str, Split]) -> list[str]:
             shares.append(sum(counts[0] for counts in positions) / max(1, total))
             least = min(least, total)
         if least >= 100 and shares[0] > shares[1] + FIRST_SHARE:
-            faults.append(f"train, {name}: the truth stands first in {shares[0]:.0%} of the lists, in test in "
-                          f"{shares[1]:.0%}: the candidate model has seen the training queries")  # fmt: skip
+            faults.append(f"train, {name}: the truth is first in {shares[0]:.0%} of the lists, in test in "
+                          f"{shares[1]:.0%}: the candidate model was trained on the training queries")  # fmt: skip
     return faults
 
 
@@ -171,22 +172,17 @@ def candidate_order(stats: dict[str, Any], split: str) -> str | None:
     orders = {order.get(split) for order in stats.get("candidate_orders", {}).values() if order}
     orders.add(stats.get("candidate_order", {}).get(split))
     orders.discard(None)
+    if not all(isinstance(order, str) for order in orders):
+        raise ValueError("candidate_order")
     return orders.pop() if len(orders) == 1 else None
 
 
-def _is_stats(stats: Any) -> bool:
-    return isinstance(stats, dict) and isinstance(stats.get("candidate_orders", {}), dict)
-
-
 def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
-    """The leaks within the three files of one folder, and what was read of them."""
+    """The leaks within the three files of one folder, and their contents."""
     stats_path = folder / STATS
     stats = read_json(stats_path, "statistics") if stats_path.is_file() else {}
-    orders = (
-        [*stats.get("candidate_orders", {}).values(), stats.get("candidate_order", {})] if _is_stats(stats) else [0]
-    )
-    if not all(isinstance(order, dict) and all(isinstance(o, str) for o in order.values()) for order in orders):
-        raise InputError(f"{stats_path} says nothing that can be read of the candidates' order; write it anew")
+    with content_of(stats_path, "statistics", "write the task again"):
+        orders = {split: candidate_order(stats, split) for split in FILE_STEMS}
     splits: dict[str, Split] = {}
     faults = []
     print(folder)
@@ -195,10 +191,10 @@ def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
         if path is None:
             continue
         split = splits[name] = Split()
-        for row in read_rows(path):
+        for row in read_rows(path, plain=True):
             count_row(row, split)
         for task_name, task in split.tasks.items():
-            faults += task_faults(name, task_name, task, candidate_order(stats, name))
+            faults += task_faults(name, task_name, task, orders[name])
         if split.repeated_ids:
             faults.append(f"{name}: {split.repeated_ids:,} ids occur twice")
     if {"train", "test"} <= splits.keys():
@@ -206,11 +202,15 @@ def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
     for a, b in combinations(splits, 2):
         shared = len(splits[a].facts & splits[b].facts)
         negatives = len(splits[a].negatives & splits[b].negatives)
-        contrary = len(splits[a].negatives & splits[b].facts)
-        print(f"  {a} and {b}: {shared:,} facts and {negatives:,} negatives in both, "
-              f"{contrary:,} facts of {b} are negatives of {a}")  # fmt: skip
+        print(f"  {a} and {b}: {shared:,} facts and {negatives:,} negatives in both")
         if shared:
             faults.append(f"{shared:,} facts in both {a} and {b}")
+    for a, b in product(splits, splits):
+        both = len(splits[a].negatives & splits[b].facts)
+        if both and a == "train" != b:  # sampling must not look at valid and test, so it meets some of their triples
+            print(f"  {both:,} facts of {b} are negatives of train")
+        elif both:
+            faults.append(f"{both:,} triples are False in {a} and True in {b}")
     return [f"{folder.name}: {fault}" for fault in faults], splits
 
 
@@ -223,7 +223,7 @@ def check(root: Path) -> list[str]:
     if not folders:
         raise InputError(f"no train.json or train.jsonl in {root} or its folders; python Class/gen_fb_data_rq.py")
     faults, read, inodes = [], {}, set()
-    for folder in folders[::-1]:  # task folders first: the top may be one of them again, by hard links
+    for folder in folders[::-1]:  # task folders first: the top may be hard links to one of them
         path = existing_split(folder, "train")
         assert path is not None
         inode = path.stat().st_ino

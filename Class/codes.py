@@ -1,4 +1,4 @@
-"""Codes: their files, their text and the tokens of that text. Nothing else in the toolkit spells a code.
+"""Codes: their files, their text and the tokens of that text. No other module writes or parses code text.
 
 Files, as stage 1 leaves them:
 
@@ -14,6 +14,7 @@ compact   <ENT>name</ENT> <CODE>Q0_5Q1_9Q2_0Q0_7Q1_1Q2_3</CODE>          L*Q + 2
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -114,21 +115,21 @@ def load_entities(path: str | Path) -> list[str]:
 # ---------------------------------------------------------------- tokens and text
 
 _TOKEN = re.compile(r"Q(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})")
-# a piece of a name that a tokenizer would take for one of our tokens, with the backslashes that keep it apart
+# a part of a name that a tokenizer would read as one of our tokens, with the backslashes that prevent it
 _LIKE_TOKEN = re.compile(r"(</?(?:ENT|CODE)|Q[0-9]+)(\\*)(?=>|_[0-9])")
 
 
 class CodeTextError(ValueError):
-    """A code text that is broken or ends early; ``position`` is the offset of the fault in the given string."""
+    """Code text that is malformed or incomplete; ``position`` is the offset of the fault in the given string."""
 
     def __init__(self, text: str, position: int, problem: str) -> None:
-        self.text, self.position = text, position
+        self.position, self.problem = position, problem
         found = repr(text[position : position + 24]) if position < len(text) else "the end of the text"
         super().__init__(f"at character {position}: {problem}, found {found}")
 
 
 class EntityText(NamedTuple):
-    """One ``<ENT>name</ENT> <CODE>...</CODE>``, read."""
+    """A parsed ``<ENT>name</ENT> <CODE>...</CODE>``."""
 
     name: str
     codes: NDArray[np.int64]  # [L, Q]
@@ -156,13 +157,14 @@ def render_codes(codes: ArrayLike, code_format: str = "spec") -> list[str]:
         rows = rows[..., None]
     if rows.ndim != 3 or not rows.size or not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0:
         raise ValueError(f"codes must be indices of 0 or more, [L, Q] or [L] per entity, not {rows.dtype} {rows.shape}")
+    return [_joined(row, code_format) for row in rows.tolist()]
+
+
+def _joined(row: list[list[int]], code_format: str) -> str:
+    """``<CODE>...</CODE>`` of one entity's codes, level by level for each position."""
     between_levels, between_positions = (":", "|") if code_format == "spec" else ("", "")
-    return [
-        CODE
-        + between_positions.join(between_levels.join(f"Q{q}_{k}" for q, k in enumerate(position)) for position in row)
-        + END_CODE
-        for row in rows.tolist()
-    ]
+    positions = (between_levels.join(f"Q{q}_{k}" for q, k in enumerate(position)) for position in row)
+    return f"{CODE}{between_positions.join(positions)}{END_CODE}"
 
 
 def parse_codes(
@@ -171,69 +173,33 @@ def parse_codes(
     """The codes [L, Q] of a ``<CODE>...</CODE>`` in either format: the exact inverse of ``print_codes``.
 
     ``seq_len``, ``num_quantizers``, ``num_code``: the shape and range that the text must have, where known.
-    Raises CodeTextError, with the character where the text departs from the form.
+    Raises CodeTextError with the first character that differs from the text of the codes that were found.
     """
-    return _parse_codes(text, 0, seq_len, num_quantizers, num_code)
-
-
-def _parse_codes(
-    text: str, at: int, seq_len: int | None, num_quantizers: int | None, num_code: int | None
-) -> NDArray[np.int64]:
-    """``parse_codes`` of ``text[at:]``, with positions counted in the whole text."""
-    if not text.startswith(CODE, at):
-        raise CodeTextError(text, at, f"expected {CODE}")
-    at += len(CODE)
-    rows: list[list[int]] = [[]]
-    separators: bool | None = None  # known from the first joint of two codes
-    while True:
-        token = _TOKEN.match(text, at)
-        if token is None:
-            raise CodeTextError(text, at, "expected a code such as Q0_5")
-        level, index = int(token[1]), int(token[2])
-        if level != len(rows[-1]):
-            raise CodeTextError(text, at, f"expected level {len(rows[-1])} of position {len(rows) - 1}")
-        if num_code is not None and index >= num_code:
-            raise CodeTextError(text, at, f"expected an index in 0..{num_code - 1}")
-        rows[-1].append(index)
-        at = token.end()
-        levels = num_quantizers or (len(rows[0]) if len(rows) > 1 else None)
-        done = text.startswith(END_CODE, at)
-        joint = "" if done else text[at : at + 1]
-        if not done:
-            if separators is None:
-                separators = joint in (":", "|")
-            if separators and joint not in (":", "|"):
-                raise CodeTextError(text, at, f"expected ':', '|' or {END_CODE}")
-        opens = joint == "|" if separators else text.startswith("Q0_", at)
-        if (done or opens) and levels is not None and len(rows[-1]) != levels:
-            raise CodeTextError(
-                text, at, f"expected {levels} levels in position {len(rows) - 1}, which ends after {len(rows[-1])}"
-            )
-        if not (done or opens) and levels is not None and len(rows[-1]) == levels:
-            raise CodeTextError(text, at, f"expected a new position or {END_CODE} after {levels} levels")
-        if done:
-            break
-        if separators:
-            at += 1
-        elif not text.startswith("Q", at):
-            raise CodeTextError(text, at, f"expected a code or {END_CODE}")
-        if opens:
-            if len(rows) == seq_len:
-                raise CodeTextError(text, at, f"expected {END_CODE} after {seq_len} positions")
+    rows: list[list[int]] = []
+    for token in _TOKEN.finditer(text):
+        if int(token[1]) == 0:
             rows.append([])
-    if seq_len is not None and len(rows) != seq_len:
-        raise CodeTextError(text, at, f"expected {seq_len} positions, the text has {len(rows)}")
-    at += len(END_CODE)
-    if at != len(text):
-        raise CodeTextError(text, at, f"expected nothing after {END_CODE}")
+        if not rows or int(token[1]) != len(rows[-1]):
+            raise CodeTextError(text, token.start(), "expected another level")
+        rows[-1].append(int(token[2]))
+    printed = [_joined(rows, code_format) for code_format in CODE_FORMATS]
+    if text not in printed or not rows:
+        at = max(sum(itertools.takewhile(bool, map(str.__eq__, text, one))) for one in printed)
+        raise CodeTextError(text, at, "expected <CODE>, codes such as Q0_5, </CODE>")
+    sizes = {len(row) for row in rows}
+    if len(sizes) > 1 or num_quantizers not in (None, *sizes) or seq_len not in (None, len(rows)):
+        wanted = f"{seq_len or len(rows)} positions of {num_quantizers or len(rows[0])} levels"
+        raise CodeTextError(text, 0, f"expected {wanted}, got {[len(row) for row in rows]} levels")
+    if num_code is not None and max(map(max, rows)) >= num_code:
+        raise CodeTextError(text, 0, f"expected indices in 0..{num_code - 1}")
     return np.array(rows, dtype=np.int64)
 
 
 def escape_name(name: str) -> str:
-    """The name with a backslash inside whatever a tokenizer would take for one of our tokens.
+    """The name with a backslash inside whatever a tokenizer would read as one of our tokens.
 
-    ``</ENT>`` becomes ``</ENT\\>`` and ``Q1_20`` becomes ``Q1\\_20``; where backslashes stand there already, one more
-    is added, so that ``unescape_name`` gives every name back. Other names are unchanged.
+    ``</ENT>`` becomes ``</ENT\\>`` and ``Q1_20`` becomes ``Q1\\_20``; where there are backslashes already, one more
+    is added, so that ``unescape_name`` restores every name. Other names are unchanged.
     """
     return _LIKE_TOKEN.sub(r"\1\2\\", name)
 
@@ -262,7 +228,10 @@ def parse_entity(
     start = end + len(END_ENT)
     if not text.startswith(" ", start):
         raise CodeTextError(text, start, f"expected a space between {END_ENT} and {CODE}")
-    codes = _parse_codes(text, start + 1, seq_len, num_quantizers, num_code)
+    try:
+        codes = parse_codes(text[start + 1 :], seq_len, num_quantizers, num_code)
+    except CodeTextError as error:
+        raise CodeTextError(text, start + 1 + error.position, error.problem) from error
     return EntityText(unescape_name(text[len(ENT) : end]), codes)
 
 
@@ -274,8 +243,8 @@ class Names(NamedTuple):
 
     names: list[str]
     missing: int  # entities without a label, shown by their id
-    shared: int  # entities whose label another one bears too
-    described: int  # of these, told apart by the description
+    shared: int  # entities whose label another one has too
+    described: int  # of these, distinguished by the description
 
 
 def unique_names(kg: KnowledgeGraph) -> Names:

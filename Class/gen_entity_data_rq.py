@@ -1,20 +1,20 @@
-"""Entities, facts, codes and questions: the tasks around link prediction, each into a folder of its own.
+"""Tasks about entities, facts, codes and questions, each into a folder of its own.
 
-    python Class/gen_entity_data_rq.py                                        all four, with what stage 1 left
+    python Class/gen_entity_data_rq.py                                        all four, with the newest codes
     python Class/gen_entity_data_rq.py --tasks knowledge_reasoning question_answering --no_codes
 
 entity_representation  name -> codes, codes -> name, codes -> description, both -> description
 knowledge_reasoning    predict a tail, complete a triple (head or relation), validate a triple: as many True as False
 code_understanding     which of two is nearer, levels shared at a position, a hidden code: computed from the codes
-question_answering     questions over one and two relations in words, answered by all that is known
+question_answering     questions over one and two relations in words, answered by all known answers
 
-Entities are held out in the first and third (a tenth each for validation and test; a mix shows their names and codes
-in the prompts of other tasks), facts in the others: a row of
-training rests on training triples alone, one of validation or test on triples of its split alone. A question of
-validation or test is asked only where every known answer, and every fact on the way, is of its split. Codes of a name
-that was never seen can hardly be told: the statistics say what guessing reaches.
+The first and the third hold out entities, a tenth each for validation and test (a mix shows their names and codes in
+prompts of other tasks). The others hold out facts: a training row rests on training triples only, one of validation or
+test on triples of its split only, and a question of validation or test is made only where every known answer, and
+every fact on the way, is of its split. Codes of an unseen name can hardly be predicted: the statistics say what
+guessing reaches.
 
-A row whose prompt happens to hold its answer (a namesake, a loop) is left out and counted.
+A row whose prompt holds its answer by chance (equal names, a loop) is left out and counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from Class.gen_lp_data_rq import Parts, disjoint_parts
 from Class.rows import Row, make_row, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
-from data.knowledge_graph import Answers, KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, TrueTails, true_tails
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each
@@ -63,7 +63,7 @@ def holds_answer(prompt: str, answers: Sequence[str]) -> bool:
 
 
 def rows_of(task: str, split: str, kinds: Sequence[Kind], seed: int, count: Counter[str]) -> Iterator[Row]:
-    """The rows of all kinds, the kinds taking turns (train: shuffled); ``count`` tells what was left out.
+    """The rows of all kinds in turn (train: shuffled); ``count`` gets what was left out.
 
     ``make`` returns the fields of a row; ``answers``, where given, are the texts that the prompt must not hold.
     """
@@ -101,7 +101,7 @@ def entity_parts(num_entities: int, seed: int) -> dict[str, Ints]:
 
 
 def entity_kinds(source: Source, part: Ints) -> list[Kind]:
-    """Name, codes and description of the entities of ``part``; what shares its code with another is not asked for."""
+    """Name, codes and description of the entities of ``part``; no codes -> name for codes that entities share."""
     kg, names = source.kg, source.shown
     descriptions = [escape_name(text.strip()) for text in kg.descriptions]
     assert source.codes is not None
@@ -126,10 +126,9 @@ def entity_kinds(source: Source, part: Ints) -> list[Kind]:
 
 
 def guessing_control(codes: Ints, parts: dict[str, Ints], num_code: int) -> dict[str, Any]:
-    """Share of the codes [M, L, Q] of held-out entities that a name-blind guess gets right.
+    """Share of the codes [M, L, Q] of held-out entities that a guess gets right which does not use the name.
 
-    The guess is the commonest code of each position and level among the training entities: what a model can reach
-    for a name that it never saw, unless the name itself tells.
+    The guess is the commonest code of each position and level among the training entities.
     """
     train = codes[parts["train"]].reshape(len(parts["train"]), -1)
     guess = np.array([np.bincount(column).argmax() for column in train.T])
@@ -200,7 +199,7 @@ def judged_triples(kg: KnowledgeGraph, parts: Parts, seed: int) -> dict[str, tup
 
 
 def code_kinds(source: Source, part: Ints) -> list[Kind]:
-    """Questions about the codes of the entities of ``part``, the others in them being of ``part`` too."""
+    """Questions about the codes of the entities of ``part``; other entities in them are of ``part`` too."""
     assert source.codes is not None
     codes, kg = source.codes, source.kg
     L, Q = codes.shape[1:]
@@ -234,7 +233,7 @@ def code_kinds(source: Source, part: Ints) -> list[Kind]:
         counts = np.unique(shared[shared >= 0])
         if not len(counts):
             return None
-        wanted = rng.choice(counts)  # counts are drawn evenly, not as often as they occur: most pairs share nothing
+        wanted = rng.choice(counts)  # uniform over counts: most pairs share nothing
         other = part[rng.choice(np.flatnonzero(shared == wanted))]
         prompt = prompts.shared_prefix(source.entity_texts[e], source.entity_texts[other], position)
         answer = f"{wanted} of {Q}"
@@ -265,17 +264,17 @@ class Hop(NamedTuple):
     facts: list[tuple[int, int, int]]
 
 
-def take_hop(answers: Answers, h: int, row: int, r: int) -> Hop:
+def take_hop(answers: TrueTails, h: int, row: int, r: int) -> Hop:
     """The answers of ``answers``' row ``row``, which is the query (h, r); none for row -1."""
     R = answers.num_relations
     tails = answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist() if row >= 0 else []
     return Hop(tails, [(h, r, t) if r < R else (t, r - R, h) for t in tails])
 
 
-def question_kinds(source: Source, own: Answers, known: Answers, max_answers: int) -> list[Kind]:
+def question_kinds(source: Source, own: TrueTails, known: TrueTails, max_answers: int) -> list[Kind]:
     """Questions over one and two relations whose answers and facts are all ``own``.
 
-    ``known``: where more answers may stand; what has any is not asked. Items are rows of ``own``.
+    ``known``: all answers; a query with more of them than ``own`` has is left out. Items are rows of ``own``.
     """
     kg, R = source.kg, source.kg.num_relations
     heads = own.keys // (2 * R)
@@ -305,7 +304,7 @@ def question_kinds(source: Source, own: Answers, known: Answers, max_answers: in
         h, r = int(heads[row]), int(relation[row])
         hop = take_hop(own, h, row, r)
         middle = hop.answers[int(rng.integers(len(hop.answers)))]
-        # back along the relation that led here is no question: it names h
+        # back along the same relation the answer would be h
         choices = [p for p in relation[first_of[middle] : first_of[middle + 1]].tolist() if p != (r + R) % (2 * R)]
         if not choices:
             return None
@@ -325,25 +324,17 @@ def question_kinds(source: Source, own: Answers, known: Answers, max_answers: in
     return [Kind("one_hop_question", asked, one_hop), Kind("two_hop_question", asked, two_hop)]
 
 
-def _sizes(answers: Answers, h: Any, r: Any) -> Ints:
+def _sizes(answers: TrueTails, h: Any, r: Any) -> Ints:
     """How many known tails each query (h, r) has."""
     rows = answers.rows(h, r)
     return np.where(rows >= 0, answers.indptr[rows + 1] - answers.indptr[rows], 0)  # not all sizes: called per row
-
-
-def answers_of(kg: KnowledgeGraph, triples: Ints) -> Answers:
-    """``kg.answers`` of these triples alone."""
-    return KnowledgeGraph(
-        name=kg.name, entities=kg.entities, relations=kg.relations, train=triples, valid=triples[:0], test=triples[:0],
-        labels=kg.labels, has_label=kg.has_label, descriptions=kg.descriptions, relation_labels=kg.relation_labels,
-    ).answers("train")  # fmt: skip
 
 
 # ---------------------------------------------------------------- command
 
 
 def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callable[[], dict[str, list[Kind]]]]:
-    """The kinds of every task and split, made when called for."""
+    """Per task, a function that makes its kinds of each split."""
     kg = source.kg
     entities, facts = entity_parts(kg.num_entities, seed), disjoint_parts(kg, seed)
     triples = {"train": facts.train, "validation": facts.validation, "test": facts.test}
@@ -353,8 +344,8 @@ def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callabl
         return {split: fact_kinds(source, triples[split], *judged[split]) for split in SPLITS}
 
     def questions() -> dict[str, list[Kind]]:
-        own = {split: answers_of(kg, triples[split]) for split in SPLITS}
-        # training looks at nothing but its own; the others must not ask where another split knows an answer
+        own = {split: true_tails(triples[split], kg.num_entities, kg.num_relations) for split in SPLITS}
+        # training uses its own triples only; in the others, a query with answers in another split is left out
         known = {"train": own["train"], "validation": kg.answers(), "test": kg.answers()}
         return {split: question_kinds(source, own[split], known[split], max_answers) for split in SPLITS}
 
@@ -375,13 +366,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser)
     group = parser.add_argument_group("tasks")
     group.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to write")
-    group.add_argument("--max_answers", type=int, default=20, help="questions with more answers are not asked")
+    group.add_argument("--max_answers", type=int, default=20, help="leave out questions with more answers")
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.max_answers < 1:
         parser.error(f"--max_answers must be 1 or more, got {args.max_answers}")
     if args.no_codes and set(args.tasks) <= set(NEED_CODES):
-        parser.error(f"--no_codes leaves nothing of {', '.join(args.tasks)}: these tasks are about codes")
+        parser.error(f"--no_codes: {', '.join(args.tasks)} need codes; leave out --no_codes")
     return args
 
 

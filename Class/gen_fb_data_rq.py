@@ -1,15 +1,15 @@
 """Triple classification: is (h, r, t) true? Rows of the paper's Table 7, answered by True or False.
 
-    python Class/gen_fb_data_rq.py                                   what stage 1 left in codes_new/
+    python Class/gen_fb_data_rq.py                                   with the newest codes of codes_new/
     python Class/gen_fb_data_rq.py --dataset data/FB15k-237N --neg_sampling uniform --no_codes
 
 Training: every training triple, and --neg_ratio sampled negatives for each. Validation and test: the triples of
-valid.txt and test.txt, and the negatives of valid_neg.txt and test_neg.txt as they stand, repeated lines included;
+valid.txt and test.txt, and the negatives of valid_neg.txt and test_neg.txt as they are, repeated lines included;
 a data set without these files gets one sampled negative per triple.
 
-Negatives of FB15k-237N are adversarial: more of them than of the positives join entities that the relation links in
-training. Negatives drawn uniformly teach the opposite, so the default draws the replaced end from the relation's
-training range.
+Negatives of FB15k-237N are adversarial: their entities occur with the relation in training more often than those of
+the positives. Uniform negatives teach the opposite, so by default the replaced end is drawn from the relation's
+training range: the entities at that end of its training triples.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHUNK = 1 << 16
 
 
 class Ranges(NamedTuple):
-    """The entities that stand at one end of each relation in training, as CSR over relations."""
+    """The entities at one end of each relation in training, as CSR over relations."""
 
     keys: Ints  # sorted distinct r * M + entity
     indptr: Ints  # [R + 1]
@@ -52,7 +52,7 @@ class Labelled(NamedTuple):
 
 
 class Split(NamedTuple):
-    """One split's rows, and of its negatives how many had to come from outside the range."""
+    """One split's rows; how many negatives had to come from outside the range; whether negatives were sampled."""
 
     rows: Labelled
     outside: int
@@ -77,7 +77,7 @@ def training_ranges(kg: KnowledgeGraph) -> tuple[Ranges, Ranges]:
 
 
 def in_range(triples: Ints, kg: KnowledgeGraph, ranges: tuple[Ranges, Ranges]) -> NDArray[np.bool_]:
-    """Whether both ends of each triple stand at their end of the relation in training: [n, 3] -> [n]."""
+    """Whether both ends of each triple are in the relation's training range: [n, 3] -> [n]."""
     heads, tails = (
         member(triples[:, 1] * kg.num_entities + triples[:, column], ranges[end].keys)
         for end, column in enumerate((0, 2))
@@ -93,11 +93,11 @@ def sample_negatives(
     ranges: tuple[Ranges, Ranges] | None,
     rng: np.random.Generator,
 ) -> tuple[Ints, int]:
-    """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, by a coin.
+    """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, with equal probability.
 
-    ``known``: sorted keys (``triple_keys``) that are never drawn, the positives' own among them. ``ranges``: draw the
-    new end from those that the relation has in training (None: from all entities). Also returns how many negatives
-    found none in the range and came from all entities. Raises InputError where a positive has no negative at all.
+    ``known``: sorted keys (``triple_keys``) that are never drawn, those of the positives among them. ``ranges``: draw
+    the new end from the relation's training range (None: from all entities). Also returns how many negatives found
+    none there and came from all entities. Raises InputError where a positive has no negative at all.
     """
     M = kg.num_entities
     negatives = np.repeat(positives, ratio, axis=0)
@@ -133,8 +133,8 @@ def sample_negatives(
 def make_splits(kg: KnowledgeGraph, ratio: int, neg_sampling: str, seed: int) -> dict[str, Split]:
     """The labelled triples of train (shuffled), validation and test (in the files' order, True and False in turn).
 
-    Training negatives avoid training triples alone: to avoid those of valid and test too would tell which they are.
-    Sampled validation and test negatives, on the other hand, must be false by all that is known, and new to the reader.
+    Training negatives avoid training triples only: avoiding those of valid and test too would leak which they are.
+    Sampled validation and test negatives are in no split, and in no sampled training negative.
     """
     ranges = training_ranges(kg) if neg_sampling == "range" else None
     rng = np.random.default_rng([seed, 0])
@@ -179,7 +179,7 @@ def rows_of(source: Source, split: str, labelled: Labelled) -> Iterator[Row]:
 
 
 def range_controls(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, float]]:
-    """Per split: positives and negatives in range (shares), accuracy of "in range = True" and of its inverse."""
+    """Per split: shares of positives and negatives in range, accuracy of "in range = True" and of its inverse."""
     ranges = training_ranges(kg)
     found = {}
     for name, split in splits.items():
@@ -194,9 +194,8 @@ def range_controls(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, di
 
 
 def negative_counts(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
-    """Per split: positives, negatives and their source, how many repeat an earlier one or stand in training too."""
+    """Per split: positives, negatives and their source, how many negatives are repeated."""
     found: dict[str, dict[str, Any]] = {}
-    trained = np.unique(triple_keys(splits["train"].rows.triples[~splits["train"].rows.labels], kg))
     for name, split in splits.items():
         triples, labels = split.rows
         keys = triple_keys(triples[~labels], kg)
@@ -207,14 +206,6 @@ def negative_counts(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, d
             "repeated_negatives": len(keys) - len(np.unique(keys)),
             "negatives_from_outside_the_range": split.outside,
         }
-        if name != "train":
-            found[name] |= {
-                # sampling does not look at valid and test, so it meets some of their triples: these two say how many
-                "negatives_also_sampled_for_training": int(member(keys, trained).sum()),
-                "positives_sampled_as_negatives_for_training": int(
-                    member(triple_keys(triples[labels], kg), trained).sum()
-                ),
-            }
     return found
 
 
@@ -228,7 +219,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the replaced end comes from the relation's training range, or from all entities",
     )  # fmt: skip
     parser.add_argument(
-        "--task_only", action="store_true", help="leave OUT_DIR's own train, validation and test_tasks files alone"
+        "--task_only", action="store_true", help="do not write train, validation and test_tasks files in OUT_DIR itself"
     )
     args = parser.parse_args(argv)
     check_flags(args, parser)
@@ -253,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             f"  {name:10} {count['positives']:,} positives, {count['negatives']:,} negatives "
             f"({count['negatives_from']}, {count['repeated_negatives']:,} repeated)"
         )
-    print('control without a model, "both ends in the relation\'s training range = True" and its inverse:')
+    print('baseline without a model, "both ends in the relation\'s training range = True" and its inverse:')
     for name, control in controls.items():
         print(
             f"  {name:10} accuracy {control['accuracy_in_range_is_true']:.3f} and "
@@ -263,10 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.task_only:
         return
     if fill_top(folder, args.out_dir):
-        print(f"filled {args.out_dir}/train, validation, test_tasks with this task")
-        print(f"next: {train_command(args.out_dir, args.format)} (or mix tasks first: python Class/build_mix.py)")
+        print(f"wrote this task to {args.out_dir}/train.json, validation.json, test_tasks.json too")
+        print(f"next: {train_command(args.out_dir)} (or mix tasks first: python Class/build_mix.py)")
     else:
-        print(f"{args.out_dir} holds a mix and was left alone; mix anew: python Class/build_mix.py")
+        print(f"{args.out_dir} holds a mix, which was not changed; mix again: python Class/build_mix.py")
 
 
 if __name__ == "__main__":

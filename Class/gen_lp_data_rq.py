@@ -6,29 +6,30 @@
     python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --predict    for --decode predict
 
-The paper's protocol tunes twice: first on the training split's queries (--from train, into a folder of its own), then
-on nine tenths of the valid split (--from valid); --from both tunes once on all of these. The last tenth is the
-validation set and the test split the test set in all cases. Facts about one pair of entities stay in one part. Queries
-for the head ask for the tail of the inverse relation. Lists may come from any other model: see Class/candidates.py.
+The paper tunes twice: first on the queries of the training split (--from train, into a folder of its own), then on
+nine tenths of the valid split (--from valid); --from both tunes once on all of these. The last tenth is the validation
+set and the test split the test set in all cases. Triples of one pair of entities stay in one part. Queries for the head
+are queries for the tail of the inverse relation. Lists may come from any other model: see Class/candidates.py.
 
 A row's output is the truth, then the candidate model's two best others. ``candidate_rank`` is the truth's filtered rank
-by the candidate model: a query whose truth is not listed keeps it. Training may drop such queries; validation and test
-never do. ``truth`` starts with the truth; other right answers follow it that are listed because only the test split
-knows them: ranking leaves them out.
+in the candidate model, also where the truth is not listed. Training may drop such queries; validation and test never
+do. ``truth`` starts with the truth; other right answers follow that are listed because only the test split has them:
+ranking ignores these.
 
---predict writes a second folder, tail_prediction/, to tune on: each query without its list, answered by the codes of
-the truth (its name without codes). inference.py --decode predict then scores the candidates of the lists by how likely
-each one's answer is to the query alone.
+--predict writes a second folder, tail_prediction/, to tune on: each query without its candidates, answered by the codes
+of the truth (its name without codes). inference.py --decode predict ranks candidates by the likelihood of their answer
+to such a query.
 
-A model that was trained on its queries puts their truth first: such lists are shuffled.
+A model that was trained on its queries ranks their truth first: such lists are shuffled.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,13 @@ from Class.prompts import ANSWERS, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
-from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
+from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
 
 TASK = "link_prediction"
 ORDERS = ("ranked", "shuffled")
 VALIDATION_PART = 0.1  # of the valid split, as in the paper
 CHUNK = 1024
+COUNTED = ("truth_listed", "dropped", "truth_first", "truth_shares_its_codes_with_a_candidate")
 
 
 # ---------------------------------------------------------------- splits
@@ -62,15 +64,15 @@ class Parts(NamedTuple):
 
 
 def disjoint_parts(kg: KnowledgeGraph, seed: int) -> Parts:
-    """Cut valid 9:1 by pairs of entities; what test holds leaves the others, and what valid holds leaves train."""
+    """Split valid 9:1 by pairs of entities; test triples are removed from valid and train, valid ones from train."""
     held_out = triple_keys(kg.test, kg)
     valid = kg.valid[~np.isin(triple_keys(kg.valid, kg), held_out)]
     train = kg.train[~np.isin(triple_keys(kg.train, kg), np.concatenate([triple_keys(valid, kg), held_out]))]
     ends = np.sort(valid[:, [0, 2]], axis=1)
     _, pair, size = np.unique(ends[:, 0] * kg.num_entities + ends[:, 1], return_inverse=True, return_counts=True)
     order = np.random.default_rng([seed, 9]).permutation(len(size))
-    chosen = order[np.cumsum(size[order]) <= max(1, round(VALIDATION_PART * len(valid)))]
-    kept = np.isin(pair, chosen)
+    count = int((np.cumsum(size[order]) <= round(VALIDATION_PART * len(valid))).sum())
+    kept = np.isin(pair, order[: max(1, count)])
     return Parts(train, valid[~kept], valid[kept], kg.test)
 
 
@@ -83,19 +85,25 @@ def both_directions(triples: Ints, num_relations: int) -> Ints:
 
 
 class Lists(NamedTuple):
-    """The lists of a block of queries, as a prompt may show them."""
+    """The lists of a block of queries for prompts."""
 
     ids: Ints  # [n, count], best first, ending in -1
-    others: Bools  # [n, count] right answers that only test knows
+    others: Bools  # [n, count] right answers that only the test split has
     rank: Floats  # [n] the truth's filtered rank by the candidate model, NaN where unknown
 
 
 def make_lists(
-    candidates: Candidates, rows: Ints, queries: Ints, kg: KnowledgeGraph, tuning: Answers, known: Answers, count: int
+    candidates: Candidates,
+    rows: Ints,
+    queries: Ints,
+    kg: KnowledgeGraph,
+    tuning: TrueTails,
+    known: TrueTails,
+    count: int,
 ) -> Lists:
     """The ``count`` best of the lists ``rows`` [n] for queries [n, 3], other ``tuning`` answers left out.
 
-    A rank that the file does not give is read off its list where the truth is in it, filtered by all ``known``.
+    A rank that the file does not give comes from the list where the truth is in it, filtered by all ``known``.
     """
     ids = candidates.ids[rows]
     filtered = other_answers(ids, queries, known, kg)
@@ -108,7 +116,7 @@ def make_lists(
 
 
 def _rank_in_list(candidates: Candidates, rows: Ints, truth: Ints, filtered: Bools) -> Floats:
-    """Rank [n] of the truth in its list, the filtered left out, equal scores at their mean; NaN where not listed."""
+    """Filtered rank [n] of the truth in its list, equal scores at their mean; NaN where it is not listed."""
     ids = candidates.ids[rows]
     at = (ids == truth[:, None]) & (ids >= 0)
     place = at.argmax(axis=1)[:, None]
@@ -127,43 +135,25 @@ def _rank_in_list(candidates: Candidates, rows: Ints, truth: Ints, filtered: Boo
 
 @dataclass
 class Count:
-    """What was seen of one split's queries while its rows were written."""
+    """Counts over one split's queries while its rows are written."""
 
-    queries: int = 0
-    listed: int = 0  # the truth is among the candidates
-    dropped: int = 0  # left out, the truth not being listed
-    first: int = 0  # the truth is the candidate model's first
-    ambiguous: int = 0  # another candidate has the truth's very codes
-    rank_unknown: int = 0
-    reciprocal: float = 0.0
-    hits: tuple[int, int, int] = (0, 0, 0)
-
-    def add(self, rank: float) -> None:
-        if np.isnan(rank):
-            self.rank_unknown += 1
-            return
-        self.reciprocal += 1 / rank
-        self.hits = tuple(hit + (rank <= k) for hit, k in zip(self.hits, (1, 3, 10), strict=True))  # type: ignore[assignment]
+    seen: Counter[str] = field(default_factory=Counter)
+    ranks: list[float] = field(default_factory=list)  # of the truth in the candidate model, NaN where unknown
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and the candidate model's metrics; a rank that is unknown counts as never found."""
-        n = max(1, self.queries)
+        """Counts, and the candidate model's metrics; an unknown rank counts as infinite."""
+        ranks = np.nan_to_num(np.array(self.ranks), nan=np.inf)
+        found = {"mrr": 1 / ranks} | {f"hits@{k}": ranks <= k for k in (1, 3, 10)}
         return {
-            "queries": self.queries,
-            "truth_listed": self.listed,
-            "dropped": self.dropped,
-            "truth_first": self.first,
-            "truth_shares_its_codes_with_a_candidate": self.ambiguous,
-            "candidate_rank_unknown": self.rank_unknown,
-            "candidate_model": {
-                "mrr": round(self.reciprocal / n, 4),
-                **{f"hits@{k}": round(hit / n, 4) for hit, k in zip(self.hits, (1, 3, 10), strict=True)},
-            },
+            "queries": len(ranks),
+            **{key: self.seen[key] for key in COUNTED},
+            "candidate_rank_unknown": int(np.isinf(ranks).sum()),
+            "candidate_model": {name: round(float(values.mean()), 4) for name, values in found.items()},
         }
 
 
 class Plan(NamedTuple):
-    """One split: its queries with the rows of their lists, and how to show them."""
+    """One split: its queries, the rows of their lists, and how prompts list them."""
 
     split: str
     queries: Ints  # [n, 3]
@@ -173,10 +163,10 @@ class Plan(NamedTuple):
 
 
 def rows_of(
-    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, Answers], num_candidates: int, seed: int,
+    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, TrueTails], num_candidates: int, seed: int,
     count: Count,
 ) -> Iterator[Row]:  # fmt: skip
-    """The split's rows, one by one; ``count`` is kept on the way."""
+    """The split's rows, one by one; adds to ``count``."""
     kg, R = source.kg, source.kg.num_relations
     rng = np.random.default_rng([seed, 1 + ["train", "validation", "test"].index(plan.split)])
     for start in range(0, len(plan.queries), CHUNK):
@@ -185,19 +175,18 @@ def rows_of(
         for (h, r, t), ids, others, rank in zip(queries.tolist(), *lists, strict=True):
             ranked = ids[ids >= 0].tolist()
             also_right = [ranked[i] for i in np.flatnonzero(others)] if plan.split == "test" else []
-            count.queries += 1
-            count.listed += t in ranked
-            count.first += ranked[:1] == [t]
-            count.ambiguous += any(source.code_texts[e] == source.code_texts[t] for e in ranked if e != t)
-            count.add(rank)
+            count.ranks.append(rank)
+            count.seen["truth_listed"] += t in ranked
+            count.seen["truth_first"] += ranked[:1] == [t]
+            count.seen[COUNTED[-1]] += any(source.code_texts[e] == source.code_texts[t] for e in ranked if e != t)
             if plan.drop_unlisted and t not in ranked:
-                count.dropped += 1
+                count.seen["dropped"] += 1
                 continue
             triple = source.raw_triple(*((h, r, t) if r < R else (t, r - R, h)))
             if not ranked:
                 raise InputError(
-                    f"--candidates: no candidate is left for the query {triple} of "
-                    f"{plan.split} once other right answers are out of its list; give longer lists"
+                    f"--candidates: the list of the {plan.split} query {triple} holds other right answers only; "
+                    "give longer lists"
                 )
             shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
             best = [t, *(entity for entity in ranked if entity != t)][:ANSWERS]
@@ -205,7 +194,7 @@ def rows_of(
             yield make_row(
                 link_prediction(fields),
                 numbered([source.code_texts[entity] for entity in best]),
-                id=f"{TASK}-{plan.split}-{count.queries - 1}",
+                id=f"{TASK}-{plan.split}-{len(count.ranks) - 1}",
                 task_type=TASK,
                 split=plan.split,
                 triple=triple,
@@ -216,10 +205,7 @@ def rows_of(
 
 
 def predicted(rows: Iterable[Row], source: Source) -> Iterator[Row]:
-    """Rows of ``rows_of`` as the query alone, answered by the truth's codes (its name where there are none).
-
-    Lists are not shown, so queries whose truth is not listed are as good as others.
-    """
+    """Rows of ``rows_of`` without their candidates, answered by the truth's codes (its name without codes)."""
     entity = {name: i for i, name in enumerate(source.kg.entities)}
     for row in rows:
         answer = source.code_texts[entity[row["truth"][0]]]
@@ -244,12 +230,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--from", dest="tune_from", choices=["train", "valid", "both"], default="valid",
                        help="training rows: queries of the training split, of nine tenths of valid, or "
                        "both")  # fmt: skip
-    group.add_argument("--candidate_order", choices=ORDERS, help="how prompts list them (default: as ranked, but lists "
-                       "of a model that was trained on their queries are shuffled)")  # fmt: skip
+    group.add_argument("--candidate_order", choices=ORDERS, help="order in prompts (default: ranked; shuffled for "
+                       "lists of a model that was trained on their queries)")  # fmt: skip
     group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
                        help="leave out training queries whose truth is not listed")  # fmt: skip
-    group.add_argument("--predict", action="store_true", help="also write tail_prediction/: the queries without lists, "
-                       "answered by the truth's codes (its name without codes)")  # fmt: skip
+    group.add_argument("--predict", action="store_true", help="also write tail_prediction/: the queries without "
+                       "candidates, answered by the truth's codes (its name without codes)")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.num_candidates < 2:
@@ -323,18 +309,19 @@ def main(argv: list[str] | None = None) -> None:
             for plan in plans
         }
         write_task(args.out_dir / PREDICTED, PREDICTED, args, source, alone)
-        print(f"next, to tune on queries without lists: {train_command(args.out_dir / PREDICTED, args.format)}")
+        print(f"next, to tune on queries without candidates: {train_command(args.out_dir / PREDICTED)}")
     for split, count in counts.items():
         summary = count.summary()
         model = "  ".join(f"{key} {value:.4f}" for key, value in summary["candidate_model"].items())
         print(
-            f"  {split:10} truth listed for {count.listed:,} of {count.queries:,} queries, {orders[split]}; "
-            f"{count.dropped:,} dropped; candidate model: {model}"
+            f"  {split:10} truth listed for {summary['truth_listed']:,} of {summary['queries']:,} queries, "
+            f"{orders[split]}; {summary['dropped']:,} dropped; candidate model: {model}"
         )
-        if count.rank_unknown:
+        if summary["candidate_rank_unknown"]:
+            unknown = summary["candidate_rank_unknown"]
             print(
-                f"  {split:10} {count.rank_unknown:,} truths are neither listed nor given a rank: they count as never "
-                "found, which understates the candidate model; give ranks or longer lists"
+                f"  {split:10} {unknown:,} truths are not listed and have no rank: they count as rank infinity, "
+                "which understates the candidate model; give ranks or longer lists"
             )
     print(f"next: python Class/build_mix.py --out_dir {args.out_dir}, then python Class/check_leaks.py {args.out_dir}")
 

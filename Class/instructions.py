@@ -3,7 +3,6 @@
 # ruff: noqa: F401
 from Class.rows import (
     FILE_STEMS,
-    FORMATS,
     LOCK,
     OUT_FOLDER,
     PREDICTED,

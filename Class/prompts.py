@@ -1,4 +1,4 @@
-"""Every prompt of the instruction data, in one place: training, inference and scoring read the rows made from here.
+"""Every prompt of the instruction data: training, inference and scoring use the rows made here.
 
 Arguments named ``..._text`` are of ``Source.entity_texts``: ``<ENT>name</ENT> <CODE>...</CODE>``, or the bare name
 without codes; ``code_text`` is of ``Source.code_texts``. Names come escaped (``Source.shown``). All text goes to
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TRUE, FALSE = "True", "False"
-ANSWERS = 3  # that a link prediction prompt asks for, as in the paper
+ANSWERS = 3  # in the output of link prediction, as in the paper
 
 
 def relation_text(label: str, direction: str = "tail") -> str:
-    """The relation as a prompt names it; queries for the head ask for the tail of the inverse relation."""
+    """The relation as prompts show it; queries for the head are queries for the tail of the inverse relation."""
     return label if direction == "tail" else f"inverse of {label}"
 
 
 def classification(head: str, relation: str, tail: str, head_text: str, tail_text: str, with_codes: bool) -> str:
-    """The paper's Table 7: judge a triple from itself and from the codes of its two entities."""
+    """The paper's Table 7: is a triple true, by itself and by the codes of its two entities?"""
     triple = f"Triple: ({head} | {relation} | {tail})\n"
     if not with_codes:
         return (
@@ -138,7 +138,7 @@ def validate_triple(head: str, relation: str, tail: str, head_text: str, tail_te
 
 
 def nearer_entity(anchor_text: str, option_texts: Sequence[str]) -> str:
-    """Which of the options shares more codes with the anchor."""
+    """Which of the options shares more codes with the anchor?"""
     return (
         "Code understanding: two entities are nearer, the more codes (same position, same level) they share.\n"
         f"Entity: {anchor_text}\nCandidates:\n" + "\n".join(option_texts) + "\nName the candidate that is nearer to it."
@@ -183,5 +183,5 @@ def question(entity_text: str, relations: Sequence[str], wording: int) -> str:
 
 
 def asked(words: str) -> str:
-    """Any question in words."""
+    """A question in words."""
     return f"Question: {words}\nName all answers, one per line."

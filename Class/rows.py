@@ -9,11 +9,13 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,6 @@ Row = dict[str, Any]
 
 OUT_FOLDER = ROOT / "lora_training" / "lora_data"
 FILE_STEMS = {"train": "train", "validation": "validation", "test": "test_tasks"}  # of the files
-FORMATS = ("json", "jsonl")
 STATS, LOCK = "dataset_stats.json", "dataset_stats.lock"
 PREDICTED = "tail_prediction"  # queries of link prediction without their candidates
 
@@ -57,38 +58,23 @@ def make_row(
     candidate_names: Sequence[str] | None = None,
     candidate_codes: Sequence[str] | None = None,
 ) -> Row:
-    """One row: the Alpaca fields and what scoring needs. Every row has every key, None where it does not apply.
+    """One row: the Alpaca fields, what scoring needs, and what the prompt was built from. Unused keys are None.
 
-    ``split``: train, validation or test. ``triple``: raw names head, relation, tail, always in the data set's own
-    direction; a row that rests on several triples has them one after another (6 names, 9, ...). ``direction``: the end
-    that is asked for, ``head`` or ``tail``. ``candidates``: raw entity names as listed. ``truth``: the right answers as
-    data, a list: raw entity names, or ["True"] / ["False"] where the row judges its triple. ``candidate_rank``: the
-    truth's filtered rank in the model that chose the candidates.
+    For scoring, by raw names. ``split``: train, validation or test. ``triple``: head, relation, tail in the data set's
+    own direction; a row that rests on several triples has them one after another (6 names, 9, ...). ``direction``: the
+    end to be predicted, ``head`` or ``tail``. ``candidates``: in the order of the prompt. ``truth``: the right answers,
+    or ["True"] / ["False"]. ``candidate_rank``: the filtered rank of the truth in the model that chose the candidates.
 
-    What the prompt was built from: ``head``, ``relation`` and ``tail`` as the prompt shows them (a query for the head
-    gives the tail as ``head`` and names the inverse relation); ``head_codes``: the code text of ``head``;
-    ``candidate_names`` and ``candidate_codes``: names and code texts of ``candidates``, in their order. Code texts are
-    None in data without codes.
+    For the prompt, as it shows them. ``head``, ``relation``, ``tail``: a query for the head has the tail as ``head``,
+    and the inverse relation. ``head_codes``: code text of ``head``. ``candidate_names``, ``candidate_codes``: names and
+    code texts of ``candidates``. Code texts are None in data without codes.
     """
-    return {
-        "instruction": instruction,
-        "input": "",
-        "output": output,
-        "id": id,
-        "task_type": task_type,
-        "split": split,
-        "triple": None if triple is None else list(triple),
-        "direction": direction,
-        "candidates": None if candidates is None else list(candidates),
-        "truth": None if truth is None else list(truth),
-        "candidate_rank": candidate_rank,
-        "head": head,
-        "relation": relation,
-        "tail": tail,
-        "head_codes": head_codes,
-        "candidate_names": None if candidate_names is None else list(candidate_names),
-        "candidate_codes": None if candidate_codes is None else list(candidate_codes),
-    }
+    row: Row = {"instruction": instruction, "input": "", "output": output, "id": id, "task_type": task_type,
+                "split": split, "direction": direction, "candidate_rank": candidate_rank, "head": head,
+                "relation": relation, "tail": tail, "head_codes": head_codes}  # fmt: skip
+    lists = {"triple": triple, "candidates": candidates, "truth": truth, "candidate_names": candidate_names,
+             "candidate_codes": candidate_codes}  # fmt: skip
+    return row | {key: None if names is None else list(names) for key, names in lists.items()}
 
 
 def need_fields(row: Row, *fields: str) -> Row:
@@ -110,37 +96,36 @@ def row_triples(row: Row) -> list[tuple[str, str, str]]:
 
 
 def states_facts(row: Row) -> bool:
-    """False for a row whose triple is a negative: it tells nothing about what holds."""
+    """False for a row whose triple is a negative: it is no fact."""
     return row.get("truth") != ["False"]
 
 
 # ---------------------------------------------------------------- files
 
 
-def split_path(folder: str | Path, split: str, file_format: str = "json") -> Path:
-    """The file of a split: train, validation or test_tasks."""
-    return Path(folder) / f"{FILE_STEMS[split]}.{file_format}"
+def split_path(folder: str | Path, split: str) -> Path:
+    """The file of a split: train.json, validation.json or test_tasks.json."""
+    return Path(folder) / f"{FILE_STEMS[split]}.json"
 
 
 def existing_split(folder: str | Path, split: str) -> Path | None:
-    """The split's file in either format; None where there is none."""
-    paths = [split_path(folder, split, file_format) for file_format in FORMATS]
-    return next((path for path in paths if path.is_file()), None)
+    """The split's file, or the same as JSON Lines (.jsonl); None where there is none."""
+    path = split_path(folder, split)
+    return next((file for file in (path, path.with_suffix(".jsonl")) if file.is_file()), None)
 
 
 def write_rows(
     path: Path, rows: Iterable[Row], limit: int = 0, ready: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Stream rows into a JSON array or JSON lines (by the ending), one row per line; 0 as ``limit`` means all.
+    """Stream rows into a JSON array, or JSON Lines (.jsonl), one row per line; ``limit`` 0 means all.
 
-    ``ready`` is called when all rows are on the disk, just before the file that was there goes.
-
-    The file appears when complete, and one of the other format goes. Returns counts: rows, bytes, rows per task type,
-    outputs of rows that judge, longest and mean prompt and output in characters.
+    The file appears when it is complete; ``ready`` is called just before. Returns counts: rows, bytes, rows per task
+    type, labels of rows that judge a triple, longest and mean prompt and output in characters.
     """
     array = path.suffix == ".json"
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-    count, prompt_sum, prompt_max, output_sum, output_max = 0, 0, 0, 0, 0
+    count = 0
+    prompts, outputs = Lengths(), Lengths()
     task_types: Counter[str] = Counter()
     judged: Counter[str] = Counter()
     with atomic_path(path) as temporary:
@@ -148,9 +133,8 @@ def write_rows(
             for row in itertools.islice(rows, limit or None):
                 file.write(("[\n" if count == 0 else ",\n") + encode(row) if array else encode(row) + "\n")
                 count += 1
-                prompt, output = len(row["instruction"]) + len(row.get("input") or ""), len(row["output"])
-                prompt_sum, prompt_max = prompt_sum + prompt, max(prompt_max, prompt)
-                output_sum, output_max = output_sum + output, max(output_max, output)
+                prompts.add(len(row["instruction"]) + len(row.get("input") or ""))
+                outputs.add(len(row["output"]))
                 task_types[row["task_type"]] += 1
                 if row.get("truth") in (["True"], ["False"]):
                     judged[row["output"]] += 1
@@ -158,35 +142,61 @@ def write_rows(
                 file.write("\n]\n" if count else "[]\n")
         size = temporary.stat().st_size
         ready()
-    split_path(path.parent, next(s for s, stem in FILE_STEMS.items() if stem == path.stem),
-               "jsonl" if array else "json").unlink(missing_ok=True)  # fmt: skip
     stats: dict[str, Any] = {"file": path.name, "rows": count, "bytes": size, "task_types": dict(task_types)}
     if judged:
         stats["judged"] = dict(judged)
     if count:
-        stats["prompt_characters"] = {"mean": round(prompt_sum / count, 1), "max": prompt_max}
-        stats["output_characters"] = {"mean": round(output_sum / count, 1), "max": output_max}
+        stats |= {"prompt_characters": prompts.summary(count), "output_characters": outputs.summary(count)}
     return stats
 
 
-def parse_line(line: str, path: Path, number: int) -> Row | None:
-    """The row in one line of a file of ``write_rows``; None for its brackets. InputError for anything else."""
+@dataclass
+class Lengths:
+    """Sum and maximum of text lengths."""
+
+    sum: int = 0
+    max: int = 0
+
+    def add(self, length: int) -> None:
+        self.sum += length
+        self.max = max(self.max, length)
+
+    def summary(self, count: int) -> dict[str, float]:
+        return {"mean": round(self.sum / count, 1), "max": self.max}
+
+
+def parse_line(line: str, path: Path, number: int, plain: bool = False) -> Row | None:
+    """The row in one line of a file of ``write_rows``; None for its brackets. InputError for anything else.
+
+    ``plain`` as in ``read_rows``.
+    """
     text = line.strip().rstrip(",")
     if text in ("", "[", "]", "[]"):
         return None
     try:
-        row = parse_json(text)
+        value = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path}:{number}: not one JSON row per line ({error})") from error
+    return check_row(value, f"{path}:{number}", f"{path.stem}-{number}" if plain else None)
+
+
+def check_row(row: Any, where: str, plain_id: str | None = None) -> Row:
+    """A value read from JSON as a row; ``where``: file and place for the InputError.
+
+    ``plain_id``: accept rows of only instruction, input and output, and give them this id.
+    """
+    if plain_id is not None and isinstance(row, dict) and {"instruction", "output"} <= row.keys():
+        row = {"id": plain_id, "task_type": "instruction"} | row
     if not isinstance(row, dict) or not {"instruction", "output", "id", "task_type"} <= row.keys():
-        raise InputError(f"{path}:{number}: a row needs instruction, output, id and task_type")
+        needed = "instruction and output" if plain_id is not None else "instruction, output, id and task_type"
+        raise InputError(f"{where}: a row needs {needed}")
     wrong = next((key for key, value in row.items() if key in _FIELDS and not _FIELDS[key](value)), None)
     if wrong is None:
         size = len(row.get("candidates") or ())
         parts = ("candidate_names", "candidate_codes")
         wrong = next((key for key in parts if row.get(key) is not None and len(row[key]) != size), None)
     if wrong is not None:
-        raise InputError(f"{path}:{number}: {wrong} is {json.dumps(row[wrong])[:60]}, which no row has; write it anew")
+        raise InputError(f"{where}: {wrong} is {json.dumps(row[wrong])[:60]}, which no row has; write it again")
     return row
 
 
@@ -194,30 +204,37 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
 def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {  # what a field may hold
-    "instruction": _is_text, "output": _is_text, "id": lambda value: type(value) in (str, int), "task_type": _is_text,
-    "input": lambda value: value is None or isinstance(value, str), "split": lambda value: value in list(FILE_STEMS),
-    "direction": lambda value: value in (None, "head", "tail"), "candidates": _is_names, "truth": _is_names,
+    **dict.fromkeys(("instruction", "output", "task_type"), _is_text),
+    **dict.fromkeys(("input", "head", "relation", "tail", "head_codes"), _is_text_or_none),
+    **dict.fromkeys(("candidates", "truth", "candidate_names", "candidate_codes"), _is_names),
+    "id": lambda value: type(value) in (str, int),
+    "split": lambda value: value in list(FILE_STEMS),
+    "direction": lambda value: value in (None, "head", "tail"),
     "triple": lambda value: _is_names(value) and len(value or ()) % 3 == 0,
     "candidate_rank": lambda value: value is None or (type(value) in (int, float) and value >= 1),
-    "candidate_names": _is_names, "candidate_codes": _is_names,
-    **dict.fromkeys(("head", "relation", "tail", "head_codes"), lambda value: value is None or isinstance(value, str)),
-}  # fmt: skip
+}
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """(offset in bytes, row) of a file of ``write_rows``, streamed. InputError names the line that is no row, and an
-    array that does not end: the file was cut off."""
+def read_lines(path: str | Path, plain: bool = False) -> Iterator[tuple[int, Row]]:
+    """(offset in bytes, row) of a file of ``write_rows``, streamed; ``plain`` as in ``read_rows``.
+
+    Raises InputError for a line that is no row, and for an array that does not end: the file was cut off.
+    """
     path = Path(path)
     at, array, last = 0, False, b""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                row = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"), path, number)
+                row = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"), path, number, plain)
                 if row is not None:
                     yield at, row
                 at += len(line)
@@ -226,14 +243,39 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Row]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"instruction data {path} cannot be read: {error}") from error
     if not at:
-        raise InputError(f"{path} is empty; write it anew")
+        raise InputError(f"{path} is empty; write it again")
     if array and last != b"]":
-        raise InputError(f"{path}: its array does not end, so the file was cut off; write it anew")
+        raise InputError(f"{path}: its array does not end, so the file was cut off; write it again")
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of ``read_lines``."""
-    return (row for _, row in read_lines(path))
+def read_rows(path: str | Path, plain: bool = False) -> Iterator[Row]:
+    """The rows of a JSON array of any layout or of JSON Lines. Files with one row per line are streamed.
+
+    ``plain``: also accept rows of only instruction, input and output (for training; scoring needs more fields).
+    Raises InputError with the file and the line or row.
+    """
+    path = Path(path)
+    if not _is_other_layout(path):
+        yield from (row for _, row in read_lines(path, plain))
+        return
+    values = read_json(path, "instruction data")
+    if not isinstance(values, list):
+        raise InputError(f"{path} holds a JSON {type(values).__name__}, expected an array of rows or JSON Lines")
+    for number, value in enumerate(values, 1):
+        yield check_row(value, f"{path}: row {number}", f"{path.stem}-{number}" if plain else None)
+
+
+def _is_other_layout(path: Path) -> bool:
+    """Whether a file is a JSON array, or one object, that does not have one row per line."""
+    try:
+        with open(path, "rb") as file:
+            lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+            first, second = [*itertools.islice((line for line in lines if line), 2), b"", b""][:2]
+    except OSError:
+        return False  # read_lines reports it
+    if first in (b"[", b"{"):
+        return first == b"{" or not (second.rstrip(b",").endswith(b"}") or second in (b"", b"]"))
+    return first.startswith(b"[") and first != b"[]"
 
 
 def write_task(
@@ -246,21 +288,26 @@ def write_task(
 ) -> dict[str, Any]:
     """Write the splits' files and dataset_stats.json of one task; returns what the latter holds.
 
-    ``notes`` is called after the rows were written and adds to the stats: counts made on the way, and
-    ``candidate_order`` ({split: "shuffled" or "ranked"}) where rows have candidates.
+    Nothing is written where a split has no rows (InputError). ``notes`` is called after the rows were written and adds
+    to the statistics: counts, and ``candidate_order`` ({split: "shuffled" or "ranked"}) where rows have candidates.
     """
+    streams: dict[str, Iterator[Row]] = {}
+    for split, rows in splits.items():
+        stream = iter(rows)
+        first = next(stream, None)
+        if first is None:
+            raise InputError(f"task {task} has no {split} rows: {source.kg.name} is too small for it and these flags")
+        streams[split] = itertools.chain([first], stream)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out_dir: cannot write {folder}: {error.strerror}; choose another folder") from error
     written = {}
     with exclusive_lock(folder / LOCK, "--out_dir"):
-        for split, rows in splits.items():
-            path = split_path(folder, split, args.format)
-            # a folder with statistics is complete, so they go with the first file that changes
-            written[split] = write_rows(path, rows, args.limit, lambda: (folder / STATS).unlink(missing_ok=True))
-            if not written[split]["rows"]:
-                raise InputError(f"task {task} has no {split} rows from {source.kg.name}; check flags and data set")
+        for split, stream in streams.items():
+            path = split_path(folder, split)
+            # statistics mark a complete folder: they are removed before the first file is replaced
+            written[split] = write_rows(path, stream, args.limit, lambda: (folder / STATS).unlink(missing_ok=True))
             print(f"  {split:10} {written[split]['rows']:>9,} rows  {path}")
         stats = make_record(
             vars(args), source.kg.input_hashes, time.monotonic() - source.started, task=task, dataset=source.kg.name,
@@ -271,9 +318,9 @@ def write_task(
 
 
 def fill_top(task_folder: Path, out_dir: Path) -> bool:
-    """Give the LoRA stage's files and dataset_stats.json the content of one task, by hard link where the disk can.
+    """Give the files that the LoRA stage reads the content of one task, by hard link where the disk can.
 
-    A mix that build_mix.py wrote is left alone: then nothing is done and False is returned.
+    A mix that build_mix.py wrote is left as it is: then nothing is done and False is returned.
     """
     stats_path = out_dir / STATS
     with exclusive_lock(out_dir / LOCK, "--out_dir"):
@@ -282,36 +329,35 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
             return False
         stats_path.unlink(missing_ok=True)
         for split in FILE_STEMS:
-            file = existing_split(task_folder, split)
-            if file is None:
+            file, target = split_path(task_folder, split), split_path(out_dir, split)
+            if not file.is_file():
                 continue
-            for file_format in FORMATS:
-                split_path(out_dir, split, file_format).unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
             try:
-                os.link(file, out_dir / file.name)
+                os.link(file, target)
             except OSError:
-                with atomic_path(out_dir / file.name) as temporary:
+                with atomic_path(target) as temporary:
                     shutil.copyfile(file, temporary)
         write_json(read_json(task_folder / STATS, "statistics"), stats_path)
     return True
 
 
-def train_command(out_dir: Path, file_format: str) -> str:
-    """What tunes on the files of ``out_dir``; they are named where train_lora.py would not find them by itself."""
-    if out_dir.resolve() == OUT_FOLDER and file_format == "json":
+def train_command(out_dir: Path) -> str:
+    """The command that tunes on the files of ``out_dir``; files that are not train_lora.py's default are named."""
+    if out_dir.resolve() == OUT_FOLDER:
         return "cd lora_training && python train_lora.py"
-    train, validation = (split_path(out_dir, split, file_format) for split in ("train", "validation"))
+    train, validation = (shlex.quote(str(split_path(out_dir, split))) for split in ("train", "validation"))
     return f"python lora_training/train_lora.py --train_data {train} --val_data {validation}"
 
 
 def answer_command(model: str, train_data: Path) -> str:
-    """What answers the test rows beside ``train_data`` by ``model`` (inference.py's flag and its value).
+    """The command that answers the test rows beside ``train_data``; ``model``: inference.py's flag and its value.
 
-    They are named where inference.py would not find them by itself.
+    A file of rows that is not inference.py's default is named.
     """
     folder = train_data.parent
     if folder.name == PREDICTED:  # its queries are ranked over the lists beside it
-        folder, model = folder.parent / "link_prediction", f"{model} --decode predict"
+        folder, model = folder.parent / "link_prediction", f"{model} --decode likelihood"
     rows = existing_split(folder, "test")
     named = rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test")
-    return f"python inference.py {model}" + (f" --test_data {rows}" if named else "")
+    return f"python inference.py {model}" + (f" --test_data {shlex.quote(str(rows))}" if named else "")

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
 from Class.prompts import entity_with_codes, relation_text
-from Class.rows import FORMATS, OUT_FOLDER, Row
-from common.errors import InputError
+from Class.rows import OUT_FOLDER, Row
+from common.errors import InputError, content_of
 from common.files import ROOT, read_json, sha256_file
 from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
 
@@ -34,22 +34,21 @@ BUNDLED = ROOT / "data" / "family"
 
 
 def add_flags(parser: argparse.ArgumentParser, code_format: str = "spec") -> None:
-    """The flags that every instruction-data script has."""
+    """The flags of every instruction-data script."""
     group = parser.add_argument_group("codes and data")
-    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: what codes_new/ holds)")
-    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: what the codes belong to)")
-    group.add_argument("--no_codes", action="store_true", help="the ablation: names alone, no codes in any prompt")
+    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: the newest in codes_new/)")
+    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: that of the codes)")
+    group.add_argument("--no_codes", action="store_true", help="ablation: names only, no codes in any prompt")
     group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
     group.add_argument("--code_format", choices=CODE_FORMATS, default=code_format, help="text form of the codes")
     group = parser.add_argument_group("output")
     group.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
     group.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file (0: all)")
-    group.add_argument("--format", choices=FORMATS, default="json", help="a JSON array, or JSON lines")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
 
 
 def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse flags of ``add_flags`` that contradict each other or are out of range."""
+    """Errors for flags of ``add_flags`` that are out of range or contradict each other."""
     if args.limit < 0 or args.seed < 0:
         parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
     if args.no_codes and (args.codes or args.shuffle_codes):
@@ -61,7 +60,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 @dataclass
 class Source:
-    """A data set, its display names and, unless left out, its codes as text: rendered once per entity."""
+    """A data set, its display names and, unless left out, its codes as text, made once per entity."""
 
     kg: KnowledgeGraph
     names: Names
@@ -96,7 +95,7 @@ class Source:
 
     @property
     def names_info(self) -> dict[str, int]:
-        """What ``unique_names`` had to do, for dataset_stats.json."""
+        """Counts of ``unique_names``, for dataset_stats.json."""
         return {"missing": self.names.missing, "shared": self.names.shared, "described": self.names.described}
 
     def query_fields(self, h: int, r: int, listed: Sequence[int] | None = None) -> Row:
@@ -121,25 +120,25 @@ class Source:
 
 
 class _Choice(NamedTuple):
-    """One way to go: a codes file (None: no codes) and a data set."""
+    """A codes file (None: no codes) and a data set that may fit."""
 
     codes: Path | None
     dataset: Path
 
 
 def open_source(args: argparse.Namespace, preferred: str | None = None) -> Source:
-    """The data set and codes that the flags name, or that stage 1 left; says which, and checks them.
+    """The data set and codes of the flags, or the newest that stage 1 wrote; prints which, and checks them.
 
-    Without ``--dataset``: the data set called ``preferred`` if codes for it are there, else the codes' own. Without
-    ``--codes``: the newest of codes_new/ that fit, the data set's own before another's, the bundled graph's last.
-    Raises InputError where nothing fits, or what is given does not.
+    Without ``--dataset``: the data set called ``preferred`` if there are codes for it, else that of the codes. Without
+    ``--codes``: the newest of codes_new/ that fit, those trained on the data set first, the bundled graph's last.
+    Raises InputError where nothing fits.
     """
     started = time.monotonic()
-    choices = list(_choices(args, preferred))
+    choices = _choices(args, preferred)
     if not choices:
         raise InputError(
             f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
-            "or make demo for the bundled graph's (or give --codes FILE.pt, or --no_codes)"
+            "or make demo for the bundled graph (or give --codes FILE.pt, or --no_codes)"
         )
     graphs: dict[Path, KnowledgeGraph] = {}
     reasons = []
@@ -153,8 +152,8 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
             else:
                 codes, num_code, info = fit_codes(choice.codes, kg, choice.dataset)
                 if args.shuffle_codes:
-                    circle = np.random.default_rng(args.seed).permutation(len(codes))
-                    codes[circle] = codes[np.roll(circle, 1)]  # along one circle: no entity keeps its own
+                    cycle = np.random.default_rng(args.seed).permutation(len(codes))
+                    codes[cycle] = codes[np.roll(cycle, 1)]  # one cycle: no entity keeps its own
                 info |= {"code_format": args.code_format, "shuffled": args.shuffle_codes}
                 info |= {"shuffle_seed": args.seed} if args.shuffle_codes else {}
                 source = Source(kg, unique_names(kg), codes, num_code, args.code_format, info)
@@ -163,7 +162,7 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
             continue
         source.started = started
         for reason in reasons:
-            print(f"passed over: {reason}")
+            print(f"skipped: {reason}")
         _announce(source, choice)
         return source
     more = f" (and {len(reasons) - 1} other codes that do not fit)" if len(reasons) > 1 else ""
@@ -184,40 +183,41 @@ def _announce(source: Source, choice: _Choice) -> None:
         print(f"codes: {choice.codes} ({L} x {Q} of {source.num_code}), {info['origin']}{shuffled}")
 
 
-def _choices(args: argparse.Namespace, preferred: str | None) -> Iterator[_Choice]:
-    """Ways to go, best first."""
+def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
+    """Codes and data sets that may fit, best first."""
     if args.no_codes and args.dataset:
-        yield _Choice(None, args.dataset)
-        return
+        return [_Choice(None, args.dataset)]
     found = dumped_codes() if args.codes is None else [args.codes]
-    folders = {codes: training_folder(codes, read_record(codes), args.dataset) for codes in found}
-
-    def others_last(is_own: Callable[[Path], bool]) -> list[Path]:
-        return sorted(found, key=lambda codes: not ((folder := folders[codes]) and is_own(folder)))
-
-    if args.dataset:
-        given: Path = args.dataset
-        yield from (_Choice(codes, given) for codes in others_last(lambda folder: folder.resolve() == given.resolve()))
-        return
-    options: list[_Choice] = []
-    if preferred:
+    records = {codes: read_record(codes) for codes in found}
+    folders = {codes: training_folder(codes, record, args.dataset) for codes, record in records.items()}
+    home: Path | None = args.dataset
+    if home is None and preferred:
         places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
         home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
-        if home is not None and args.no_codes:
-            options = [_Choice(None, home)]
-        elif home is not None:
-            options = [_Choice(codes, home) for codes in others_last(lambda folder: folder.name == preferred)]
+    choices = []
+    if home is not None and args.no_codes:
+        choices = [_Choice(None, home)]
+    elif home is not None:  # codes that were trained on it first
+        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != _train_sha256(home))
+        choices = [_Choice(codes, home) for codes in order]
+    if args.dataset:
+        return choices
     own = [_Choice(None if args.no_codes else codes, folder) for codes, folder in folders.items() if folder]
-    options += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
+    choices += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
     if args.no_codes:
-        options.append(_Choice(None, BUNDLED))
-    elif args.codes and not options:
-        raise InputError(f"the data set that {args.codes} was trained on is not at hand; give --dataset DIR")
-    yield from options
+        choices.append(_Choice(None, BUNDLED))
+    elif args.codes and not choices:
+        raise InputError(f"the data set that {args.codes} was trained on was not found; give --dataset DIR")
+    return choices
+
+
+def _train_sha256(folder: Path) -> str | None:
+    """The hash of a folder's training file; None where there is none."""
+    return next((sha256_file(folder / file) for file in TRAIN_FILES if (folder / file).is_file()), None)
 
 
 def dumped_codes() -> list[Path]:
-    """Codes files with a record in codes_new/, newest first, else the demo's; others are passed over."""
+    """Codes files with a record in codes_new/, newest first, else those of the demo; others are skipped."""
     return _codes_in(CODES_FOLDER) or _codes_in(DEMO_FOLDER)
 
 
@@ -230,40 +230,32 @@ def _codes_in(folder: Path) -> list[Path]:
                 read_record(codes)
                 found.append(codes)
             except InputError as error:
-                print(f"passed over: {error}")
+                print(f"skipped: {error}")
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def read_record(codes: Path) -> dict[str, Any]:
-    """The run record beside a codes file; InputError where it is missing or lacks what the checks need."""
+    """The run record beside a codes file; InputError where it is missing or incomplete."""
     path = codes.with_suffix(".json")
     if not codes.is_file():
         raise InputError(f"codes file {codes} does not exist; stage 1 writes it: python run_rq.py --dataset DIR")
     if not path.is_file():
-        raise InputError(f"codes file {codes} has no record {path.name} beside it: what it learned from is unknown")
+        raise InputError(f"codes file {codes} has no record {path.name} beside it, so its training data is unknown")
     record = read_json(path, "record")
-    record = record if isinstance(record, dict) else {}
-    missing = [key for key in ("args", "inputs", "outputs", "dataset") if key not in record]
-    if not missing:
-        args, inputs, outputs = (record[key] if isinstance(record[key], dict) else {} for key in _RECORD_PARTS)
-        counts = {key: args.get(key) for key in ("seq_len", "num_code", "num_quantizers")}
-        missing = [
-            f"args.{key}" for key, value in counts.items()
-            if not ((type(value) is int and value > 0) or (key == "num_quantizers" and value is None))
-        ]  # fmt: skip
-        if not isinstance(train_hash(inputs), str):
-            missing.append(f"inputs.{TRAIN_FILES[0]}")
-        if not isinstance(outputs.get(codes.name), str):
-            missing.append(f"outputs.{codes.name}")
-        names = (record["dataset"], args.get("dataset") or "")
-        if not all(isinstance(name, str) and "\0" not in name for name in names):
-            missing.append("dataset")
-    if missing:
-        raise InputError(f"record {path} lacks {', '.join(missing)}; run run_rq.py again")
+    with content_of(path, "run record", "run run_rq.py again"):
+        args = record["args"]
+        sizes = [args["seq_len"], args["num_code"], args.get("num_quantizers") or 1]
+        texts = [
+            train_hash(record["inputs"]),
+            record["outputs"][codes.name],
+            record["dataset"],
+            args.get("dataset") or "",
+        ]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError("seq_len, num_code or num_quantizers")
+        if not all(type(text) is str and "\0" not in text for text in texts):
+            raise ValueError("inputs, outputs or dataset")
     return record
-
-
-_RECORD_PARTS = ("args", "inputs", "outputs")
 
 
 def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = None) -> Path | None:
@@ -273,11 +265,7 @@ def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = 
     places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
     if near is not None:
         places += [near, near.resolve().parent / name]
-    for place in places:
-        for file in TRAIN_FILES:
-            if (place / file).is_file() and sha256_file(place / file) == train_hash(record["inputs"]):
-                return place
-    return None
+    return next((place for place in places if _train_sha256(place) == train_hash(record["inputs"])), None)
 
 
 def check_recorded(file: Path, record: Mapping[str, Any]) -> None:
@@ -291,11 +279,11 @@ def check_recorded(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, dict[str, Any]]:
-    """(codes [M, L, Q] in the order of ``kg``'s ids, K, what to say of them), checked against file, record and graph.
+    """(codes [M, L, Q] in the order of ``kg``'s ids, K, facts for the statistics), checked with record and graph.
 
-    Codes of another data set are mapped by entity name. Raises InputError, both sides named: the file is not the one
-    recorded; shape, dtype or range differ from the record; the graph has entities without codes; the codes were
-    trained on a split that holds test triples of ``kg``, or on one that is not at hand to be checked.
+    Codes of another data set are matched by entity name. Raises InputError: the file is not the recorded one; shape,
+    dtype or range differ from the record; the graph has entities without codes; the codes were trained on a split that
+    holds test triples of ``kg``, or on one that was not found.
     """
     record = read_record(path)
     names_path = path.with_suffix(".entities.txt")
@@ -329,12 +317,12 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
 
 
 def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, folder: Path, rows: int) -> dict[str, Any]:
-    """What to say of codes that were trained on other triples than ``kg``'s; InputError where they saw its test."""
+    """Facts about codes trained on other triples than ``kg``'s; InputError where these hold test triples of ``kg``."""
     origin = training_folder(path, record, folder)
     if origin is None:
         raise InputError(
-            f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which is not at "
-            f"hand with the recorded hash: whether it holds test triples of {kg.name} is unknown; put it in data/"
+            f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which was "
+            f"not found with the recorded hash, so it may hold test triples of {kg.name}; put it in data/"
         )
     seen = shared_triples(KnowledgeGraph.load(origin), kg)
     if seen["test_triples"]:
@@ -354,7 +342,7 @@ def triple_keys(triples: Ints, kg: KnowledgeGraph) -> Ints:
 
 
 def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
-    """How many of ``kg``'s valid and test triples stand, by name, in the training split of ``other``.
+    """How many of ``kg``'s valid and test triples are, by name, in the training split of ``other``.
 
     Also how many test triples have their pair of entities linked there, in either direction and by any relation.
     """
@@ -380,6 +368,6 @@ def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
 
 
 def codes_key(info: Mapping[str, Any]) -> tuple[str | None, bool, int]:
-    """What tells the ``codes`` of two statistics or records apart: the file's sha256, and how it was shuffled."""
+    """What identifies the ``codes`` of statistics or records: the file's sha256, and how it was shuffled."""
     shuffled = bool(info.get("shuffled"))
     return info.get("sha256"), shuffled, info.get("shuffle_seed", 0) if shuffled else 0

@@ -1,12 +1,11 @@
-"""Re-ranking 20 candidates by likelihood: one prefill and branches against a full pass per candidate.
+"""Likelihood scoring of 20 candidates by an LLM: the exact ways against a full pass per candidate.
 
     python benchmarks/candidate_scoring.py [--quick] [--json F]
     python benchmarks/candidate_scoring.py --model meta-llama/Llama-2-7b-hf --device cuda --dtype bfloat16
 
-A LLaMA with random weights unless --model names one; random prompts and candidates of the lengths of the paper's link
-prediction (L = 16 positions of Q = 4 levels: 66 tokens). The reference reads prompt and candidate anew each time. The
-ways take turns and each keeps its best time; the error is the largest difference of a candidate's log-likelihood.
-Below: the constrained search over as many sequences as FB15k-237 has entities.
+A LLaMA with random weights unless --model names one; random prompts and candidates with the lengths of the paper's link
+prediction (L = 16 positions of Q = 4 levels: 66 tokens). The reference reads prompt and candidate again each time. The
+ways alternate and each keeps its best time; error is the largest difference of a candidate's log-likelihood.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 from benchmarks.measure import benchmark_parser, write_rows
 from common.device import find_device
 from common.errors import run_command
-from lora_training.candidate_scoring import WAYS, TokenTrie, constrained_beams, score_candidates
+from lora_training.candidate_scoring import WAYS, score_candidates
 
 REFERENCE = "full"
 
@@ -58,15 +57,13 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024, 2048], help="prompt lengths in tokens")
     parser.add_argument("--candidates", type=int, default=20, help="candidates per prompt")
     parser.add_argument("--tokens", type=int, default=66, help="tokens per candidate")
-    parser.add_argument("--entities", type=int, default=14_541, help="sequences in the trie of the constrained search")
-    parser.add_argument("--beams", type=int, default=20, help="width of the constrained search")
     parser.add_argument("--model", metavar="NAME", help="hub id or folder (default: random weights)")
     parser.add_argument("--width", type=int, default=512, help="D of the random model")
     parser.add_argument("--layers", type=int, default=6, help="of the random model")
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the random model")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    parser.add_argument("--turns", type=int, default=3, help="of each way, after one that warms up")
+    parser.add_argument("--turns", type=int, default=3, help="of each way, after one warm-up turn")
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and candidates")
     args = parser.parse_args()
     if args.quick:
@@ -76,7 +73,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     begun, rng = time.perf_counter(), np.random.default_rng(args.seed)
     if args.model:
-        from lora_training.code_tokens import load_base
+        from lora_training.base_model import load_base
 
         model: Any = load_base(args.model, getattr(torch, args.dtype))
     else:
@@ -99,7 +96,7 @@ def main() -> int:
         for turn in range(args.turns + 1):
             for way, call in ways.items():
                 if args.quick and turn == 0 and way == REFERENCE:
-                    continue  # the others have warmed up what it uses
+                    continue  # the other ways have warmed up the same operators
                 seconds, scores[way] = timed(call, args.device)
                 if turn:
                     best[way] = min(best.get(way, float("inf")), seconds)
@@ -108,15 +105,6 @@ def main() -> int:
             row = {"prompt": P, "way": way, "ms": seconds * 1e3, "ratio": best[REFERENCE] / seconds, "error": error}
             print(f"{P:7d} {way:12} {row['ms']:9.1f} {row['ratio']:6.2f}x {error:9.1e}")
             rows.append(row)
-        codes = rng.integers(3, V, (args.entities, args.tokens)).astype(np.int32)
-        built, trie = timed(partial(TokenTrie, codes), "cpu")
-        seconds, found = timed(partial(constrained_beams, model, prompt, trie, args.beams), args.device)
-        print(
-            f"{P:7d} {'constrained':12} {seconds * 1e3:9.1f}   {args.beams} beams, {args.entities:,} sequences; trie "
-            f"{trie.rows.nbytes / 2**20:.1f} MiB, built in {built * 1e3:.0f} ms"
-        )
-        rows.append({"prompt": P, "way": "constrained", "ms": seconds * 1e3, "trie_mib": trie.rows.nbytes / 2**20,
-                     "trie_ms": built * 1e3, "found": len(found.owners)})  # fmt: skip
     write_rows(args, rows, begun, device=args.device, parameters=size)
     return 0
 

@@ -2,11 +2,10 @@
 
     python benchmarks/growth.py [--quick] [--json F] [--sizes M ...]
 
-Random graphs by the law of benchmarks/random_graph.py. Each row is a process of its own, so that its peak memory is its
-own: the graph is drawn, the trainer built, codebooks initialised, then as many steps run as --steps says, or as stand
-between two passes of the encoder where these are more, by the trainer's own loop. A pass reads the whole graph, so
-above 10^5 entities the passes grow apart with it. The epoch's time is the start of an epoch plus these steps scaled to
-all of an epoch's: a sample of steps stands for the epoch. Ranking is that of 1,024 queries from codes.
+Graphs from random_graph.py. Each row runs in its own process, so that its peak memory is its own: draw the graph, build
+the trainer, initialize the codebooks, run --steps steps (at least one encoder cycle), rank 1,024 queries from codes. An
+encoder pass reads the whole graph, so above 10^5 entities ``encoder_every`` grows with M. The time of an epoch is its
+start plus these steps, scaled to all steps of an epoch.
 Model: D = 128, one graph layer, L x Q = 4 x 4 codes of K = 256, DistMult, no transformer block; loss exact or sampled.
 """
 
@@ -36,7 +35,7 @@ from benchmarks.measure import (
     steps_per_epoch,
     write_rows,
 )
-from benchmarks.random_graph import describe, random_kg
+from benchmarks.random_graph import random_kg
 from common.device import peak_memory_mb
 from common.errors import InputError, run_command
 from common.files import read_json, write_json
@@ -49,63 +48,64 @@ from model.sizes import EXACT_UP_TO, encoder_pace
 MODEL = [
     "--gcn_dim", "128", "--init_dim", "128", "--gcn_layers", "1", "--gcn_drop", "0", "--tf_layers", "0",
     "--seq_len", "4", "--num_code", "256", "--num_quantizers", "4", "--code_dim", "32", "--decoder", "distmult",
-    "--warmup_epochs", "0", "--freeze_at", "1", "--device", "cpu",
+    "--warmup_epochs", "0", "--freeze_at", "1", "--epoch", "80", "--device", "cpu",
 ]  # fmt: skip
-AVAILABLE_GB = {1_000_000: 16.0, 100_000: 3.0}
+MEMORY_GB = {1_000_000: 16.0, 100_000: 3.0}
+COLUMNS = {
+    "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "encoder_every": "d",
+    "ms_scorer": ".1f", "s_encoder": ".2f", "s_assign": ".2f", "epoch_seconds": ".1f", "us_per_triple": ".0f",
+    "rank_seconds": ".2f", "peak_gb": ".2f", "peak_gb_ranked": ".2f", "ratio": ".2f",
+}  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> Row:
     """One row, in this process: graph, trainer, ``steps`` steps, ranking."""
     torch.set_num_threads(args.threads)
     M, negatives = args.one
-    args.encoder_every = args.encoder_every or encoder_pace(M)
+    encoder_every = args.encoder_every or encoder_pace(M)
     if not negatives:  # as run_rq.py does
         keep_freed_memory()
-    start = time.perf_counter()
     kg = random_kg(M, 10 * M, args.seed, held_out=(512, 0))
-    draw_seconds = time.perf_counter() - start
-    flags = [*MODEL, "--batch", str(args.batch), "--encoder_every", str(args.encoder_every), "--seed", str(args.seed)]
-    trainer = make_trainer(kg, [*flags, "--num_negatives", str(negatives)], Path("unused"))
+    flags = {"batch": args.batch, "encoder_every": encoder_every, "seed": args.seed, "num_negatives": negatives}
+    trainer = make_trainer(kg, [*MODEL, *(f"--{key}={value}" for key, value in flags.items())], Path("unused"))
     trainer._start_epoch(CODES)  # k-means, once per run
-    steps = min(max(args.steps, args.encoder_every), steps_per_epoch(trainer))
-    if args.warm_steps:
-        run_steps(trainer, args.warm_steps)
-    parts = PartTimes()
+    run_steps(trainer, 1)
+    parts, all_steps = PartTimes(), steps_per_epoch(trainer)
+    steps = min(max(args.steps, encoder_every), all_steps)
     with around_parts(trainer, parts):
         total = run_steps(trainer, steps)
-    beginning, all_steps = parts.seconds["_start_epoch"], steps_per_epoch(trainer)
-    trained_peak = peak_memory_mb()
+    beginning, trained_peak = parts.seconds["_start_epoch"], peak_memory_mb()
     trainer.model.eval()
     start = time.perf_counter()
     assert trainer.codes is not None
     with torch.no_grad():
         relations = trainer.model.relation_vectors()
     evaluate_codes(trainer.model.scorer, relations, trainer.codes, kg, "valid")
+    epoch_seconds = beginning + (total - beginning) * all_steps / steps
     return {
         "entities": M,
         "triples": len(kg.train),
         "loss": f"sampled, N = {negatives:,}" if negatives else "exact",
         "steps": all_steps,
         "sampled_steps": steps,
-        "encoder_every": args.encoder_every,
-        "draw_seconds": draw_seconds,
+        "encoder_every": encoder_every,
         "ms_scorer": 1e3 * parts.seconds["_scorer_step"] / parts.calls["_scorer_step"],
         "s_encoder": parts.seconds["_encoder_step"] / parts.calls["_encoder_step"],
         "s_assign": parts.seconds["_refresh"] / parts.calls["_refresh"],
-        "epoch_seconds": beginning + (total - beginning) * all_steps / steps,
+        "epoch_seconds": epoch_seconds,
+        "us_per_triple": 1e6 * epoch_seconds / len(kg.train),
         "rank_seconds": time.perf_counter() - start,
         "peak_gb": trained_peak / 1024,
         "peak_gb_ranked": peak_memory_mb() / 1024,
-        **{f"law_{key}": value for key, value in describe(kg.train, M).items() if "exponent" in key},
     }
 
 
 def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
-    """The row that a child process measures."""
+    """The row, measured by a child process."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"
         words = [sys.executable, __file__, "--one", str(M), str(negatives), "--json", str(result)]
-        for flag in ("threads", "steps", "warm_steps", "batch", "encoder_every", "seed"):
+        for flag in ("threads", "steps", "batch", "encoder_every", "seed"):
             value = getattr(args, flag)
             words += [] if value is None else [f"--{flag}", str(value)]
         done = subprocess.run(words, capture_output=True, text=True)
@@ -117,7 +117,7 @@ def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
 
 
 def available_gb() -> float:
-    """Memory that a process can have without swapping (Linux; infinite where it is not said)."""
+    """Memory that a process can use without swapping (Linux; infinite where it is unknown)."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -141,14 +141,11 @@ def main() -> int:
     parser = benchmark_parser(__doc__, "10^3 and 10^4 entities, eight steps")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="M of each graph")
     parser.add_argument("--num_negatives", type=int, default=4096, help="N of the sampled softmax")
-    parser.add_argument("--steps", type=int, default=64, help="steps that stand for the epoch")
-    parser.add_argument("--warm_steps", type=int, default=1, help="steps before those")
+    parser.add_argument("--steps", type=int, default=64, help="steps that are measured and scaled to an epoch")
     parser.add_argument("--batch", type=int, default=1024, help="B, queries per step")
-    parser.add_argument(
-        "--encoder_every", type=int, help="steps per pass of the encoder (default: 64; above 10^5 entities 64 per 10^5)"
-    )
+    parser.add_argument("--encoder_every", type=int, help="steps per encoder pass (default: 64 per 10^5 entities)")
     parser.add_argument("--seed", type=int, default=0, help="of the graph and the model")
-    parser.add_argument("--one", type=int, nargs=2, metavar=("M", "N"), help="measure this row alone, in this process")
+    parser.add_argument("--one", type=int, nargs=2, metavar=("M", "N"), help="measure this row only, in this process")
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.one:
@@ -160,35 +157,20 @@ def main() -> int:
         args.sizes, args.steps, args.encoder_every = [1000, 10_000], 8, 8
     rows: list[Row] = []
     for M in args.sizes:
-        needed = max((gb for size, gb in AVAILABLE_GB.items() if size <= M), default=1.0)
+        needed = max((gb for size, gb in MEMORY_GB.items() if size <= M), default=1.0)
         if available_gb() < needed:
-            print(f"M = {M:,} left out: {available_gb():.1f} GB are free, {needed:.0f} GB are asked for")
+            print(f"M = {M:,} left out: {available_gb():.1f} GB are free, it needs {needed:.0f} GB")
             continue
         exact = in_own_process(args, M, 0) if M <= EXACT_UP_TO else None
-        sampled = in_own_process(args, M, args.num_negatives)
-        for found in [sampled] if exact is None else [exact, sampled]:
-            found["ratio"] = None if exact is None else exact["epoch_seconds"] / found["epoch_seconds"]
-            found["us_per_triple"] = 1e6 * found["epoch_seconds"] / found["triples"]
+        for found in [*([exact] if exact else []), in_own_process(args, M, args.num_negatives)]:
+            found["ratio"] = exact["epoch_seconds"] / found["epoch_seconds"] if exact else None
             rows.append(found)
-    print_table(rows, {
-        "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "encoder_every": "d",
-        "draw_seconds": ".1f",
-        "ms_scorer": ".1f", "s_encoder": ".2f", "s_assign": ".2f", "epoch_seconds": ".1f",
-        "us_per_triple": ".0f", "rank_seconds": ".2f", "peak_gb": ".2f", "peak_gb_ranked": ".2f", "ratio": ".2f",
-    })  # fmt: skip
+    print_table(rows, COLUMNS)
+    print("epoch_seconds: scaled from sampled_steps; peaks in GiB; ratio: the exact loss's epoch over this row's")
     exponents = growth_exponents(rows)
-    print(
-        "epoch_seconds: start of the epoch + sampled_steps (an encoder pass per encoder_every) scaled to all of them, "
-        "not a whole epoch; peaks in GiB; ratio: the exact loss's epoch over this row's"
-    )
     if exponents:
         shown = ", ".join(f"{key} M^{value:.2f}" for key, value in exponents.items())
         print(f"growth, fitted over the rows with the sampled loss: {shown}")
-    for row in rows[-1:]:
-        print(
-            f"degrees at M = {row['entities']:,}: exponent {row['law_out_exponent']:.2f} (heads), "
-            f"{row['law_in_exponent']:.2f} (tails); relations: {row['law_relation_exponent']:.2f}"
-        )
     write_rows(args, rows, begun, growth_exponents=exponents)
     return 0
 

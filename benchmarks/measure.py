@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, best times, this machine's rates, a training step by its parts, tables and JSON."""
+"""Shared by the benchmarks: flags, best times, rates of this machine, a training step by its parts, tables and JSON."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from model.trainer import Trainer
 
 Row = dict[str, Any]
+DATASET = ROOT / "data" / "FB15k-237"
+FAMILY = ROOT / "data" / "family"
 
 
 def positive(word: str) -> int:
-    """A flag's number of things; ArgumentTypeError below 1."""
+    """A flag's number, 1 or more; else ArgumentTypeError."""
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
     return int(word)
 
 
-def benchmark_parser(doc: str, quick: str, threads: bool = True) -> CommandParser:
-    """A parser with the flags of every benchmark: --quick (``quick`` says what it leaves out), --json and, where it is
-    of any effect, --threads."""
+def benchmark_parser(doc: str, quick: str) -> CommandParser:
+    """A parser with the flags of every benchmark: --quick (``quick``: what it does), --json and --threads."""
     parser = CommandParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}; under 50 s on two cores")
-    parser.add_argument("--json", type=Path, metavar="F", help="write the table there as JSON too")
-    if threads:
-        parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write the table to this file as JSON")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
     return parser
 
 
 def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """One line per row; ``columns``: key -> format, as in ``.2f`` or ``<30``. None and absent values stay blank."""
+    """One line per row; ``columns``: key -> format, as in ``.2f`` or ``<30``. None and missing values are blank."""
 
     def shown(value: Any, form: str) -> str:
         if value is None:
@@ -72,7 +72,7 @@ def write_rows(args: argparse.Namespace, rows: Sequence[Row], begun: float, **mo
 
 
 def finish(device: torch.device | str) -> None:
-    """Wait for what a GPU was asked to do."""
+    """Wait until a GPU has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -80,7 +80,7 @@ def finish(device: torch.device | str) -> None:
 def best_times(
     ways: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Seconds of each way's best of ``repeats`` turns, after one call that warms it up; the ways take turns."""
+    """Seconds of the best of ``repeats`` runs of each way, after one warm-up run; the ways alternate."""
     best: dict[str, float] = {}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -106,7 +106,7 @@ def matmul_rate(
 
 
 def copy_bandwidth(device: torch.device | str = "cpu", size: int = 2**28, repeats: int = 5) -> float:
-    """Bytes per second of a copy of ``size`` bytes, read and written both counted."""
+    """Bytes per second of a copy of ``size`` bytes; reads and writes are both counted."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_times({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
@@ -114,7 +114,7 @@ def copy_bandwidth(device: torch.device | str = "cpu", size: int = 2**28, repeat
 
 # ---------------------------------------------------------------- a training step, by its parts
 
-STEP_PARTS = {
+STEP_PARTS = {  # methods of the trainer -> their names in the table
     "_start_epoch": "start of the epoch",
     "_scorer_step": "scorer, forward and backward",
     "_encoder_step": "encoder, forward and backward",
@@ -126,7 +126,7 @@ STEP_PARTS = {
 def make_trainer(
     kg: KnowledgeGraph, flags: Sequence[str], checkpoint: Path, device: torch.device | str = "cpu"
 ) -> Trainer:
-    """The trainer that ``run_rq.py FLAGS`` would make for ``kg``; it is seeded and has trained nothing yet."""
+    """The trainer of ``run_rq.py FLAGS`` for ``kg``, seeded, before its first step."""
     from common.config import parse_config
     from common.record import seed_everything
     from model.inputs import load_text
@@ -137,17 +137,14 @@ def make_trainer(
     config = with_sizes(parse_config(list(flags)), kg.num_entities, kg.num_relations, len(kg.train))
     seed_everything(config.seed)
     text = load_text(config.text_emb, kg.num_entities)
-    model_args = model_arguments(config, None if text is None else text.shape[1])
-    model = RQGCN(kg.num_entities, kg.num_relations, **model_args)
-    return Trainer(kg, model, config, checkpoint, model_args, {}, text, device, lambda line: None)
+    arguments = model_arguments(config, None if text is None else text.shape[1])
+    model = RQGCN(kg.num_entities, kg.num_relations, **arguments)
+    return Trainer(kg, model, config, checkpoint, arguments, {}, text, device, lambda line: None)
 
 
 @contextmanager
 def around_parts(trainer: Trainer, context: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
-    """Every call of one of STEP_PARTS (methods, or those of an attribute) runs inside ``context(part)``.
-
-    Outermost calls alone: what a part calls of another is its own.
-    """
+    """Run every call of one of STEP_PARTS inside ``context(part)``; a part called by another part is not separate."""
     replaced = []
     inside = False
     for part in STEP_PARTS:
@@ -195,8 +192,10 @@ class PartTimes:
 
 def run_steps(trainer: Trainer, steps: int) -> float:
     """Seconds of an epoch of the trainer that is cut to its first ``steps`` batches, by the trainer's own loop."""
-    batches = trainer._batches
+    batches, schedule = trainer._batches, trainer.schedule
+    every, assign_every = schedule.assign_every(steps_per_epoch(trainer)), schedule.assign_every
     trainer._batches = lambda: batches()[:steps]  # type: ignore[method-assign]
+    schedule.assign_every = lambda _: every  # type: ignore[method-assign]
     try:
         finish(trainer.device)
         start = time.perf_counter()
@@ -204,12 +203,8 @@ def run_steps(trainer: Trainer, steps: int) -> float:
         finish(trainer.device)
         return time.perf_counter() - start
     finally:
-        trainer._batches = batches  # type: ignore[method-assign]
+        trainer._batches, schedule.assign_every = batches, assign_every  # type: ignore[method-assign]
 
 
 def steps_per_epoch(trainer: Trainer) -> int:
     return -(-len(trainer.heads) // trainer.config.batch)
-
-
-DATASET = ROOT / "data" / "FB15k-237"
-FAMILY = ROOT / "data" / "family"

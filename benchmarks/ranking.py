@@ -1,9 +1,9 @@
-"""Filtered ranking by counting against the usual way (dense filter mask, two argsorts), on given scores.
+"""Filtered ranking by counting against the usual method (dense filter mask, two argsorts), on given scores.
 
     python benchmarks/ranking.py [--quick] [--json F] [--dataset DIR]
 
-Both rank the test triples of FB15k-237 in both directions (random triples of the same sizes where the data set's
-folder is not there) on the same scores without ties, batch by batch in turns; their ranks must be equal.
+All ways rank the test triples of FB15k-237 in both directions (random triples of the same sizes if the folder is
+missing) on the same scores without ties, batch by batch in turns; their ranks must be equal.
 """
 
 from __future__ import annotations
@@ -32,16 +32,10 @@ REFERENCE = "dense mask + two argsorts"
 
 
 def reference_ranks(scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
-    """As public code on top of ConvE's does it: mask the other answers, then sort the sorting order."""
+    """The method of public code based on ConvE: mask the other answers, then sort the sorting order."""
     masked, own = masked_scores(scores, targets, known)
     masked[torch.arange(len(targets)), targets] = own
     return 1 + masked.argsort(1, descending=True).argsort(1)[torch.arange(len(targets)), targets]
-
-
-def mask_and_count(scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
-    """Half the way: the dense mask stays, counting stands in for the sorts."""
-    masked, own = masked_scores(scores, targets, known)
-    return 1 + (masked > own[:, None]).sum(1)
 
 
 def masked_scores(scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -62,7 +56,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def main() -> int:
     parser = benchmark_parser(__doc__, "a sample of the batches")
-    parser.add_argument("--dataset", type=Path, default=DATASET, help="the data set's folder")
+    parser.add_argument("--dataset", type=Path, default=DATASET, help="graph folder")
     parser.add_argument("--seed", type=int, default=0, help="of the scores and of random triples")
     args = parser.parse_args()
     begun = time.perf_counter()
@@ -79,12 +73,11 @@ def main() -> int:
     triples, total = triples[taken], len(triples)
     queries, query_of = np.unique(query_of[taken], return_inverse=True)
 
-    # Query i of the sorted queries has row i % BATCH: permutations, so that no two scores of a row are equal.
+    # query i of the sorted queries has row i % BATCH; permutations, so no two scores of a row are equal
     torch.manual_seed(args.seed)
     pool = torch.stack([torch.randperm(M) for _ in range(BATCH)]).float()
     ways: dict[str, Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]] = {
         REFERENCE: reference_ranks,
-        "dense mask + counting": mask_and_count,
         "rank_scores": rank_scores,
     }
     seconds: dict[str, float] = {}
@@ -97,7 +90,7 @@ def main() -> int:
         for name, way in ways.items():
             with timed(seconds, name):
                 ranks[name][members] = way(scores, targets, known).numpy()
-    # Each distinct query's row once, the grouping of the triples and the choice of their filters included.
+    # each distinct query once; grouping the triples and collecting the filters included
     grouped = "filtered_ranks (all stages)"
     with timed(seconds, grouped):
         ranks[grouped] = filtered_ranks(

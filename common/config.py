@@ -1,7 +1,7 @@
 """The settings of stage 1: one dataclass defines the flags of run_rq.py and what records and checkpoints store.
 
 A field is a flag: its default, its help, its range, and whether it must agree when a run is continued. To add a flag,
-add a field; nothing else has to know of it. ``--config FILE`` (default: configs/default.txt) is a file of flags that
+add a field; nothing else changes. ``--config FILE`` (default: configs/default.txt) is a file of flags that
 become the parser's defaults; flags on the command line win, and each changes its own setting only.
 """
 
@@ -21,6 +21,7 @@ from common.files import ROOT
 
 AUTO = -1  # the flag's word is "auto": model/sizes.py puts a number that fits the graph in its place
 DEFAULT_FILE = ROOT / "configs" / "default.txt"
+SOFTMAX_ONLY = ("num_negatives", "tails_at_once")  # binary cross-entropy would take true tails for false ones
 # --quantizer that leaves no codes -> the baseline's name in records and file names
 BASELINES = {"none": "unquantized", "random": "random_codes", "posthoc": "posthoc"}
 # What a flag does when a run is continued: it must agree; it may differ with --restore; it may always differ.
@@ -148,12 +149,12 @@ class Config:
     num_workers: int = flag(0, RUN, "CPU threads (0: all)", low=0, resume=FREE)
     seed: int = flag(0, RUN, "seed of everything random", low=0, high=2**63 - 1)
     restore: bool = flag(False, RUN, "continue the run of this name; a finished one is dumped again", resume=FREE)
-    overwrite: bool = flag(False, RUN, "start anew over a run of this name", resume=FREE)
+    overwrite: bool = flag(False, RUN, "replace a run of this name", resume=FREE)
     split: str = flag("test", RUN, "split to rank; valid: the test split is not read (for searches)",
                       choices=["train", "valid", "test"], resume=FREE)  # fmt: skip
     # ------------------------------------------------------------ rank from codes
-    eval_codes: Path | None = flag(None, RANKING, "rank --split from these integers alone", metavar="CODES.pt",
-                                   resume=FREE)  # fmt: skip
+    eval_codes: Path | None = flag(None, RANKING, "rank --split from these codes, without the encoder",
+                                   metavar="CODES.pt", resume=FREE)  # fmt: skip
     checkpoint: Path | None = flag(None, RANKING, "codebooks, relations and decoder for --eval_codes", metavar="CK.pt",
                                    resume=FREE)  # fmt: skip
     shuffle_codes: bool = flag(False, RANKING, "control: give every entity another one's codes", resume=FREE)
@@ -180,6 +181,9 @@ class Config:
             if needs and not getattr(self, needs) and value not in (field.default, AUTO):
                 state = "is not given" if getattr(self, needs) is None else "is 0"
                 lines.append(f"--{field.name} {value} is unused: --{needs} {state}")
+        for name in SOFTMAX_ONLY:
+            if getattr(self, name) > 0 and self.loss != "ce":
+                lines.append(f"--{name} {getattr(self, name)} is unused: --loss is {self.loss}")
         return lines
 
 
@@ -237,7 +241,10 @@ def _default_text(default: Any, unset: str | None) -> str:
 
 def _auto_or(kind: type) -> Any:
     def parse(word: str) -> Any:
-        return AUTO if word == "auto" else kind(word)
+        value = AUTO if word == "auto" else kind(word)
+        if value == AUTO and word != "auto":
+            raise argparse.ArgumentTypeError(f"{word} is out of range, expected a positive number or auto")
+        return value
 
     parse.__name__ = f"{kind.__name__} or auto"  # argparse says it of a wrong word
     return parse
@@ -310,15 +317,12 @@ def range_problem(config: Config) -> str | None:
 
 def _conflict(config: Config) -> str | None:
     """The first combination of settings that would give a wrong result or none, in words."""
-    for name in ("num_negatives", "tails_at_once"):
-        if getattr(config, name) > 0 and config.loss != "ce":
-            return f"--{name} {getattr(config, name)} needs the softmax loss: give --loss ce, or --{name} 0"
     if config.ensemble > 1 and config.gcn_layers:
         return f"--ensemble {config.ensemble} needs --gcn_layers 0, found {config.gcn_layers}"
     if config.text_emb is None and {"text", "neighbours"} & set(config.inputs.replace(",", "+").split("+")):
         return f"--inputs {config.inputs} needs text embeddings: give --text_emb FILE.npy"
     if config.restore and config.overwrite:
-        return "--restore continues a run and --overwrite starts it anew: give one of them"
+        return "--restore continues a run and --overwrite replaces it: give one of them"
     if config.eval_codes and not config.checkpoint:
         return "--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes"
     for name in ("checkpoint", "predict", "shuffle_codes", "export_candidates"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import signal
@@ -22,13 +23,22 @@ class InputError(Exception):
     what to run next. ``run_command`` prints it and exits with code 2."""
 
 
+class _DefaultOnce(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help text, unless there is none or the text states it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class CommandParser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line on stderr and exit code 2; its help shows every default."""
 
     origin = ""  # said before an error: the file that the flags stand in, where they come from one
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _DefaultOnce)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
 
@@ -51,8 +61,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's ``main`` and turn its end into an exit code and, where it failed, one line on stderr.
 
-    2: InputError, a file that cannot be read or written, no memory. 130: Ctrl-C. 143: SIGTERM.
+    2: InputError, a file that cannot be read or written, no memory. 130: Ctrl-C. 143: SIGTERM. Characters that the
+    output's encoding does not have are printed as backslash escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     in_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:

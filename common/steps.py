@@ -61,9 +61,10 @@ def run_steps(steps: Sequence[Step], marks: Path | None = None, workers: int = 1
                 with signals_held() as received:  # a process that is not in the list yet could not be stopped
                     if not received:
                         running.append(start(step, place[step.name], marks if workers > 1 else None))
-            while not (ended := [one for one in running if one.process.poll() is not None]):
-                time.sleep(0.05)
+            ended = [one for one in running if one.process.poll() is not None]
             running = [one for one in running if one not in ended]
+            if not ended:
+                time.sleep(0.05)
             for one in ended:
                 problem = finish(one, marks, seconds)
                 if problem:

@@ -1,7 +1,7 @@
-"""Fetch the public data sets, every file verified by its sha256.
+"""Download the public data sets; every file is verified by its sha256.
 
     python data/download.py FB15k-237
-    python data/download.py all --source FOLDER      # from a folder that already holds FOLDER/NAME/...
+    python data/download.py all --source FOLDER      # copy from FOLDER/NAME/ or FOLDER/
 
 ``data/README.md`` says where each file comes from and under which terms.
 """
@@ -22,7 +22,7 @@ from common.files import ROOT, atomic_path, sha256_file
 from data.knowledge_graph import PUBLIC
 
 BASE_URL = "https://raw.githubusercontent.com"
-TRIES = 3  # per file, for faults that may pass: no answer, a broken connection, a server's error
+TRIES = 3  # per file: after a timeout, a broken connection or a server error
 
 # repositories at a commit; a file's URL is BASE_URL / repository and commit / path
 _KGE = "DeepGraphLearning/KnowledgeGraphEmbedding/617062aaedf53bf4d6b44450a580a96dc30e0632/data"
@@ -31,7 +31,7 @@ _TAGREAL = "pat-jj/TagReal/3e92149f4940b811236dac32e93c49c7e7cb22a3/dataset/FB15
 
 
 class PublicFile(NamedTuple):
-    path: str | None  # below BASE_URL; None for a file that is not public and comes by --source alone
+    path: str | None  # below BASE_URL; None for a file that only --source gives
     sha256: str
 
 
@@ -130,7 +130,7 @@ def fetch(
     say: Callable[[str], None] = print,
     pause: float = 2.0,
 ) -> Path:
-    """Bring one data set to ``out / name`` and return that folder.
+    """Write one data set to ``out / name`` and return that folder.
 
     A file that is there with the right hash is skipped, any other is fetched whole again: into a temporary file that
     takes its name only once its hash is right. ``source``: copy from this folder, or from its subfolder ``name``,
@@ -182,7 +182,7 @@ def _check(name: str, file: str, origin: str, path: Path, expected: str) -> None
 
 
 def _download(url: str, path: Path, pause: float) -> None:
-    """One file over HTTP with pooch's downloader, from the start again after a fault that may pass."""
+    """One file over HTTP with pooch; timeouts, broken connections and server errors are tried again."""
     import pooch
     import requests
 

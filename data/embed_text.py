@@ -6,8 +6,8 @@
         --endpoint https://api.openai.com/v1 --model text-embedding-3-large
 
 An entity's text is "label: description" (WN18RR: its line "name, gloss"), else the label or raw name alone. Encoder and
-endpoint work in batches that are kept in ``OUT.part`` as they finish: after Ctrl-C, a crash or a lost connection the
-same command goes on.
+endpoint work in batches, which are kept in ``OUT.part``: after Ctrl-C, a crash or a lost connection the same command
+continues. OUT.entities.txt beside OUT.npy names the rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import struct
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -32,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
 from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import exclusive_lock, parse_json, save_array, sha256_file, write_json
+from common.files import exclusive_lock, parse_json, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
+from data.names import row_names
 
 if TYPE_CHECKING:
     import requests
@@ -57,10 +60,10 @@ LONGEST_WAIT = 60.0
 def entity_texts(kg: KnowledgeGraph) -> list[str]:
     """One text per entity, row = id: "label: description"; without a description the label (or raw name) alone.
 
-    Where both were parted from one line of entity2text.txt (WN18RR's "name, gloss"), the text is that line again.
+    Where both are from one line of entity2text.txt (WN18RR's "name, gloss"), the text is that line.
     """
-    parted = "entity2text.txt" in kg.input_hashes and not NAME_FILES & kg.input_hashes.keys()
-    mark = ", " if parted else ": "
+    split = "entity2text.txt" in kg.input_hashes and not NAME_FILES & kg.input_hashes.keys()
+    mark = ", " if split else ": "
     return [f"{label}{mark}{text}" if text else label for label, text in zip(kg.labels, kg.descriptions, strict=True)]
 
 
@@ -70,7 +73,7 @@ def digest(texts: list[str]) -> str:
 
 
 def unit_rows(vectors: Array, texts: list[str]) -> Floats:
-    """``[n, T]`` -> the same directions at length 1; InputError names the text whose vector has none."""
+    """``[n, T]`` scaled to length 1; InputError names a text whose vector cannot be."""
     vectors = vectors.astype(np.float64)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     bad = ~np.isfinite(length[:, 0]) | (length[:, 0] < 1e-12)
@@ -86,8 +89,33 @@ def unit_rows(vectors: Array, texts: list[str]) -> Floats:
 # ---------------------------------------------------------------- TF-IDF + SVD
 
 
+WORD = re.compile(r"[^\W_]+")  # letters and digits; "_" separates the words of raw names
+# scripts that write no spaces between words: Thai, Lao, Myanmar, Khmer, Chinese, Japanese
+NO_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def features(text: str) -> list[str]:
+    """The words of a text in lower case; of words in scripts without spaces, the characters and pairs of characters."""
+    found = []
+    for word in WORD.findall(text.lower()):
+        if NO_SPACES.search(word):
+            found += [*word, *(word[i : i + 2] for i in range(len(word) - 1))]
+        else:
+            found.append(word)
+    return found
+
+
+def sharing_nothing(texts: list[str]) -> int:
+    """How many texts have no feature in common with another text."""
+    own = [set(features(text)) for text in texts]
+    count = Counter(feature for found in own for feature in found)
+    return sum(all(count[feature] == 1 for feature in found) for found in own)
+
+
 def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
-    """Latent semantic analysis: word TF-IDF, truncated SVD to ``min(dim, words, M)`` columns, unit rows.
+    """Latent semantic analysis: TF-IDF of ``features``, truncated SVD to ``min(dim, features, M)`` columns, unit rows.
 
     A text without any word keeps a row of zeros. Equal seeds give equal bytes on one machine. Raises InputError.
     """
@@ -95,14 +123,13 @@ def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     try:
-        # letters and digits alone: "_" parts the words of raw names
-        counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[^\W_]+").fit_transform(texts)
+        counts = TfidfVectorizer(sublinear_tf=True, analyzer=features).fit_transform(texts)
     except ValueError as error:
         raise InputError("--dataset: no entity's text holds a word; TF-IDF needs labels or descriptions") from error
     dim = min(dim, *counts.shape)
     vectors = TruncatedSVD(dim, random_state=seed).fit_transform(counts)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    # below this a row is rounding noise: none of its words has a share in the directions that were kept
+    # shorter rows are rounding noise: none of their words is in the directions that were kept
     return np.where(length > 1e-9, vectors / np.maximum(length, 1e-9), 0).astype(np.float32)
 
 
@@ -110,9 +137,9 @@ def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
 
 
 class Encoder(Protocol):
-    """What turns texts into vectors, batch by batch."""
+    """Turns texts into vectors, batch by batch."""
 
-    identity: dict[str, Any]  # what makes its vectors: rows of two identities are never mixed
+    identity: dict[str, Any]  # model and settings: rows of two identities are never mixed
     order: list[int]  # entity ids in the order in which they are embedded
 
     def encode(self, rows: list[int]) -> Array:
@@ -134,10 +161,10 @@ def model_folder(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
-    except RepositoryNotFoundError as error:  # the hub answers so for private and gated models too
-        reason = "is no folder, and no model of the hub that can be read without a login (hf auth login)"
+    except RepositoryNotFoundError as error:  # also for private and gated models
+        reason = "is no folder, and no model of the hub that is readable without a login (hf auth login)"
         raise InputError(f"--model {name} {reason}; check the name") from error
-    except Exception as error:  # a dozen kinds, by layer and version: no network, offline mode, gated, full disk
+    except Exception as error:  # many kinds: no network, offline mode, gated, full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise InputError(
             f"--model {name} is no folder and could not be fetched from the hub ({reason}); give a local folder"
@@ -145,7 +172,7 @@ def model_folder(name: str) -> Path:
 
 
 def mean_pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of hidden ``[B, N, T]`` over the positions that mask ``[B, N]`` shows, special tokens among them."""
+    """Mean of hidden ``[B, N, T]`` over the positions of mask ``[B, N]``, special tokens included."""
     shown = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * shown).sum(dim=1) / shown.sum(dim=1)
 
@@ -159,13 +186,13 @@ class ModelEncoder:
         self.device = device
         self.model = _load_model(folder).to(device)  # type: ignore[arg-type]
         self.tokenizer = _load_tokenizer(folder)
-        # RoBERTa and its kin count positions from 2
+        # RoBERTa and similar models count positions from 2
         positions = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         max_length = min(max_length, self.tokenizer.model_max_length, max(positions - 2, 1))
         try:
             full = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
             self.tokens = self.tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-        except (TypeError, ValueError, OverflowError) as error:  # its settings are no settings
+        except (TypeError, ValueError, OverflowError) as error:  # broken settings
             raise _unreadable(folder, error) from error
         self.cut_texts = sum(len(tokens) > max_length for tokens in full)
         rows = self.model.get_input_embeddings().num_embeddings
@@ -177,7 +204,7 @@ class ModelEncoder:
         empty = [text for text, tokens in zip(texts, self.tokens, strict=True) if not tokens]
         if empty:
             raise InputError(f"the tokenizer of --model {folder} finds no token in the text {empty[0][:60]!r}")
-        # longest first: neighbours are padded little, and too large a batch fails at the start
+        # longest first: little padding, and too large a batch fails at the start
         self.order = sorted(range(len(texts)), key=lambda row: (-len(self.tokens[row]), row))
         self.identity = {"model": digest([json.dumps(self.hashes)]), "max_length": max_length}
 
@@ -195,7 +222,7 @@ class ModelEncoder:
 
 
 def _load_model(folder: Path) -> PreTrainedModel:
-    """The encoder in float32, every weight of it from safetensors; never runs code that comes with the weights."""
+    """The encoder in float32, all weights from safetensors; never runs code that comes with the weights."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
@@ -209,7 +236,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
         )  # fmt: skip
     except Exception as error:
         raise _unreadable(folder, error) from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # which mean pooling goes past
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # unused by mean pooling
     if missing:
         raise InputError(f"--model {folder} lacks {len(missing)} of its weights, such as {missing[0]}; fetch it again")
     encoder: PreTrainedModel = model.get_encoder() if model.config.is_encoder_decoder else model
@@ -227,7 +254,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     except Exception as error:
         raise _unreadable(folder, error) from error
-    if tokenizer.pad_token_id is None:  # padding is masked, so any id serves
+    if tokenizer.pad_token_id is None:  # padding is masked: any id will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
@@ -236,12 +263,12 @@ def _unreadable(folder: Path, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return InputError(
         f"--model {folder} cannot be read as an encoder ({reason}); "
-        "expected config.json, a tokenizer and weights in safetensors, all of transformers' own kinds"
+        "expected config.json, a tokenizer and weights in safetensors, of a kind that transformers has"
     )
 
 
 class EndpointEncoder:
-    """A server with OpenAI's /v1/embeddings. The key is the variable OPENAI_API_KEY; without it none is sent."""
+    """A server with OpenAI's /v1/embeddings. The key is in the variable OPENAI_API_KEY; without it none is sent."""
 
     def __init__(self, url: str, model: str, dimensions: int | None, texts: list[str]) -> None:
         import requests
@@ -257,7 +284,7 @@ class EndpointEncoder:
         self.order = list(range(len(texts)))
         self.identity = {"endpoint": self.url, **self.fixed}
         self.session = requests.Session()
-        self.session.auth = self._authorize  # a header alone would yield to a .netrc file
+        self.session.auth = self._authorize  # a .netrc file would replace a header
 
     @staticmethod
     def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -319,7 +346,7 @@ def _json_of(answer: requests.Response) -> Any:
 
 
 def _refusal(answer: requests.Response) -> str:
-    """``HTTP 401: what the server says``, on one line, with the remedy where it is known."""
+    """``HTTP 401: message of the server``, on one line, with the remedy where it is known."""
     body = _json_of(answer)
     said = body.get("error", body) if isinstance(body, dict) else answer.text
     said = said.get("message", said) if isinstance(said, dict) else said
@@ -329,18 +356,18 @@ def _refusal(answer: requests.Response) -> str:
 
 
 def _retry_after(answer: requests.Response, wait: float) -> float:
-    """The seconds the server asks for, at most LONGEST_WAIT; ``wait`` where it names none."""
+    """The seconds of the server's Retry-After, at most LONGEST_WAIT; ``wait`` without it."""
     try:
         return min(max(float(answer.headers["Retry-After"]), 0.0), LONGEST_WAIT)
     except (KeyError, ValueError):
         return wait
 
 
-# ---------------------------------------------------------------- batches that outlive the process
+# ---------------------------------------------------------------- resuming
 
 
 class Frame(NamedTuple):
-    """What stands before each batch in a part file."""
+    """Header of each batch in a part file."""
 
     number: int
     seconds: float
@@ -353,8 +380,8 @@ FRAME = struct.Struct("<qdI")
 class Part:
     """The finished batches of an unfinished run: a JSON line with the plan, then per batch a Frame and its rows.
 
-    Reading keeps the longest whole prefix, so neither a batch cut by a crash nor a second writer can do harm.
-    ``discard``: start anew where the file belongs to another plan, which else is an InputError.
+    Reading keeps the longest prefix of whole batches: one that a crash cut off is embedded again. ``discard``: start
+    again where the file belongs to another plan, instead of an InputError.
     """
 
     def __init__(self, path: Path, plan: dict[str, Any], sizes: list[int], dtype: str, discard: bool) -> None:
@@ -386,8 +413,8 @@ class Part:
             return False
         keys = [key for key in self.plan.keys() | found.keys() if self.plan.get(key) != found.get(key)]
         raise InputError(
-            f"{self.path} is of another run (other {', '.join(sorted(keys))}); give that run's flags to go on with it, "
-            "--overwrite to drop it, or another --out"
+            f"{self.path} is of another run (other {', '.join(sorted(keys))}); give the flags of that run to continue "
+            "it, --overwrite to drop it, or another --out"
         )
 
     def _read(self) -> None:
@@ -397,7 +424,7 @@ class Part:
             for number, size in enumerate(self.sizes):
                 head = file.read(FRAME.size)
                 length = size * (self.width or 0) * self.dtype.itemsize
-                if file.tell() + length > os.fstat(file.fileno()).st_size:  # cut, or a width that is none
+                if file.tell() + length > os.fstat(file.fileno()).st_size:  # cut off, or a wrong width
                     break
                 body = file.read(length)
                 frame = Frame(*FRAME.unpack(head))
@@ -406,7 +433,7 @@ class Part:
                 self.blocks.append(np.frombuffer(body, self.dtype).reshape(size, -1))
                 self.seconds += frame.seconds
                 good = file.tell()
-        self.good = good  # what stands behind is overwritten by the next batch, and by nothing before
+        self.good = good  # the next batch overwrites what follows
 
     @property
     def rows(self) -> int:
@@ -438,7 +465,7 @@ class Part:
 
 
 def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part) -> Array:
-    """All rows ``[M, T]`` in the order of ids, going on behind what ``part`` holds. Raises InputError."""
+    """All rows ``[M, T]`` in the order of ids, starting after those of ``part``. Raises InputError."""
     from tqdm import tqdm
 
     with tqdm(total=len(texts), initial=part.rows, desc="embed", unit="text", disable=None) as progress:
@@ -463,7 +490,7 @@ def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part) ->
 def _kept(part: Part, texts: list[str]) -> str:
     if not part.rows:
         return "nothing was written"
-    return f"{part.rows:,} of {len(texts):,} rows are kept in {part.path}: the same command goes on"
+    return f"{part.rows:,} of {len(texts):,} rows are kept in {part.path}: the same command continues"
 
 
 # ---------------------------------------------------------------- the command
@@ -473,17 +500,17 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", type=Path, required=True, help="graph folder, such as data/FB15k-237")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the file")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out, drop another run's unfinished batches")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out and another run's unfinished batches")
     parser.add_argument("--model", help="encoder: folder or hub id; with --endpoint, the server's name for it")
     parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, such as https://api.openai.com/v1")
     parser.add_argument("--batch", type=int, default=64, help="texts at once (encoder, endpoint)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a text that are read (encoder)")
-    parser.add_argument("--device", help="of the encoder: cpu, cuda, ...; without it a GPU where there is one")
+    parser.add_argument("--device", help="of the encoder: cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument(
-        "--dim", type=int, help=f"width: of TF-IDF + SVD ({TFIDF_DIM} without it), or asked of the endpoint"
+        "--dim", type=int, help=f"width of TF-IDF + SVD (default: {TFIDF_DIM}) or of the endpoint's embeddings"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the SVD")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the SVD")
     args = parser.parse_args()
     for flag in ("batch", "max_length", "dim"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -502,21 +529,29 @@ def parse_args() -> argparse.Namespace:
 
 
 class Embedded(NamedTuple):
-    """What one of the three ways made."""
+    """Embeddings of one of the three ways."""
 
     rows: Array  # [M, T] in --dtype
     facts: dict[str, Any]  # for the record
     inputs: dict[str, str]  # name -> sha256 of what was read besides the graph
     device: str
-    earlier: float  # seconds of the batches that a stopped run had left
-    part: Path | None  # to be removed once --out is there
+    earlier: float  # seconds of the batches of a stopped run
+    part: Path | None  # to be removed once --out is written
 
 
 def by_tfidf(args: argparse.Namespace, texts: list[str]) -> Embedded:
     rows = embed_tfidf(texts, args.dim or TFIDF_DIM, args.seed).astype(args.dtype)
+    alone = sharing_nothing(texts)
+    if 2 * alone > len(texts):
+        print(
+            f"warning: {alone:,} of {len(texts):,} texts share no word with another, so their vectors are not similar "
+            "to any; give the data set labels or descriptions, or use --model",
+            file=sys.stderr,
+        )
     facts = {
         "encoder": {"tfidf_svd": rows.shape[1], "scikit-learn": importlib.metadata.version("scikit-learn")},
         "zero_rows": int((~rows.any(axis=1)).sum()),
+        "texts_without_shared_words": alone,
     }
     return Embedded(rows, facts, {}, "cpu", 0.0, None)
 
@@ -538,7 +573,7 @@ def by_batches(args: argparse.Namespace, texts: list[str], folder: Path | None) 
     sizes = [min(args.batch, len(texts) - start) for start in range(0, len(texts), args.batch)]
     part = Part(args.out.with_name(args.out.name + ".part"), plan, sizes, args.dtype, args.overwrite)
     if part.rows:
-        print(f"going on behind {part.rows:,} of {len(texts):,} rows in {part.path}")
+        print(f"continuing after {part.rows:,} of {len(texts):,} rows in {part.path}")
     earlier = part.seconds
     rows = embed_batches(encoder, texts, args.batch, part)
     return Embedded(rows, {"encoder": encoder.identity, **facts}, inputs, device, earlier, part.path)
@@ -560,6 +595,7 @@ def embed(args: argparse.Namespace) -> None:
     texts = entity_texts(kg)
     made = by_batches(args, texts, folder) if args.model else by_tfidf(args, texts)
     save_array(made.rows, args.out)
+    write_text("".join(f"{name}\n" for name in kg.entities), row_names(args.out))
     wall = monotonic() - started + made.earlier
     facts = {
         "shape": list(made.rows.shape), "sha256": sha256_file(args.out), "texts_sha256": digest(texts),

@@ -3,7 +3,7 @@
     python data/family.py --out data/family --seed 7 --people 1000
 
 Couples of the first generation have children; these marry children of other couples, or people from outside, and so
-on, never a relative. A triple (h, r, t) says: the r of h is t. All kin up to nephews follow from parents and marriages.
+on, never a relative. (h, r, t) means: the r of h is t. All relations up to nephews follow from parents and marriages.
 Valid and test hold only triples that one of RULES derives from the training split alone.
 """
 
@@ -37,8 +37,8 @@ PAIRS = {
 }
 RELATIONS = [relation for pair in PAIRS.values() for relation in pair]
 
-# kin <- first, second: the second of the first of x is x's kin (unless it is x). All marriages are for life and between
-# people without common ancestors, so each holds without exception; ``check`` proves it on the graph.
+# kin <- first, second: the second of the first of x is x's kin (unless it is x). Each rule holds without exception,
+# since people marry once, and nobody with a common ancestor; ``check`` verifies it on the graph.
 _KIN_RULES = {
     "parent": [("parent", "spouse"), ("sibling", "parent")],
     "spouse": [("child", "parent")],
@@ -82,7 +82,7 @@ class Person:
     born: int
     name: str = ""
     surname: str = ""
-    parents: list[Person] = field(default_factory=list)  # father, mother; none known for those from outside
+    parents: list[Person] = field(default_factory=list)  # father, mother; empty for people from outside
     spouse: Person | None = None
     children: list[Person] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class Person:
         return {self}.union(*(parent.ancestors() for parent in self.parents))
 
     def kin(self, kind: str) -> list[Person]:
-        """The direct definition of each kind in PAIRS, by which the graph is made (RULES only check it)."""
+        """The people of one kind of PAIRS, by its definition (RULES only check it)."""
         siblings = [person for person in (self.parents[0].children if self.parents else []) if person is not self]
         if kind == "parent":
             return self.parents
@@ -113,7 +113,7 @@ class Person:
 
 
 def make_people(people: int, rng: random.Random) -> list[Person]:
-    """``people`` persons of four generations, each named apart."""
+    """``people`` persons of four generations, no two with one name."""
     everyone: list[Person] = []
     surnames = SURNAMES.copy()
     rng.shuffle(surnames)
@@ -124,7 +124,7 @@ def make_people(people: int, rng: random.Random) -> list[Person]:
         person.surname = parents[0].surname if parents else surnames[len(everyone) % len(surnames)]
         free = [first for first in (MEN if man else WOMEN).split() if f"{first} {person.surname}" not in taken]
         if not free:
-            raise InputError(f"--people {people} is more than the lists of names can name apart; choose fewer")
+            raise InputError(f"--people {people} is more than the lists of names allow; choose fewer")
         person.name = f"{rng.choice(free)} {person.surname}"
         taken.add(person.name)
         everyone.append(person)
@@ -174,7 +174,7 @@ def raw(person: Person) -> str:
 
 
 def make_triples(everyone: list[Person]) -> list[Triple]:
-    """All kin of all people, sorted."""
+    """All triples of all people, sorted."""
     return sorted(
         {
             (raw(person), PAIRS[kind][0 if other.man else 1], raw(other))
@@ -186,7 +186,7 @@ def make_triples(everyone: list[Person]) -> list[Triple]:
 
 
 def derive(triples: Iterable[Triple]) -> set[Triple]:
-    """What one application of RULES to these triples yields."""
+    """The triples that one application of RULES to these gives."""
     tails: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for h, r, t in triples:
         tails[h][r].add(t)
@@ -217,22 +217,22 @@ def split_triples(triples: list[Triple], rng: random.Random) -> dict[str, list[T
 
 
 def check(triples: list[Triple], splits: dict[str, list[Triple]], people: int) -> None:
-    """The promises of the module's docstring, on the graph itself; InputError names the one that fails."""
+    """Check the graph's properties (see the module); InputError names the one that fails."""
     known = set(triples)
     train = set(splits["train"])
     held = splits["valid"] + splits["test"]
-    promises = {
+    properties = {
         "every rule is sound": derive(known) <= known,
         "every held-out triple follows from train": set(held) <= derive(train),
         "every person is in train": len({entity for h, _, t in train for entity in (h, t)}) == people,
-        "the splits part the triples": sorted([*train, *held]) == triples,
+        "the splits are disjoint and complete": sorted([*train, *held]) == triples,
         "every relation is in train": {r for _, r, _ in train} == set(RELATIONS),
         "something is held out": bool(splits["valid"] and splits["test"]),
     }
-    for promise, kept in promises.items():
-        if not kept:
+    for name, holds in properties.items():
+        if not holds:
             raise InputError(
-                f"the family graph of {people} people breaks: {promise}; choose another --seed or more --people"
+                f"the family graph of {people} people lacks a property: {name}; choose another --seed or more --people"
             )
 
 
@@ -261,7 +261,7 @@ def write_family(out: str | Path, seed: int = 7, people: int = 1000) -> dict[str
 def main() -> None:
     parser = CommandParser(prog="data/family.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "family", help="folder to write")
-    parser.add_argument("--seed", type=int, default=7, help="of everything that is drawn")
+    parser.add_argument("--seed", type=int, default=7, help="random seed")
     parser.add_argument("--people", type=int, default=1000, help="number of entities")
     args = parser.parse_args()
     counts = write_family(args.out, args.seed, args.people)

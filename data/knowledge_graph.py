@@ -1,10 +1,10 @@
-"""A knowledge graph in a folder: read, validated, indexed, with its names and the filter of filtered ranking.
+"""A knowledge graph in a folder: read, checked, with its names and the known tails for filtered ranking.
 
 Two forms of a folder are read. Names: ``train.txt``, ``valid.txt``, ``test.txt`` with tab-separated ``h r t`` per
-line, and, where present, ``entities.dict`` and ``relations.dict`` (``id TAB name``); without a dict, ids follow the
-sorted names of all three splits. OpenKE: ``train2id.txt``, ``valid2id.txt``, ``test2id.txt`` (first line a count, then
-``h t r``) with ``entity2id.txt`` and ``relation2id.txt`` (first line a count, then ``name TAB id``).
-``data/README.md`` lists the optional files.
+line. The rows' order comes from ``entities.dict`` and ``relations.dict`` (``id TAB name``), else from ``entity2id.txt``
+and ``relation2id.txt`` (``name TAB id``), else it is that of the sorted names. OpenKE: ``train2id.txt``,
+``valid2id.txt``, ``test2id.txt`` (first line a count, then ``h t r``) with ``entity2id.txt`` and ``relation2id.txt``.
+``data/README.md`` lists the optional files, ``docs/DATA.md`` what happens with unusual ones.
 
     python data/knowledge_graph.py data/family
 """
@@ -15,6 +15,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, atomic_path
+from data.names import is_header, numbers_in_another_order, same_but_for_spelling, unusual
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -39,6 +41,8 @@ PUBLIC = ("FB15k-237", "WN18RR", "FB15k-237N")
 OPTIONAL = (
     "entities.dict",
     "relations.dict",
+    "entity2id.txt",
+    "relation2id.txt",
     "valid_neg.txt",
     "test_neg.txt",
     "entity2label.txt",
@@ -48,7 +52,7 @@ OPTIONAL = (
     "relation2text.txt",
 )
 CACHE_FOLDER = ROOT / "data" / ".cache"
-CACHE_FORMAT = 1  # part of the cache's key: raise it when what is stored, or how it is derived, changes
+CACHE_FORMAT = 2  # part of the cache's key: raise it when what is stored, or how it is derived, changes
 CACHE_FROM_BYTES = 2**20  # below this, parsing is as fast as the cache
 
 
@@ -68,7 +72,7 @@ def with_inverse(triples: Ints, num_relations: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class Answers:
+class TrueTails:
     """Known tails per query (h, r), inverse queries (r >= R) included, as CSR.
 
     ``keys [n]``: sorted distinct ``h * 2R + r``; the tails of ``keys[i]`` are
@@ -95,6 +99,15 @@ class Answers:
         size = np.where(row >= 0, self.indptr[row + 1] - begin, 0)
         indptr = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
         return indptr, self.targets[np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], size)]
+
+
+def true_tails(triples: Ints, num_entities: int, num_relations: int) -> TrueTails:
+    """The known tails of all queries in triples [n, 3]."""
+    R, M = num_relations, num_entities
+    edges = with_inverse(triples, R)
+    pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
+    keys, start = np.unique(pairs // M, return_index=True)
+    return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
 
 
 class Neighbours(NamedTuple):
@@ -126,7 +139,7 @@ class KnowledgeGraph:
     unseen: Bools = field(init=False)  # [M] in no training triple
 
     def train_digest(self) -> str:
-        """Hex digest of the training triples with all names: what a model learns from, whatever the files' form."""
+        """Hex digest of the training triples and all names; equal for both forms of files."""
         names = "\n".join([*self.entities, "", *self.relations]).encode()
         return hashlib.sha256(names + self.train.astype(np.int64).tobytes()).hexdigest()
 
@@ -155,13 +168,10 @@ class KnowledgeGraph:
         self.split(split)
         return self.negative_splits.get(split)
 
-    def answers(self, *splits: str) -> Answers:
+    def answers(self, *splits: str) -> TrueTails:
         """The known tails of all queries in these splits (all three when none is named)."""
-        R, M = self.num_relations, self.num_entities
-        edges = with_inverse(np.concatenate([self.split(name) for name in splits or SPLITS]), R)
-        pairs = np.unique((edges[:, 0] * (2 * R) + edges[:, 1]) * M + edges[:, 2])
-        keys, start = np.unique(pairs // M, return_index=True)
-        return Answers(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
+        triples = np.concatenate([self.split(name) for name in splits or SPLITS])
+        return true_tails(triples, self.num_entities, self.num_relations)
 
     def csr(self) -> Neighbours:
         """Training edges and their inverses, grouped by head (repeated triples stay repeated)."""
@@ -172,26 +182,33 @@ class KnowledgeGraph:
         return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
 
     @classmethod
-    def load(cls, folder: str | Path, use_cache: bool = True) -> KnowledgeGraph:
-        """Read and validate a folder of either form.
+    def load(cls, folder: str | Path, use_cache: bool = True, keep_names: bool = False) -> KnowledgeGraph:
+        """Read and check a folder of either form; ``report["warnings"]`` are printed to stderr, once per process.
 
-        ``use_cache``: keep the parsed arrays in ``data/.cache`` under the hash of all files read, and start from
-        there next time. Raises InputError with ``file:line``, what was found and what was expected.
+        ``use_cache``: keep the parsed arrays in ``data/.cache`` under the hash of all files, and read them next time.
+        ``keep_names``: accept names that differ in white space, quotes, BOM or Unicode form alone, and header lines.
+        Raises InputError with ``file:line``, what was found and what was expected.
         """
         folder = Path(folder)
         raw = _read_folder(folder)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
         name = folder.resolve().name
-        key = hashlib.sha256(json.dumps([CACHE_FORMAT, hashes]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([CACHE_FORMAT, keep_names, hashes]).encode()).hexdigest()[:16]
         cache = CACHE_FOLDER / f"{name}-{key}.npz"
         use_cache = use_cache and sum(map(len, raw.values())) >= CACHE_FROM_BYTES
         parts = _read_cache(cache) if use_cache else None
         if parts is None:
-            parts = _Reader(folder, raw).parts()
+            parts = _Reader(folder, raw, keep_names).parts()
             if use_cache:
                 _write_cache(cache, name, parts)
+        for warning in parts["report"]["warnings"]:
+            if (key, warning) not in _WARNED and os.environ.get("RANK", "0") == "0":
+                print(f"warning: {folder}: {warning}", file=sys.stderr)
+            _WARNED.add((key, warning))
         return cls(name=name, input_hashes=hashes, **parts)
 
+
+_WARNED: set[tuple[str, str]] = set()  # warnings that this process has printed
 
 # ---------------------------------------------------------------- names
 
@@ -199,24 +216,24 @@ SHOWN_MATCHES = 12
 
 
 def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
-    """The row that ``word`` names: by raw name, else by one of the lists ``names``, exactly, else whatever the case.
+    """The row of a name: by raw name, else by one of the lists ``names``, exactly, else ignoring case.
 
-    ``what`` is "entity" or "relation", ``flag`` the flag that the word came by. InputError lists the matches of an
-    ambiguous name (by the first list of ``names``), or what holds the word where nothing is called so.
+    ``what`` is "entity" or "relation", ``flag`` the flag with the word. InputError lists the matches of an ambiguous
+    name (by the first list of ``names``), or names that contain the word where there is no match.
     """
     if word in raw:
         return raw.index(word)
-    said = f"{flag}: " if flag else ""
+    prefix = f"{flag}: " if flag else ""
     for same in (lambda name: name == word, lambda name: name.casefold() == word.casefold()):
         found = sorted({i for column in names for i, name in enumerate(column) if same(name)})
         if len(found) == 1:
             return found[0]
         if found:
             matches = show_names(found, names[0], raw)
-            raise InputError(f"{said}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
+            raise InputError(f"{prefix}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
     near = sorted({i for column in names for i, name in enumerate(column) if word.casefold() in name.casefold()})
     raise InputError(
-        f"{said}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
+        f"{prefix}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
     )
 
 
@@ -230,7 +247,7 @@ def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) ->
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
-    """File name -> bytes of every file of the folder that is read; InputError where a required one is missing."""
+    """File name -> bytes of the files to read; InputError where a required one is missing."""
     fetch = f"python data/download.py {folder.name if folder.name in PUBLIC else 'NAME'}"
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -241,12 +258,12 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     missing = [name for name in required if not (folder / name).exists()]
     if missing:
         raise InputError(
-            f"data folder {folder} has no {', '.join(missing)}; expected {', '.join(required)}; "
-            f"a public data set comes by: {fetch}"
+            f"data folder {folder} has no {', '.join(missing)}; {_instead(folder, required, missing, fetch)}"
         )
-    skipped = () if required is names else ("entities.dict", "relations.dict", "valid_neg.txt", "test_neg.txt")
+    skipped = ["entities.dict", "relations.dict", "valid_neg.txt", "test_neg.txt"] if required is openke else []
+    optional = [name for name in OPTIONAL if name not in [*skipped, *required] and (folder / name).exists()]
     raw = {}
-    for name in [*required, *(name for name in OPTIONAL if name not in skipped and (folder / name).exists())]:
+    for name in [*required, *optional]:
         try:
             raw[name] = (folder / name).read_bytes()
         except OSError as error:
@@ -254,14 +271,29 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     return raw
 
 
-class _Reader:
-    """Turns the bytes of a folder's files into the parts of a KnowledgeGraph, collecting every fault on the way."""
+def _instead(folder: Path, required: list[str], missing: list[str], fetch: str) -> str:
+    """What the folder holds instead of the missing files, and the next step."""
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "no file"
+    if missing == [f"{split}.txt" for split in SPLITS[1:]]:
+        remedy = "move some lines of train.txt to valid.txt and test.txt"
+    elif {name.rsplit(".", 1)[-1] for name in there} & {"tsv", "csv", "nt", "gz", "del", "ttl"}:
+        remedy = "convert the files: one triple per line, tab-separated, not compressed"
+    else:
+        remedy = f"a public data set comes by: {fetch}"
+    return f"it holds {shown}; expected {', '.join(required)}; {remedy}"
 
-    def __init__(self, folder: Path, raw: dict[str, bytes]) -> None:
+
+class _Reader:
+    """Turns the bytes of a folder's files into the parts of a KnowledgeGraph, and collects all faults."""
+
+    def __init__(self, folder: Path, raw: dict[str, bytes], keep_names: bool = False) -> None:
         self.folder = folder
         self.raw = raw
+        self.keep_names = keep_names
+        self.columns: dict[str, tuple[list[str], list[str], list[str]]] = {}  # of the form with names
         self.faults: list[str] = []
-        self.report: dict[str, Any] = {"form": "names" if "train.txt" in raw else "openke"}
+        self.report: dict[str, Any] = {"form": "names" if "train.txt" in raw else "openke", "warnings": []}
 
     def fault(self, file: str, line: int, found: object, expected: str) -> None:
         shown = found if isinstance(found, _Words) else repr(found if not isinstance(found, str) else found[:80])
@@ -277,6 +309,9 @@ class _Reader:
     def parts(self) -> dict[str, Any]:
         read = self.read_openke if self.report["form"] == "openke" else self.read_names
         entities, relations, splits = read()
+        self.check_spelling(entities, "entity")
+        self.check_spelling(relations, "relation")
+        self.check()
         self.count(len(entities), len(relations), splits)
         labels, has_label, descriptions = self.entity_names(entities)
         relation_labels = self.relation_names(relations)
@@ -361,13 +396,20 @@ class _Reader:
     def read_names(self) -> tuple[list[str], list[str], dict[str, Ints]]:
         stems = [*SPLITS, *(stem for stem in ("valid_neg", "test_neg") if f"{stem}.txt" in self.raw)]
         columns = {stem: self.triple_names(f"{stem}.txt") for stem in stems}
-        entities = self.dictionary("entities.dict")
-        relations = self.dictionary("relations.dict")
+        self.columns = columns
         self.check()
-        where_entity, where_relation = "a name in entities.dict", "a name in relations.dict"
+        self.check_headers()
+        entities, where_entity = self.row_order("entities.dict", "entity2id.txt")
+        relations, where_relation = self.row_order("relations.dict", "relation2id.txt")
+        self.check()
         if entities is None:
             where_entity = "an entity of the three splits"
             entities = sorted({name for stem in SPLITS for column in (0, 2) for name in columns[stem][column]})
+            if numbers_in_another_order(entities):
+                self.report["warnings"].append(
+                    f"the entities are the numbers 0 to {len(entities) - 1}, but the rows are in the order of the "
+                    f"text ({', '.join(entities[:4])}, ...); for another order give entities.dict or entity2id.txt"
+                )
         if relations is None:
             where_relation = "a relation of the three splits"
             relations = sorted({name for stem in SPLITS for name in columns[stem][1]})
@@ -387,6 +429,69 @@ class _Reader:
             splits[stem] = ids
         self.check()
         return entities, relations, splits
+
+    def row_order(self, dictionary: str, name2id: str) -> tuple[list[str] | None, str]:
+        """Names by id of the file that gives them, else None; a fault where two files give different orders."""
+        by_id, by_name = self.dictionary(dictionary), None
+        if name2id in self.raw:
+            by_name = self.name_ids(name2id)
+        if by_id is not None and by_name is not None and by_id != by_name and not self.faults:
+            row = next((i for i, pair in enumerate(zip(by_id, by_name, strict=False)) if pair[0] != pair[1]), 0)
+            self.fault(name2id, 1, _Words("another order"), f"that of {dictionary} (row {row} differs); remove one")
+        found = by_name if by_id is None else by_id
+        return found, f"a name in {dictionary if by_id is not None else name2id}"
+
+    def name_ids(self, file: str) -> list[str]:
+        """``name TAB id`` lines after an optional first line with their count -> names by id."""
+        lines = self.lines(file)
+        first = lines[0].split() if lines else []
+        numbered = list(enumerate(lines, 1))
+        if len(first) == 1 and first[0].isdecimal():
+            numbered = self.counted_lines(file)
+        rows = []
+        for number, line in numbered:
+            columns = line.split("\t") if "\t" in line else line.rsplit(" ", 1)
+            if len(columns) == 2:
+                rows.append((number, columns[1].strip(), columns[0]))
+            else:
+                self.fault(file, number, _columns(len(columns)), "2: name id")
+        return self.id_names(file, rows, len(numbered))
+
+    def check_headers(self) -> None:
+        """A fault for each first line that names the columns, unless its relation is used elsewhere too."""
+        if self.keep_names:
+            return
+        relations = {name for _, names, _ in self.columns.values() for name in names[1:]}
+        for stem, (h, r, t) in self.columns.items():
+            if len(r) > 1 and is_header(h[0], r[0], t[0]) and r[0] not in relations:
+                words = _Words(f"the header {h[0]} {r[0]} {t[0]}"[:80])
+                self.fault(f"{stem}.txt", 1, words, "a triple; remove the line")
+
+    def check_spelling(self, names: list[str], what: str) -> None:
+        """A fault where names differ in white space, quotes, BOM or Unicode form alone; a warning for odd names."""
+        groups = same_but_for_spelling(names)
+        if groups:
+            odd = max(groups[0], key=lambda name: (len(name), name))
+            example = " and ".join(map(ascii, groups[0][:2]))
+            found = f"{len(groups)} {what} names in several spellings, such as {example}"
+            if self.keep_names:
+                self.report["warnings"].append(f"{found}; they are kept apart")
+                return
+            file, line = self.where(odd)
+            self.fault(file, line, _Words(found), "one spelling (white space, quotes, BOM, Unicode form) of each name")
+        elif odd_names := unusual(names):
+            self.report["warnings"].append(
+                f"{len(odd_names)} {what} names have outer or repeated white space, quotes around them, a BOM or "
+                f"decomposed letters, such as {odd_names[0]!a}; they are kept as they are"
+            )
+
+    def where(self, name: str) -> tuple[str, int]:
+        """File and line of the first triple with the name, else of the file of names."""
+        for stem, columns in self.columns.items():
+            lines = [names.index(name) for names in columns if name in names]
+            if lines:
+                return f"{stem}.txt", min(lines) + 1
+        return next(file for file in ("entity2id.txt", "relation2id.txt", "entities.dict") if file in self.raw), 1
 
     def dictionary(self, file: str) -> list[str] | None:
         """``id TAB name`` lines -> names by id; None where the file is absent."""
@@ -411,26 +516,18 @@ class _Reader:
             count = lines[0].strip()
             if not (count.isascii() and count.isdigit() and len(count) < 18):
                 self.fault(file, 1, lines[0], "the number of lines that follow")
-            elif int(count) != len(lines) - 1 or int(count) == 0:
-                self.fault(
-                    file, 1, _Words(f"count {int(count)}"), f"{max(len(lines) - 1, 1)}, the number of lines that follow"
-                )
+            elif int(count) != len(lines) - 1:
+                self.fault(file, 1, _Words(f"count {int(count)}"), f"{len(lines) - 1}, the number of lines that follow")
+            elif int(count) == 0:
+                self.fault(file, 1, _Words("count 0"), "at least one line after the count")
         return list(enumerate(lines, 1))[1:]
 
     def read_openke(self) -> tuple[list[str], list[str], dict[str, Ints]]:
-        names = []
         for file in ("entity2id.txt", "relation2id.txt"):
-            lines = self.counted_lines(file)
-            rows = []
-            for number, line in lines:
-                columns = line.split("\t") if "\t" in line else line.rsplit(" ", 1)
-                if len(columns) == 2:
-                    rows.append((number, columns[1].strip(), columns[0]))
-                else:
-                    self.fault(file, number, _columns(len(columns)), "2: name id")
-            names.append(self.id_names(file, rows, len(lines)))
+            self.counted_lines(file)
         self.check()
-        entities, relations = names
+        entities, relations = self.name_ids("entity2id.txt"), self.name_ids("relation2id.txt")
+        self.check()
         splits = {}
         for split in SPLITS:
             file = f"{split}2id.txt"
@@ -490,7 +587,7 @@ class _Reader:
         return labels, has_label, descriptions
 
     def relation_names(self, relations: list[str]) -> list[str]:
-        """relation2text, else the raw name with its separators turned into spaces."""
+        """relation2text, else the raw name with spaces for its separators."""
         text = self.texts("relation2text.txt")
         self.report["relation_labels_missing"] = sum(not text.get(name) for name in relations)
         separators = str.maketrans(dict.fromkeys("/_.-", " "))
@@ -522,6 +619,15 @@ class _Reader:
             },
             "unseen_relations": R - len(seen_relations),
         }
+        for name in [name for name in splits if name.endswith("_neg")]:
+            for split in SPLITS:
+                both = np.intersect1d(distinct[name], distinct[split], assume_unique=True)
+                if len(both):
+                    line = int(np.flatnonzero(packed[name] == both[0])[0]) + 1
+                    self.report["warnings"].append(
+                        f"{len(both)} triples of {name}.txt are also in {split}.txt, such as line {line}: they are "
+                        "labelled True and False"
+                    )
 
 
 class _Words(str):
@@ -538,7 +644,7 @@ _LISTS = ("entities", "relations", "labels", "descriptions", "relation_labels")
 
 
 def _write_cache(path: Path, name: str, parts: dict[str, Any]) -> None:
-    """Store the parts without pickle; a cache that cannot be written is left out."""
+    """Store the parts without pickle; where the cache cannot be written, there is none."""
     arrays: dict[str, NDArray[Any]] = {key: parts[key].astype(np.int32) for key in SPLITS}
     arrays |= {f"negative_{key}": value.astype(np.int32) for key, value in parts["negative_splits"].items()}
     arrays |= {key: np.frombuffer("\n".join(parts[key]).encode(), dtype=np.uint8) for key in _LISTS}
@@ -569,7 +675,7 @@ def _read_cache(path: Path) -> dict[str, Any] | None:
         parts["has_label"] = stored["has_label"]
         parts["report"] = json.loads(stored["report"].tobytes())
         return parts
-    except Exception:  # a cache may be damaged in any way: it is then built anew from the files
+    except Exception:  # a cache may be damaged in any way: it is then built again from the files
         return None
 
 
@@ -585,6 +691,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     print(f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, loaded in {seconds:.2f} s")
     for key, value in kg.report.items():
+        if key == "warnings":  # printed by ``load``
+            continue
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"  {key.replace('_', ' '):30} {shown}")
     h, r, t = kg.train[0]

@@ -1,13 +1,13 @@
-"""How likely a causal language model finds each of a set of answers: exact, and with the prompt read once.
+"""Log-likelihoods of answers under a causal language model: exact, with one forward pass over the prompt.
 
     log P(answer | prompt) = sum over its tokens of log P(token | prompt, tokens before it)
 
-``score_candidates`` gives it for 20 candidates, ``constrained_beams`` searches a trie of all entities for the best.
-Both read the prompt once and then feed *branches*: pieces of several answers in one row, each seeing the prompt, its
-own ancestors and itself, by a 4D mask. So the prompt's cache is never repeated: 20 copies would need 15 GiB at 7B.
+``score_candidates`` computes it for 20 candidates; ``constrained_beams`` is a beam search over a trie of all entities.
+Both compute the prompt once and then feed *branches*: parts of several answers in one row of tokens, each attending to
+the prompt, its own ancestors and itself (4D mask). The prompt's cache is never copied: 20 copies would need 15 GiB for
+a 7B model.
 
-Ties. Equal token sequences are scored once, so their scores are equal to the bit, and a rank takes ties at their mean.
-Lists are sorted by falling score, equal scores in the order in which the candidates came.
+Equal token sequences are scored once, so their scores are bit-equal and ties can be ranked at their mean.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Ints = NDArray[np.int64]
-WAYS = ("packed", "one_by_one", "full")
-MASKED_ATTENTION = ("sdpa", "eager")  # the kernels that take a 4D mask
-ROW_TOKENS = 2048  # of branches in one row, which bounds the logits
+WAYS = ("packed", "full")
+MASKED_ATTENTION = ("sdpa", "eager")  # implementations that accept a 4D mask
+ROW_TOKENS = 2048  # tokens of branches in one row; bounds the logits
 SOFTMAX_ROWS = 256
 
 
@@ -34,7 +34,7 @@ SOFTMAX_ROWS = 256
 
 
 def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log P of ``tokens`` [S] under ``logits`` [S, V] -> float64 [S], on the CPU; computed in float32 by parts."""
+    """log P of ``tokens`` [S] under ``logits`` [S, V] -> float64 [S] on the CPU; computed in float32, in chunks."""
     parts = []
     for some, ids in zip(logits.split(SOFTMAX_ROWS), tokens.split(SOFTMAX_ROWS), strict=True):
         some = some.float()
@@ -43,19 +43,19 @@ def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Branch(NamedTuple):
-    """Tokens to feed behind the prompt."""
+    """Tokens to feed after the prompt."""
 
-    ancestors: Sequence[int]  # slots, counted from the prompt's end, of the tokens that came before
+    ancestors: Sequence[int]  # slots, counted from the prompt's end, of the tokens before them
     tokens: Sequence[int]
 
 
 class Prefix:
-    """A prompt in the cache, and behind it the branches fed so far: slot s stands at P + s of the cache."""
+    """The cache of a prompt of P tokens and of the branches fed so far: slot s is at position P + s of the cache."""
 
     def __init__(self, model: PreTrainedModel, prompt: Sequence[int], keep: int = 1) -> None:
-        """Read ``prompt`` [P]; ``self.logits`` [keep, V] are those of its last ``keep`` tokens.
+        """Compute ``prompt`` [P]; ``self.logits`` [keep, V] are those of its last ``keep`` tokens.
 
-        Raises ValueError for an empty prompt and for a model whose cache forgets (sliding window).
+        Raises ValueError for an empty prompt and for a model with a sliding window.
         """
         from transformers import DynamicCache
 
@@ -64,12 +64,12 @@ class Prefix:
         self.model, self.P, self.fed = model, len(prompt), 0
         self.cache = DynamicCache(config=model.config)
         if any(self.cache.is_sliding):
-            raise ValueError("a model with a sliding window forgets its prompt: score it with way='full'")
+            raise ValueError("the cache of a model with a sliding window drops its prompt: use way='full'")
         ids = torch.tensor([prompt], device=model.device)
         self.logits = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits[0]
 
     def feed(self, branches: Sequence[Branch]) -> Tensor:
-        """Feed all branches as one row of S tokens -> logits [S, V]; their slots are the next S, in order."""
+        """Feed all branches as one row of S tokens -> logits [S, V]; they get the next S slots, in order."""
         S, start = sum(len(branch.tokens) for branch in branches), self.P + self.fed
         dtype, device = self.model.dtype, self.model.device
         seen = torch.zeros(S, start + S, dtype=torch.bool)
@@ -92,14 +92,8 @@ class Prefix:
         self.fed += S
         return output.logits[0]
 
-    def feed_one(self, tokens: Sequence[int]) -> Tensor:
-        """Feed one piece right behind the prompt, without a mask -> logits [S, V]."""
-        ids = torch.tensor([tokens], device=self.model.device)
-        self.fed += len(tokens)
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[0]
-
     def forget(self) -> None:
-        """Cut the cache back to the prompt."""
+        """Remove everything after the prompt from the cache."""
         self.cache.crop(-self.fed)
         self.fed = 0
 
@@ -108,7 +102,7 @@ class Prefix:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all sequences begin with, leaving at least one to each."""
+    """The longest common prefix that leaves at least one token of each sequence."""
     first, shortest = sequences[0], min(map(len, sequences))
     n = 0
     while n < shortest - 1 and all(other[n] == first[n] for other in sequences):
@@ -117,8 +111,11 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def best_way(model: PreTrainedModel) -> str:
-    """The faster exact way that the model's attention allows (benchmarks/candidate_scoring.py)."""
-    return "packed" if getattr(model.config, "_attn_implementation", None) in MASKED_ATTENTION else "one_by_one"
+    """``packed``, or ``full`` for models with a sliding window or an attention that accepts no mask."""
+    from transformers import DynamicCache
+
+    masked = getattr(model.config, "_attn_implementation", None) in MASKED_ATTENTION
+    return "packed" if masked and not any(DynamicCache(config=model.config).is_sliding) else "full"
 
 
 @torch.inference_mode()
@@ -126,23 +123,23 @@ def score_candidates(
     model: PreTrainedModel, prompt: Sequence[int], candidates: Sequence[Sequence[int]], way: str | None = None,
     row_tokens: int = ROW_TOKENS,
 ) -> Tensor:  # fmt: skip
-    """log P(candidate | prompt), all its tokens counted -> float64 [C] on the CPU.
+    """log P(candidate | prompt), summed over all its tokens -> float64 [C] on the CPU.
 
-    A candidate includes the token that ends it, where it has one: without it, a name would beat every longer name
-    that it begins. ``way``: ``packed`` feeds the candidates in rows of at most ``row_tokens`` under a block-diagonal
-    mask, ``one_by_one`` feeds one after another and cuts the cache back, ``full`` reads the prompt for every candidate
-    (the reference). Raises ValueError for an empty prompt or candidate.
+    A candidate should include its end token: without it, a name beats every longer name that it begins. ``way``:
+    ``packed`` computes the prompt once and feeds candidates in rows of at most ``row_tokens`` tokens with a
+    block-diagonal mask, ``full`` computes the prompt for every candidate (the reference). Default: ``best_way``.
+    Raises ValueError for an empty prompt or candidate.
     """
     way = way or best_way(model)
     if way not in WAYS:
-        raise ValueError(f"way {way!r} does not exist; choose one of {', '.join(WAYS)}")
+        raise ValueError(f"way {way!r} is not one of {', '.join(WAYS)}")
     distinct = list(dict.fromkeys(map(tuple, candidates)))
     if not prompt or not all(distinct):
         raise ValueError("a candidate has no tokens" if prompt else "the prompt is empty")
     if way == "full":
         totals = [_full_pass(model, prompt, candidate) for candidate in distinct]
     else:
-        totals = _behind_prompt(model, prompt, distinct, way, row_tokens)
+        totals = _after_prompt(model, prompt, distinct, row_tokens)
     score = dict(zip(distinct, totals, strict=True))
     return torch.tensor([score[tuple(candidate)] for candidate in candidates], dtype=torch.float64)
 
@@ -154,8 +151,8 @@ def _full_pass(model: PreTrainedModel, prompt: Sequence[int], candidate: Sequenc
     return float(log_probs(logits, ids[0, -n:]).sum())
 
 
-def _behind_prompt(
-    model: PreTrainedModel, prompt: Sequence[int], candidates: list[tuple[int, ...]], way: str, row_tokens: int
+def _after_prompt(
+    model: PreTrainedModel, prompt: Sequence[int], candidates: list[tuple[int, ...]], row_tokens: int
 ) -> list[float]:
     shared = common_prefix(candidates)
     prefix = Prefix(model, [*prompt, *shared], keep=len(shared) + 1)
@@ -164,10 +161,10 @@ def _behind_prompt(
     base = float(log_probs(prefix.logits[:-1], torch.tensor(shared, device=device)).sum()) if shared else 0.0
     first = prefix.logits[-1:].expand(len(own), -1)
     totals = (base + log_probs(first, torch.tensor([tokens[0] for tokens in own], device=device))).tolist()
-    longer = [i for i, tokens in enumerate(own) if len(tokens) > 1]  # the last token is predicted, never fed
-    for group in _groups(longer, [len(own[i]) - 1 for i in longer], row_tokens if way == "packed" else 1):
+    longer = [i for i, tokens in enumerate(own) if len(tokens) > 1]  # the last token is never fed
+    for group in _groups(longer, [len(own[i]) - 1 for i in longer], row_tokens):
         fed, wanted = [own[i][:-1] for i in group], [own[i][1:] for i in group]
-        logits = prefix.feed([Branch((), tokens) for tokens in fed]) if way == "packed" else prefix.feed_one(fed[0])
+        logits = prefix.feed([Branch((), tokens) for tokens in fed])
         found = log_probs(logits, torch.tensor([token for tokens in wanted for token in tokens], device=device))
         for i, part in zip(group, found.split([len(tokens) for tokens in wanted]), strict=True):
             totals[i] += float(part.sum())
@@ -176,7 +173,7 @@ def _behind_prompt(
 
 
 def _groups(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Consecutive items whose sizes add up to ``limit`` at most; an item that is larger stands alone."""
+    """Groups of consecutive items with a total size of at most ``limit``; a larger item is a group of its own."""
     groups: list[list[int]] = []
     room = 0
     for item, size in zip(items, sizes, strict=True):
@@ -188,11 +185,11 @@ def _groups(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list
     return groups
 
 
-# ---------------------------------------------------------------- a few choices for many prompts
+# ---------------------------------------------------------------- batches of prompts
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids [B, T] of prompts that all end in the last column."""
+    """input_ids, attention_mask and position_ids [B, T] of left-padded prompts."""
     T = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (T - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -203,9 +200,9 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> d
 def score_choices(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]], pad_id: int
 ) -> Tensor:
-    """log P(choice | prompt) of the same choices behind each of B prompts -> float64 [B, C] on the CPU.
+    """log P(choice | prompt) of the same C choices for each of B prompts -> float64 [B, C] on the CPU.
 
-    One forward of the padded batch where every choice is one token; otherwise ``score_candidates`` of each prompt.
+    One forward pass of the padded batch if every choice is one token; otherwise ``score_candidates`` per prompt.
     """
     if any(len(choice) != 1 for choice in choices):
         return torch.stack([score_candidates(model, prompt, choices) for prompt in prompts])
@@ -219,15 +216,15 @@ def score_choices(
 def generate_freely(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_id: int, pad_id: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt up to its end token (left out) or ``max_new_tokens``."""
+    """The greedy continuation of each prompt, without its end token, of at most ``max_new_tokens``."""
     from transformers import GenerationConfig
 
-    # a configuration of its own: LLaMA-2's brings a temperature
+    # not the model's own configuration: LLaMA-2's sets a temperature
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=pad_id, use_cache=True
     )
     batch = left_padded(prompts, pad_id, model.device)
-    del batch["position_ids"]  # generate derives the same ones from the mask, and extends them
+    del batch["position_ids"]  # generate derives them from the mask
     generate: Any = model.generate
     found = generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :].tolist()
     return [ids[: ids.index(end_id)] if end_id in ids else ids for ids in found]
@@ -237,16 +234,15 @@ def generate_freely(
 
 
 class TokenTrie:
-    """Token sequences as one sorted matrix; a node is a range of its rows that agree up to a depth.
+    """Token sequences as one sorted matrix int32 [N, T]; a node is a range of rows that agree up to a depth.
 
-    Memory is the matrix alone, int32 [N, T]: 21 MB for 41,000 entities of 130 tokens, where nodes as objects would take
-    gigabytes. A child is found by looking for changes along a column.
+    21 MB for 41,000 entities of 130 tokens; nodes as objects would need gigabytes.
     """
 
     def __init__(self, rows: NDArray[np.int32], owners: ArrayLike | None = None) -> None:
-        """``rows`` int32 [N, T], shorter sequences ending in -1; ``owners`` [N]: what each stands for (its row).
+        """``rows`` int32 [N, T], padded with -1; ``owners`` [N]: what each sequence stands for (default: its row).
 
-        Raises ValueError where one sequence is the beginning of another: which of them was meant would be unknown.
+        Raises ValueError if one sequence is a proper prefix of another.
         """
         if rows.ndim != 2 or not rows.size or (rows[:, 0] < 0).any():
             raise ValueError(f"a trie needs sequences of one token or more, got {list(rows.shape)}")
@@ -258,7 +254,7 @@ class TokenTrie:
         differs = same.argmin(axis=1)  # the first column that differs
         prefix = ~same.all(axis=1) & (before[np.arange(len(before)), differs] < 0)
         if prefix.any():
-            raise ValueError(f"sequence {before[int(prefix.argmax())].tolist()} is the beginning of another one")
+            raise ValueError(f"sequence {before[int(prefix.argmax())].tolist()} is a prefix of another one")
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]], owners: ArrayLike | None = None) -> TokenTrie:
@@ -268,29 +264,12 @@ class TokenTrie:
             row[: len(sequence)] = sequence
         return cls(rows, owners)
 
-    @classmethod
-    def from_codes(cls, codes: Ints, template: Sequence[int], code_ids: Ints) -> TokenTrie:
-        """A trie of the codes [M, L, Q] of all entities.
-
-        ``template``: the ids of one entity's text; its L*Q code tokens are replaced by each entity's, whatever stands
-        between them stays. ``code_ids`` [Q, K]: id of each Q{level}_{index}. Raises ValueError for another number of
-        code tokens in the template.
-        """
-        M, L, Q = codes.shape
-        text = np.asarray(template, dtype=np.int32)
-        places = np.flatnonzero(np.isin(text, code_ids))
-        if len(places) != L * Q:
-            raise ValueError(f"the template has {len(places)} code tokens, the codes {L} x {Q}")
-        rows = np.tile(text, (M, 1))
-        rows[:, places] = code_ids[np.arange(Q), codes].reshape(M, L * Q)
-        return cls(rows)
-
     def common(self) -> list[int]:
-        """The tokens that all sequences begin with, leaving one at least."""
+        """``common_prefix`` of all sequences."""
         return common_prefix([self.sequence(0), self.sequence(len(self.rows) - 1)])
 
     def sequence(self, row: int) -> list[int]:
-        """The tokens of a row, without the padding."""
+        """The tokens of a row, without padding."""
         found = self.rows[row]
         return found[found >= 0].tolist()
 
@@ -302,11 +281,11 @@ class TokenTrie:
         return column[bounds[:-1] - low].astype(np.int64), bounds
 
     def ends(self, low: int, depth: int) -> bool:
-        """Whether the sequences that begin at row ``low`` have ``depth`` tokens."""
+        """Whether the sequence in row ``low`` has ``depth`` tokens."""
         return depth == self.rows.shape[1] or bool(self.rows[low, depth] < 0)
 
     def is_chain(self, low: int, high: int) -> bool:
-        """Whether all these rows are the same sequence."""
+        """Whether all these rows are equal."""
         return bool((self.rows[low] == self.rows[high - 1]).all())
 
 
@@ -315,12 +294,12 @@ class _Beam(NamedTuple):
     high: int
     depth: int
     total: float
-    slots: tuple[int, ...]  # of its tokens behind the shared prompt
-    source: int  # the row of the last logits that continue it; -1 once it has ended
+    slots: tuple[int, ...]  # of its tokens after the shared prompt
+    source: int  # row of the last logits that continues it; -1 if it has ended
 
 
 class Ranked(NamedTuple):
-    """Owners by falling score, equal scores by rising owner."""
+    """Owners by descending score, ties by ascending owner."""
 
     owners: Ints  # [n]
     scores: NDArray[np.float64]  # [n] log-likelihoods
@@ -328,12 +307,12 @@ class Ranked(NamedTuple):
 
 @torch.inference_mode()
 def constrained_beams(model: PreTrainedModel, prompt: Sequence[int], trie: TokenTrie, beams: int) -> Ranked:
-    """The sequences of ``trie`` that a beam search of width ``beams`` finds the likeliest behind ``prompt``.
+    """The most likely sequences of ``trie`` after ``prompt``, by beam search of width ``beams``.
 
-    Exact, and equal to ``score_candidates``, where ``beams`` is at least the number of sequences; 1 is greedy
-    decoding. All beams share the prompt's cache. Once every beam can go on in one way only, the rest is one pass. An
-    owner of several sequences gets the sum of their probabilities. More than ``beams`` owners come back where some
-    share a sequence. Raises ValueError for ``beams`` below 1 or an attention that takes no mask.
+    With ``beams`` >= number of sequences it is exact and equals ``score_candidates``; 1 is greedy decoding. All beams
+    share the prompt's cache. When each beam has only one continuation left, the rest is one pass. An owner of several
+    sequences gets the sum of their probabilities; owners that share a sequence are all returned. Raises ValueError for
+    ``beams`` < 1 or an attention that accepts no mask.
     """
     if beams < 1:
         raise ValueError(f"beams must be 1 or more, got {beams}")
@@ -364,7 +343,7 @@ def constrained_beams(model: PreTrainedModel, prompt: Sequence[int], trie: Token
 def _step(
     trie: TokenTrie, live: list[_Beam], done: list[_Beam], logits: Tensor, beams: int
 ) -> tuple[list[_Beam], list[_Beam]]:
-    """Extend every live beam by one token and keep the best ``beams`` of these and of the ended ones."""
+    """Extend every live beam by one token; keep the best ``beams`` among them and those that have ended."""
     grown = list(done)
     for beam in live:
         tokens, bounds = trie.children(beam.low, beam.high, beam.depth)
@@ -379,11 +358,11 @@ def _step(
 
 
 def _finish(trie: TokenTrie, prefix: Prefix, live: list[_Beam], logits: Tensor) -> list[_Beam]:
-    """Score the rest of beams that can go on in one way only."""
-    finished = []
-    rests = [trie.sequence(beam.low)[beam.depth :] for beam in live]
+    """Score the rest of beams that have only one continuation."""
     if not live:
         return []
+    finished = []
+    rests = [trie.sequence(beam.low)[beam.depth :] for beam in live]
     device = logits.device
     first = log_probs(
         logits[[beam.source for beam in live]], torch.tensor([rest[0] for rest in rests], device=device)

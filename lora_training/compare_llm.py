@@ -1,48 +1,47 @@
-"""Does the LLM gain from codes? Rows on the same test queries, over seeds, with mean and spread.
+"""Do codes help the LLM? Rows on the same test queries, over seeds, with mean and standard deviation.
 
     python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out lora_training/lora_outputs/comparison
     python lora_training/compare_llm.py --dataset data/family --seeds 0 --out lora_training/lora_outputs/quick --quick
 
-the candidate model          stage 1, trained on the training split; ranked by its own scores of all entities
-the candidate model, refitted   the same flags, trained on the training split and nine tenths of valid, which the LLM
-                             sees too: its lists are ranked, and it is the rival of the LLM without codes
-copies the first candidate   the list as it stands
-the codes, by stage 1's scorer  another run of stage 1 on those same facts, whose codes the LLMs read: its own decoder
-                             ranks the same lists. With the order, it is the rival of the LLM with codes
-the LLM without codes        names alone
-the LLM with shuffled codes  every entity has another one's codes, the same in training and test
-the LLM with codes           the result
-each of these four, and the list's order   its score and the candidate's place together, by two weights that validation
-                             gives (score_answers.py)
+candidate ranker (train)     stage 1 trained on train; all entities ranked by its scores
+candidate ranker (train + 90% of valid)   the same flags, on the facts that the LLMs are tuned on; its lists are
+                             re-ranked, and it is the baseline of the LLM without codes
+copy the first candidate     these lists as they are
+stage-1 decoder of the codes another stage-1 run on the same facts, whose codes the LLMs read: its own decoder ranks
+                             the same lists; with the order, the baseline of the LLM with codes
+LLM without codes            names only
+LLM with shuffled codes      control: every entity has the codes of another one, in training and test alike
+LLM with codes               the result
+... + list order             score and position in the list combined by two weights fitted on validation
 
-As in the paper, lists and codes come from two models: codes of the model that ordered the list say what the order
-says already. The candidate model is a small one on purpose, for all rows alike: the full one of the bundled graph (the
-demo's) has MRR .98, which leaves nothing to gain.
-The code tokens' rows begin as stage 1's codebooks (--code_init), with shuffled codes too. Every row of embedding and
-head trains, in all three: with the new rows alone, the LLM without codes could not learn what it answers with.
+As in the paper, lists and codes come from two models: codes of the ranker itself would repeat its order. The ranker is
+small on purpose, for all rows alike: a full one has MRR .98 on the bundled graph, which leaves nothing to improve.
+New code tokens start from stage 1's codebooks (--code_init), shuffled codes included. All rows of embedding and head
+are trained in all three LLMs: with only the new tokens trained, the LLM without codes could not learn its answers.
 
-The LLMs predict: asked (h, r, ?), an LLM answers with the codes of the tail, or its name where it has no codes, and
-candidates are ranked by how likely their answers are to the query alone (gen_lp_data_rq.py --predict, inference.py
---decode predict). So every training row weighs the truth against all other answers, not against those of a list, and a
-base as small as RECIPE's need not learn to copy out of lists or to compare two entities of a prompt.
+The LLMs are tuned on tail_prediction rows and answer by likelihood scoring: given (h, r, ?), an LLM generates the codes
+of the tail (its name in data without codes), and candidates are ranked by their log-likelihood as the answer to the
+query alone. Lists are not part of the prompts, so a base as small as RECIPE's need not learn to copy from them.
 
-Every seed draws all of it anew: stage 1, the cut of valid, the base model (one for its three LLMs), the tuning. An LLM
-is tuned once, on the queries of the training split and of nine tenths of valid, the facts that codes and lists rest on
-too. Validation is the last tenth of valid.
+Everything is drawn anew for each seed: stage 1, the split of valid, the base model (one for the three LLMs), the
+tuning. The LLMs are tuned once, on train and 90 % of valid, the facts of codes and lists. Validation is the rest of
+valid.
 
-Each step is another script's own command and leaves a mark under OUT/seed_N/done: the same command goes on where it was
-stopped. OUT/comparison.json gets the rows, with the records that they come from (which tables/ reads: python
-tables/make_tables.py --records OUT), and what codes bring, with its standard error over the queries (paired.py).
+Every step is a command of another script with a mark in OUT/seed_N/done: the same command continues an interrupted run.
+OUT/comparison.json gets the rows, with the records they come from (python tables/make_tables.py --records OUT), and the
+differences of MRR with their standard errors over queries (paired.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,31 +52,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
-from Class.instructions import PREDICTED, Ints, Row, existing_split, read_rows, split_path
+from Class.rows import PREDICTED, Row, existing_split, read_rows, split_path
 from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import ROOT, exclusive_lock, read_json, write_json, write_text
 from common.metrics import RANKING, check_ranking
 from common.record import make_record
+from common.steps import Step, run_steps
 from data.knowledge_graph import KnowledgeGraph
+from lora_training.checkpoints import SECONDS
 from lora_training.paired import paired
 from lora_training.score_answers import (
-    OWN,
-    WITH_ORDER,
     Answer,
     Metrics,
     by_task,
+    choose_lengths,
     is_ranking,
+    known_rank,
+    listed_rank,
+    normalized,
     query_of,
+    rank_of,
     ranking_metrics,
-    score_ranking,
-    worths,
 )
-from lora_training.steps import REPEATED, Step, run_tasks, seconds_of, tasks_of
-from tables.results import stat
 
 Recipe = dict[str, dict[str, Any]]
 
-# flags of each stage; "codes": of the model whose codes are read, on top of "stage1", the candidate model's
+# flags of each stage; "codes": in addition to "stage1", for the model whose codes the LLMs read
 RECIPE: Recipe = {
     "stage1": {"seq_len": 2, "num_code": 64, "num_quantizers": 3, "code_dim": 64, "decoder": "distmult", "epoch": 50,
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
@@ -86,11 +86,11 @@ RECIPE: Recipe = {
              "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
     "data": {"num_candidates": 20},
     "tuning": {"epochs": 9, "batch_size": 32, "learning_rate": 2e-3, "adam_beta2": 0.99, "lora_r": 64,
-               "lora_alpha": 64, "lora_dropout": 0, "train_rows": "all", "matmul_precision": "medium",
+               "lora_alpha": 64, "lora_dropout": 0, "train_rows": "all",
                "eval_steps": 1000, "eval_batch_size": 128, "logging_steps": 100},
     "answers": {},
 }  # fmt: skip
-# the same chain in a few minutes: it shows that every step runs, and its figures mean nothing
+# a few minutes: shows that every step runs; its numbers mean nothing
 QUICK: Recipe = RECIPE | {
     "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
     "codes": RECIPE["codes"] | {"epoch": 4, "eval_every": 4},
@@ -102,34 +102,33 @@ QUICK: Recipe = RECIPE | {
 
 
 class Variant(NamedTuple):
-    """What an LLM reads of an entity."""
+    """What an LLM is given of an entity."""
 
     name: str  # of its folder
     row: str  # in the comparison
     flags: tuple[str, ...]  # of the instruction data
 
 
-WITHOUT = Variant("without_codes", "the LLM without codes", ("--no_codes",))
-SHUFFLED = Variant("shuffled_codes", "the LLM with shuffled codes", ("--shuffle_codes",))
-WITH = Variant("with_codes", "the LLM with codes", ())
+WITHOUT = Variant("without_codes", "LLM without codes", ("--no_codes",))
+SHUFFLED = Variant("shuffled_codes", "LLM with shuffled codes", ("--shuffle_codes",))
+WITH = Variant("with_codes", "LLM with codes", ())
 VARIANTS = (WITHOUT, SHUFFLED, WITH)
-CANDIDATE_MODEL = "the candidate model"
-REFITTED = "the candidate model, refitted with nine tenths of valid"
-COPIED = "copies the first candidate"
-ORDERED = "{}, and the list's order"
-CODES_ALONE = "the codes, by stage 1's scorer"
-ROWS = (
-    CANDIDATE_MODEL, REFITTED, COPIED, CODES_ALONE, *(variant.row for variant in VARIANTS),
-    *(ORDERED.format(row) for row in (CODES_ALONE, *(variant.row for variant in VARIANTS))),
-)  # fmt: skip
-# of MRRs, by the same queries: what codes bring to the LLM, and the LLM to what there is without it
+RANKER = "candidate ranker (train)"
+REFITTED = "candidate ranker (train + 90% of valid)"
+COPIED = "copy the first candidate"
+DECODER = "stage-1 decoder of the codes"
+ORDERED = "{} + list order"
+SCORED = (DECODER, *(variant.row for variant in VARIANTS))
+ROWS = (RANKER, REFITTED, COPIED, *SCORED, *map(ORDERED.format, SCORED))
+# (row, minus row): differences of MRR over the same queries
 DIFFERENCES = (
-    *((WITH.row, other) for other in (WITHOUT.row, SHUFFLED.row, CODES_ALONE)),
+    *((WITH.row, other) for other in (WITHOUT.row, SHUFFLED.row, DECODER)),
     *((ORDERED.format(WITH.row), other)
-      for other in (CANDIDATE_MODEL, REFITTED, *map(ORDERED.format, (WITHOUT.row, SHUFFLED.row, CODES_ALONE)))),
+      for other in (RANKER, REFITTED, *map(ORDERED.format, (WITHOUT.row, SHUFFLED.row, DECODER)))),
 )  # fmt: skip
-RESCORED = 1000  # entities that the codes' own scorer lists: nearly all that a prompt may have
+RESCORED = 1000  # entities that the stage-1 decoder lists: nearly all that a prompt may contain
 RESULTS = "inference_results.json"
+REPEAT = "remove it and repeat the command: its step runs again"
 
 
 # ---------------------------------------------------------------- steps
@@ -146,13 +145,12 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 
 
 class Places(NamedTuple):
-    """Where one seed's files are."""
+    """Files of one seed."""
 
     root: Path
 
-    @property
-    def marks(self) -> Path:
-        return self.root / "done"
+    def step(self, name: str, words: list[str], outputs: list[Path]) -> Step:
+        return Step(f"{self.root.name}/done/{name}", words, outputs)
 
     def candidates(self, name: str) -> Path:
         return self.root / "candidates" / f"{name}.npz"
@@ -161,7 +159,7 @@ class Places(NamedTuple):
         return self.root / variant.name / RESULTS
 
     def rows(self, variant: Variant) -> Path:
-        """The folder of the instruction data that are answered."""
+        """The folder of the rows that are answered."""
         return self.root / variant.name / "data" / TASK
 
 
@@ -171,84 +169,89 @@ def stem_of(dataset: str, sizes: Mapping[str, Any]) -> str:
     return code_stem(dataset, sizes["seq_len"], sizes["num_code"], levels, quantizer)
 
 
-def stage1_steps(
-    name: str, dataset: Path, folder: Path, values: Mapping[str, Any], seed: int
-) -> tuple[Step, list[str]]:
-    """Training of stage 1 on ``dataset`` with the flags ``values``, and the words that rank from its codes."""
-    stem = stem_of(dataset.name, values)
-    codes, checkpoint = folder / f"{stem}.pt", folder / "checkpoints" / f"{stem}.pt"
+class Stage1(NamedTuple):
+    """A stage-1 run."""
+
+    train: Step
+    codes: Path
+    checkpoint: Path
+    ranking: list[str]  # words that rank from its codes
+
+    def export(self, places: Places, name: str, split: str, *more: str) -> Step:
+        """Candidates of a split."""
+        path = places.candidates(name)
+        words = [*self.ranking, "--export_candidates", str(path), "--split", split, *more]
+        return places.step(f"lists_{name}", words, [path])
+
+
+def stage1(places: Places, name: str, folder: str, dataset: Path, values: Mapping[str, Any], seed: int) -> Stage1:
+    """Stage 1 on ``dataset`` with the flags ``values``."""
+    out, stem = places.root / folder, stem_of(dataset.name, values)
+    codes, checkpoint = out / f"{stem}.pt", out / "checkpoints" / f"{stem}.pt"
     words = ["run_rq.py", "--config", os.devnull, "--dataset", str(dataset), *flags(values), "--seed", str(seed)]
-    words += ["--out_dir", str(folder), "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]
+    words += ["--out_dir", str(out), "--checkpoint_dir", str(checkpoint.parent), "--overwrite"]
     ranking = ["run_rq.py", "--dataset", str(dataset), "--eval_codes", str(codes), "--checkpoint", str(checkpoint)]
-    return Step(name, words, [codes, codes.with_suffix(".json"), checkpoint]), ranking
-
-
-def export_step(name: str, ranking: list[str], split: str, path: Path) -> Step:
-    """Candidates of a split, by the codes that ``ranking`` names."""
-    return Step(name, [*ranking, "--export_candidates", str(path), "--split", split], [path])
+    train = places.step(name, words, [codes, codes.with_suffix(".json"), checkpoint])
+    return Stage1(train, codes, checkpoint, ranking)
 
 
 def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, recipe: Recipe, seed: int) -> list[Step]:
-    """Everything that one seed takes, in order. ``refit``: the folder of ``write_refit``."""
-    root = places.root
-    model = recipe["stage1"]
-    train, ranking = stage1_steps("stage1", dataset, root / "candidate_model", model, seed)
-    train_again, ranking_again = stage1_steps("refit", refit, root / "refit", model, seed)
-    coded, ranking_coded = stage1_steps("codes", refit, root / "codes", model | recipe["codes"], seed)
-    base = root / "tiny_base"
+    """All steps of one seed, in order. ``refit``: the folder of ``write_refit``."""
+    model, base = recipe["stage1"], places.root / "tiny_base"
+    plain = stage1(places, "stage1", "candidate_model", dataset, model, seed)
+    ranker = stage1(places, "refit", "refit", refit, model, seed)
+    coded = stage1(places, "codes", "codes", refit, model | recipe["codes"], seed)
+    top = ("--top", str(min(kg.num_entities, RESCORED)))
     make_base = ["lora_training/make_tiny_base.py", "--dataset", str(dataset), "--out", str(base)]
     return [
-        train,
-        export_step("candidates_plain", ranking, "test", places.candidates("plain")),
-        train_again,
-        *(export_step(f"candidates_{split}", ranking_again, split, places.candidates(split)) for split in kg_splits()),
-        coded,
-        *(export_step(f"coded_{split}", [*ranking_coded, "--top", str(min(kg.num_entities, RESCORED))], split,
-                      places.candidates(f"coded_{split}")) for split in ("valid", "test")),
-        Step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
-        *(step for variant in VARIANTS
-          for step in llm_steps(variant, dataset, coded, base, places, recipe, seed)),
-    ]  # fmt: skip
-
-
-def kg_splits() -> tuple[str, str, str]:
-    """The splits that have candidates."""
-    return "train", "valid", "test"
+        plain.train,
+        plain.export(places, "plain", "test"),
+        ranker.train,
+        *(ranker.export(places, split, split) for split in ("train", "valid", "test")),
+        coded.train,
+        *(coded.export(places, f"coded_{split}", split, *top) for split in ("valid", "test")),
+        places.step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
+        *(step for variant in VARIANTS for step in llm_steps(variant, dataset, coded, base, places, recipe, seed)),
+    ]
 
 
 def llm_steps(
-    variant: Variant, dataset: Path, stage1: Step, base: Path, places: Places, recipe: Recipe, seed: int
+    variant: Variant, dataset: Path, coded: Stage1, base: Path, places: Places, recipe: Recipe, seed: int
 ) -> list[Step]:
-    """Data, tuning, and answers. ``stage1``: of ``stage1_steps``, whose codes are read."""
-    codes, _, checkpoint = stage1.made
+    """Data, tuning and answers of one LLM, which reads the codes of ``coded``."""
     folder, name = places.root / variant.name, variant.name
-    lists = [str(places.candidates(split)) for split in kg_splits()]
+    lists = [str(places.candidates(split)) for split in ("train", "valid", "test")]
     data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, "--predict", *flags(recipe["data"])]
-    data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(codes)])]
+    data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(coded.codes)])]
     data += ["--candidates", *lists, "--from", "both", "--out_dir", str(folder / "data")]
     tuned, task = folder / "tuned", places.rows(variant)
     train, validation = (split_path(folder / "data" / PREDICTED, split) for split in ("train", "validation"))
     words = ["lora_training/train_lora.py", "--model_name", str(base), "--output_dir", str(tuned)]
     words += ["--train_data", str(train), "--val_data", str(validation)]
     words += [*flags(recipe["tuning"]), "--seed", str(seed)]
-    words += [] if variant is WITHOUT else ["--code_init", str(checkpoint)]
-    answer = ["lora_training/inference.py", "--decode", "predict", "--lora_adapter", str(tuned / "lora_adapters")]
+    words += [] if variant is WITHOUT else ["--code_init", str(coded.checkpoint)]
+    answer = ["lora_training/inference.py", "--decode", "likelihood", "--lora_adapter", str(tuned / "lora_adapters")]
     answer += ["--test_data", str(split_path(task, "test")), "--output", str(places.results(variant))]
     answer += flags(recipe["answers"])
+    answered = [split_path(task, split) for split in ("validation", "test")]
     return [
-        Step(f"{name}_data", data, [train, validation, *(split_path(task, split) for split in ("validation", "test"))]),
-        Step(f"{name}_tuning", words, [tuned / "lora_adapters" / "run_record.json"], tuned / "checkpoints"),
-        Step(f"{name}_answers", answer, [places.results(variant)]),
+        places.step(f"{name}_data", data, [train, validation, *answered]),
+        places.step(f"{name}_tuning", words, [tuned / "lora_adapters" / "run_record.json"])
+        ._replace(more=partial(resume_tuning, tuned / "checkpoints")),
+        places.step(f"{name}_answers", answer, [places.results(variant)]),
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- the refitted candidate model
+def resume_tuning(checkpoints: Path) -> list[str]:
+    """Flags by which train_lora.py continues an interrupted run; complete checkpoints contain a file of seconds."""
+    interrupted = any(checkpoints.glob(f"checkpoint-*/{SECONDS}"))
+    return ["--resume_from_checkpoint", "last"] if interrupted else ["--overwrite"]
 
 
 def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
-    """The graph as the refitted model sees it: all of valid but the LLMs' validation part has moved to train.
+    """Write the graph with 90 % of valid moved to train; valid keeps the LLMs' validation part.
 
-    The cut that Class/gen_lp_data_rq.py makes under ``seed``; entities and relations keep their ids.
+    The split is that of Class/gen_lp_data_rq.py with this ``seed``; entities and relations keep their ids.
     """
     parts = disjoint_parts(kg, seed)
     splits = {"train": np.concatenate([kg.train, parts.tuning]), "valid": parts.validation, "test": kg.test}
@@ -259,172 +262,225 @@ def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
         write_text("".join(f"{i}\t{value}\n" for i, value in enumerate(values)), folder / f"{name}.dict")
 
 
-def queries_of(rows: Iterable[Row], kg: KnowledgeGraph) -> Ints:
-    """[n, 3]: the queries of rows of link prediction, inverse relations for those that ask for the head."""
-    entity = {name: i for i, name in enumerate(kg.entities)}
+# ---------------------------------------------------------------- candidate lists
+
+
+class RankedList(NamedTuple):
+    """The candidates of one query in the order of a candidates file."""
+
+    scores: dict[str, float]  # by raw name, best first
+    rank: float  # of the truth among all entities
+
+
+def read_lists(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str, RankedList]:
+    """The list of each row's query, by the row's id. InputError if the file has none, or no rank or scores."""
+    found, entity = read_candidates([path], kg), {name: i for i, name in enumerate(kg.entities)}
     relation = {name: i for i, name in enumerate(kg.relations)}
-    queries = []
-    for row in rows:
+    queries = np.empty((len(rows), 3), dtype=np.int64)
+    for i, row in enumerate(rows):
         h, r, t = entity[row["triple"][0]], relation[row["triple"][1]], entity[row["triple"][2]]
-        queries.append((h, r, t) if row["direction"] == "tail" else (t, r + kg.num_relations, h))
-    return np.array(queries, dtype=np.int64).reshape(-1, 3)
+        queries[i] = (h, r, t) if row["direction"] == "tail" else (t, r + kg.num_relations, h)
+    at = find_rows(found, queries, kg)
+    ranks = np.where((at >= 0) & (found.truth[at] == queries[:, 2]), found.rank[at], np.nan)
+    if found.scores is None or np.isnan(ranks).any():
+        lacks = "scores" if found.scores is None else f"list with a rank for {int(np.isnan(ranks).sum())} queries"
+        raise InputError(f"candidates file {path} has no {lacks}; write it again: run_rq.py --export_candidates")
+    lists = {}
+    for row, ids, scores, rank in zip(rows, found.ids[at], found.scores[at], ranks.tolist(), strict=True):
+        pairs = zip(ids.tolist(), scores.tolist(), strict=True)
+        lists[row["id"]] = RankedList({kg.entities[e]: score for e, score in pairs if e >= 0}, rank)
+    return lists
 
 
-def ranks_of(candidates: Path, rows: Iterable[Row], kg: KnowledgeGraph) -> list[float]:
-    """The truth's rank among all entities, as ``candidates`` has it, for the query of each row of link prediction.
+def in_list_order(answer: Answer, ranked: RankedList) -> Answer:
+    """The answer to a shuffled list with its candidates in the order of the candidates file."""
+    place, names = {name: k for k, name in enumerate(ranked.scores)}, answer["candidates"]
+    order = sorted(range(len(names)), key=lambda i: place.get(names[i], len(place)))
+    parts = {key: [answer[key][i] for i in order] for key in ("candidates", "scores", "tokens") if answer[key]}
+    return answer | parts | {"candidate_order": "ranked"}
 
-    Raises InputError for a query that has no rank there.
+
+def rescored(answer: Answer, ranked: RankedList) -> Answer:
+    """The answer with the scores of a candidates file; a candidate that its list lacks is below all others."""
+    lowest = min(ranked.scores.values()) - 1
+    return answer | {"scores": [ranked.scores.get(name, lowest) for name in answer["candidates"]], "tokens": None}
+
+
+class Weights(NamedTuple):
+    """Candidates are ranked by ``score * own score - place * log(position in the list)``; neither is negative."""
+
+    score: float
+    place: float
+
+
+def order_weights(answers: Iterable[Answer]) -> Weights | None:
+    """The weights that maximize the likelihood of the truths, each list being one choice (softmax over its scores).
+
+    A conditional logit with a ridge of 0.01, by Newton's method (the objective is concave). A negative weight, which
+    means that its input misleads on validation, becomes 0 and the other 1. None if no list has all scores and its
+    truth.
     """
-    found = read_candidates([candidates], kg)
-    wanted = queries_of(rows, kg)
-    at = find_rows(found, wanted, kg)
-    ranks = np.where((at >= 0) & (found.truth[at] == wanted[:, 2]), found.rank[at], np.nan)
-    if np.isnan(ranks).any():
-        raise InputError(
-            f"candidates file {candidates} has no rank for {int(np.isnan(ranks).sum())} of the test queries"
-        )
-    return [float(rank) for rank in ranks]
+    inputs, right = [], []
+    for answer in answers:
+        scores, truth = answer["scores"], answer["truth"][0]
+        if answer["parsed"] and scores and None not in scores and truth in answer["candidates"]:
+            inputs.append(np.array([[score, -math.log(place)] for place, score in enumerate(scores, 1)]))
+            right.append(answer["candidates"].index(truth))
+    if not inputs:
+        return None
+    weights = np.zeros(2)
+    for _ in range(50):
+        slope, curve = -0.01 * weights, -0.01 * np.eye(2)
+        for features, at in zip(inputs, right, strict=True):
+            scores = features @ weights
+            chances = np.exp(scores - scores.max())
+            chances /= chances.sum()
+            mean = chances @ features
+            slope += features[at] - mean
+            curve -= (features - mean).T * chances @ (features - mean)
+        step = np.linalg.solve(curve, slope)
+        weights = weights - step
+        if np.abs(step).max() < 1e-9:
+            break
+    if weights.min() >= 0:
+        return Weights(float(weights[0]), float(weights[1]))
+    return Weights(0.0, 1.0) if weights[0] < weights[1] else Weights(1.0, 0.0)
 
 
-def rescored(answers: Sequence[Answer], rows: Mapping[str, Row], lists: Path, kg: KnowledgeGraph) -> list[Answer]:
-    """Answers whose candidates have the scores that ``lists`` give them; ``rows``: by id, for the queries.
-
-    A candidate that is not listed there is below all that are. Raises InputError where a query has no list.
-    """
-    found = read_candidates([lists], kg)
-    at = find_rows(found, queries_of((rows[answer["id"]] for answer in answers), kg), kg)
-    if found.scores is None:
-        raise InputError(f"candidates file {lists} has no scores; write it anew: run_rq.py --export_candidates")
-    if (at < 0).any():
-        raise InputError(f"candidates file {lists} has no list for {int((at < 0).sum())} of the queries")
-    made = []
-    for answer, place in zip(answers, at.tolist(), strict=True):
-        ids, scores = found.ids[place], found.scores[place]
-        own = {kg.entities[e]: float(score) for e, score in zip(ids, scores, strict=True) if e >= 0}
-        lowest = min(own.values()) - 1
-        made.append(answer | {"scores": [own.get(name, lowest) for name in answer["candidates"]], "tokens": None})
-    return made
+def with_order(answer: Answer, weights: Weights) -> Answer:
+    """The answer with scores that include the candidates' positions in the list."""
+    if answer["scores"] is None:
+        return answer
+    scores = [
+        None if score is None else weights.score * score - weights.place * math.log(place)
+        for place, score in enumerate(answer["scores"], 1)
+    ]
+    return answer | {"scores": scores}
 
 
 # ---------------------------------------------------------------- rows
 
 
-class Found(NamedTuple):
+class RowResult(NamedTuple):
     """One row of one seed."""
 
-    record: str  # that it comes from, relative to OUT
+    record: str  # file it comes from, relative to OUT
     metrics: Metrics  # MRR, Hits@1/3/10 and the number of queries
-    worth: dict[str, float]  # each query's reciprocal rank
+    values: dict[str, float]  # reciprocal rank of each query
 
 
-def asked(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """What tells the test queries of an answers' record apart, sorted: whoever is compared has answered the same."""
-    return sorted(
-        (answer["id"], answer["truth"][0], answer["direction"], answer["candidate_rank"])
-        for answer in record["answers"] if answer["split"] == "test"
-    )  # fmt: skip
+def read_links(places: Places) -> dict[Variant, list[Answer]]:
+    """The link prediction answers of each LLM. InputError if they do not answer the same test queries."""
+    found, queries = {}, {}
+    for variant in VARIANTS:
+        path = places.results(variant)
+        record = read_json(path, "answers' record")
+        with content_of(path, "answers' record", REPEAT):
+            found[variant] = [answer for answer in record["answers"] if is_ranking(answer)]
+            queries[variant] = sorted(
+                (answer["id"], answer["truth"][0], answer["direction"], answer["candidate_rank"])
+                for answer in found[variant] if answer["split"] == "test"
+            )  # fmt: skip
+            if not queries[variant]:
+                raise ValueError("it has no test answers")
+        if queries[variant] != queries[WITHOUT]:
+            raise InputError(
+                f"{path} answers other queries than {places.results(WITHOUT)}; remove {path.parent} and "
+                f"{places.results(WITHOUT).parent}, and repeat the command"
+            )
+    return found
+
+
+def read_answered(places: Places, answers: Iterable[Answer]) -> dict[str, list[Row]]:
+    """The rows of the answers by split. InputError if they are not the rows that were answered."""
+    wanted = {(answer["split"], answer["id"]): answer["truth"][0] for answer in answers}
+    rows = {}
+    for split in ("validation", "test"):
+        path = existing_split(places.rows(WITH), split)
+        rows[split] = [row for row in read_rows(path) if (split, row["id"]) in wanted] if path else []
+    if {(split, row["id"]): row["truth"][0] for split, some in rows.items() for row in some} != wanted:
+        folder = places.rows(WITH)
+        raise InputError(f"{folder} has other rows than were answered; remove {folder.parent} and repeat the command")
+    return rows
 
 
 def seed_rows(
     places: Places, kg: KnowledgeGraph, out: Path, plain_record: Path, coded_record: Path
-) -> dict[str, Found]:
-    """All rows of one seed. InputError where the three LLMs were not asked the same queries.
-
-    ``plain_record``, ``coded_record``: of the candidate model, and of the model whose codes are read.
-    """
-    queries, records = {}, {}
+) -> dict[str, RowResult]:
+    """All rows of one seed. ``plain_record``, ``coded_record``: of the ranker (train) and of the model of the codes."""
+    answers = read_links(places)
+    rows = read_answered(places, answers[WITH])
+    plain = read_lists(places.candidates("plain"), rows["test"], kg)
+    ranker, coded = (
+        {id: ranked for split, name in (("validation", "valid"), ("test", "test")) if rows[split]
+         for id, ranked in read_lists(places.candidates(lists + name), rows[split], kg).items()}
+        for lists in ("", "coded_")
+    )  # fmt: skip
+    results: dict[str, tuple[Path, list[Answer]]] = {}
     for variant in VARIANTS:
-        records[variant] = read_json(places.results(variant), "answers' record")
-        with content_of(places.results(variant), "answers' record", REPEATED):
-            queries[variant] = asked(records[variant])
-    for variant in VARIANTS:
-        if queries[variant] != queries[WITH]:
+        with content_of(places.results(variant), "answers' record", REPEAT):
+            ordered = [in_list_order(answer, ranker[answer["id"]]) for answer in answers[variant]]
+        results[variant.row] = (places.results(variant), ordered)
+    path, ordered = results[WITH.row]
+    results[DECODER] = (coded_record, [rescored(answer, coded[answer["id"]]) for answer in ordered])
+    test = [answer for answer in ordered if answer["split"] == "test"]
+    ranks = {
+        RANKER: (plain_record, {query_of(answer): plain[answer["id"]].rank for answer in test}),
+        REFITTED: (path, {query_of(answer): known_rank(answer) for answer in test}),
+        COPIED: (path, {query_of(answer): listed_rank(answer) for answer in test}),
+    }
+    for name, (path, ordered) in results.items():
+        splits = by_task(ordered)[TASK]
+        lengths = choose_lengths(splits)
+        weights = order_weights(normalized(splits.get("validation", []), lengths))
+        if weights is None:
             raise InputError(
-                f"{places.results(variant)} answers other queries than {places.results(WITH)}; remove "
-                f"{places.results(variant).parent} and {places.results(WITH).parent}, and repeat the command"
+                f"{path}: no validation list contains its truth, so the weights of score and order are unknown; give "
+                "more num_candidates, or a larger valid split"
             )
-    splits = {split: existing_split(places.rows(WITH), split) for split in ("validation", "test")}
-    if splits["test"] is None:
-        raise InputError(
-            f"{places.rows(WITH)} holds no test rows; remove {places.root / WITH.name} and repeat the command"
-        )
-    count, with_codes = len(queries[WITH]), places.results(WITH)
-    with content_of(splits["test"], "file of the answered rows", REPEATED):
-        answered = list(itertools.islice(read_rows(splits["test"]), count))
-        ranks = ranks_of(places.candidates("plain"), answered, kg)
-        if len(ranks) != count:
-            raise ValueError(f"{len(ranks)} rows, {count} answers")
-    worth = {query_of(row): 1 / rank for row, rank in zip(answered, ranks, strict=True)}
-    if worth.keys() != {query_of(answer) for answer in records[WITH]["answers"] if answer["split"] == "test"}:
-        raise InputError(f"{splits['test']} holds other queries than were answered; {REPEATED}")
-    rows = {CANDIDATE_MODEL: (plain_record, ranking_metrics(ranks), worth)}
-    with content_of(with_codes, "answers' record", REPEATED):
-        answers = [answer for answer in records[WITH]["answers"] if is_ranking(answer)]
-        tests = {variant.row: (places.results(variant), *scored_test(record["answers"]))
-                 for variant, record in records.items()}  # fmt: skip
-        _, own, by_row = tests[WITH.row]
-        rows |= {row: (with_codes, own[rival], by_row[rival])
-                 for row, rival in ((REFITTED, "candidate_model"), (COPIED, "as_listed"))}  # fmt: skip
-        coded: list[Answer] = []
-        for split, lists in (("validation", "coded_valid"), ("test", "coded_test")):
-            path = splits[split]
-            by_id = {} if path is None else {row["id"]: row for row in read_rows(path)}
-            coded += rescored([one for one in answers if one["split"] == split], by_id, places.candidates(lists), kg)
-    tests[CODES_ALONE] = (coded_record, *scored_test(coded))
-    for name, (path, own, by_row) in tests.items():
-        if WITH_ORDER not in own:
-            raise InputError(
-                f"{path}: no validation list holds its truth, so scores and the lists' order have no weights; "
-                "give more num_candidates, or a larger valid split"
-            )
-        with content_of(path, "record", REPEATED):
-            rows[name] = (path, own, by_row[OWN])
-            rows[ORDERED.format(name)] = (path, own[WITH_ORDER], by_row[WITH_ORDER])
+        own = normalized(splits["test"], lengths)
+        ranks[name] = (path, {query_of(answer): rank_of(answer) for answer in own})
+        both = {query_of(answer): rank_of(with_order(answer, weights)) for answer in own}
+        ranks[ORDERED.format(name)] = (path, both)
     found = {}
     for name in ROWS:
-        path, metrics, worth = rows[name]
-        with content_of(path, "answers' record", REPEATED):
-            kept = {key: metrics[key] for key in RANKING} | {"count": count}
-        check_ranking(path, name, kept)
-        found[name] = Found(str(path.relative_to(out)), kept, worth)
+        path, by_query = ranks[name]
+        metrics = ranking_metrics(list(by_query.values())) | {"count": len(by_query)}
+        check_ranking(path, name, metrics)
+        values = {query: 1 / rank for query, rank in by_query.items()}
+        found[name] = RowResult(str(path.relative_to(out)), metrics, values)
     return found
 
 
-def scored_test(answers: Iterable[Answer]) -> tuple[Metrics, dict[str, dict[str, float]]]:
-    """Metrics of the test queries' answers, and by row of ``ranks_by_row`` each query's reciprocal rank."""
-    splits = by_task(answers)[TASK]
-    return score_ranking(splits)["test"], worths(splits)["test"]
-
-
-def differences(by_seed: Mapping[int, Mapping[str, Found]]) -> list[dict[str, Any]]:
-    """What DIFFERENCES say, over all seeds."""
+def differences(by_seed: Mapping[int, Mapping[str, RowResult]]) -> list[dict[str, Any]]:
+    """The paired differences of DIFFERENCES over all seeds."""
     found = []
     for row, other in DIFFERENCES:
-        ours, theirs = ([rows[name].worth for rows in by_seed.values()] for name in (row, other))
+        ours, theirs = ([rows[name].values for rows in by_seed.values()] for name in (row, other))
         difference = paired(ours, theirs)
         runs = dict(zip(map(str, by_seed), difference.runs, strict=True))
         found.append({"row": row, "minus": other} | difference._asdict() | {"runs": runs})
     return found
 
 
-def summary(by_seed: Mapping[int, Mapping[str, Found]]) -> list[dict[str, Any]]:
+def summary(by_seed: Mapping[int, Mapping[str, RowResult]]) -> list[dict[str, Any]]:
     """Each row with its seeds' metrics and records, their mean and sample standard deviation (null for one seed)."""
     rows = []
     for name in ROWS:
-        found = {seed: rows_of_seed[name] for seed, rows_of_seed in by_seed.items()}
-        stats = {key: stat([one.metrics[key] for one in found.values()]) for key in RANKING}
+        of_seed = {str(seed): results[name] for seed, results in by_seed.items()}
+        values = {key: [one.metrics[key] for one in of_seed.values()] for key in RANKING}
         rows.append({
             "row": name,
-            "records": {str(seed): one.record for seed, one in found.items()},
-            "seeds": {str(seed): one.metrics for seed, one in found.items()},
-            "mean": {key: value.mean for key, value in stats.items()},
-            "std": {key: value.std for key, value in stats.items()},
+            "records": {seed: one.record for seed, one in of_seed.items()},
+            "seeds": {seed: one.metrics for seed, one in of_seed.items()},
+            "mean": {key: statistics.fmean(some) for key, some in values.items()},
+            "std": {key: statistics.stdev(some) if len(some) > 1 else None for key, some in values.items()},
         })  # fmt: skip
     return rows
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per row: mean, and the spread where there are several seeds."""
+    """One line per row: mean, and standard deviation if there are several seeds."""
     print(f"\n{'test, filtered, both directions':60}" + "".join(f"{name:>16}" for name in RANKING))
     for row in rows:
         cells = []
@@ -446,43 +502,44 @@ def print_differences(found: Sequence[Mapping[str, Any]]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Write what the steps rest on, or compare: InputError where OUT was begun with something else."""
+def check_data(out: Path, hashes: Mapping[str, str]) -> None:
+    """InputError if OUT was started with another data set; the first run writes its hashes there."""
     path = out / "plan.json"
     if not path.is_file():
-        write_json(plan, path)
+        write_json({"data set": dict(hashes)}, path)
         return
     before = read_json(path, "plan")
-    differing = [key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]]
-    if differing:
-        raise InputError(f"--out {out} was begun with another {' and '.join(differing)}; give another folder")
+    if not isinstance(before, dict) or before.get("data set") != hashes:
+        raise InputError(f"--out {out} was started with another data set; give another folder")
 
 
 def read_recipe(path: Path | None, quick: bool) -> Recipe:
-    """The recipe, a file's flags in place of its own. InputError for a part that does not exist."""
+    """RECIPE or QUICK with the flags of a file. InputError for a part that does not exist."""
     recipe = QUICK if quick else RECIPE
     if path is None:
         return recipe
     given = read_json(path, "recipe")
     if not isinstance(given, dict) or not all(isinstance(part, dict) for part in given.values()):
-        raise InputError(f"--recipe {path} must hold flags by part: {', '.join(RECIPE)}")
+        raise InputError(f"--recipe {path} must contain flags by part: {', '.join(RECIPE)}")
     unknown = sorted(given.keys() - RECIPE.keys())
     if unknown:
-        raise InputError(f"--recipe {path} has a part {unknown[0]!r}; there are {', '.join(RECIPE)}")
+        raise InputError(f"--recipe {path} has a part {unknown[0]!r}; expected {', '.join(RECIPE)}")
     merged = {part: values | given.get(part, {}) for part, values in recipe.items()}
     if merged["stage1"] | merged["codes"] == merged["stage1"]:
-        raise InputError(f"--recipe {path}: codes has no flag that differs from stage1's, so the two models are one")
+        raise InputError(f"--recipe {path}: the part codes does not differ from stage1, so the two models are one")
     return merged
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/compare_llm.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of everything per seed")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many steps side by side")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets everything; goes on where it is")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each seed repeats all steps")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="steps that run side by side")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; an interrupted run continues")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that every step runs")
-    parser.add_argument("--recipe", type=Path, metavar="FILE.json", help='flags in place of RECIPE\'s: {"base": {...}}')
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE.json", help='flags that replace RECIPE\'s: {"base": {...}}'
+    )
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be 1 or more, got {args.jobs}")
@@ -505,27 +562,25 @@ def main(argv: list[str] | None = None) -> None:
 def compare(
     args: argparse.Namespace, kg: KnowledgeGraph, dataset: Path, out: Path, recipe: Recipe, started: float
 ) -> None:
-    """All steps of all seeds that are not done, and the rows that come of them. ``started``: monotonic seconds."""
-    check_plan(out, {"data set": kg.input_hashes, "recipe": recipe})
-
-    places = {seed: Places(out / f"seed_{seed}") for seed in args.seeds}
+    """Run the steps of all seeds that are not done, and write the rows. ``started``: monotonic seconds."""
+    check_data(out, kg.input_hashes)
     steps: dict[int, list[Step]] = {}
-    for seed, place in places.items():
-        refit = place.root / f"{kg.name}_refit"
+    for seed in args.seeds:
+        places = Places(out / f"seed_{seed}")
+        refit = places.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
-        steps[seed] = seed_steps(kg, dataset, refit, place, recipe, seed)
-    run_tasks(
-        [task for seed in args.seeds for task in tasks_of(steps[seed], places[seed].marks, f"seed {seed}")], args.jobs
-    )
+        steps[seed] = seed_steps(kg, dataset, refit, places, recipe, seed)
+    seconds = run_steps([step for seed in args.seeds for step in steps[seed]], out, args.jobs)
     by_seed = {}
     for seed in args.seeds:
-        plain, coded = (next(step for step in steps[seed] if step.name == name).made[1] for name in ("stage1", "codes"))
-        by_seed[seed] = seed_rows(places[seed], kg, out, plain, coded)
+        plain, coded = (next(step.outputs[1] for step in steps[seed] if step.name.endswith(f"/{name}"))
+                        for name in ("stage1", "codes"))  # fmt: skip
+        by_seed[seed] = seed_rows(Places(out / f"seed_{seed}"), kg, out, plain, coded)
     rows, compared = summary(by_seed), differences(by_seed)
     record = make_record(
         vars(args) | {"seed": None}, kg.input_hashes, time.monotonic() - started, dataset=kg.name, recipe=recipe,
-        seconds={str(seed): seconds_of(out / f"seed_{seed}" / "done") for seed in args.seeds}, rows=rows,
-        differences=compared,
+        seconds={str(seed): {step.name.split("/")[-1]: seconds[step.name] for step in steps[seed]} for seed in steps},
+        rows=rows, differences=compared,
     )  # fmt: skip
     write_json(record, out / "comparison.json")
     print_rows(rows)

@@ -1,24 +1,23 @@
-"""Answers of a tuned model to every row of the test tasks, and of the validation rows that thresholds need.
+"""Answers of a tuned model to every row of the test tasks, and to the validation rows that thresholds need.
 
     cd lora_training && python inference.py --base_model meta-llama/Llama-2-7b-hf \
         --lora_adapter lora_outputs/lora_adapters --output inference_results.json
     cd lora_training && python inference.py --base_model lora_outputs/merged          a merged model: no adapter
 
---decode says how link prediction is answered:
-score            the likelihood of each candidate's first answer line, exact, over one cache of the prompt
-predict          the likelihood of each candidate's answer to the query alone, tuned on gen_lp_data_rq.py --predict
-constrained      beam search over the candidates, --beams wide
-constrained_all  beam search over ALL entities; their other known answers are left out
-free             greedy text, read as numbered lines
-True/False tasks compare P(True) with P(False) (free: the text), all other tasks are answered by greedy text.
+--decode selects how link prediction is answered:
+score       re-ranking: log P(first answer line | prompt with the list) for each candidate, exact
+likelihood  likelihood scoring: log P(candidate | the query without a list), for models tuned on tail_prediction rows
+free        greedy text, parsed as numbered lines
+True/False tasks compare P(True) with P(False) (free: parse the text); all other tasks are answered by greedy text.
 
-Answers go line by line to a file beside --output (answers.jsonl, or NAME.answers.jsonl for another NAME.json); after
-an interruption the same command goes on where it stopped and ends in the same bytes, since what is computed together
-does not depend on where that was. At the end --output gets the run record, the metrics of score_answers.py and all
-answers.
+--permute K answers each test list in K more random orders, to measure how far the answers depend on the order.
+
+Answers are appended to a file beside --output (answers.jsonl, or NAME.answers.jsonl for another NAME.json). After an
+interruption the same command continues and writes the same bytes, because batches do not depend on where it stopped.
+At the end --output gets the run record, the metrics of score_answers.py and all answers.
 
 Candidates without codes are names of unequal length: each is scored through the token that ends it, and ``tokens``
-keeps the lengths, so that score_answers.py can choose between sum and per-token mean on validation.
+stores the lengths, so that score_answers.py can choose between sum and per-token mean on validation.
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,63 +41,50 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import CodeTextError, parse_codes, parse_entity
-from Class.instructions import Row, Source, existing_split, need_fields, open_source, read_rows
-from Class.prompts import FALSE, TRUE, numbered, prediction
+from Class.prompts import FALSE, TRUE, link_prediction, numbered, prediction
+from Class.rows import PREDICTED, STATS, Row, existing_split, need_fields, read_rows
 from common.device import find_device
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import exclusive_lock, read_json, sha256_file, write_json
 from common.record import by_name, make_record
-from lora_training.code_tokens import (
-    RECORD,
-    WEIGHTS,
-    Saved,
-    check_base,
-    check_model_name,
-    load_adapted,
-    load_base,
-    load_config,
-    load_tokenizer,
-    read_codes_info,
-    read_saved,
-    refuse_other_codes,
-)
+from lora_training.adapters import RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
+from lora_training.base_model import check_model_name, load_base, load_config, load_tokenizer
+from lora_training.code_tokens import read_codes_info, refuse_other_codes
 from lora_training.memory import enough_memory
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
-from lora_training.score_answers import Answer, is_judgement, is_ranking, print_report, read_answers, report
+from lora_training.score_answers import Answer, is_classification, is_ranking, print_report, read_answers, report
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from data.knowledge_graph import Answers
-    from lora_training.candidate_scoring import TokenTrie
-
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "inference_results.json"
-DECODES = ("score", "predict", "constrained", "constrained_all", "free")
+DECODES = ("score", "likelihood", "free")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LISTED = ("candidates", "candidate_names", "candidate_codes")  # fields of a row in the order of its list
 WINDOW = 256  # rows that are sorted by length and cut into batches together
-BEST = 3  # answers that a prompt of link prediction asks for
+BEST = 3  # answers in the output of link prediction
 
 
-# ---------------------------------------------------------------- what a row asks
+# ---------------------------------------------------------------- candidates of a row
 
 
 class Listed(NamedTuple):
-    """One line of a prompt's candidates."""
+    """One candidate of a prompt."""
 
     name: str
-    answer: str  # what link prediction answers with: its codes, or its name where there are none
+    answer: str  # what link prediction answers with: its codes, or its name in data without codes
 
 
 def listed_candidates(row: Row) -> list[Listed]:
-    """The candidates of a row in the order of ``candidates``. InputError for rows without the fields of a query."""
-    names = need_fields(row, "candidates", "candidate_names")["candidate_names"]
-    return [Listed(name, answer) for name, answer in zip(names, row.get("candidate_codes") or names, strict=True)]
+    """The candidates of a row in the order of its prompt. InputError if the row lacks them."""
+    names = need_fields(row, "candidate_names")["candidate_names"]
+    return [Listed(*pair) for pair in zip(names, row.get("candidate_codes") or names, strict=True)]
 
 
 def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the first answer line, for each candidate. Codes end themselves, a name ends with its line."""
+    """Token ids of the first answer line for each candidate. Codes end with their own token, a name with its line."""
     lines = []
     for candidate in listed:
         name = candidate.name == candidate.answer
@@ -105,39 +93,41 @@ def candidate_lines(listed: Sequence[Listed], tokenizer: PreTrainedTokenizerBase
     return lines
 
 
-def predicted_texts(row: Row) -> tuple[str, str]:
-    """The query without candidates (``--decode predict``), and the longest answer that a candidate is."""
-    return prediction(need_fields(row, "head", "relation")), max(
-        (one.answer for one in listed_candidates(row)), key=len
-    )
-
-
-def predicted_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the query without candidates (``--decode predict``)."""
+def query_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the query without its list: the prompt of tail_prediction rows."""
     return encode_prompt({"instruction": prediction(need_fields(row, "head", "relation"))}, tokenizer)
 
 
-def read_numbered(text: str, listed: Sequence[Listed]) -> list[float] | None:
-    """Scores 0, -1, -2 of the candidates on the lines of ``text`` and None of the others; None if line 1 names none.
+def permuted_rows(row: Row, orders: int, seed: int) -> Iterator[tuple[Row, list[int]]]:
+    """``orders`` copies of a row with its list in a random order, seeded by its id, and each order [C]."""
+    rng = np.random.default_rng([seed, zlib.crc32(str(row["id"]).encode())])
+    for _ in range(orders):
+        order = rng.permutation(len(row["candidates"])).tolist()
+        other = row | {key: [row[key][i] for i in order] for key in LISTED if row.get(key)}
+        yield other | {"instruction": link_prediction(other)}, order
 
-    Later lines that name no candidate, or one again, are passed over. Candidates of equal codes are named together.
+
+def read_numbered(text: str, listed: Sequence[Listed]) -> list[float | None] | None:
+    """Scores 0, -1, -2 of the candidates on lines 1 to 3 of ``text``, None for the others; None if line 1 is none.
+
+    Other lines that are no candidate, or one again, are skipped. Candidates with equal codes get the same score.
     """
     scores: list[float | None] = [None] * len(listed)
     for number, line in enumerate(text.strip().split("\n")[:BEST]):
         answer = re.sub(r"^\d+\. ", "", line.strip())
-        named = [i for i, candidate in enumerate(listed) if candidate.answer == answer]
-        if number == 0 and not named:
+        matches = [i for i, candidate in enumerate(listed) if candidate.answer == answer]
+        if number == 0 and not matches:
             return None
-        for i in named:
+        for i in matches:
             scores[i] = -float(number) if scores[i] is None else scores[i]
-    return scores  # type: ignore[return-value]
+    return scores
 
 
-_WORDS = (re.compile(r"Q\d+_\d+"), re.compile(r"\d+ of \d+"))
+_FORMS = (re.compile(r"Q\d+_\d+"), re.compile(r"\d+ of \d+"))
 
 
-def reads_as(row: Row, text: str) -> bool:
-    """Whether ``text`` has the form of the row's output: codes, entity, one code, a count, a listed name, or words."""
+def has_form_of(row: Row, text: str) -> bool:
+    """Whether ``text`` has the form of the row's output: codes, entity, one code, a count, a candidate, or words."""
     expected, text = row["output"], text.strip()
     try:
         if expected.startswith("<CODE>"):
@@ -146,9 +136,9 @@ def reads_as(row: Row, text: str) -> bool:
             return parse_entity(text, *parse_entity(expected).codes.shape) is not None
     except CodeTextError:
         return False
-    if row.get("candidates"):
-        return text in {candidate.name for candidate in listed_candidates(row)}
-    form = next((word for word in _WORDS if word.fullmatch(expected)), None)
+    if row.get("candidate_names"):
+        return text in row["candidate_names"]
+    form = next((form for form in _FORMS if form.fullmatch(expected)), None)
     return bool(text) if form is None else form.fullmatch(text) is not None
 
 
@@ -156,20 +146,20 @@ def reads_as(row: Row, text: str) -> bool:
 
 
 class Reader(NamedTuple):
-    """The model that is to answer, checked before its weights are loaded."""
+    """The model that answers, checked before its weights are loaded."""
 
     base_model: str
-    saved: Saved | None  # of the adapter or of the merged model; None: a base model as it came
+    saved: Saved | None  # of the adapter or of the merged model; None: a base model alone
     merged: bool
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def codes(self) -> dict[str, Any]:
-        """Which codes the model knows, as ``read_codes_info`` says it."""
+        """Which codes the model was tuned on (see ``read_codes_info``)."""
         return self.saved.record["codes"] if self.saved else {"file": None}
 
     def identity(self) -> dict[str, str]:
-        """What tells this model from another: hashes of the record and, for an adapter, of the weights."""
+        """Hashes of the record and, for an adapter, of the weights."""
         found = {"base_model": self.base_model}
         if self.saved:
             files = [RECORD] if self.merged else [RECORD, WEIGHTS]
@@ -178,7 +168,7 @@ class Reader(NamedTuple):
 
 
 def check_model(base_model: str | None, lora_adapter: Path | None) -> Reader:
-    """An adapter on its base, a merged model, or a base model alone; InputError where a part is missing or foreign."""
+    """An adapter on its base, a merged model, or a base model. InputError if a part is missing or does not fit."""
     if lora_adapter is not None:
         saved = read_saved(lora_adapter)
         base_model = base_model or saved.base
@@ -199,89 +189,25 @@ def check_model(base_model: str | None, lora_adapter: Path | None) -> Reader:
     return Reader(base_model, None, False, load_tokenizer(base_model))
 
 
-def smaller(device: torch.device) -> str:
-    """What makes a model take less memory where it answers."""
+def memory_advice(device: torch.device) -> str:
+    """Flags that reduce the memory of a model that answers."""
     return "give --dtype bfloat16" + ("" if device.type == "cpu" else ", --device cpu")
 
 
 def load_model(reader: Reader, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
-    """The model in eval mode, an adapter merged into its base: unmerged, each forward would copy both matrices."""
+    """The model in eval mode; an adapter is merged, since unmerged new rows copy embedding and head in each forward."""
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    kind = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    kind = getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype)
     model: Any
-    if reader.saved and not reader.merged:
-        model = load_adapted(reader.saved, reader.base_model, getattr(torch, kind)).merge_and_unload(
-            safe_merge=True
-        )  # refuses NaN
+    if reader.saved and not reader.merged:  # safe_merge: NaN is an error
+        model = load_adapted(reader.saved, reader.base_model, kind).merge_and_unload(safe_merge=True)
     else:
-        model = load_base(reader.base_model, getattr(torch, kind))
+        model = load_base(reader.base_model, kind)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
-
-
-# ---------------------------------------------------------------- all entities
-
-
-@dataclass
-class Everything:
-    """All entities as answers: their trie, and what is known of every query."""
-
-    source: Source
-    trie: TokenTrie
-    known: Answers  # train and valid: not to be found again
-    test: Answers  # other right answers, left out by whoever ranks
-
-    def __post_init__(self) -> None:
-        self.entity = {name: i for i, name in enumerate(self.source.kg.entities)}
-        self.relation = {name: i for i, name in enumerate(self.source.kg.relations)}
-
-
-def open_codes(info: dict[str, Any], codes: Path | None, dataset: Path | None) -> Source:
-    """The data set and codes that ``info`` (``read_codes_info``) was made with; InputError where others are found."""
-    recorded = Path(str(info.get("record", ""))).with_suffix(".pt") if info.get("record") else None
-    source = open_source(
-        argparse.Namespace(
-            codes=codes or (recorded if recorded and recorded.is_file() else None), dataset=dataset,
-            seed=info.get("shuffle_seed", 0), no_codes=info.get("file") is None,
-            shuffle_codes=bool(info.get("shuffled")), code_format=info.get("code_format", "spec"),
-        )
-    )  # fmt: skip
-    refuse_other_codes(info, source.codes_info, "the model", "--codes")
-    return source
-
-
-def trie_of(texts: Sequence[str], source: Source, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> TokenTrie:
-    """The trie of one text per entity. ``ends``: each text once with each of these ids behind it; [] as it is."""
-    from lora_training.candidate_scoring import TokenTrie
-
-    if not ends and source.codes is not None and all("<ENT>" not in text for text in (texts[0], texts[-1])):
-        K, Q = source.num_code, source.codes.shape[2]
-        ids = np.array([tokenizer.convert_tokens_to_ids([f"Q{q}_{k}" for k in range(K)]) for q in range(Q)])
-        trie = TokenTrie.from_codes(source.codes, encode_answer(texts[0], tokenizer, end=False), ids)
-        row_of = np.empty(len(trie.owners), dtype=np.int64)
-        row_of[trie.owners] = np.arange(len(trie.owners))
-        for entity in np.linspace(0, len(texts) - 1, 16).astype(int).tolist():
-            if trie.sequence(int(row_of[entity])) != encode_answer(texts[entity], tokenizer, end=False):
-                raise InputError("the tokenizer reads the same separators differently from one entity to the next")
-        return trie
-    encoded = [encode_answer(text, tokenizer, end=False) for text in texts]
-    endings = [[end] for end in ends] or [[]]
-    return TokenTrie.from_sequences(
-        [ids + end for end in endings for ids in encoded], np.tile(np.arange(len(texts)), len(endings))
-    )
-
-
-def open_everything(
-    info: dict[str, Any], codes: Path | None, dataset: Path | None, tokenizer: PreTrainedTokenizerBase
-) -> Everything:
-    """All entities of the rows' data set, for ``--decode constrained_all``."""
-    source = open_codes(info, codes, dataset)
-    end = "" if source.with_codes else "\n"
-    trie = trie_of([numbered([text]) + end for text in source.code_texts], source, tokenizer, [])
-    return Everything(source, trie, source.kg.answers("train", "valid"), source.kg.answers("test"))
 
 
 # ---------------------------------------------------------------- answers
@@ -291,194 +217,170 @@ class Settings(NamedTuple):
     """How to answer."""
 
     decode: str = "score"
-    beams: int = 20
     batch_size: int = 8
     max_new_tokens: int = 512
+    permute: int = 0
+    seed: int = 0
 
 
 def make_answer(row: Row, decode: str, **found: Any) -> Answer:
-    """One line of answers.jsonl: the row's own fields, and ``found``: what the model says."""
+    """One line of answers.jsonl: fields of the row, and in ``found`` those of the answer."""
     return {
         "id": row["id"], "task_type": row["task_type"], "split": row["split"], "direction": row.get("direction"),
         "decode": decode, "candidates": row.get("candidates"), "scores": None, "tokens": None, "truth": row["truth"],
-        "triple": row.get("triple") if is_judgement(row) else None, "candidate_rank": row.get("candidate_rank"),
-        "text": "", "expected": row["output"],
+        "triple": row.get("triple") if is_classification(row) else None, "candidate_rank": row.get("candidate_rank"),
+        "candidate_order": row.get("candidate_order"), "text": "", "expected": row["output"],
         "parsed": True, **found,
     }  # fmt: skip
 
 
-def ranked(row: Row, decode: str, listed: Sequence[Listed], scores: Sequence[float | None], **found: Any) -> Answer:
-    """The answer of a row of link prediction; None are the scores of candidates that a search did not reach."""
-    order = sorted(range(len(listed)), key=lambda i: np.inf if (score := scores[i]) is None else -score)
-    text = numbered([listed[i].answer for i in order[:BEST]])
-    return make_answer(row, decode, scores=list(scores), text=text, **found)
-
-
 @dataclass
 class Answerer:
-    """A loaded model and how it is to answer."""
+    """A loaded model and how it answers."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
-    everything: Everything | None = None
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
         """Answers to rows of one ``kind_of``, in order; the batch is computed together."""
         kind = kind_of(rows[0], self.settings.decode)
         if kind == "rank":
             return [self._rank(row) for row in rows]
-        return self._judge(rows) if kind == "judge" else self._write(rows)
+        return self._classify(rows) if kind == "classify" else self._generate(rows)
 
-    def _judge(self, rows: Sequence[Row]) -> list[Answer]:
+    def _classify(self, rows: Sequence[Row]) -> list[Answer]:
         from lora_training.candidate_scoring import score_choices
 
         prompts = [encode_prompt(row, self.tokenizer) for row in rows]
-        verdicts = [encode_answer(text, self.tokenizer, end=False) for text in (TRUE, FALSE)]
-        found = score_choices(self.model, prompts, verdicts, int(self.tokenizer.pad_token_id)).tolist()
+        labels = [encode_answer(text, self.tokenizer, end=False) for text in (TRUE, FALSE)]
+        scores = score_choices(self.model, prompts, labels, int(self.tokenizer.pad_token_id)).tolist()
         return [
-            make_answer(
-                row, "score", candidates=[TRUE, FALSE], scores=[true, false], text=TRUE if true > false else FALSE
-            )
-            for row, (true, false) in zip(rows, found, strict=True)
+            make_answer(row, "score", candidates=[TRUE, FALSE], scores=pair, text=TRUE if pair[0] > pair[1] else FALSE)
+            for row, pair in zip(rows, scores, strict=True)
         ]
 
-    def _write(self, rows: Sequence[Row]) -> list[Answer]:
+    def _generate(self, rows: Sequence[Row]) -> list[Answer]:
+        answers = [self._parse(row, text) for row, text in zip(rows, self._texts(rows), strict=True)]
+        for row, answer in zip(rows, answers, strict=True):
+            others = list(permuted_rows(row, self._orders(row), self.settings.seed))
+            if others:
+                texts = self._texts([other for other, _ in others])
+                parsed = [self._parse(other, text) for (other, _), text in zip(others, texts, strict=True)]
+                answer["permuted"] = [in_own_order(one["scores"], order)
+                                      for one, (_, order) in zip(parsed, others, strict=True)]  # fmt: skip
+        return answers
+
+    def _texts(self, rows: Sequence[Row]) -> list[str]:
+        """Greedy text for each row, one batch."""
         from lora_training.candidate_scoring import generate_freely
 
         prompts = [encode_prompt(row, self.tokenizer) for row in rows]
-        found = generate_freely(
-            self.model, prompts, int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id),
-            self.settings.max_new_tokens,
-        )  # fmt: skip
-        return [self._read(row, decode_answer(ids, self.tokenizer)) for row, ids in zip(rows, found, strict=True)]
+        end, pad = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
+        found = generate_freely(self.model, prompts, end, pad, self.settings.max_new_tokens)
+        return [decode_answer(ids, self.tokenizer) for ids in found]
 
-    def _read(self, row: Row, text: str) -> Answer:
-        """The answer that a free text gives."""
+    def _parse(self, row: Row, text: str) -> Answer:
+        """The answer in a free text."""
         if is_ranking(row):
             scores = read_numbered(text, listed_candidates(row))
             return make_answer(row, "free", scores=scores, text=text, parsed=scores is not None)
-        if is_judgement(row):
-            said = text.strip()
-            scores = {TRUE: [0.0, -1.0], FALSE: [-1.0, 0.0]}.get(said)
-            return make_answer(
-                row, "free", candidates=[TRUE, FALSE], scores=scores, text=text, parsed=scores is not None
-            )
-        return make_answer(row, "free", text=text, parsed=reads_as(row, text))
+        if is_classification(row):
+            pair = {TRUE: [0.0, -1.0], FALSE: [-1.0, 0.0]}.get(text.strip())
+            parsed = pair is not None
+            return make_answer(row, "free", candidates=[TRUE, FALSE], scores=pair, text=text, parsed=parsed)
+        return make_answer(row, "free", text=text, parsed=has_form_of(row, text))
+
+    def _orders(self, row: Row) -> int:
+        """How many other orders of the row's list are answered."""
+        return self.settings.permute if is_ranking(row) and row["split"] == "test" else 0
 
     def _rank(self, row: Row) -> Answer:
-        from lora_training.candidate_scoring import TokenTrie, common_prefix, constrained_beams, score_candidates
-
-        decode = self.settings.decode
-        if decode == "predict":
-            return self._predict(row)
-        prompt = encode_prompt(row, self.tokenizer)
-        if decode == "constrained_all":
-            return self._search_all(row, prompt)
+        """Scores of the listed candidates, and of other orders of the list."""
         listed = listed_candidates(row)
-        lines = candidate_lines(listed, self.tokenizer)
-        shared = common_prefix(lines)
-        own = [line[len(shared) :] for line in lines]
-        scores: list[float | None]
-        if decode == "score":
-            scores = score_candidates(self.model, prompt + shared, own).tolist()
-        else:
-            found = constrained_beams(self.model, prompt + shared, TokenTrie.from_sequences(own), self.settings.beams)
-            scores = [None] * len(listed)
-            for i, score in zip(found.owners.tolist(), found.scores.tolist(), strict=True):
-                scores[i] = score
-        lengths = [len(line) for line in own]
-        tokens = None if len(set(lengths)) == 1 else lengths
-        return ranked(row, decode, listed, scores, tokens=tokens)
-
-    def _predict(self, row: Row) -> Answer:
-        """Scores through the end token: without it, a name would beat every longer one that it begins."""
-        from lora_training.candidate_scoring import score_candidates
-
-        listed = listed_candidates(row)
-        answers = [encode_answer(candidate.answer, self.tokenizer) for candidate in listed]
-        scores = score_candidates(self.model, predicted_prompt(row, self.tokenizer), answers)
-        lengths = [len(answer) for answer in answers]
-        return ranked(row, "predict", listed, scores.tolist(), tokens=None if len(set(lengths)) == 1 else lengths)
-
-    def _search_all(self, row: Row, prompt: Sequence[int]) -> Answer:
-        from lora_training.candidate_scoring import constrained_beams
-
-        assert self.everything is not None
-        all_of, kg = self.everything, self.everything.source.kg
-        found = constrained_beams(self.model, prompt, all_of.trie, self.settings.beams)
-        head, relation, tail = row["triple"]
-        r = all_of.relation[relation]
-        h, truth, r = (
-            (all_of.entity[head], tail, r)
-            if row["direction"] == "tail"
-            else (all_of.entity[tail], head, r + kg.num_relations)
-        )
-        old, test = (set(tails_of(answers, h, r)) - {all_of.entity[truth]} for answers in (all_of.known, all_of.test))
-        kept = [(e, score) for e, score in zip(*(part.tolist() for part in found), strict=True) if e not in old]
-        texts = all_of.source.code_texts
+        scores, lengths = self._score(row, listed)
+        best = sorted(range(len(listed)), key=lambda i: -scores[i])[:BEST]
+        permuted = [in_own_order(self._score(other, listed_candidates(other))[0], order)
+                    for other, order in permuted_rows(row, self._orders(row), self.settings.seed)]  # fmt: skip
         return make_answer(
-            row, "constrained_all", candidates=[kg.entities[e] for e, _ in kept], scores=[score for _, score in kept],
-            truth=[truth, *(kg.entities[e] for e, _ in kept if e in test)],
-            text=numbered([texts[e] for e, _ in kept[:BEST]]),
+            row, self.settings.decode, scores=scores, text=numbered([listed[i].answer for i in best]),
+            tokens=None if len(set(lengths)) == 1 else lengths, **({"permuted": permuted} if permuted else {}),
         )  # fmt: skip
 
+    def _score(self, row: Row, listed: Sequence[Listed]) -> tuple[list[float], list[int]]:
+        """Log-likelihood of each candidate [C], and its number of tokens [C] without what all candidates share.
 
-def check_names(all_of: Everything, parts: Sequence[Part], with_codes: bool) -> None:
-    """InputError where a row asks about what is not in the data set whose entities are to answer."""
-    for part in parts:
-        for row in part.rows(with_codes, "constrained_all"):
-            if not is_ranking(row):
-                continue
-            head, relation, tail = row["triple"]
-            known = {head: all_of.entity, relation: all_of.relation, tail: all_of.entity}
-            absent = [name for name, names in known.items() if name not in names]
-            if absent:
-                raise InputError(
-                    f"{part.path}: row {row['id']} asks about {absent[0]!r}, which {all_of.source.kg.name} does not "
-                    "have; give --dataset DIR, the graph that the rows were made from"
-                )
+        A name is scored through the token that ends it: without it, it would beat every longer name that it begins.
+        """
+        from lora_training.candidate_scoring import common_prefix, score_candidates
+
+        if self.settings.decode == "likelihood":
+            prompt = query_prompt(row, self.tokenizer)
+            lines = [encode_answer(candidate.answer, self.tokenizer) for candidate in listed]
+        else:
+            prompt, lines = encode_prompt(row, self.tokenizer), candidate_lines(listed, self.tokenizer)
+            shared = common_prefix(lines)
+            prompt, lines = prompt + shared, [line[len(shared) :] for line in lines]
+        return score_candidates(self.model, prompt, lines).tolist(), [len(line) for line in lines]
 
 
-def tails_of(answers: Answers, h: int, r: int) -> list[int]:
-    """The known tails of one query."""
-    place = int(answers.rows([h], [r])[0])
-    return [] if place < 0 else answers.targets[answers.indptr[place] : answers.indptr[place + 1]].tolist()
+def in_own_order(scores: Sequence[float | None] | None, order: Sequence[int]) -> list[float | None] | None:
+    """Scores [C] of a permuted list in the order of the row's own list; ``order[j]``: own place of its candidate j."""
+    if scores is None:
+        return None
+    own: list[float | None] = [None] * len(order)
+    for place, score in zip(order, scores, strict=True):
+        own[place] = score
+    return own
 
 
 # ---------------------------------------------------------------- rows in order
 
 
 def kind_of(row: Row, decode: str) -> str:
-    """``rank``: by likelihoods or a search; ``judge``: True against False; ``write``: greedy text."""
+    """``rank``: by likelihoods or a search; ``classify``: True against False; ``generate``: greedy text."""
     if decode != "free" and is_ranking(row):
         return "rank"
-    return "judge" if decode != "free" and is_judgement(row) else "write"
+    return "classify" if decode != "free" and is_classification(row) else "generate"
 
 
 class Part(NamedTuple):
     """The rows of one file that are to be answered."""
 
     path: Path
+    split: str
     limit: int  # at most so many rows, 0: all
-    needed: bool  # only rows that a threshold or a choice rests on
+    keep: Callable[[Row], bool] = lambda row: True
 
-    def rows(self, with_codes: bool, decode: str) -> Iterator[Row]:
-        """The rows, each with a list as ``truth``."""
-        rows = (row for row in read_rows(self.path) if not self.needed or decides(row, with_codes, decode))
-        yield from itertools.islice(rows, self.limit or None)
+    def rows(self) -> Iterator[Row]:
+        """The rows; those of link prediction with ``candidate_order``."""
+        order = candidate_order(self.path, self.split)
+        rows = filter(self.keep, read_rows(self.path))
+        for row in itertools.islice(rows, self.limit or None):
+            yield row | {"candidate_order": order} if is_ranking(row) else row
+
+
+def candidate_order(data: Path, split: str) -> str | None:
+    """Order of the lists in a file, ranked or shuffled; None if the statistics beside it do not contain it."""
+    path = data.parent / STATS
+    stats = read_json(path, "statistics")
+    with content_of(path, "file of statistics", "run the script that wrote the data again"):
+        orders = stats.get("candidate_order") or stats.get("candidate_orders", {}).get("link_prediction", {})
+        found = orders.get(split)
+    return str(found) if found else None
 
 
 def decides(row: Row, with_codes: bool, decode: str) -> bool:
-    """Whether a validation row is needed: for a threshold, to choose between sum and mean of unequal lengths, or to
-    weigh a prediction against the list's order."""
-    return is_judgement(row) or (is_ranking(row) and (decode == "predict" or (decode == "score" and not with_codes)))
+    """Whether a validation row is needed: for a threshold, to choose between sum and mean for unequal lengths, or for
+    compare_llm.py's weights of score and position."""
+    lists = decode == "likelihood" or (decode == "score" and not with_codes)
+    return is_classification(row) or (is_ranking(row) and lists)
 
 
 def batches(rows: Iterator[Row], settings: Settings) -> Iterator[list[Row]]:
-    """Rows that are computed together: of one kind and like length, whatever was answered before."""
+    """Rows that are computed together: of one kind and similar length, independent of what was answered before."""
     while window := list(itertools.islice(rows, WINDOW)):
-        for kind in ("rank", "judge", "write"):
+        for kind in ("rank", "classify", "generate"):
             of_kind = [row for row in window if kind_of(row, settings.decode) == kind]
             of_kind.sort(key=lambda row: len(row["instruction"]))
             size = 1 if kind == "rank" else settings.batch_size
@@ -486,56 +388,56 @@ def batches(rows: Iterator[Row], settings: Settings) -> Iterator[list[Row]]:
 
 
 class Survey(NamedTuple):
-    """What a first look at the rows found."""
+    """Result of the first pass over the rows."""
 
     rows: int
-    longest: list[Row]  # by characters, one per kind
+    lists: int  # rows with a list of candidates
+    longest: dict[str, Row]  # by kind, the row with the longest prompt in characters
 
 
-def survey(parts: Sequence[Part], with_codes: bool, decode: str) -> Survey:
-    """Count the rows and check each. InputError, by id, where one lacks what its answer needs."""
-    count, longest, sizes, seen = 0, dict[str, Row](), dict[str, int](), set[tuple[str, str]]()
+def survey(parts: Sequence[Part], settings: Settings) -> Survey:
+    """Count the rows and check each. InputError, with the row's id, if one lacks what its answer needs."""
+    count, lists, longest, seen = 0, 0, dict[str, Row](), set[tuple[str, str]]()
     for part in parts:
-        for row in part.rows(with_codes, decode):
+        for row in part.rows():
             count += 1
-            if not isinstance(row.get("truth"), list) or not row["truth"] or "split" not in row:
-                raise InputError(f"{part.path}: row {row['id']} has no truth or split; write the data anew")
-            if is_ranking(row):
-                listed_candidates(row)
+            if not row.get("truth") or "split" not in row:
+                raise InputError(f"{part.path}: row {row['id']} has no truth or split; write the data again")
             key = (row["split"], row["id"])
             if key in seen:
-                raise InputError(f"{part.path}: {row['id']} of {row['split']} comes twice; write the data anew")
+                raise InputError(f"{part.path}: {row['id']} of {row['split']} is there twice; write the data again")
             seen.add(key)
-            kind = kind_of(row, decode)
-            size = sum(
-                map(len, predicted_texts(row) if kind == "rank" and decode == "predict" else [row["instruction"]])
-            )
-            if size >= sizes.get(kind, 0):
-                longest[kind], sizes[kind] = row, size
-    return Survey(count, list(longest.values()))
+            if is_ranking(row):
+                lists += 1
+                check_list(row, part.path, settings)
+            kind = kind_of(row, settings.decode)
+            if kind not in longest or len(row["instruction"]) >= len(longest[kind]["instruction"]):
+                longest[kind] = row
+    return Survey(count, lists, longest)
 
 
-def check_window(reader: Reader, decode: str) -> None:
-    """InputError where answers are to be scored behind a prompt that the model's sliding window forgets."""
-    from transformers import DynamicCache
-
-    if decode != "free" and any(DynamicCache(config=load_config(reader.base_model)).is_sliding):
+def check_list(row: Row, path: Path, settings: Settings) -> None:
+    """InputError if the row's candidates, or the prompt that is to be permuted, are not as the scripts write them."""
+    names = (row.get(key) or row.get("candidates") or () for key in LISTED)
+    if len({len(part) for part in names}) > 1 or not listed_candidates(row):
+        raise InputError(f"{path}: the fields {', '.join(LISTED)} of row {row['id']} differ in length, or are empty")
+    if settings.decode == "likelihood" or settings.permute:
+        need_fields(row, "head", "relation")
+    if settings.permute and link_prediction(row) != row["instruction"]:
         raise InputError(
-            f"{reader.base_model} has a sliding window, so candidates cannot share a prompt: give --decode free, or "
-            "another model"
+            f"{path}: --permute: the prompt of row {row['id']} is not the one that Class/prompts.py makes from its "
+            "fields; run Class/gen_lp_data_rq.py again"
         )
 
 
 def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
-    """InputError where the longest prompt and its answer do not fit the model; nothing is cut."""
-    check_window(reader, settings.decode)
+    """InputError if the longest prompt and its answer do not fit the model; nothing is truncated."""
     limit = getattr(load_config(reader.base_model).get_text_config(), "max_position_embeddings", None)
-    for row in found.longest:
-        kind = kind_of(row, settings.decode)
-        predicts = kind == "rank" and settings.decode == "predict"
-        prompt = len((predicted_prompt if predicts else encode_prompt)(row, reader.tokenizer))
-        said = predicted_texts(row)[1] if predicts else row["output"]
-        answer = settings.max_new_tokens if kind == "write" else len(encode_answer(said, reader.tokenizer))
+    for kind, row in found.longest.items():
+        query_alone = kind == "rank" and settings.decode == "likelihood"
+        prompt = len((query_prompt if query_alone else encode_prompt)(row, reader.tokenizer))
+        text = max((one.answer for one in listed_candidates(row)), key=len) if query_alone else row["output"]
+        answer = settings.max_new_tokens if kind == "generate" else len(encode_answer(text, reader.tokenizer))
         if limit is not None and prompt + answer > limit:
             raise InputError(
                 f"row {row['id']} has {prompt} tokens and its answer up to {answer}, the model reads {limit}: nothing "
@@ -543,59 +445,71 @@ def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
             )
 
 
-# ---------------------------------------------------------------- command
+# ---------------------------------------------------------------- answers.jsonl
 
 
 def answers_path(output: Path) -> Path:
-    """Where the answers go line by line: answers.jsonl beside inference_results.json, else the output's own name, so
-    that two runs may share a folder."""
+    """answers.jsonl beside inference_results.json, else NAME.answers.jsonl, so that two runs may share a folder."""
     return output.with_name("answers.jsonl" if output.name == OUTPUT.name else f"{output.stem}.answers.jsonl")
 
 
 def plan_path(path: Path) -> Path:
-    """Beside answers.jsonl: what its answers rest on."""
+    """Beside answers.jsonl: the model, data and settings of its answers."""
     return path.with_name(path.name + ".plan.json")
 
 
-def resume(path: Path, plan: dict[str, Any], overwrite: bool) -> set[tuple[str, str]]:
-    """What answers.jsonl holds already; a torn last line is cut off. InputError where it answers something else."""
-    beside = plan_path(path)
-    if overwrite or not path.is_file():
+def resume(path: Path, output: Path, plan: Mapping[str, Any], overwrite: bool) -> set[tuple[str, str]]:
+    """(split, id) of the answers in answers.jsonl; an incomplete last line is cut off. InputError if they, or
+    ``output``, are of another run."""
+    if overwrite:
         return set()
+    if not path.is_file():
+        if output.is_file():
+            raise InputError(f"--output {output} exists, without its {path.name}; give another file, or --overwrite")
+        return set()
+    beside = plan_path(path)
     before = read_json(beside, "plan") if beside.is_file() else {}
-    before = before if isinstance(before, dict) else {}
+    before = {"permute": 0, "seed": 0} | (before if isinstance(before, dict) else {})  # plans of earlier versions
     differing = [f"{key} {before.get(key)!r} before, {plan[key]!r} now" for key in plan if before.get(key) != plan[key]]
     if differing:
-        raise InputError(f"{path} holds answers of another run ({differing[0]}); give another --output, or --overwrite")
+        raise InputError(f"{path} has answers of another run ({differing[0]}); give another --output, or --overwrite")
     answers, end = read_answers(path)
     if end < path.stat().st_size:
-        print(f"{path}: its last line was torn and is answered again")
+        print(f"{path}: its last line is incomplete and is answered again")
         os.truncate(path, end)
     return {(answer["split"], answer["id"]) for answer in answers}
 
 
-def answer_all(
-    answerer: Answerer, parts: Sequence[Part], with_codes: bool, path: Path, done: set[tuple[str, str]], total: int
-) -> None:
-    """Append the answers that are missing to ``path``, batch by batch."""
+def answer_all(answerer: Answerer, parts: Sequence[Part], path: Path, done: set[tuple[str, str]], total: int) -> None:
+    """Append the missing answers to ``path``, batch by batch."""
     from tqdm import tqdm
 
     try:
         with open(path, "ab") as file, tqdm(total=total, desc="answers", unit="row", smoothing=0.05) as progress:
             for part in parts:
-                for rows in batches(part.rows(with_codes, answerer.settings.decode), answerer.settings):
+                for rows in batches(part.rows(), answerer.settings):
                     missing = {row["id"] for row in rows if (row["split"], row["id"]) not in done}
                     if missing:
-                        lines = [
-                            json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n"
-                            for answer in answerer.answer(rows)
-                            if answer["id"] in missing
-                        ]
-                        file.write("".join(lines).encode())
+                        answers = [answer for answer in answerer.answer(rows) if answer["id"] in missing]
+                        lines = (json.dumps(answer, ensure_ascii=False, allow_nan=False) for answer in answers)
+                        file.write("".join(f"{line}\n" for line in lines).encode())
                         file.flush()
                     progress.update(len(rows))
-    except OSError as error:  # by the write, or once more when the file is closed
-        raise InputError(f"cannot write {path}: {error.strerror}; make room, then go on") from error
+    except OSError as error:  # by the write, or again when the file is closed
+        raise InputError(f"cannot write {path}: {error.strerror}; free some space and repeat the command") from error
+
+
+def in_file_order(path: Path, parts: Sequence[Part]) -> list[Answer]:
+    """The answers in ``path``, test rows first, in the order of the data files."""
+    by_key = {(answer["split"], answer["id"]): answer for answer in read_answers(path).answers}
+    order = [(row["split"], row["id"]) for part in reversed(parts) for row in part.rows()]
+    absent = [key for key in order if key not in by_key]
+    if absent:
+        raise InputError(f"{path} has no answer to {absent[0][1]} of {absent[0][0]}; give --overwrite")
+    return [by_key[key] for key in order]
+
+
+# ---------------------------------------------------------------- command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -605,26 +519,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data")
     group.add_argument("--test_data", type=Path, default=HERE / "lora_data" / "test_tasks.json", help="rows to answer")
     group.add_argument(
-        "--val_data", type=Path, metavar="FILE", help="for thresholds (default: the one beside the test data)"
+        "--val_data", type=Path, metavar="FILE", help="for thresholds (default: the file beside the test data)"
     )
-    group.add_argument("--limit", type=int, default=0, help="answer the first so many test rows alone (0: all)")
-    group.add_argument("--val_limit", type=int, default=0, help="the same of the validation rows")
+    group.add_argument("--limit", type=int, default=0, help="answer only the first N test rows (0: all)")
+    group.add_argument("--val_limit", type=int, default=0, help="answer only the first N validation rows (0: all)")
     group = parser.add_argument_group("answers")
-    group.add_argument("--output", type=Path, default=OUTPUT, help="record, metrics, answers")
+    group.add_argument("--output", type=Path, default=OUTPUT, help="file for the record, metrics and answers")
     group.add_argument("--decode", choices=DECODES, default="score", help="how link prediction is answered")
-    group.add_argument("--beams", type=int, default=20, help="width of the constrained searches (1: greedy)")
-    group.add_argument("--batch_size", type=int, default=8, help="True/False and free-text rows at once")
+    group.add_argument("--permute", type=int, default=0, metavar="K", help="answer each test list in K more orders")
+    group.add_argument("--seed", type=int, default=0, help="of these orders")
+    group.add_argument("--batch_size", type=int, default=8, help="True/False and free-text rows per batch")
     group.add_argument("--max_new_tokens", type=int, default=512, help="longest free text")
-    group.add_argument("--overwrite", action="store_true", help="start anew over the answers of another run")
-    add_codes_flags(parser.add_argument_group("all entities (--decode constrained_all)"))
+    group.add_argument("--overwrite", action="store_true", help="replace the answers of another or finished run")
     args = parser.parse_args(argv)
-    for name, least in (("limit", 0), ("val_limit", 0), ("beams", 1), ("batch_size", 1), ("max_new_tokens", 1)):
+    for name in ("limit", "val_limit", "permute", "seed", "batch_size", "max_new_tokens"):
+        least = int(name in ("batch_size", "max_new_tokens"))
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
     if not args.output.name or args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file in it, like {args.output / OUTPUT.name}")
-    if args.decode != "constrained_all" and (args.codes or args.dataset):
-        parser.error("--codes and --dataset are read by --decode constrained_all alone: rows bring their own")
+    if args.permute and args.decode == "likelihood":
+        parser.error(f"--permute {args.permute}: with --decode likelihood the model does not see the list")
     return args
 
 
@@ -638,35 +553,59 @@ def add_model_flags(group: Any) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
 
 
-def add_codes_flags(group: Any) -> None:
-    """Flags that name the entities which all answers come from."""
-    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: the one recorded)")
-    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: what the codes belong to)")
-
-
 def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], dict[str, Any]]:
-    """The files to answer, and whose codes they hold. InputError where a file is missing or of another run."""
+    """The files to answer, and whose codes they contain. InputError if a file is missing or of other codes."""
     if not args.test_data.is_file():
         raise InputError(f"--test_data {args.test_data} does not exist; write it: python Class/gen_fb_data_rq.py")
     if args.val_data is not None and not args.val_data.is_file():
-        raise InputError(f"--val_data {args.val_data} does not exist; leave the flag out, or write the data anew")
+        raise InputError(f"--val_data {args.val_data} does not exist; leave the flag out, or write the data again")
     info = read_codes_info(args.test_data)
     if reader.saved is None and info.get("file") is not None:
         raise InputError(
-            f"--base_model {reader.base_model} knows no codes, and {args.test_data} holds those of {info['file']}; "
-            "give --lora_adapter DIR, or a merged model"
+            f"--base_model {reader.base_model} was not tuned on codes, and {args.test_data} contains those of "
+            f"{info['file']}; give --lora_adapter DIR, or a merged model"
         )
-    model = f"--lora_adapter {args.lora_adapter}" if args.lora_adapter else f"--base_model {reader.base_model}"
+    test = f"--test_data {args.test_data}"
     if reader.saved is not None:
-        refuse_other_codes(reader.codes, info, model, f"--test_data {args.test_data}")
-    parts = []
+        model = f"--lora_adapter {args.lora_adapter}" if args.lora_adapter else f"--base_model {reader.base_model}"
+        refuse_other_codes(reader.codes, info, model, test)
+    parts = [Part(args.test_data, "test", args.limit)]
     validation = args.val_data or existing_split(args.test_data.parent, "validation")
     if validation is not None:
-        refuse_other_codes(
-            info, read_codes_info(validation), f"--test_data {args.test_data}", f"--val_data {validation}"
+        refuse_other_codes(info, read_codes_info(validation), test, f"--val_data {validation}")
+        keep = partial(decides, with_codes=info.get("file") is not None, decode=args.decode)
+        parts.insert(0, Part(validation, "validation", args.val_limit, keep))
+    return parts, info
+
+
+class Job(NamedTuple):
+    """Everything that was checked before weights are loaded."""
+
+    reader: Reader
+    parts: list[Part]
+    info: dict[str, Any]  # whose codes the rows contain
+    settings: Settings
+    rows: int
+    device: torch.device
+
+
+def check_all(args: argparse.Namespace) -> Job:
+    """Check model, data, lengths and device. InputError for the first problem."""
+    reader = check_model(args.base_model, args.lora_adapter)
+    device = find_device(args.device)
+    parts, info = check_data(args, reader)
+    settings = Settings(args.decode, args.batch_size, args.max_new_tokens, args.permute, args.seed)
+    found = survey(parts, settings)
+    if not found.rows:
+        raise InputError(f"--test_data {args.test_data} has no rows to answer")
+    if not found.lists and (args.decode == "likelihood" or args.permute):
+        flag = f"--permute {args.permute}" if args.permute else "--decode likelihood"
+        raise InputError(
+            f"{flag} needs lists of candidates, and --test_data {args.test_data} has none; give the file in "
+            f"link_prediction/ that gen_lp_data_rq.py wrote (beside {PREDICTED}/)"
         )
-        parts.append(Part(validation, args.val_limit, True))
-    return [*parts, Part(args.test_data, args.limit, False)], info
+    check_lengths(found, reader, settings)
+    return Job(reader, parts, info, settings, found.rows, device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -678,57 +617,33 @@ def main(argv: list[str] | None = None) -> None:
 def answer_rows(args: argparse.Namespace) -> None:
     """Check everything, answer what is missing, write record, metrics and answers."""
     started = time.monotonic()
-    reader = check_model(args.base_model, args.lora_adapter)
-    parts, info = check_data(args, reader)
-    settings = Settings(args.decode, args.beams, args.batch_size, args.max_new_tokens)
-    with_codes = info.get("file") is not None
-    found = survey(parts, with_codes, args.decode)
-    if not found.rows:
-        raise InputError(f"--test_data {args.test_data} has no rows to answer")
-    if args.decode == "predict" and not any(is_ranking(row) for row in found.longest):
-        raise InputError(
-            f"--decode predict ranks lists, and --test_data {args.test_data} has none; give the one in "
-            "link_prediction/ that gen_lp_data_rq.py --predict wrote beside it"
-        )
-    check_lengths(found, reader, settings)
-    device = find_device(args.device)
-    named = by_name({"validation" if part.needed else "": part.path for part in parts})
+    job = check_all(args)
+    reader, parts, settings = job.reader, job.parts, job.settings
+    named = by_name({"" if part.split == "test" else part.split: part.path for part in parts})
     hashes = {name: sha256_file(file) for name, file in named.items()}
     path = answers_path(args.output)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     plan = {
         **reader.identity(), **{f"{name}_sha256": value for name, value in hashes.items()}, **settings._asdict(),
-        "limit": args.limit, "val_limit": args.val_limit, "device": device.type, "dtype": args.dtype,
+        "limit": args.limit, "val_limit": args.val_limit, "device": job.device.type, "dtype": args.dtype,
     }  # fmt: skip
-    everything = None
-    if args.decode == "constrained_all":
-        everything = open_everything(info, args.codes, args.dataset, reader.tokenizer)
-        check_names(everything, parts, with_codes)
-        plan["graph"] = everything.source.kg.input_hashes
-    done = resume(path, plan, args.overwrite)
+    done = resume(path, args.output, plan, args.overwrite)
     print(
-        f"{found.rows:,} rows to answer, {len(done):,} of them answered before; loading {reader.base_model} on {device}"
+        f"{job.rows:,} rows to answer, {len(done):,} of them answered before; loading {reader.base_model} on "
+        f"{job.device}"
     )
-    if len(done) < found.rows:
-        with enough_memory(f"{smaller(device)}, --batch_size below {args.batch_size}, or fewer --beams"):
-            answerer = Answerer(load_model(reader, device, args.dtype), reader.tokenizer, settings, everything)
-            if not done:  # other answers go only now that the model stands
+    if len(done) < job.rows:
+        with enough_memory(f"{memory_advice(job.device)}, or --batch_size below {args.batch_size}"):
+            model = load_model(reader, job.device, args.dtype)
+            if not done:  # earlier answers are removed only after the model is loaded
                 path.unlink(missing_ok=True)
                 write_json(plan, plan_path(path))
-            answer_all(answerer, parts, with_codes, path, done, found.rows)
-
-    by_key = {(answer["split"], answer["id"]): answer for answer in read_answers(path).answers}
-    order = [(row["split"], row["id"]) for part in reversed(parts) for row in part.rows(with_codes, args.decode)]
-    absent = [key for key in order if key not in by_key]
-    if absent:
-        raise InputError(
-            f"{path} has answers to other rows, none to {absent[0][1]} of {absent[0][0]}; give --overwrite"
-        )
-    answers = [by_key[key] for key in order]
+            answer_all(Answerer(model, reader.tokenizer, settings), parts, path, done, job.rows)
+    answers = in_file_order(path, parts)
     metrics = report(answers)
+    orders = {part.split: candidate_order(part.path, part.split) for part in parts}
     record = make_record(
-        vars(args), hashes, time.monotonic() - started, device, model=reader.identity(), codes=info,
-        answered_before=len(done), metrics=metrics, answers=answers,
+        vars(args), hashes, time.monotonic() - started, job.device, model=reader.identity(), codes=job.info,
+        candidate_order=orders, answered_before=len(done), metrics=metrics, answers=answers,
     )  # fmt: skip
     write_json(record, args.output)
     print_report(metrics)

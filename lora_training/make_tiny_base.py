@@ -1,13 +1,14 @@
-"""A small LLaMA of one's own: tokenizer and model from scratch on what a graph's training split says in words.
+"""A small LLaMA, tokenizer and model, trained from scratch on the training split of a graph written as text.
 
     python lora_training/make_tiny_base.py --dataset data/family --out lora_training/tiny_base
     python lora_training/make_tiny_base.py --dataset data/FB15k-237 --out big --width 640 --layers 12 --vocab_size 16000
 
-The offline base of demo, tests and ablations, in Hugging Face form: the other scripts load it like any LLaMA.
+The base of demo, tests and ablations, without a download; a Hugging Face folder that the other scripts load like any
+LLaMA. It knows no language: get_base.py writes a small pretrained model.
 
 One document per entity: its name, its description and its training triples in both directions, in random order. No
-triple of valid or test is read. The tokenizer is of LLaMA's kind: BPE with byte fallback, no merge across words, digits
-one by one.
+triple of valid or test is read. The tokenizer is like LLaMA's: BPE with byte fallback, no merges across words, single
+digits.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, exclusive_lock, write_json, written_whole
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph
-from lora_training.code_tokens import RECORD
+from lora_training.adapters import RECORD
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
 
@@ -45,12 +46,8 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- corpus
 
 
-def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
-    """One text per entity that has something to say, from names, descriptions and training triples alone.
-
-    ``recall``: after so many lines they are said once more in another order, which teaches to copy from the context:
-    a large model can do that, a small one does not find it in facts that are each said once (0: each once).
-    """
+def documents(kg: KnowledgeGraph, seed: int) -> Iterator[str]:
+    """One text per entity, from names, descriptions and training triples only."""
     source, rng = Source(kg, unique_names(kg)), np.random.default_rng([seed, 11])
     shown, relations = source.shown, source.relations
     lines: list[list[str]] = [[] for _ in range(kg.num_entities)]
@@ -59,15 +56,12 @@ def documents(kg: KnowledgeGraph, seed: int, recall: int = 0) -> Iterator[str]:
         lines[t].append(f"({shown[t]} | {prompts.relation_text(relations[r], 'head')} | {shown[h]})")
     for e in rng.permutation(kg.num_entities).tolist():
         own = [lines[e][i] for i in rng.permutation(len(lines[e]))]
-        if recall:
-            groups = [own[start : start + recall] for start in range(0, len(own), recall)]
-            own = [line for group in groups for line in (*group, *(group[i] for i in rng.permutation(len(group))))]
         description = escape_name(kg.descriptions[e].strip())
         yield "\n".join([f"{shown[e]}: {description}" if description else shown[e], *own])
 
 
 def template_texts() -> list[str]:
-    """The prompts' fixed words, for the tokenizer alone."""
+    """The fixed words of the prompts, for the tokenizer only."""
     query = {"head": "", "relation": "", "head_codes": "", "candidate_names": [""], "candidate_codes": [""]}
     made = [
         prompts.classification("", "", "", "", "", True),
@@ -81,13 +75,13 @@ def template_texts() -> list[str]:
 
 
 def with_prompt_words(texts: list[str], every: int) -> list[str]:
-    """The texts, and after every ``every``-th a prompt about no triple at all, judged True and False in turn.
+    """The texts, and after every ``every``-th one a prompt with empty names, answered True and False in turn.
 
-    The rows of words that a base never meets end up alike in its head, and LoRA, which by default leaves them as they
-    are, cannot make it say one of them then.
+    Words that never occur in training get nearly equal rows in the head. LoRA does not change these rows by default, so
+    the model could not learn to answer with one of these words.
     """
-    asked = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
-    words = [f"{asked} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # the blank is that of encode_answer
+    prompt = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
+    words = [f"{prompt} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # with the space of encode_answer
     found = []
     for place, text in enumerate(texts, 1):
         found.append(text)
@@ -102,9 +96,9 @@ PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.PREDICT)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()) -> LlamaTokenizer:
-    """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then what the texts teach.
+    """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then pieces of the texts.
 
-    ``whole``: texts that become one token each, beyond ``vocab_size``.
+    ``whole``: texts that become one token each, in addition to ``vocab_size``.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import AddedToken, LlamaTokenizer
@@ -128,7 +122,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()
 
 
 def token_stream(texts: list[str], tokenizer: LlamaTokenizer) -> NDArray[np.int32]:
-    """All documents in one row, each between start and end token."""
+    """All documents as one array of ids, each between start and end token."""
     parts = [
         np.array([tokenizer.bos_token_id, *encode_text(text, tokenizer), tokenizer.eos_token_id], dtype=np.int32)
         for text in texts
@@ -140,7 +134,7 @@ def token_stream(texts: list[str], tokenizer: LlamaTokenizer) -> NDArray[np.int3
 
 
 def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
-    """A LLaMA of the flags' sizes with random weights."""
+    """A LLaMA with random weights, of the sizes in the flags."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -159,7 +153,7 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Namespace, device: str) -> list[float]:
-    """Next-token training on blocks of the stream, at a new offset every epoch; returns the losses reported.
+    """Next-token training on blocks of the stream, at a new offset every epoch; returns the reported losses.
 
     InputError as soon as one of them is not finite.
     """
@@ -215,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_base(args: argparse.Namespace) -> None:
-    """Corpus, tokenizer, model and training; then the folder, with its record, takes the place of what was there."""
+    """Corpus, tokenizer, model and training; then the folder with its record replaces the earlier one."""
     started = time.monotonic()
     device = str(find_device(args.device))
     kg = KnowledgeGraph.load(args.dataset)
@@ -223,8 +217,8 @@ def make_base(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     seed_everything(args.seed)
-    texts = list(documents(kg, args.seed, args.recall))
-    # often enough that the prompts' words become whole tokens beside the graph's names
+    texts = list(documents(kg, args.seed))
+    # repeated so often that the words of the prompts become whole tokens
     whole = PROMPT_TOKENS if args.prompt_tokens else ()
     tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size, whole)
     if args.prompt_words:
@@ -258,26 +252,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
-    parser.add_argument("--recall", type=int, default=0, metavar="N", help="say every N lines of a text once more in "
-                        "another order, so that copying is learned (0: off)")  # fmt: skip
-    parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="say a prompt's fixed words after "
-                        "every Nth text, so that it knows True and False (0: off)")  # fmt: skip
-    parser.add_argument("--prompt_tokens", action="store_true", help="the prompts' fixed beginnings and ends are one "
-                        "token each: shorter rows")  # fmt: skip
+    parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="add a prompt with an answer after "
+                        "every Nth text, so that the model has seen True and False (0: off)")  # fmt: skip
+    parser.add_argument("--prompt_tokens", action="store_true", help="one token for each fixed beginning and "
+                        "end of a prompt: shorter rows")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
     parser.add_argument("--inner", type=int, default=0, help="feed-forward width (0: 8/3 of --width)")
-    parser.add_argument("--context", type=int, default=4096, help="longest sequence that the model is declared for")
+    parser.add_argument("--context", type=int, default=4096, help="longest sequence in the model's configuration")
     parser.add_argument("--block", type=int, default=512, help="tokens per training row")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=float, default=4.0, help="passes over the corpus")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--init_std", type=float, default=0.02, help="spread of the first random weights; small models "
-                        "learn to compare sooner from 1 / sqrt(width)")  # fmt: skip
-    parser.add_argument("--attention_std", type=float, default=0.0, metavar="STD", help="the same for queries and keys "
-                        "alone: below --init_std attention begins near a plain mean (0: --init_std)")  # fmt: skip
+    parser.add_argument("--init_std", type=float, default=0.02, help="standard deviation of the initial weights; "
+                        "small models learn faster from 1 / sqrt(width)")  # fmt: skip
+    parser.add_argument("--attention_std", type=float, default=0.0, metavar="STD", help="the same for query and key "
+                        "weights; a small value starts from nearly uniform attention (0: --init_std)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     args = parser.parse_args(argv)
@@ -297,8 +289,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.inner, args.seed, args.recall, args.prompt_words) < 0:
-        parser.error("--steps, --inner, --recall, --prompt_words and --seed must be 0 or more")
+    if min(args.steps, args.inner, args.seed, args.prompt_words) < 0:
+        parser.error("--steps, --inner, --prompt_words and --seed must be 0 or more")
     if args.seed >= 2**63:
         parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
     return args

@@ -2,10 +2,10 @@
 
     cd lora_training && python merge_adapter.py                     lora_outputs/lora_adapters -> lora_outputs/merged
 
-The folder loads with plain AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained, and is what engines
-such as vLLM take (`vllm serve lora_outputs/merged`), which do not read adapters with rows of added tokens. Answering is
-faster too: an adapter copies embedding and head on every forward. The merged model is read back from the disk and its
-logits are compared with the adapter's: they differ by rounding alone, or the script fails.
+AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load the folder without this toolkit, and so do
+engines such as vLLM (`vllm serve lora_outputs/merged`), which cannot read adapters with rows of added tokens. Answering
+is faster too: an adapter copies embedding and head in every forward pass. The merged model is read back from the disk
+and its logits are compared with the adapter's: they differ by rounding errors only, or the script fails.
 """
 
 from __future__ import annotations
@@ -25,18 +25,9 @@ from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import exclusive_lock, sha256_file, write_json, written_whole
 from common.record import make_record
-from lora_training.code_tokens import (
-    ADAPTER,
-    RECORD,
-    WEIGHTS,
-    Saved,
-    check_base,
-    load_adapted,
-    quiet_libraries,
-    read_saved,
-    save_tokenizer,
-    token_ids,
-)
+from lora_training.adapters import ADAPTER, RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
+from lora_training.base_model import quiet_libraries
+from lora_training.code_tokens import save_tokenizer, token_ids
 from lora_training.memory import enough_memory
 
 if TYPE_CHECKING:
@@ -44,13 +35,13 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "lora_data" / "train.json"
-# largest difference of logits, of their largest size: rounding of one W + BA (0.5 units in the last place) through the
-# layers; measured on small models: 8e-7 in float32 and 8e-3 in bfloat16
+# largest difference of logits, relative to the largest logit: W + BA is rounded once (0.5 units in the last place) per
+# layer; measured on small models: 8e-7 in float32 and 8e-3 in bfloat16
 BOUNDS = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def probe_ids(saved: Saved) -> torch.Tensor:
-    """Token ids [2, 48] drawn under a fixed seed, every other one a code token."""
+    """Token ids [2, 48] from a fixed seed, every second one a code token."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +64,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def merge(saved: Saved, base_model: str, folder: Path, dtype: str, device: torch.device) -> float:
     """Write the merged model to a new ``folder``; returns the largest difference of logits relative to the largest.
 
-    InputError where it is beyond ``BOUNDS``.
+    InputError if it is above ``BOUNDS``.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -113,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device)
     quiet_libraries()
     name = args.output_dir.name
-    part = args.output_dir.with_name(f".{name}.part")  # a merged folder, its record with it, is complete or not there
+    part = args.output_dir.with_name(f".{name}.part")  # the folder is complete, with its record, or not there
     with exclusive_lock(args.output_dir.with_name(f"{name}.lock"), "--output_dir"):
         shutil.rmtree(part, ignore_errors=True)
         with written_whole(part), enough_memory("give --device cpu, or --dtype bfloat16"):
@@ -136,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base_model", help="hub id or folder (default: the one in the adapter's record)")
     parser.add_argument("--output_dir", type=Path, default=HERE / "lora_outputs" / "merged", help="merged model")
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")
-    parser.add_argument("--device", default="cpu", help="where it is computed: auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", default="cpu", help="device that computes it: auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file, and the model is a folder; name another")

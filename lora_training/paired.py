@@ -1,4 +1,4 @@
-"""How much better one set of answers is than another to the same queries, and how sure that is."""
+"""Paired comparison of two sets of answers to the same queries: mean difference and its standard error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 
 class Difference(NamedTuple):
-    """Of two means over the same queries, of reciprocal ranks (then of MRRs), of right answers, of exact matches."""
+    """Difference of two means over the same queries: of MRRs, accuracies, or shares of exact matches."""
 
     mean: float
-    error: float | None  # standard error over the queries; None for fewer than two
+    error: float | None  # standard error over queries; None for fewer than two
     runs: list[float]  # the difference in each run (seed)
     queries: int
 
@@ -23,23 +23,22 @@ class Difference(NamedTuple):
 
 
 def paired(first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]) -> Difference:
-    """first - second: one ``{query: worth of its answer}`` per run, both of the same queries in every run.
+    """first - second: one ``{query: value}`` per run, both with the same queries in every run.
 
-    A query that several runs answer is one observation, the mean of its differences: what the error covers is that
-    other queries might have been asked. How runs differ (few, and each draws everything anew) is left to be seen in
-    ``runs``. Raises ValueError where the two were not asked the same.
+    A query in several runs is one observation, the mean of its differences: the standard error covers the choice of
+    the queries, not the variation between runs, which ``runs`` shows. Raises ValueError if the queries differ.
     """
-    together: dict[str, list[float]] = {}
+    by_query: dict[str, list[float]] = {}
     runs = []
     for ours, theirs in zip(first, second, strict=True):
         if ours.keys() != theirs.keys() or not ours:
             alone = sorted(ours.keys() ^ theirs.keys())
-            shown = f"{len(alone)} are asked by one alone, such as {alone[0]}" if alone else "there are none"
-            raise ValueError(f"not the same queries: {shown}")
-        differences = {query: worth - theirs[query] for query, worth in ours.items()}
+            shown = f"{len(alone)} are in one set only, such as {alone[0]}" if alone else "there are none"
+            raise ValueError(f"the queries differ: {shown}")
+        differences = {query: value - theirs[query] for query, value in ours.items()}
         runs.append(float(np.mean(list(differences.values()))))
         for query, difference in differences.items():
-            together.setdefault(query, []).append(difference)
-    values = np.array([np.mean(found) for found in together.values()])
+            by_query.setdefault(query, []).append(difference)
+    values = np.array([np.mean(found) for found in by_query.values()])
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Difference(float(np.mean(runs)), error, runs, len(values))

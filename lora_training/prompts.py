@@ -1,4 +1,4 @@
-"""From a row of instruction data to text and tokens: training, inference and scoring all go through these functions.
+"""From a row of instruction data to text and tokens; used by training, inference and scoring alike.
 
     <s>### Instruction:
     {instruction}
@@ -6,11 +6,12 @@
     ### Response:
     {output}</s>
 
-An ``input``, where a row has one, stands between under ``### Input:``. Prompt and answer are tokenized apart, so that
+A non-empty ``input`` follows the instruction under ``### Input:``. Prompt and answer are tokenized separately, so that
 the tokens of a prompt never depend on its answer; the first token of every answer is the one that inference predicts
-after ``encode_prompt``. Text is never read as a control token: a name that spells ``</s>`` stays text.
+after ``encode_prompt``. Text is never parsed as a control token: a name that contains ``</s>`` stays text.
 
-Nothing here truncates. A cut prompt loses the question, a cut answer teaches a wrong one, so both are refused.
+Nothing is truncated: a truncated prompt loses the question, a truncated answer is wrong. Rows that are too long raise
+an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that the loss leaves out, torch's default
+IGNORED = -100  # label of tokens without a loss, torch's default
 INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n", "### Input:\n", "### Response:\n"
 
 
@@ -40,25 +41,32 @@ class Example(NamedTuple):
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:
-    """What the model reads: everything up to the answer."""
+    """The prompt: everything up to the answer."""
     given = f"{INPUT}{row['input']}\n\n" if row.get("input") else ""
     return f"{INSTRUCTION}{row['instruction']}\n\n{given}{RESPONSE}"
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of ``text`` alone: no start or end token, and none where the text merely spells one."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    """Ids of ``text`` without start and end token, also if the text contains their spelling."""
+    return encode_texts([text], tokenizer)[0]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """``encode_text`` of each text, faster than one by one."""
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]  # fmt: skip
     return ids
 
 
 def encode_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Start token (where the tokenizer has one) and the prompt."""
+    """Start token (if the tokenizer has one) and the prompt."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return start + encode_text(prompt_text(row), tokenizer)
 
 
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase, end: bool = True) -> list[int]:
-    """The answer and the end token; without ``end`` the beginning of an answer that goes on."""
+    """The answer and the end token; without ``end`` the beginning of a longer answer."""
     return encode_text(text, tokenizer) + ([tokenizer.eos_token_id] if end else [])
 
 
@@ -71,7 +79,7 @@ def decode_answer(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def encode_example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int = 0) -> Example:
-    """Ids and labels of a row, the prompt masked. InputError beyond ``max_length`` tokens (0: any length)."""
+    """Ids and labels of a row, the prompt masked. InputError if longer than ``max_length`` tokens (0: any length)."""
     return next(encode_examples([row], tokenizer, max_length))
 
 
@@ -82,15 +90,14 @@ def encode_examples(
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = iter(rows)
     while block := list(itertools.islice(stream, 1000)):
-        texts = [text for row in block for text in (prompt_text(row), row["output"])]
-        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = encode_texts([text for row in block for text in (prompt_text(row), row["output"])], tokenizer)
         for row, prompt, answer in zip(block, ids[::2], ids[1::2], strict=True):
             yield _example(row, start + prompt, [*answer, tokenizer.eos_token_id], max_length)
 
 
 def _example(row: Mapping[str, Any], prompt: list[int], answer: list[int], max_length: int) -> Example:
     if len(answer) == 1:
-        raise InputError(f"row {row.get('id', '?')} has an empty output: there is nothing to learn from it")
+        raise InputError(f"row {row.get('id', '?')} has an empty output; remove the row, or give it an output")
     if max_length and len(prompt) + len(answer) > max_length:
         what = f"its answer alone has {len(answer)}" if len(answer) > max_length else f"{len(answer)} in the answer"
         raise InputError(

@@ -1,29 +1,32 @@
-"""Metrics from the answers alone: no model, no data set, in seconds.
+"""Metrics computed from the answers alone: no model and no data set are loaded.
 
-    cd lora_training && python score_answers.py                        answers.jsonl, as inference.py leaves it
+    cd lora_training && python score_answers.py                        answers.jsonl, as inference.py writes it
     cd lora_training && python score_answers.py --answers other/answers.jsonl --output metrics.json
-    cd lora_training && python score_answers.py --against other/answers.jsonl           what the difference is, how sure
+    cd lora_training && python score_answers.py --against other/answers.jsonl     paired difference and standard error
 
-Link prediction. The rank of the truth among its candidates, ties at their mean, other right answers left out; a query
-whose truth is not among the candidates keeps ``candidate_rank``, its rank by the model that chose them (a search over
-all entities has no such model behind it: what it does not find counts as never found). Candidates without a score (free
-text, a narrow search) keep their listed order below the others. Where answers differ in length, sum and per-token mean
-of the log-likelihood are two rankings: the one with the higher validation MRR is used.
-Candidates that were scored without their list (inference.py --decode predict) are ranked by their scores alone, and
-once more by score and place in the list together (``with_order``): two weights, fitted on validation alone.
-Judgements. True where log P(True) - log P(False) exceeds a threshold: the one with the best validation accuracy, of
-equally good ones the nearest to 0. Metrics at 0 stand beside it.
-The rest. Exact matches; lines of an answer may come in any order.
+Link prediction. The filtered rank of the truth among its candidates; ties get their mean rank. If the truth is not
+listed, its rank by the candidate model (``candidate_rank``) is used; a search over all entities has no such rank, so
+its truth counts as never found. Candidates without a score (free text) follow the others in their listed order. If
+candidates differ in length, sum and per-token mean of the log-likelihoods give two rankings; the one with the higher
+validation MRR is used. Three baselines are printed with each result: copying the first candidate, a random choice
+(expected value), and the recall of the lists (the share that contain the truth). ``permuted``: metrics over other
+orders of each list (inference.py --permute).
 
-An answer that does not parse counts as wrong everywhere (rank infinite, judgement turned round) and is counted.
+Triple classification. True if log P(True) - log P(False) exceeds a threshold: the one with the best validation
+accuracy (ties: the nearest to 0). Metrics at threshold 0 are also given.
+
+Other tasks. Exact match; the lines of an answer may be in any order.
+
+An answer that cannot be parsed counts as wrong everywhere (infinite rank, wrong label) and is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,21 +37,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import parse_json, sha256_file, write_json
-from lora_training.paired import Difference, paired
+from lora_training.paired import paired
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
 Splits = dict[str, list[Answer]]  # by split
-Differences = dict[str, dict[str, dict[str, Difference]]]  # by task type, split and row
+Floats = NDArray[np.float64]
 
 HERE = Path(__file__).resolve().parent
 TRUE, FALSE = "True", "False"
 HITS = (1, 3, 10)
-LARGEST = sys.float_info.max  # JSON may hold whole numbers beyond it
-JUDGEMENTS = ("triple_classification", "validate_triple")  # an entity of another task may be named True
-OWN, WITH_ORDER = "own", "with_order"  # ranks by an answer's scores, and by scores and places together
-SEARCHED = "constrained_all"  # candidates are what a search over all entities found, not what a prompt listed
-# every line of answers.jsonl has them all
+NAMES = ("mrr", "hits@1", "hits@3", "hits@10", "accuracy", "precision", "recall", "f1", "exact_match")  # printed
+BASELINES = {
+    "candidate_model": "candidate model", "as_listed": "copy the first candidate", "random": "random choice",
+}  # fmt: skip
+LARGEST = sys.float_info.max  # JSON may contain larger integers
+CLASSIFICATIONS = ("triple_classification", "validate_triple")  # in other tasks an entity may be named True
+SEARCHED = "constrained_all"  # --decode whose candidates are the results of a search over all entities
+LIKELIHOOD = ("likelihood", "predict")  # --decode likelihood; "predict" in answers of earlier versions
+# every line of answers.jsonl has these; newer ones also triple, candidate_order and permuted
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
           "candidate_rank", "text", "expected", "parsed")  # fmt: skip
 
@@ -57,16 +64,16 @@ FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scor
 
 
 class AnswerFile(NamedTuple):
-    """What a file of answers holds."""
+    """Contents of a file of answers."""
 
     answers: list[Answer]
-    end: int  # bytes up to the end of the last complete line: what follows was torn by an interruption
+    end: int  # bytes up to the end of the last complete line
 
 
 def read_answers(path: str | Path) -> AnswerFile:
-    """The complete lines of answers.jsonl; a last line without its newline is left out.
+    """The complete lines of answers.jsonl; a last line without its newline (an interrupted write) is left out.
 
-    Raises InputError, with the line, for anything else that is no answer and for an id that comes twice in a split.
+    Raises InputError, with the line number, for any other line that is no answer and for an id repeated in a split.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,20 +85,7 @@ def read_answers(path: str | Path) -> AnswerFile:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                answer = parse_json(line)
-            except ValueError as error:
-                raise InputError(f"{path}:{number}: not one JSON answer per line ({error})") from error
-            if not isinstance(answer, dict):
-                raise InputError(
-                    f"{path}:{number}: a {type(answer).__name__} is no answer; write it anew: inference.py"
-                )
-            missing = [field for field in FIELDS if field not in answer]
-            if missing:
-                raise InputError(f"{path}:{number}: an answer lacks {', '.join(missing)}; write it anew: inference.py")
-            wrong = _wrong_field(answer)
-            if wrong:
-                raise InputError(f"{path}:{number}: {wrong} does not fit the answer; write it anew: inference.py")
+            answer = _parse_answer(line, f"{path}:{number}")
             key = (answer["split"], answer["id"])
             if key in seen:
                 raise InputError(f"{path}:{number}: {key[1]} of {key[0]} is answered twice")
@@ -101,44 +95,66 @@ def read_answers(path: str | Path) -> AnswerFile:
     return AnswerFile(answers, end)
 
 
+def _parse_answer(line: bytes, place: str) -> Answer:
+    """One line as an answer; InputError with ``place`` if it is none."""
+    try:
+        answer = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{place}: expected one JSON answer per line ({error})") from error
+    if not isinstance(answer, dict):
+        raise InputError(f"{place}: expected an answer, found {type(answer).__name__}; run inference.py again")
+    missing = [field for field in FIELDS if field not in answer]
+    if missing:
+        raise InputError(f"{place}: the answer lacks {', '.join(missing)}; run inference.py again")
+    wrong = _wrong_field(answer)
+    if wrong:
+        raise InputError(f"{place}: {wrong} is not valid for this answer; run inference.py again")
+    return answer
+
+
+def _is_names(value: Any, least: int = 0) -> bool:
+    return isinstance(value, list) and len(value) >= least and all(isinstance(name, str) for name in value)
+
+
+def _is_numbers(value: Any, size: int, optional: bool = False) -> bool:
+    """Whether ``value`` is a list of ``size`` numbers (``optional``: or None)."""
+    return isinstance(value, list) and len(value) == size and all(
+        (optional and item is None) or (type(item) in (int, float) and abs(item) <= LARGEST) for item in value
+    )  # fmt: skip
+
+
 def _wrong_field(answer: Answer) -> str | None:
-    """The first field that holds what no answer has, or does not fit the others."""
-
-    def names(value: Any, least: int = 0) -> bool:
-        return isinstance(value, list) and len(value) >= least and all(isinstance(name, str) for name in value)
-
-    def numbers(value: Any, *others: type) -> bool:
-        def number(item: Any) -> bool:
-            return type(item) in (int, float) and abs(item) <= LARGEST
-
-        return isinstance(value, list) and all(number(item) or type(item) in others for item in value)
-
+    """The first field with an invalid value, or one that contradicts the others."""
     candidates, scores, tokens, rank = (answer[key] for key in ("candidates", "scores", "tokens", "candidate_rank"))
-    size = len(candidates) if names(candidates) else -1
-    good = {key: isinstance(answer[key], str) for key in ("task_type", "split", "decode", "text", "expected")} | {
+    permuted, size = answer.get("permuted"), len(candidates) if _is_names(candidates) else -1
+    valid = {key: isinstance(answer[key], str) for key in ("task_type", "split", "decode", "text", "expected")} | {
         "id": type(answer["id"]) in (str, int),
         "direction": answer["direction"] in (None, "head", "tail"),
         "parsed": type(answer["parsed"]) is bool,
-        "truth": names(answer["truth"], 1),
+        "truth": _is_names(answer["truth"], 1),
         "candidates": candidates is None or size >= 0,
-        "scores": scores is None or (numbers(scores, type(None)) and len(scores) == size),
-        "tokens": tokens is None or (numbers(tokens) and len(tokens) == size and all(n > 0 for n in tokens)),
-        "candidate_rank": rank is None or (numbers([rank]) and rank >= 1),
-        "triple": answer.get("triple") is None or (names(answer["triple"]) and len(answer["triple"]) == 3),
-    }
-    if good["truth"] and is_ranking(answer):
-        good["candidates"], good["scores"] = size >= 0, good["scores"] and (scores is not None or not answer["parsed"])
-    elif good["truth"] and is_judgement(answer) and answer["parsed"]:
-        good["candidates"] = good["candidates"] and set(candidates or ()) == {TRUE, FALSE}
-        good["scores"] = numbers(scores) and len(scores) == size
-    return next((key for key, fits in good.items() if not fits), None)
+        "scores": scores is None or _is_numbers(scores, size, optional=True),
+        "tokens": tokens is None or (_is_numbers(tokens, size) and all(n > 0 for n in tokens)),
+        "candidate_rank": rank is None or (_is_numbers([rank], 1) and rank >= 1),
+        "triple": answer.get("triple") is None or (_is_names(answer["triple"]) and len(answer["triple"]) == 3),
+        "candidate_order": isinstance(answer.get("candidate_order"), str | None),
+        "permuted": permuted is None or (isinstance(permuted, list) and all(
+            other is None or _is_numbers(other, size, optional=True) for other in permuted)),
+    }  # fmt: skip
+    if valid["truth"] and is_ranking(answer):
+        valid["candidates"] = size >= 0
+        valid["scores"] = valid["scores"] and (scores is not None or not answer["parsed"])
+    elif valid["truth"] and is_classification(answer) and answer["parsed"]:
+        valid["candidates"] = size == 2 and set(candidates) == {TRUE, FALSE}
+        valid["scores"] = _is_numbers(scores, size)
+    return next((key for key, fits in valid.items() if not fits), None)
 
 
 # ---------------------------------------------------------------- link prediction
 
 
 def rank_of(answer: Answer) -> float:
-    """Rank of the truth by the answer's scores, merged with ``candidate_rank``; infinite where it is never found."""
+    """Filtered rank of the truth by the answer's scores, or its ``candidate_rank`` if it is not listed."""
     truth, candidates = answer["truth"][0], answer["candidates"]
     if not answer["parsed"]:
         return math.inf
@@ -160,210 +176,176 @@ def rank_of(answer: Answer) -> float:
 
 
 def known_rank(answer: Answer) -> float:
-    """The rank that the candidates' own model gave the truth; infinite where it is unknown."""
+    """Rank of the truth by the candidate model; infinite if unknown."""
     return math.inf if answer["candidate_rank"] is None else float(answer["candidate_rank"])
 
 
 def listed_rank(answer: Answer) -> float:
-    """Rank of the truth as listed in the prompt, as if the first candidate were always copied."""
+    """Rank of the truth in the order of the list: the baseline that copies the first candidate."""
     scores = [-place for place in range(len(answer["candidates"]))]
     return rank_of(answer | {"scores": scores, "tokens": None, "parsed": True})
 
 
-def ranking_metrics(ranks: Sequence[float]) -> Metrics:
-    """MRR and Hits@1/3/10 of ranks, which may be infinite; None over no ranks."""
-    values = np.asarray(ranks, dtype=np.float64)
-    found: Metrics = {"mrr": float((1 / values).mean()) if len(values) else None}
-    return found | {f"hits@{k}": float((values <= k).mean()) if len(values) else None for k in HITS}
-
-
-def ranks_by_row(answers: Sequence[Answer], choice: Choice) -> dict[str, list[float]]:
-    """Ranks of the truths of one split, in the answers' order: by the answers themselves (OWN) and by their rivals.
-
-    ``candidate_model``: by the model that chose the candidates; ``as_listed``: the first candidate always copied;
-    ``with_order``: by score and place together, where validation gave their weights.
-    """
-    own = [per_token(answer) for answer in answers] if choice.lengths == "mean" else answers
-    found = {OWN: [rank_of(answer) for answer in own], "candidate_model": [known_rank(answer) for answer in answers]}
-    if answers and answers[0]["decode"] != SEARCHED:
-        found["as_listed"] = [listed_rank(answer) for answer in answers]
-    if choice.weights is not None:
-        found[WITH_ORDER] = [rank_of(with_order(answer, choice.weights)) for answer in own]
-    return found
-
-
-def score_ranking(splits: Splits) -> dict[str, Metrics]:
-    """Metrics of link prediction by split; what there is to choose is chosen on validation."""
-    choice = choose(splits)
-    found = {}
-    for split, answers in splits.items():
-        by_row = ranks_by_row(answers, choice)
-        ranks = by_row.pop(OWN)
-        listed = [answer["truth"][0] in answer["candidates"] for answer in answers]
-        found[split] = {
-            **ranking_metrics(ranks),
-            "count": len(answers),
-            "parse_failures": sum(not answer["parsed"] for answer in answers),
-            "truth_listed": sum(listed),
-            "kept_candidate_rank": sum(
-                not there and rank < math.inf for there, rank in zip(listed, ranks, strict=True)
-            ),
-            "never_found": sum(map(math.isinf, ranks)),
-            **{
-                direction: ranking_metrics(
-                    [rank for rank, answer in zip(ranks, answers, strict=True) if answer["direction"] == direction]
-                )
-                for direction in ("head", "tail")
-            },
-            **{row: ranking_metrics(own) for row, own in by_row.items()},
-        }
-        if choice.lengths is not None:
-            found[split] |= {"lengths": f"{choice.lengths} of log-likelihoods" if splits.get("validation")
-                             else "sum of log-likelihoods (no validation answers to choose on)"}  # fmt: skip
-            found[split] |= {
-                "by_sum": ranking_metrics([rank_of(answer) for answer in answers]),
-                "by_mean": ranking_metrics([rank_of(per_token(answer)) for answer in answers]),
-            }
-        if choice.weights is not None:
-            found[split][WITH_ORDER] |= {"weights": choice.weights._asdict(), "weights_from": "validation"}
-    return found
-
-
-class Choice(NamedTuple):
-    """What validation says of how answers are to be ranked."""
-
-    lengths: str | None  # "sum" or "mean" per token of a candidate's log-likelihoods; None: all are equally long
-    weights: Weights | None  # of score and place, for predictions
-
-
-def choose(splits: Splits) -> Choice:
-    """The better of sum and mean by validation MRR (the sum where there is no validation), and ``order_weights``."""
-    validation = splits.get("validation", [])
-    lengths = None
-    if any(answer["tokens"] is not None for answers in splits.values() for answer in answers):
-        means = [per_token(answer) for answer in validation]
-        by_sum, by_mean = (ranking_metrics([rank_of(answer) for answer in way])["mrr"] for way in (validation, means))
-        lengths = "mean" if validation and by_mean > by_sum else "sum"
-        validation = means if lengths == "mean" else validation
-    predicted = any(answer["decode"] == "predict" for answers in splits.values() for answer in answers)
-    return Choice(lengths, order_weights(scored_lists(validation)) if predicted else None)
-
-
 def per_token(answer: Answer) -> Answer:
-    """An answer whose scores are means over their tokens, where they have several."""
+    """The answer with scores divided by their numbers of tokens, where these differ."""
     if not answer["scores"] or not answer["tokens"]:
         return answer
     pairs = zip(answer["scores"], answer["tokens"], strict=True)
     return answer | {"scores": [None if score is None else score / size for score, size in pairs], "tokens": None}
 
 
-# ---------------------------------------------------------------- scores and the list's order
+def ranking_metrics(ranks: Sequence[float]) -> Metrics:
+    """MRR and Hits@1/3/10 of ranks, which may be infinite; None for no ranks."""
+    values = np.asarray(ranks, dtype=np.float64)
+    found: Metrics = {"mrr": float((1 / values).mean()) if len(values) else None}
+    return found | {f"hits@{k}": float((values <= k).mean()) if len(values) else None for k in HITS}
 
 
-class Weights(NamedTuple):
-    """``score * own score - place * log(place in the list)`` ranks candidates; neither is below 0."""
-
-    score: float
-    place: float
-
-
-class Scored(NamedTuple):
-    """A list of which one candidate is right."""
-
-    scores: list[float]  # of its candidates, as listed
-    right: int  # place of the right one, from 0
+@functools.cache
+def _random_order(count: int) -> Floats:
+    """Expected MRR and Hits@1/3/10 of the truth at a random place among ``count`` candidates."""
+    return np.array(list(ranking_metrics(range(1, count + 1)).values()))
 
 
-def scored_lists(answers: Iterable[Answer]) -> Iterator[Scored]:
-    """The lists of link prediction whose candidates all have scores and whose truth is among them."""
+def random_metrics(answers: Sequence[Answer]) -> Metrics:
+    """Expected metrics if the order of each list were random; a truth that is not listed keeps ``candidate_rank``."""
+    found = []
     for answer in answers:
-        scores, truth = answer["scores"], answer["truth"][0]
-        if answer["parsed"] and scores and None not in scores and truth in answer["candidates"]:
-            yield Scored(scores, answer["candidates"].index(truth))
+        others = set(answer["truth"][1:])
+        if answer["truth"][0] in answer["candidates"]:
+            found.append(_random_order(sum(name not in others for name in answer["candidates"])))
+        else:
+            found.append(np.array(list(ranking_metrics([known_rank(answer)]).values())))
+    means = np.mean(found, axis=0).tolist()
+    return dict(zip(ranking_metrics([]), means, strict=True))
 
 
-def order_weights(lists: Iterable[Scored]) -> Weights | None:
-    """The weights under which a choice among each list's candidates (a softmax over their scores) is likeliest.
+def permuted_metrics(answers: Sequence[Answer], lengths: str | None) -> Metrics | None:
+    """Metrics over K other orders of each list; None unless all answers have them.
 
-    A conditional logit with a ridge of 0.01, by Newton's method: it is convex. Where one comes out below 0, which says
-    that it misleads on validation, it is 0, and the other 1. None where no list can be used.
+    ``mean`` and the standard deviations are over the K orders; ``first_changes``: share of (query, order) pairs whose
+    best candidate is not that of the row's own order.
     """
-    inputs, right = [], []
-    for found in lists:
-        inputs.append(np.array([[score, -math.log(place)] for place, score in enumerate(found.scores, 1)]))
-        right.append(found.right)
-    if not inputs:
+    orders = min(len(answer.get("permuted") or ()) for answer in answers)
+    if not orders:
         return None
-    weights = np.zeros(2)
-    for _ in range(50):
-        slope, curve = -0.01 * weights, -0.01 * np.eye(2)
-        for features, at in zip(inputs, right, strict=True):
-            scores = features @ weights
-            chances = np.exp(scores - scores.max())
-            chances /= chances.sum()
-            mean = chances @ features
-            slope += features[at] - mean
-            curve -= (features - mean).T * chances @ (features - mean)
-        step = np.linalg.solve(curve, slope)
-        weights = weights - step
-        if np.abs(step).max() < 1e-9:
-            break
-    if weights.min() >= 0:
-        return Weights(float(weights[0]), float(weights[1]))
-    return Weights(0.0, 1.0) if weights[0] < weights[1] else Weights(1.0, 0.0)
+
+    def best(answer: Answer) -> str | None:
+        scores = [-math.inf if score is None else score for score in answer["scores"] or ()]
+        return answer["candidates"][int(np.argmax(scores))] if scores else None
+
+    own = normalized(answers, lengths)
+    runs, changes = [], 0
+    for k in range(orders):
+        scores = [answer["permuted"][k] for answer in answers]
+        others = normalized(
+            [one | {"scores": some, "parsed": some is not None} for one, some in zip(answers, scores, strict=True)],
+            lengths,
+        )
+        runs.append(list(ranking_metrics([rank_of(other) for other in others]).values()))
+        changes += sum(best(other) != best(answer) for other, answer in zip(others, own, strict=True))
+    spread = np.std(runs, axis=0, ddof=1).tolist() if orders > 1 else [None] * len(runs[0])
+    names = list(ranking_metrics([]))
+    return {
+        "orders": orders, "mean": dict(zip(names, np.mean(runs, axis=0).tolist(), strict=True)),
+        **{f"{name}_std": value for name, value in zip(names, spread, strict=True)},
+        "first_changes": changes / (orders * len(answers)),
+    }  # fmt: skip
 
 
-def with_order(answer: Answer, weights: Weights) -> Answer:
-    """An answer whose scores take the candidates' places into account."""
-    if answer["scores"] is None:
-        return answer
-    scores = [
-        None if score is None else weights.score * score - weights.place * math.log(place)
-        for place, score in enumerate(answer["scores"], 1)
-    ]
-    return answer | {"scores": scores}
+def choose_lengths(splits: Splits) -> str | None:
+    """The better of "sum" and "mean" per token by validation MRR; None if all candidates are equally long."""
+    if all(answer["tokens"] is None for answers in splits.values() for answer in answers):
+        return None
+    validation = splits.get("validation", [])
+    ways = (validation, map(per_token, validation))
+    by_sum, by_mean = (ranking_metrics([rank_of(answer) for answer in way])["mrr"] for way in ways)
+    return "mean" if validation and by_mean > by_sum else "sum"
 
 
-# ---------------------------------------------------------------- judgements
+def normalized(answers: Sequence[Answer], lengths: str | None) -> list[Answer]:
+    """Answers with the scores that ``choose_lengths`` chose."""
+    return [per_token(answer) if lengths == "mean" else answer for answer in answers]
+
+
+def score_ranking(splits: Splits) -> dict[str, Metrics]:
+    """Metrics of link prediction by split."""
+    lengths = choose_lengths(splits)
+    return {split: _score_lists(answers, lengths, "validation" in splits) for split, answers in splits.items()}
+
+
+def _score_lists(answers: Sequence[Answer], lengths: str | None, validated: bool) -> Metrics:
+    """Metrics of one split's lists and of the baselines; ``validated``: ``lengths`` was chosen on validation."""
+    ranks = [rank_of(answer) for answer in normalized(answers, lengths)]
+    listed = [answer["truth"][0] in answer["candidates"] for answer in answers]
+    orders = {answer.get("candidate_order") for answer in answers}
+    found = {
+        **ranking_metrics(ranks),
+        "count": len(answers),
+        "candidate_order": orders.pop() if len(orders) == 1 else "mixed",
+        "parse_failures": sum(not answer["parsed"] for answer in answers),
+        "truth_listed": sum(listed),
+        "kept_candidate_rank": sum(not there and rank < math.inf for there, rank in zip(listed, ranks, strict=True)),
+        "never_found": sum(map(math.isinf, ranks)),
+    }
+    for side in ("head", "tail"):
+        pairs = zip(ranks, answers, strict=True)
+        found[side] = ranking_metrics([rank for rank, answer in pairs if answer["direction"] == side])
+    found["candidate_model"] = ranking_metrics([known_rank(answer) for answer in answers])
+    if answers[0]["decode"] != SEARCHED:
+        found["as_listed"] = ranking_metrics([listed_rank(answer) for answer in answers])
+        found["random"] = random_metrics(answers)
+        found["list_recall"] = sum(listed) / len(answers)
+    permuted = permuted_metrics(answers, lengths)
+    found |= {"permuted": permuted} if permuted else {}
+    if lengths is not None:
+        found["lengths"] = f"{lengths} of log-likelihoods"
+        found["lengths"] += "" if validated else " (no validation answers to choose on)"
+        found["by_sum"] = ranking_metrics([rank_of(answer) for answer in answers])
+        found["by_mean"] = ranking_metrics([rank_of(per_token(answer)) for answer in answers])
+    return found
+
+
+# ---------------------------------------------------------------- triple classification
 
 
 def margin(answer: Answer) -> float:
-    """log P(True) - log P(False); NaN where the answer did not parse."""
+    """log P(True) - log P(False); NaN if the answer could not be parsed."""
     if not answer["parsed"]:
         return math.nan
     scores = dict(zip(answer["candidates"], answer["scores"], strict=True))
     return float(scores[TRUE] - scores[FALSE])
 
 
-def judgements(margins: Sequence[float], labels: Sequence[bool], threshold: float) -> NDArray[np.bool_]:
-    """What is said of each triple: True where its margin exceeds the threshold, the wrong thing where it is NaN."""
+def predicted_labels(margins: Sequence[float], labels: Sequence[bool], threshold: float) -> NDArray[np.bool_]:
+    """``margin > threshold`` for each triple; the wrong label where the margin is NaN."""
     values, true = np.asarray(margins, dtype=np.float64), np.asarray(labels, dtype=bool)
     return np.where(np.isnan(values), ~true, values > threshold)
 
 
 def classification_metrics(margins: Sequence[float], labels: Sequence[bool], threshold: float) -> Metrics:
-    """Accuracy, precision, recall and F1 of ``margin > threshold``; NaN margins are wrong whatever the label is.
+    """Accuracy, precision, recall and F1 of ``margin > threshold``; NaN margins are wrong for either label.
 
     Precision, recall and F1 are None where their denominator is 0.
     """
     true = np.asarray(labels, dtype=bool)
-    said = judgements(margins, labels, threshold)
-    hit, wrong, missed = int((said & true).sum()), int((said & ~true).sum()), int((~said & true).sum())
+    predicted = predicted_labels(margins, labels, threshold)
+    tp, fp, fn = int((predicted & true).sum()), int((predicted & ~true).sum()), int((~predicted & true).sum())
 
     def share(part: float, whole: float) -> float | None:
         return part / whole if whole else None
 
     return {
-        "accuracy": share(int((said == true).sum()), len(true)), "precision": share(hit, hit + wrong),
-        "recall": share(hit, hit + missed), "f1": share(2 * hit, 2 * hit + wrong + missed),
+        "accuracy": share(int((predicted == true).sum()), len(true)), "precision": share(tp, tp + fp),
+        "recall": share(tp, tp + fn), "f1": share(2 * tp, 2 * tp + fp + fn),
     }  # fmt: skip
 
 
 def best_threshold(margins: Sequence[float], labels: Sequence[bool]) -> float:
-    """The threshold of the best accuracy of ``margin > threshold``, NaN margins left out.
+    """The threshold with the best accuracy of ``margin > threshold``; NaN margins are left out.
 
-    Thresholds tried: 0, the middle between any two neighbouring margins, and one beyond either end. Of equally good
-    ones the nearest to 0 is taken, and of two equally near the lower.
+    Candidates: 0, the middle between any two neighbouring margins, and one beyond either end. Ties: the nearest to 0,
+    then the lower.
     """
     values, true = np.asarray(margins, dtype=np.float64), np.asarray(labels, dtype=bool)
     values, true = values[~np.isnan(values)], true[~np.isnan(values)]
@@ -377,7 +359,15 @@ def best_threshold(margins: Sequence[float], labels: Sequence[bool]) -> float:
     return float(good[np.abs(good).argmin()])
 
 
-def score_judgements(splits: Splits) -> dict[str, Metrics]:
+def chosen_threshold(splits: Splits) -> float | None:
+    """``best_threshold`` of validation; None without validation or for free text, which has no margins to choose by."""
+    validation = splits.get("validation", [])
+    if all(answer["decode"] == "free" for answer in validation):
+        return None
+    return best_threshold([margin(answer) for answer in validation], [is_true(answer) for answer in validation])
+
+
+def score_classification(splits: Splits) -> dict[str, Metrics]:
     """Metrics of True/False tasks by split, at the validation threshold and at 0."""
     threshold = chosen_threshold(splits)
     found = {}
@@ -396,20 +386,11 @@ def score_judgements(splits: Splits) -> dict[str, Metrics]:
 
 
 def is_true(answer: Answer) -> bool:
-    """Whether the triple to be judged is true."""
+    """Whether the triple that is classified is true."""
     return bool(answer["truth"] == [TRUE])
 
 
-def chosen_threshold(splits: Splits) -> float | None:
-    """``best_threshold`` of validation; None where there is none to choose: no validation, or texts, which say True or
-    False and nothing in between."""
-    validation = splits.get("validation", [])
-    if all(answer["decode"] == "free" for answer in validation):
-        return None
-    return best_threshold([margin(answer) for answer in validation], [is_true(answer) for answer in validation])
-
-
-# ---------------------------------------------------------------- the rest
+# ---------------------------------------------------------------- all tasks
 
 
 def is_match(answer: Answer) -> bool:
@@ -422,7 +403,7 @@ def is_match(answer: Answer) -> bool:
 
 
 def score_texts(splits: Splits) -> dict[str, Metrics]:
-    """Exact matches and parse failures by split, as counts and shares."""
+    """Exact matches and parse failures by split."""
     found = {}
     for split, answers in splits.items():
         n = len(answers)
@@ -432,17 +413,19 @@ def score_texts(splits: Splits) -> dict[str, Metrics]:
     return found
 
 
-# ---------------------------------------------------------------- all tasks
-
-
-def is_judgement(row: Answer) -> bool:
-    """Whether a row or an answer judges a triple."""
-    return row["task_type"] in JUDGEMENTS and row.get("truth") in ([TRUE], [FALSE])
+def is_classification(row: Answer) -> bool:
+    """Whether a row or an answer classifies a triple."""
+    return row["task_type"] in CLASSIFICATIONS and row.get("truth") in ([TRUE], [FALSE])
 
 
 def is_ranking(row: Answer) -> bool:
     """Whether a row or an answer ranks candidates."""
     return row["task_type"] == "link_prediction"
+
+
+def is_likelihood(answer: Answer) -> bool:
+    """Whether candidates were scored as answers to the query alone, without their list."""
+    return answer["decode"] in LIKELIHOOD
 
 
 def by_task(answers: Iterable[Answer]) -> dict[str, Splits]:
@@ -454,7 +437,7 @@ def by_task(answers: Iterable[Answer]) -> dict[str, Splits]:
 
 
 def first_of(splits: Splits) -> Answer:
-    """An answer that stands for its task."""
+    """One answer of the task."""
     return next(iter(splits.values()))[0]
 
 
@@ -463,107 +446,89 @@ def report(answers: Iterable[Answer]) -> dict[str, dict[str, Metrics]]:
     found = {}
     for task, splits in by_task(answers).items():
         first = first_of(splits)
-        score = score_ranking if is_ranking(first) else score_judgements if is_judgement(first) else score_texts
+        score = (
+            score_ranking if is_ranking(first) else score_classification if is_classification(first) else score_texts
+        )
         found[task] = score(splits)
     return found
 
 
-def query_of(answer: Answer) -> str:
-    """What tells queries apart: ids count rows, so those of another cut of valid or of other negatives are the same."""
-    what = answer.get("triple") if is_judgement(answer) else None  # answers of before have no triple
-    return f"{answer['id']} ({', '.join(what or answer['truth'][:1])})"
-
-
-def worths(splits: Splits) -> dict[str, dict[str, dict[str, float]]]:
-    """Split -> row -> what each answer, by id and truth, adds to the mean that its task is measured by.
-
-    Reciprocal ranks for link prediction (rows as in ``ranks_by_row``), whether it is right for the rest.
-    """
-    first, threshold, found = first_of(splits), 0.0, {}
-    if is_ranking(first):
-        choice = choose(splits)
-    elif is_judgement(first):
-        threshold = chosen_threshold(splits) or 0.0
-    for split, answers in splits.items():
-        if is_ranking(first):
-            rows = {row: [1 / rank for rank in ranks] for row, ranks in ranks_by_row(answers, choice).items()}
-        elif is_judgement(first):
-            labels = [is_true(answer) for answer in answers]
-            said = judgements([margin(answer) for answer in answers], labels, threshold).tolist()
-            rows = {OWN: [float(one == label) for one, label in zip(said, labels, strict=True)]}
-        else:
-            rows = {OWN: [float(is_match(answer)) for answer in answers]}
-        asked = [query_of(answer) for answer in answers]
-        found[split] = {row: dict(zip(asked, values, strict=True)) for row, values in rows.items()}
-    return found
-
-
-def differences(answers: Iterable[Answer], others: Iterable[Answer]) -> Differences:
-    """What ``answers`` have above ``others``, for the tasks and splits that both hold.
-
-    Of link prediction's rows, those that are the LLM's. Raises ValueError where they hold nothing in common, or where
-    one was asked other queries of a split.
-    """
-    theirs, found = by_task(others), Differences()
-    for task, splits in by_task(answers).items():
-        first, second = worths(splits), worths(theirs[task]) if task in theirs else {}
-        for split in (split for split in first if split in second):
-            for row in (OWN, WITH_ORDER):
-                if row in first[split] and row in second[split]:
-                    rows = found.setdefault(task, {}).setdefault(split, {})
-                    try:
-                        rows[row] = paired([first[split][row]], [second[split][row]])
-                    except ValueError as error:
-                        raise ValueError(f"{task} {split}: {error}") from error
-    if not found:
-        raise ValueError("no task and split in common")
-    return found
-
-
 def print_report(found: dict[str, dict[str, Metrics]]) -> None:
-    """One line per task and split, and the rivals of link prediction below it."""
+    """One line per task and split; below link prediction, its baselines."""
 
     def numbers(metrics: Metrics) -> str:
-        return "  ".join(
-            f"{name} {'-' if metrics[name] is None else format(metrics[name], '.4f')}"
-            for name in ("mrr", "hits@1", "hits@3", "hits@10", "accuracy", "precision", "recall", "f1", "exact_match")
-            if name in metrics
-        )
+        shown = {name: metrics[name] for name in NAMES if name in metrics}
+        return "  ".join(f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in shown.items())
 
     for task, splits in found.items():
         for split, metrics in splits.items():
-            more = (
-                f"  threshold {metrics['threshold']:+.4f} ({metrics['threshold_from']})"
-                if "threshold" in metrics
-                else ""
-            )
-            more += f"  {metrics['lengths']}" if "lengths" in metrics else ""
-            print(
-                f"{task} {split} ({metrics['count']:,}): {numbers(metrics)}{more}  "
-                f"{metrics['parse_failures']} did not parse"
-            )
-            for rival, name in (
-                (WITH_ORDER, "with the list's order"), ("candidate_model", "candidate model"),
-                ("as_listed", "copy the listed order"),
-            ):  # fmt: skip
-                if rival in metrics:
-                    print(f"    {name:22} {numbers(metrics[rival])}")
+            order = f", {metrics['candidate_order']} lists" if metrics.get("candidate_order") else ""
+            words = [f"{task} {split} ({metrics['count']:,}{order}): {numbers(metrics)}"]
+            if "threshold" in metrics:
+                words.append(f"threshold {metrics['threshold']:+.4f} ({metrics['threshold_from']})")
+            words += [metrics["lengths"]] if "lengths" in metrics else []
+            print("  ".join([*words, f"{metrics['parse_failures']} could not be parsed"]))
+            for row, name in BASELINES.items():
+                if row in metrics:
+                    print(f"    {name:25} {numbers(metrics[row])}")
+            if "list_recall" in metrics:
+                print(f"    {'recall of the list':25} {metrics['list_recall']:.4f}")
+            if "permuted" in metrics:
+                other = metrics["permuted"]
+                spread = "" if other["mrr_std"] is None else f"  (standard deviation of mrr {other['mrr_std']:.4f})"
+                name, changes = f"mean of {other['orders']} other orders", f"{other['first_changes']:.1%}"
+                print(f"    {name:25} {numbers(other['mean'])}{spread}  the first answer changes in {changes}")
 
 
-def against_file(answers: Iterable[Answer], path: Path) -> list[dict[str, Any]]:
-    """``differences`` to a file of answers, printed. InputError where the two cannot be compared."""
-    try:
-        found = differences(answers, read_answers(path).answers)
-    except ValueError as error:
-        raise InputError(f"--against {path}: {error}; give answers to the same rows of data") from error
-    lines = []
-    for task, splits in found.items():
-        for split, rows in splits.items():
-            for row, difference in rows.items():
-                way = " with the list's order" if row == WITH_ORDER else ""
-                print(f"{task} {split}{way}, minus {path}: {difference}, {difference.queries:,} queries")
-                lines.append({"task_type": task, "split": split, "row": row, **difference._asdict()})
+# ---------------------------------------------------------------- paired differences
+
+
+def query_of(answer: Answer) -> str:
+    """Identifies a query across files: ids number rows, so another cut of valid or other negatives repeat them."""
+    triple = answer.get("triple") if is_classification(answer) else None  # answers of earlier versions have none
+    return f"{answer['id']} ({', '.join(triple or answer['truth'][:1])})"
+
+
+def values_by_query(splits: Splits) -> dict[str, dict[str, float]]:
+    """Split -> query -> the value whose mean is the task's metric: reciprocal rank, or 1 if right and 0 if wrong."""
+    first, found = first_of(splits), {}
+    lengths = choose_lengths(splits) if is_ranking(first) else None
+    threshold = chosen_threshold(splits) or 0.0 if is_classification(first) else 0.0
+    for split, answers in splits.items():
+        if is_ranking(first):
+            values = [1 / rank_of(answer) for answer in normalized(answers, lengths)]
+        elif is_classification(first):
+            labels = [is_true(answer) for answer in answers]
+            predicted = predicted_labels([margin(answer) for answer in answers], labels, threshold)
+            values = (predicted == labels).astype(float).tolist()
+        else:
+            values = [float(is_match(answer)) for answer in answers]
+        found[split] = dict(zip(map(query_of, answers), values, strict=True))
+    return found
+
+
+def differences(answers: Iterable[Answer], others: Iterable[Answer], path: Path) -> list[dict[str, Any]]:
+    """Print and return the paired differences to the answers ``others`` of ``path``, for all tasks and splits in both.
+
+    Raises InputError if there is none, or if a split's queries differ.
+    """
+    theirs, lines = by_task(others), []
+    for task, splits in by_task(answers).items():
+        first, second = values_by_query(splits), values_by_query(theirs[task]) if task in theirs else {}
+        for split in (split for split in first if split in second):
+            try:
+                found = paired([first[split]], [second[split]])
+            except ValueError as error:
+                advice = "give answers to the same rows of data"
+                raise InputError(f"--against {path}: {task} {split}: {error}; {advice}") from error
+            print(f"{task} {split}, minus {path}: {found}, {found.queries:,} queries")
+            lines.append({"task_type": task, "split": split, **found._asdict()})
+    if not lines:
+        raise InputError(f"--against {path}: no task and split in common; give answers to the same rows of data")
     return lines
+
+
+# ---------------------------------------------------------------- command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -572,7 +537,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], metavar="FILE", help="other answers to the same queries"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the metrics there too")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the metrics to this file")
     return parser.parse_args(argv)
 
 
@@ -580,10 +545,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     answers = read_answers(args.answers).answers
     if not answers:
-        raise InputError(f"answers file {args.answers} holds no complete answer; go on with inference.py")
+        raise InputError(f"answers file {args.answers} contains no complete answer; continue inference.py")
+    others = {path: read_answers(path).answers for path in args.against}
     found = report(answers)
     print_report(found)
-    against = {str(path): against_file(answers, path) for path in args.against}
+    against = {str(path): differences(answers, theirs, path) for path, theirs in others.items()}
     if args.output:
         hashes = {args.answers.name: sha256_file(args.answers)}
         compared = {path: {"sha256": sha256_file(Path(path)), "differences": lines} for path, lines in against.items()}

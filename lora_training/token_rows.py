@@ -1,4 +1,4 @@
-"""The rows of a tuning run as token ids: kept flat, in the order of an epoch, and as batches."""
+"""Rows of a training run as token ids: stored in flat arrays, in the order of an epoch, and as batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-FAR = 50  # steps' worth of rows that are sorted by length together
+BLOCK = 50  # steps whose rows are sorted by length together
 
 
 class TokenRows:
@@ -34,7 +34,7 @@ class TokenRows:
     def __getitem__(self, row: int) -> Example:
         part = slice(self.ends[row], self.ends[row + 1])
         ids = self.tokens[part].tolist()
-        labels = [token if said else IGNORED for token, said in zip(ids, self.supervised[part], strict=True)]
+        labels = [token if used else IGNORED for token, used in zip(ids, self.supervised[part], strict=True)]
         return Example(ids, labels)
 
     @property
@@ -52,10 +52,10 @@ class TokenRows:
 
 
 class ByLength:
-    """Row order of each epoch: rows of like length share a step, the steps come in random order.
+    """Row order of each epoch: rows of similar length share a step; the order of the steps is random.
 
-    It depends on seed and epoch alone, not on the state of any generator: every process and every resumed run sees the
-    same order.
+    It depends on seed and epoch only, not on the state of a generator, so it is the same on every process and in a
+    resumed run.
     """
 
     def __init__(self, lengths: NDArray[np.int64], step_rows: int, seed: int) -> None:
@@ -69,10 +69,10 @@ class ByLength:
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order, far = rng.permutation(len(self.lengths)), FAR * self.step_rows
+        order, block = rng.permutation(len(self.lengths)), BLOCK * self.step_rows
         order = np.concatenate([
             part[np.argsort(-self.lengths[part], kind="stable")]
-            for part in (order[start : start + far] for start in range(0, len(order), far))
+            for part in (order[start : start + block] for start in range(0, len(order), block))
         ])  # fmt: skip
         whole = len(order) // self.step_rows * self.step_rows
         yield from rng.permutation(order[:whole].reshape(-1, self.step_rows)).ravel().tolist()
@@ -80,8 +80,8 @@ class ByLength:
 
 
 class Collate:
-    """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: where an answer token
-    comes next."""
+    """Examples -> input_ids, attention_mask, labels [B, T] and ``logits_to_keep`` bool [B, T]: positions before an
+    answer token."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id

@@ -37,10 +37,10 @@ class CompGCNLayer(nn.Module):
         loop_j = W_loop phi(x_j, v_loop)
 
     with phi(a, b) = a * b (``mult``) or a - b (``sub``) and w = 1/sqrt(d d') of the direction. W is linear, so the
-    neighbours are summed first and W_in, W_out applied once per entity, not once per edge. Batch norm's shift is the
-    layer's bias. ``v_loop`` is the layer's own parameter: the 2R relations that pass through have no self-loop.
+    neighbours are summed first and W_in, W_out are applied once per entity, not once per edge. The shift of the batch
+    norm is the layer's bias. ``v_loop`` is a parameter of the layer: the 2R relations contain no self-loop.
 
-    ``dropout`` acts on the summed in- and out-neighbours, as in CompGCN; ``backend``: see message_passing.
+    ``dropout`` applies to the summed in- and out-neighbours, as in CompGCN; ``backend``: see message_passing.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CompGCNLayer(nn.Module):
         self.w_rel = _weight(in_dim, out_dim)
         self.v_loop = _weight(1, in_dim)
         self.dropout = nn.Dropout(dropout)
-        # all entities pass at once, so their own statistics are the population's, in training and after
+        # every pass contains all entities, so batch statistics are population statistics, in training and in eval
         self.norm = nn.BatchNorm1d(out_dim, track_running_stats=False)
         self.act = ACTIVATIONS[act]()
 
@@ -76,7 +76,7 @@ class CompGCNLayer(nn.Module):
             raise InputError(f"v is {tuple(v.shape)}, expected {(2 * self.num_relations, self.in_dim)}: 2R x width")
         sums = compose_sum(x, v, graph.edges, self.backend, self.composition)  # [2M, in_dim]
         sums = self.dropout(sums.view(len(x), -1))  # [M, 2 in_dim]: in-neighbours | out-neighbours
-        if self.composition == "mult":  # (x * v_loop) W_loop, with the scale moved to the smaller operand
+        if self.composition == "mult":  # (x * v_loop) W_loop, but scales the smaller matrix
             loop = x @ (self.v_loop.T * self.w_loop)
         else:
             loop = (x - self.v_loop) @ self.w_loop
@@ -85,9 +85,9 @@ class CompGCNLayer(nn.Module):
 
 
 class CompGCN(nn.Module):
-    """``num_layers`` layers, widths ``in_dim -> hidden_dim -> ... -> out_dim``; none is the identity ("w/o GCN").
+    """``num_layers`` layers, widths ``in_dim -> hidden_dim -> ... -> out_dim``; 0 layers: the identity ("w/o GCN").
 
-    ``options``: every layer's composition, dropout, act and backend. Raises InputError for what does not fit.
+    ``options``: composition, dropout, act and backend of every layer. Raises InputError for sizes that do not fit.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class CompGCN(nn.Module):
         return Encoded(x, v)
 
     def relations(self, v: Tensor) -> Tensor:
-        """v [2R, in_dim] after all layers, [2R, out_dim] (v' = W_rel v); no entity takes part."""
+        """v [2R, in_dim] after all layers: [2R, out_dim] (v' = v W_rel). Does not depend on entities."""
         for weight in self.relation_weights():
             v = v @ weight
         return v
 
     def relation_weights(self) -> list[Tensor]:
-        """W_rel of every layer, the parameters of ``relations``."""
+        """W_rel of every layer: the parameters that ``relations`` uses."""
         return [layer.w_rel for layer in self.layers]  # type: ignore[misc]
 
 

@@ -18,8 +18,8 @@ from model.CompGCN import CompGCN
 from model.decoders import JointDecoder, make_decoder
 from model.entity_inputs import LEARNED, TEXT, EntityInputs, sources_of
 from model.members import linear
+from model.quantizers import QUANTIZERS, Quantizer
 from model.relational_graph import RelationalGraph
-from model.RQCodebook import RQCodebook
 
 
 class Encoded(NamedTuple):
@@ -30,10 +30,13 @@ class Encoded(NamedTuple):
 
 
 def model_arguments(config: Config, text_dim: int | None) -> dict[str, Any]:
-    """The arguments of RQGCN, by name, that the settings stand for; ``text_dim``: T, None without text embeddings."""
+    """The arguments of RQGCN, by name, for these settings; ``text_dim``: T, None without text embeddings."""
     names = ["init_dim", "inputs", "gcn_dim", "gcn_layers", "gcn_drop", "act", "seq_len", "num_code", "num_quantizers",
              "code_dim", "tf_layers", "att_head", "decoder", "decoder_drop", "graph_backend", "ensemble"]  # fmt: skip
-    return {name: getattr(config, name) for name in names} | {"composition": config.opn, "text_dim": text_dim}
+    quantizer = config.quantizer if config.quantizer in QUANTIZERS else "rq"  # of the baselines posthoc and none
+    return {name: getattr(config, name) for name in names} | {
+        "quantizer": quantizer, "composition": config.opn, "text_dim": text_dim,
+    }  # fmt: skip
 
 
 def scorer_of(
@@ -44,7 +47,7 @@ def scorer_of(
     ``args``: the model's arguments. Raises KeyError or RuntimeError where the entries are not there or do not fit.
     """
     dim = args["gcn_dim"] if args["gcn_layers"] else args["init_dim"]
-    names = ("seq_len", "num_code", "num_quantizers", "code_dim", "decoder", "decoder_drop", "ensemble")
+    names = ("seq_len", "num_code", "num_quantizers", "code_dim", "decoder", "decoder_drop", "ensemble", "quantizer")
     scorer = CodeScorer(dim=dim, **{name: args[name] for name in names})
     prefix = "scorer."
     scorer.load_state_dict(
@@ -56,7 +59,7 @@ def scorer_of(
 class CodeScorer(nn.Module):
     """Codes [*, L, Q] -> entity vectors q_e (Eq. 4) -> scores (Eq. 6). No parameter of it is indexed by an entity.
 
-    ``dim``: D, the width of q_e and of the relations; ``decoder``: a name of ``model.decoders.DECODERS``;
+    ``dim``: D, the width of q_e and of the relations; ``decoder``, ``quantizer``: keys of DECODERS and QUANTIZERS;
     ``ensemble``: members, each of which decodes its own part of the L * code_dim numbers to its own D / members numbers
     and scores by these; the score is the sum of theirs. The parts are equal runs of these numbers: whole positions
     where the number of members divides L; else several members read one position.
@@ -72,13 +75,14 @@ class CodeScorer(nn.Module):
         decoder: str = "conve",
         decoder_drop: float | None = None,
         ensemble: int = 1,
+        quantizer: str = "rq",
     ) -> None:
         super().__init__()
         if ensemble < 1 or seq_len * code_dim % ensemble or dim % ensemble:
             raise ValueError(
                 f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and D = {dim} equally"
             )
-        self.rq_codebook = RQCodebook(num_code, code_dim, num_quantizers)
+        self.rq_codebook = QUANTIZERS[quantizer](num_code, code_dim, num_quantizers)
         self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
         # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
         nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)
@@ -133,6 +137,7 @@ class RQGCN(nn.Module):
         decoder_drop: float | None = None,
         text_dim: int | None = None,
         ensemble: int = 1,
+        quantizer: str = "rq",
     ) -> None:
         super().__init__()
         width = gcn_dim if gcn_layers else init_dim
@@ -167,11 +172,13 @@ class RQGCN(nn.Module):
         )
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
-        self.scorer = CodeScorer(seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, ensemble)
+        self.scorer = CodeScorer(
+            seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, ensemble, quantizer
+        )
         self.W_s = linear(ensemble, width, ensemble * text_dim) if text_dim else None
 
     @property
-    def rq_codebook(self) -> RQCodebook:
+    def rq_codebook(self) -> Quantizer:
         """The residual codebooks: part of the scorer, which needs no encoder."""
         return self.scorer.rq_codebook
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class WeightAverage:
     """Exponential average of ``tensors`` over steps: a <- decay a + (1 - decay) w, from the first ``update`` on.
 
-    Polyak and Juditsky 1992 average all steps, which wants a rate that does not fall; the exponential form forgets the
+    Polyak and Juditsky 1992 average all steps, which needs a constant rate; the exponential form forgets the
     first ones. ``decay`` in [0, 1), else ValueError; 0 is the last step's weights.
     """
 
@@ -60,7 +60,7 @@ class WeightAverage:
             tensor.copy_(value)
 
     def settle(self) -> None:
-        """Put the averages where the weights are, for good, and begin anew."""
+        """Put the averages where the weights are, for good, and start a new average."""
         if self.values is not None:
             self._put(self.values)
         self.forget()

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.RQCodebook import RQCodebook
+from model.quantizers import Quantizer
 
 
 class TooFewCodes(ValueError):
-    """Entities that no change of last-level codes can tell apart."""
+    """Entities that no change of last-level codes can make distinct."""
 
 
 class Resolved(NamedTuple):
@@ -30,7 +30,7 @@ class Resolved(NamedTuple):
 
 
 @torch.no_grad()
-def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolved:
+def resolve_collisions(z: Tensor, codebook: Quantizer, codes: Tensor) -> Resolved:
     """z [M, L, D], its codes [M, L, Q] -> distinct codes; the input stays as it is.
 
     Of the entities that share a code the closest to it (the lowest id on a tie) keeps it. The others move one by one,
@@ -39,7 +39,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     than any free single change. Deterministic. The n entities of one code each walk past the codes that those before
     them took, so the time grows with n squared: 6 s of one core for 2,000 of one code (L = 4, K = 256), by that rule
     40 minutes for 40,000. Trained codes leave groups of a few; codebooks that collapsed do not.
-    Raises TooFewCodes where more entities share the codes above the last level than K^L codes can tell apart.
+    Raises TooFewCodes where more entities share the codes above the last level than there are last-level codes, K^L.
     """
     decoded = codebook.decode_from_codes(codes)  # checks codes
     if decoded.shape != z.shape:
@@ -53,7 +53,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
     keeps = {entity for _, entity in keepers.values()}
     movers = [entity for entity in shared.tolist() if entity not in keeps]
 
-    last = codebook.get_parameter(f"codebooks.{codebook.num_quantizers - 1}.weight").double()
+    last = codebook.codes_of_level(codebook.num_quantizers - 1).double()
     residual = z - codebook.decode_from_codes(codes, codebook.num_quantizers - 1) if codebook.num_quantizers > 1 else z
 
     def moves(entity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ def resolve_collisions(z: Tensor, codebook: RQCodebook, codes: Tensor) -> Resolv
                 break
         else:
             raise TooFewCodes(
-                f"entity {entity} cannot be told apart: all {extra.shape[1]}^{len(extra)} last-level codes of its "
+                f"entity {entity} cannot get its own code: all {extra.shape[1]}^{len(extra)} last-level codes of its "
                 "prefix are taken; use more codes, positions or levels"
             )
     changed = torch.tensor(order, dtype=torch.int64)

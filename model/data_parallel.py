@@ -1,18 +1,19 @@
 """Several processes train one model: who does what, and what is exchanged.
 
 Every process holds the whole graph, model and optimizer, and takes the same batches in the same order. Of a batch's
-queries, of the entities in the quantization loss, of the rows in the search for codes (k-means included) and of the
-triples to rank, each process works on its own part. What the others need is summed or gathered:
+queries, of the entities in the quantization loss, of the rows in the search for codes and of the triples to rank, each
+process works on its own part; k-means and the revival of codes are done by the first process. What the others need is
+exchanged, by model/trainer.py (batch norms aside):
 
     gradients of all parameters, with the losses     one sum per step, just before the optimizer's
-    counts and sums per code (usage, EMA)            one sum per pass of the encoder
-    codes                                            gathered wherever they are searched
+    codes                                            gathered wherever they are assigned
+    codebooks after k-means or revival               copied from the first process
     moments of the decoder's batch norms             ``SharedBatchNorm``, forward and backward
 
 The pass over the graph is replicated: its batch norms see all entities, and its dropout is the same in every process,
 so z is. As its backward is linear in the gradient of z, each process carries its own part of that through the encoder,
-and only parameters' gradients meet. DDP would meet them in hooks, once per backward; here a step has two backwards, the
-second one only now and then, through different parts of the model, and one sum serves both.
+and only parameters' gradients are summed. DDP would sum them in hooks, once per backward; here a step has two
+backwards, the second one only now and then, through different parts of the model, and one sum serves both.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from common.errors import InputError
 
 class World:
     """The processes of a run, seen from the one of number ``rank``. ``World()`` is a run of one process, where every
-    method hands back what it got; so nothing below asks how many there are.
+    method returns its input; so the caller needs no special case.
 
     Tensors that are exchanged lie on ``device``. Every process must make the same calls in the same order.
     Raises InputError where another process has ended.
@@ -43,7 +44,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
-        self.started = size  # how many they were; ``size`` is 1 once they have parted
+        self.started = size  # their number at the start; ``size`` is 1 after ``close``
         self.stop_signal = 0  # a signal that this process got, to be acted on after a step, by all
 
     @classmethod
@@ -120,7 +121,7 @@ class World:
         """Replace every gradient by its sum over the processes, and return the sums of ``values``: one exchange.
 
         Afterwards all processes have equal gradients, bit for bit. Raises KeyboardInterrupt or SystemExit, in all of
-        them, when a signal has asked any to stop.
+        them, when any has received a signal to stop.
         """
         if self.size == 1:
             return values
@@ -145,12 +146,12 @@ class World:
                 "start all of them again with --restore"
             ) from error
 
-    # ------------------------------------------------------------ one voice, one end
+    # ------------------------------------------------------------ rank-0 output, joint shutdown
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An exception inside, in whichever processes, ends all of them: it is raised in the first that met it,
-        the others leave without a word."""
+        """An exception inside, in whichever processes, ends all of them: it is raised in the first that has one, the
+        others exit without a message."""
         failure = None
         try:
             yield
@@ -175,13 +176,13 @@ class World:
             yield
 
     def interrupt(self, signum: int, frame: object = None) -> None:
-        """A signal's handler: end, with several processes after the step that they are at, all after the same one."""
+        """A signal's handler: end the run, with several processes after the current step, the same one in all."""
         self.stop_signal = signum
         if self.size == 1:
             self.stop()
 
     def stop(self) -> None:
-        """Raise what the signal stands for: KeyboardInterrupt for Ctrl-C, else SystemExit with code 143."""
+        """Raise the signal's exception: KeyboardInterrupt for Ctrl-C, else SystemExit with code 143."""
         if self.stop_signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
@@ -198,7 +199,7 @@ class World:
             yield
 
     def close(self) -> None:
-        """Part from the other processes; this one may go on alone, as the first does to write the results."""
+        """Leave the other processes; this one may go on alone, as the first does to write the results."""
         if self.size > 1:
             self.size = 1
             dist.destroy_process_group()
@@ -237,7 +238,7 @@ class SharedBatchNorm(_BatchNorm):
         return normalised
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # the decoder's own norm, which this one replaces, knew its dimensions
+        pass  # the norm that this one replaces was built for the right dimensions
 
 
 class _SharedNorm(torch.autograd.Function):
@@ -279,7 +280,7 @@ class _SharedNorm(torch.autograd.Function):
 
 
 def share_batch_norms(module: nn.Module, world: World) -> None:
-    """Replace the batch norms inside ``module`` by shared ones of the same parameters and buffers, with company."""
+    """With several processes: replace the batch norms inside ``module`` by shared ones, parameters and buffers kept."""
     if world.size == 1:
         return
     for name, child in module.named_children():

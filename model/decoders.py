@@ -4,8 +4,8 @@ Every decoder turns (q_h, v_r) into a query vector, and the score of t is its pr
 
     s(h, r, t) = query(q_h, v_r)^T q_t
 
-so one matrix product scores a batch of queries against all entities (1-N). No decoder holds a parameter that is
-indexed by entities, a bias per entity included: what is known of an entity stands in its codes.
+so one matrix product scores a batch of queries against all entities (1-N). No decoder has a parameter per entity (no
+bias per entity either): all information about an entity is in its codes. ``DECODERS`` lists the decoders by name.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 
 class Decoder(nn.Module, ABC):
-    """Base: ``query`` is what a decoder defines.
+    """Base class; a decoder defines ``query``.
 
-    dim: D, the width of q_h, v_r, q_t and the query. Raises ValueError for a width that the decoder cannot take.
+    dim: D, the width of q_h, v_r, q_t and the query. Raises ValueError for a width that does not fit the decoder.
     """
 
     def __init__(self, dim: int) -> None:
@@ -33,13 +33,6 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         """q_h [B, D], v_r [B, D] -> [B, D]."""
-
-    def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
-        """The vectors [B, D] whose product with v_r is s(h, r, t), for q_h, q_t [B, D].
-
-        Raises NotImplementedError for a decoder whose score is not linear in v_r.
-        """
-        raise NotImplementedError(f"the score of {type(self).__name__} is not linear in the relation's vector")
 
     def forward(self, q_h: Tensor, v_r: Tensor, q_t: Tensor) -> Tensor:
         """Scores of every tail in q_t [N, D] -> [B, N]."""
@@ -60,14 +53,11 @@ class DistMult(Decoder):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         return self.dropout(q_h * v_r)
 
-    def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
-        return self.dropout(q_h * q_t)
-
 
 class ComplEx(Decoder):
     """s = Re sum_i h[i] r[i] conj(t[i]) (Trouillon et al., ICML 2016, arXiv 1606.06357); dropout on the query.
 
-    A vector's first D/2 numbers are its real part, the others its imaginary part; D must be even.
+    The first D/2 numbers of a vector are its real part, the others its imaginary part; D must be even.
     """
 
     def __init__(self, dim: int, dropout: float = 0.2) -> None:
@@ -80,16 +70,12 @@ class ComplEx(Decoder):
         (h_re, h_im), (r_re, r_im) = q_h.chunk(2, dim=-1), v_r.chunk(2, dim=-1)
         return self.dropout(torch.cat([h_re * r_re - h_im * r_im, h_re * r_im + h_im * r_re], dim=-1))
 
-    def relation_query(self, q_h: Tensor, q_t: Tensor) -> Tensor:
-        (h_re, h_im), (t_re, t_im) = q_h.chunk(2, dim=-1), q_t.chunk(2, dim=-1)
-        return self.dropout(torch.cat([h_re * t_re + h_im * t_im, h_re * t_im - h_im * t_re], dim=-1))
-
 
 class TuckER(Decoder):
     """s = W x_1 q_h x_2 v_r x_3 q_t (Balazevic et al., EMNLP 2019, arXiv 1901.09590).
 
-    The core W is [D, D, D]. Batch norm and dropout on q_h, dropout on the matrix of r, batch norm and
-    dropout on the query, as in the paper's code. The matrices of r take B * D * D numbers.
+    The core W is [D, D, D]. Batch norm and dropout on q_h, dropout on the matrix of r, batch norm and dropout on the
+    query, as in the paper's code. The matrices of r need B * D * D floats of memory.
     """
 
     def __init__(
@@ -117,10 +103,10 @@ class TuckER(Decoder):
 class ConvE(Decoder):
     """s = Flat(Conv(q_h || v_r))^T W_c q_t (Eq. 6; Dettmers et al., AAAI 2018, arXiv 1707.01476).
 
-    q_h and v_r are folded to height x width = D and stacked to an image of 2 * height rows; ``channels`` kernels of
-    kernel x kernel run over it, W_c maps their flat output to D. Batch norms, ReLUs and the three dropouts stand where
-    ConvE has them; its bias per entity is left out.
-    height: rows of one folded vector; default: the factor of D that makes the vector most square (D = 200: 10 x 20).
+    q_h and v_r are reshaped to height x width = D and stacked to an image of 2 * height rows. ``channels`` kernels of
+    kernel x kernel are applied to it; W_c maps their flat output to D. Batch norms, ReLUs and the three dropouts are
+    those of ConvE; its bias per entity is left out.
+    height: rows of one reshaped vector; default: the factor of D nearest to a square (D = 200: 10 x 20).
     """
 
     def __init__(
@@ -155,7 +141,7 @@ class ConvE(Decoder):
 class MLP(Decoder):
     """query = W_2 ReLU(BN(W_1 [q_h; v_r; q_h * v_r])) + q_h * v_r: DistMult with a learned correction.
 
-    Of no paper: a non-linear decoder of two matrix products, far cheaper than ConvE's convolution.
+    Not from a paper: a non-linear decoder of two matrix products, far cheaper than ConvE's convolution.
     hidden: width of the middle layer, default 2 D.
     """
 
@@ -176,9 +162,9 @@ class MLP(Decoder):
 
 
 class JointDecoder(Decoder):
-    """Decoders side by side: q_h, v_r, q_t and the query are theirs in one row, so s(h, r, t) is the sum of theirs.
+    """Ensemble: q_h, v_r, q_t and the query are the members' vectors, concatenated; s(h, r, t) is the sum of scores.
 
-    A softmax over the tails turns that sum into the product of their probabilities.
+    Under a softmax over the tails, the sum of scores is the (normalized) product of the members' probabilities.
     """
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
@@ -192,10 +178,10 @@ class JointDecoder(Decoder):
 
 
 def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, int]:
-    """(height, width) with height * width = dim; the kernel fits the stacked image of 2 * height x width.
+    """(height, width) with height * width = dim, such that the kernel fits the stacked image of 2 * height x width.
 
-    Without ``height``: the fitting shape nearest to a square, the wider one of two. Raises ValueError that names D and
-    the heights that fit, or the nearest D that has one.
+    Without ``height``: the shape nearest to a square, the wider one of two. Raises ValueError with the heights that fit
+    D, or the nearest D for which there is one.
     """
 
     def heights(d: int) -> list[int]:
@@ -208,13 +194,13 @@ def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, 
         ]
         near_text = " or ".join(str(d) for d in near if d is not None)
         raise ValueError(
-            f"ConvE cannot fold D = {dim} for a {kernel} x {kernel} kernel; the nearest D that fits: {near_text}"
+            f"ConvE cannot reshape D = {dim} for a {kernel} x {kernel} kernel; the nearest D that fits: {near_text}"
         )
     if height is None:
-        return min(((h, dim // h) for h in fitting), key=lambda shape: abs(shape[0] - shape[1]))  # the first: wide
+        return min(((h, dim // h) for h in fitting), key=lambda shape: abs(shape[0] - shape[1]))  # the wider of two
     if height not in fitting:
         raise ValueError(
-            f"ConvE cannot fold D = {dim} to height {height} for a {kernel} x {kernel} kernel; "
+            f"ConvE cannot reshape D = {dim} to height {height} for a {kernel} x {kernel} kernel; "
             f"heights that fit: {fitting}"
         )
     return height, dim // height
@@ -230,13 +216,13 @@ DECODERS: dict[str, type[Decoder]] = {
 
 
 def make_decoder(name: str, dim: int, dropout: float | None = None, **options: Any) -> Decoder:
-    """The decoder called ``name`` (a key of DECODERS) of width ``dim``.
+    """The decoder ``name`` (a key of DECODERS) of width ``dim``.
 
-    dropout: one rate for all of the decoder's dropouts, None for the class's own; ``options`` go to the class.
+    dropout: one rate for all dropouts of the decoder (None: the class's defaults); ``options`` go to the class.
     Raises ValueError for an unknown name or a width that does not fit.
     """
     if name not in DECODERS:
-        raise ValueError(f"unknown decoder {name!r}; there are {', '.join(DECODERS)}")
+        raise ValueError(f"unknown decoder {name!r}; expected one of {', '.join(DECODERS)}")
     decoder = DECODERS[name](dim, **options)
     if dropout is not None:
         for module in decoder.modules():

@@ -101,7 +101,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
 
 def dump_control(config: Config, trainer: Trainer, record_file: Path) -> None:
-    """Score a baseline's best epoch and write its record alone: its codes, if any, are never saved as a graph's."""
+    """Score a baseline's best epoch and write its record only: its codes, if any, are not saved."""
     start = time.monotonic()
     splits = ("valid", "test") if config.split == "test" else ("valid",)
     metrics: dict[str, Any] = {split: trainer.score_best(split) for split in splits}

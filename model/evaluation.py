@@ -72,7 +72,7 @@ def evaluate_codes(
     levels: int | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """``evaluate_vectors`` of what the integers [M, L, Q] alone say; ``levels`` decodes only the first levels."""
+    """``evaluate_vectors`` from the integers [M, L, Q] only; ``levels`` decodes only the first levels."""
     return evaluate_vectors(scorer, relations, scorer.entity_vectors_from_codes(codes, levels), kg, split, world)
 
 

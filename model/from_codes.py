@@ -90,7 +90,8 @@ def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> Non
     Other answers known from train and valid are left out of the lists; the rank of the true tail filters all splits.
     The file's header names checkpoint, codes and split, and says whether the codes were shuffled.
     """
-    from Class.candidates import check_ending, top_candidates, write_candidates
+    from Class.candidates import check_ending, write_candidates
+    from model.export import top_candidates
 
     assert config.export_candidates is not None and config.eval_codes is not None and config.checkpoint is not None
     path = config.export_candidates

@@ -1,13 +1,13 @@
 """The composed-neighbour sum on CPU as Numba kernels: no message is ever written to memory.
 
-``sum_rows`` walks the edges of one row and adds ``w phi(x[i], v[r])`` to it, four edges per pass over the width, so
-that their rows are fetched together. ``gradient_rows`` walks the edges of one source i and feeds both gradients from
-each row of the output's gradient that it fetches: x[i]'s stays in the first cache, and v's lies in the segment's own
-[R', D]. No atomics: the edges are split into segments of whole rows, a number that depends on the graph alone, and the
-segments' v gradients are added in order. The same bits come out on every run and for every number of threads.
+``sum_rows`` loops over the edges of one row and adds ``w phi(x[i], v[r])``, four edges per pass over the width, so
+that their rows are fetched together. ``gradient_rows`` loops over the edges of one source i and uses each row of the
+output's gradient for both gradients: that of x[i] stays in the L1 cache, that of v is a [R', D] per segment. There are
+no atomics: the edges are split into segments of whole rows, whose number depends on the graph only, and the segments' v
+gradients are added in order. The result has the same bits on every run and for every number of threads.
 
-The kernels release the interpreter lock and are run by a pool of Python threads, as many as torch has. That
-brings no second OpenMP runtime into the process.
+The kernels release the GIL and run in a pool of Python threads, as many as torch uses. So no second OpenMP runtime is
+loaded.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from torch.autograd.function import once_differentiable
 from model.relational_graph import EdgeSet
 
 MAX_SEGMENTS = 16
-MIN_SEGMENT_EDGES = 8192  # fewer are not worth a hand-over to another thread
-MAX_SEGMENT_BYTES = 2**28  # of the segments' v gradients together
+MIN_SEGMENT_EDGES = 8192  # below, another thread does not pay
+MAX_SEGMENT_BYTES = 2**28  # of all segments' v gradients
 
 
 def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Compile on first use and keep the result on disk; only in memory where no cache folder can be written."""
+    """Compile on first use and cache the result on disk, or in memory if no cache folder is writable."""
     options = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
     try:
         return njit(cache=True, **options)(kernel)
-    except RuntimeError:  # numba found no folder that it may write
+    except RuntimeError:  # numba found no writable folder
         return njit(**options)(kernel)
 
 
@@ -133,7 +133,7 @@ def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
 
 
 def _segments(edges: EdgeSet, indptr: np.ndarray, most: int) -> np.ndarray:
-    """Bounds of runs of rows with about equally many edges each; they depend on the graph and ``most`` alone."""
+    """Bounds of row ranges with about equally many edges; they depend on the graph and ``most`` only."""
     count = max(1, min(most, edges.num_edges // MIN_SEGMENT_EDGES))
     bounds = np.searchsorted(indptr, np.linspace(0, edges.num_edges, count + 1))
     bounds[0], bounds[-1] = 0, len(indptr) - 1
@@ -147,10 +147,10 @@ def _run(task: Callable[[int], None], count: int) -> None:
         for k in range(count):
             task(k)
     else:
-        list(_pool(threads, os.getpid()).map(task, range(count)))  # list: raise what a task raised
+        list(_pool(threads, os.getpid()).map(task, range(count)))  # list: so that an exception of a task is raised
 
 
 @lru_cache(maxsize=4)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """One pool per process: a fork copies the object, but not its threads."""
+    """One pool per process: a fork copies the object but not its threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"compose-sum-{process}")

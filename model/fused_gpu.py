@@ -6,9 +6,9 @@ All three are sums, over the edges of a group, of ``w * a[i] * b[k]``, ``w * (a[
     grad x  groups = sources         a = grad[destination]     b = v[relation]
     grad v  groups = relations       a = grad[destination]     b = x[source]
 
-Groups are very unequal (hubs, and the few relations with thousands of edges), so each is cut into segments of at most
-SEGMENT edges, one program sums one segment, and a second launch of the same kernel adds each group's segments in order:
-no atomics, the same bits on every run.
+Groups differ much in size (high-degree entities, relations with thousands of edges). So each is split into segments of
+at most SEGMENT edges, one program sums one segment, and a second launch of the same kernel adds the segments of each
+group in order. There are no atomics, and every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def sum_groups(  # type: ignore[no-untyped-def]
 
 
 class Segments(NamedTuple):
-    """Where a grouping's edges are cut: segment s is edges ``[bounds[s], bounds[s + 1])``, group g is segments
-    ``[indptr[g], indptr[g + 1])``."""
+    """Segment s is the edges ``[bounds[s], bounds[s + 1])``; group g is the segments ``[indptr[g], indptr[g + 1])``."""
 
     bounds: Tensor  # int64 [S + 1]
     indptr: Tensor  # int64 [groups + 1]
@@ -65,8 +64,8 @@ class Segments(NamedTuple):
     ones: Tensor  # float64 [S]
 
 
-def cut(rows: Rows) -> Segments:
-    """Every group in segments of at most SEGMENT edges; one without edges has none."""
+def split(rows: Rows) -> Segments:
+    """Every group in segments of at most SEGMENT edges; a group without edges has none."""
     counts = (rows.indptr.diff() + SEGMENT - 1) // SEGMENT  # segments per group
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     total = int(indptr[-1])
@@ -79,7 +78,7 @@ def cut(rows: Rows) -> Segments:
 
 def grouped_sum(edges: EdgeSet, by: str, a: Tensor, a_row: Tensor, b: Tensor, b_row: Tensor, mode: int) -> Tensor:
     """[groups, D]: the sum of each group of the edges' order ``by``; ``a_row``, ``b_row`` in that order."""
-    segments: Segments = edges.cached(("segments", by), lambda: cut(edges.rows(by)))
+    segments: Segments = edges.cached(("segments", by), lambda: split(edges.rows(by)))
     ones = edges.cached(("ones", by, a.dtype), lambda: segments.ones.to(a.dtype))
     parts = _launch(a, b, segments.bounds, a_row, b_row, edges.weight(a.dtype, by), mode)
     return _launch(parts, parts, segments.indptr, segments.rows, segments.rows, ones, FIRST)
@@ -90,7 +89,7 @@ def _launch(a: Tensor, b: Tensor, bounds: Tensor, a_row: Tensor, b_row: Tensor, 
     out = a.new_empty(groups, width)
     if out.numel():
         block = min(256, triton.next_power_of_2(width))
-        with torch.cuda.device_of(a):  # triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(a):  # triton launches on the current device, which may be another
             sum_groups[(groups, triton.cdiv(width, block))](
                 out, a, b, bounds, a_row, b_row, weight, width, MODE=mode, TILE=TILE, BLOCK=block
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zipfile import BadZipFile
@@ -14,6 +15,7 @@ from common.device import find_device
 from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import TRAIN_FILES
+from data.names import row_names, rows_by_name
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +69,11 @@ def load_graph(config: Config) -> KnowledgeGraph:
     return kg
 
 
-def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
-    """Text embeddings [M, T] as float32; InputError for another row count, shape, or a value that is not finite."""
+def load_text(path: Path | None, num_entities: int, entities: Sequence[str] | None = None) -> torch.Tensor | None:
+    """Text embeddings [M, T] as float32; InputError for another row count, shape, or a value that is not finite.
+
+    Rows are those of ``entities`` where NAME.entities.txt beside the file names its rows, else in the file's order.
+    """
     import numpy as np
     import torch
 
@@ -84,11 +89,13 @@ def load_text(path: Path | None, num_entities: int) -> torch.Tensor | None:
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--text_emb {path} cannot be read as a .npy array: {reason}") from error
-    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == num_entities and array.size
+    named = entities is not None and row_names(path).is_file()  # it may have rows for other entities too
+    fits = isinstance(array, np.ndarray) and array.ndim == 2 and array.size and (named or len(array) == num_entities)
     if not fits or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
-    text = torch.from_numpy(array.astype(np.float32))
+    order = None if entities is None else rows_by_name(path, len(array), entities, "--text_emb")
+    text = torch.from_numpy((array if order is None else array[order]).astype(np.float32))
     if not bool(torch.isfinite(text).all()):
         raise InputError(f"--text_emb {path} holds values that are not finite; write it again")
     return text

@@ -1,7 +1,16 @@
-"""1-N losses over all entities (Eq. 7): softmax cross-entropy or binary cross-entropy, targets straight from CSR."""
+"""1-N losses: every query (h, r) is scored against all entities (Eq. 7).
+
+``LOSSES`` lists them by name. A new loss is a function of (query [B, D], q_all [M, D], targets, label_smoothing) with
+a line in ``LOSSES`` that says what its mean runs over. That keeps it correct when several processes share a batch.
+
+Gradients pass through ``index_select`` and products only: the backward of ``x[i]`` adds in an order that depends on the
+threads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,53 +38,45 @@ def gather_targets(indptr: Tensor, targets: Tensor, queries: Tensor) -> Targets:
     return Targets(rows, targets[start[rows] + offset])
 
 
-class SoftTargets(NamedTuple):
-    """What a teacher answers to a batch: ``columns[i]`` to query ``rows[i]`` with probability ``mass[i]``."""
-
-    rows: Tensor  # int64 [n], in [0, B)
-    columns: Tensor  # int64 [n], in [0, M)
-    mass: Tensor  # [n], sums to 1 over each query's rows
-    weight: float  # of the teacher's answers, in [0, 1]; the rest is the true tails'
-
-
 class _SoftmaxCrossEntropy(torch.autograd.Function):
-    """Loss and gradients of a chunk of queries while its probabilities are at hand: three products, one softmax.
+    """Loss and gradients of a chunk of queries while its probabilities are in memory: three products, one softmax.
 
-    The targets are taken from the probabilities before the products, so that these are of what is left to learn and
-    rounding is a share of it; the smoothing, of rank one, never touches the [B, M] probabilities:
+    With n_b the number of true tails of query b, n their sum, and s the smoothing:
 
-        P'               = P - (1 - smoothing) * mass at the targets
-        d loss / d query = share (P' E - smoothing * mean E)
-        d loss / d E     = P'^T (share query) - smoothing / M * sum of share query
+        P'               = P - (1 - s) / n_b at the true tails
+        d loss / d query = n_b / n (P' E - s * mean E)
+        d loss / d E     = P'^T (n_b / n query) - s / M * sum of n_b / n query
 
-    with mass [n] the targets' probabilities, 1 in sum for each query, and share [B] what a query weighs in the loss.
+    The true tails are subtracted before the products, so that rounding is relative to what is left to learn. The
+    smoothing is of rank one and never touches the [B, M] probabilities.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, q_all: Tensor, rows: Tensor, columns: Tensor, mass: Tensor, share: Tensor,
-        smoothing: float, chunk: int,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, query: Tensor, q_all: Tensor, rows: Tensor, columns: Tensor, smoothing: float, chunk: int
+    ) -> Tensor:
+        count = torch.bincount(rows, minlength=len(query)).to(query.dtype)  # n_b (B)
+        share = count / len(rows)  # n_b / n (B)
         small = _product_dtype(query)
         entities = q_all.to(small)
         d_query, d_all = torch.empty_like(query), torch.zeros_like(q_all)
-        log_total, of_targets = query.new_empty(len(query)), query.new_zeros(())  # of_targets: their scores, weighted
+        log_total, tail_scores = query.new_empty(len(query)), query.new_zeros(())
         for start in range(0, len(query), chunk):
             part = slice(start, start + chunk)
             here = (rows >= start) & (rows < start + chunk)
-            at, tails, masses = rows[here] - start, columns[here], mass[here]
-            scores = query[part] @ q_all.T
-            of_targets += (share[part][at] * masses * scores[at, tails]).sum()
+            at, tails = rows[here] - start, columns[here]
+            scores = query[part] @ q_all.T  # (chunk, M)
+            tail_scores += scores[at, tails].sum()
             highest = scores.amax(1)
             probabilities = torch.softmax(scores, dim=1, out=scores)
             log_total[part] = highest - probabilities.amax(1).log()
-            probabilities.index_put_((at, tails), (smoothing - 1) * masses, accumulate=True)
+            probabilities.index_put_((at, tails), (smoothing - 1) * (1 / count[part][at]), accumulate=True)
             left = probabilities.to(small)
             d_query[part] = left @ entities
             weighted = (query[part] * share[part, None]).to(small)
             d_all += left.T @ weighted
         d_query.mul_(share[:, None])
-        loss = share @ log_total - (1 - smoothing) * of_targets
+        loss = share @ log_total - (1 - smoothing) * tail_scores / len(rows)
         if smoothing:
             mean, weighted_sum = q_all.mean(0), share @ query
             loss = loss - smoothing * (weighted_sum @ mean)
@@ -88,47 +89,35 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_query, d_all = ctx.saved_tensors
-        return d_query * grad_outputs[0], d_all * grad_outputs[0], *[None] * 6
+        return d_query * grad_outputs[0], d_all * grad_outputs[0], *[None] * 4
 
 
 def _product_dtype(like: Tensor) -> torch.dtype:
-    """bfloat16 for the products of probabilities where the precision in force allows it and the processor has it.
+    """bfloat16 for the products of probabilities, if the precision in force allows it and the processor supports it.
 
-    Its 8 bits round what the gradients sum up: share |P'| |E| and |P'|^T |share query|, each to less than 2^-6 of
-    itself (tests/test_losses.py). The loss itself is float32.
+    Its 8 bits change a gradient by less than 2^-6 of |P'| |E|, or of |P'|^T |query| (tests/test_losses.py). The loss
+    itself is float32.
     """
     fast = like.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     return torch.bfloat16 if fast and has_bfloat16(like.device) else like.dtype
 
 
 def softmax_cross_entropy(
-    query: Tensor,
-    q_all: Tensor,
-    targets: Targets,
-    label_smoothing: float = 0.0,
-    chunk: int | None = None,
-    teacher: SoftTargets | None = None,
+    query: Tensor, q_all: Tensor, targets: Targets, label_smoothing: float = 0.0, chunk: int | None = None
 ) -> Tensor:
     """Mean over the n true triples of the batch of -log softmax(query q_all^T) at the tail, query [B, D], q_all [M, D].
 
-    Every triple counts once, so a query weighs as much as it has tails. ``label_smoothing``: share of the target law
-    spread over all entities; ``chunk``: queries at a time (by default what keeps the scores under 256 MB);
-    ``teacher``: its answers take ``weight`` of each query's target law from the true tails (Hinton, Vinyals and Dean
-    2015, arXiv 1503.02531, at temperature 1).
+    Every triple has the same weight, so a query with many tails weighs more. ``label_smoothing``: probability that the
+    target distribution spreads over all entities. ``chunk``: queries at a time (default: what keeps the scores under
+    256 MB).
     """
     chunk = chunk or max(1, SCORES_AT_ONCE // len(q_all))
-    rows, columns = targets
-    count = torch.bincount(rows, minlength=len(query)).to(query.dtype)  # true tails per query
-    mass, share = 1 / count[rows], count / len(rows)
-    if teacher is not None:
-        mass = torch.cat([(1 - teacher.weight) * mass, teacher.weight * teacher.mass.to(mass.dtype)])
-        rows, columns = torch.cat([rows, teacher.rows]), torch.cat([columns, teacher.columns])
-    loss: Tensor = _SoftmaxCrossEntropy.apply(query, q_all, rows, columns, mass, share, label_smoothing, chunk)
+    loss: Tensor = _SoftmaxCrossEntropy.apply(query, q_all, *targets, label_smoothing, chunk)
     return loss
 
 
 class Sample(NamedTuple):
-    """What a batch needs of the entities when the softmax is sampled; positions point into ``entities``."""
+    """The entities that a batch needs with sampled negatives; positions point into ``entities``."""
 
     entities: Tensor  # int64 [U], ascending: heads, true tails and the drawn entities
     heads: Tensor  # positions [B]
@@ -139,7 +128,7 @@ class Sample(NamedTuple):
 def draw_sample(
     heads: Tensor, targets: Targets, num_entities: int, count: int, generator: torch.Generator | None = None
 ) -> Sample:
-    """``count`` uniform draws (CPU ``generator``), an entity drawn twice standing once; all M where count >= M.
+    """``count`` uniform draws (CPU ``generator``), repeats removed; all M entities where count >= M.
 
     ``heads`` [B] and the targets' columns are entities. Given its size, S is a uniform subset.
     """
@@ -160,16 +149,16 @@ def sampled_softmax_cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """``softmax_cross_entropy`` with the sum over all M entities estimated, query [B, D], q_some [U, D] of the sample.
+    """``softmax_cross_entropy`` with an estimate of the sum over all M entities; query [B, D], q_some [U, D].
 
-    With own_b the n_b true tails of query b and its head, and S the drawn set:
+    own_b is the set of the n_b true tails of query b and its head; S is the drawn set:
 
         Z_b = sum over own_b of exp(s) + (M - |own_b|) / |S \\ own_b| * sum over S \\ own_b of exp(s)
 
-    an unbiased estimate of the sum over all entities, and the sum itself where S is all of them (log Z_b is low on
-    average, less so the larger S). The head's term is exact because bilinear scores put it on top where it is seldom
-    among the negatives. Where S holds own_b only, the second term is zero. ``label_smoothing`` spreads its
-    share over S instead of over all entities, ``chunk`` bounds the scores [chunk, S] that are held at once.
+    This is an unbiased estimate of the sum over all entities, and exact where S is all of them (log Z_b is too low on
+    average, less so for larger S). The head is in own_b because bilinear scores often rank it first, and it is seldom
+    among the negatives. Where S lies in own_b, the second term is zero. ``label_smoothing`` is spread over S instead
+    of all entities; ``chunk`` bounds the scores [chunk, S] in memory.
     """
     B, true = len(query), sample.targets
     chunk = chunk or max(1, SCORES_AT_ONCE // len(sample.drawn))
@@ -179,13 +168,13 @@ def sampled_softmax_cross_entropy(
     place = torch.searchsorted(sample.drawn, columns).clamp_max_(len(sample.drawn) - 1)
     hit = sample.drawn[place] == columns
     hits = Targets(rows[hit], place[hit])  # drawn entities that are in own_b
-    negatives = q_some.index_select(0, sample.drawn)
+    negatives = q_some.index_select(0, sample.drawn)  # (S, D)
     parts = []
     for start in range(0, B, chunk):
         here = (hits.rows >= start) & (hits.rows < start + chunk)
         inputs = (query[start : start + chunk], negatives, hits.rows[here] - start, hits.columns[here])
         parts.append(_log_total(*inputs) if chunk >= B else checkpoint(_log_total, *inputs, use_reentrant=False))
-    free = len(sample.drawn) - torch.bincount(hits.rows, minlength=B)
+    free = len(sample.drawn) - torch.bincount(hits.rows, minlength=B)  # |S \ own_b| (B)
     scale = (num_entities - torch.bincount(rows, minlength=B)).clamp_min(1).to(query.dtype) / free.clamp_min(1)
     log_negative = torch.cat(parts) + scale.log()
     own = (query.index_select(0, rows) * q_some.index_select(0, columns)).sum(1)
@@ -198,9 +187,9 @@ def sampled_softmax_cross_entropy(
 
 
 def _log_total(query: Tensor, negatives: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[B]: log of the sum of exp(query negatives^T) over all columns but the coordinates (rows, columns)."""
+    """[B]: log of the sum of exp(query negatives^T) over all columns except the coordinates (rows, columns)."""
     scores = query @ negatives.T
-    scores[rows, columns] = torch.finfo(scores.dtype).min / 2  # not -inf: a row of nothing else has a gradient, zero
+    scores[rows, columns] = torch.finfo(scores.dtype).min / 2  # not -inf: a row without other columns has gradient 0
     return scores.logsumexp(1)
 
 
@@ -210,7 +199,8 @@ def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_s
     Labels are (1 - smoothing) y + smoothing / M.
     """
     scores = query @ q_all.T
-    positive = scores[targets.rows, targets.columns].sum() / scores.numel()
+    at = targets.rows * scores.shape[1] + targets.columns
+    positive = scores.flatten().index_select(0, at).sum() / scores.numel()
     return (
         F.softplus(scores).mean()
         - (1.0 - label_smoothing) * positive
@@ -218,4 +208,28 @@ def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_s
     )
 
 
-LOSSES = {"ce": softmax_cross_entropy, "bce": binary_cross_entropy}
+@dataclass(frozen=True)
+class Loss:
+    """An entry of ``LOSSES``: call it with query [B, D], q_all [M, D], targets, label_smoothing."""
+
+    function: Callable[[Tensor, Tensor, Targets, float], Tensor]
+    averages_over: str  # "triples": a mean over true triples; "queries": a mean in which each query weighs the same
+    sampled: Callable[..., Tensor] | None = None  # its form with sampled negatives (--num_negatives), if there is one
+
+    def __call__(self, query: Tensor, q_all: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
+        return self.function(query, q_all, targets, label_smoothing)
+
+    def share(self, tails: Tensor, own_tails: Tensor) -> float:
+        """Weight of one process's loss in the loss of the whole batch; the weights of all processes sum to 1.
+
+        ``tails`` [B]: number of true tails of each query; ``own_tails``: the same of this process's queries.
+        """
+        if self.averages_over == "queries":
+            return len(own_tails) / len(tails)
+        return int(own_tails.sum()) / int(tails.sum())
+
+
+LOSSES = {
+    "ce": Loss(softmax_cross_entropy, "triples", sampled_softmax_cross_entropy),
+    "bce": Loss(binary_cross_entropy, "queries"),
+}

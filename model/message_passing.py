@@ -4,11 +4,11 @@
 
 with phi(a, b) = a * b (``mult``) or a - b (``sub``), d_i the out-degree of the edge's source and d'_j the in-degree of
 its destination, both counted within the edge's own direction, so neither is ever zero. ``compose_sum`` gives the sum
-and its gradients by one of three backends:
+and its gradients with one of three backends:
 
     dgl    DGL's u_mul_e / u_sub_e message functions over a DGLGraph
-    torch  gather, multiply and index_add over chunks of edges: any device, any float type, needs nothing else
-    fused  one kernel that never writes a message to memory: fused_cpu.py (Numba), fused_gpu.py (Triton)
+    torch  gather, multiply and index_add over chunks of edges: any device, any float type, no other package
+    fused  one kernel that never writes messages to memory: fused_cpu.py (Numba), fused_gpu.py (Triton)
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "dgl", "torch", "fused")
 COMPOSITIONS = ("mult", "sub")
-# Edges per step of the torch backend: on CPU small enough for the caches, large enough that the threads' meeting
-# after each operation does not count; a GPU wants long steps.
+# Edges per step of the torch backend. On a CPU the step should fit the caches, but be long enough that synchronizing
+# the threads after each operation does not matter; a GPU needs long steps.
 CHUNK_EDGES = {"cpu": 8192, "cuda": 2**18}
 
 
 def compose_sum(x: Tensor, v: Tensor, edges: EdgeSet, backend: str = "auto", composition: str = "mult") -> Tensor:
-    """``out[j] = sum of w phi(x[i], v[r])`` over the edges (i, r) -> j, zero where none ends: Eq. 1 before its W.
+    """``out[j] = sum of w phi(x[i], v[r])`` over the edges (i, r) -> j, zero without edges: Eq. 1 before its W.
 
     ``x``: [sources, D], ``v``: [relations, D], of one float type, on the device of ``edges``. Returns
     [destinations, D], differentiable in x and v. On CPU every backend gives the same bits on every run.
-    Raises InputError on shapes that do not fit and on a backend that cannot run here.
+    Raises InputError for shapes that do not fit and for a backend that cannot run here.
     """
     if composition not in COMPOSITIONS:
         raise InputError(f"composition {composition!r} is not one of {', '.join(COMPOSITIONS)}")
@@ -63,7 +63,7 @@ def compose_sum(x: Tensor, v: Tensor, edges: EdgeSet, backend: str = "auto", com
 
 
 def _fused(device_type: str) -> Any:
-    """The fused autograd function of a device; imported on first use, as numba and triton may be absent."""
+    """The fused autograd function of a device; imported on first use, because numba and triton are optional."""
     if device_type == "cpu":
         from model import fused_cpu
 
@@ -74,7 +74,7 @@ def _fused(device_type: str) -> Any:
 
 
 def resolve_backend(name: str, device: str | torch.device) -> str:
-    """The backend that ``name`` means on ``device``: ``auto`` takes the fastest that is there.
+    """The backend for ``name`` on ``device``; ``auto``: fused where it can run, else torch.
 
     Raises InputError that names what is missing and what to choose instead.
     """
@@ -90,7 +90,7 @@ def resolve_backend(name: str, device: str | torch.device) -> str:
 
 
 def _missing_for(name: str, device: torch.device) -> str | None:
-    """What keeps a backend from running on ``device``; None when nothing does."""
+    """The reason why a backend cannot run on ``device``; None if it can."""
     if name == "dgl":
         try:
             dgl = import_dgl()
@@ -101,14 +101,14 @@ def _missing_for(name: str, device: torch.device) -> str | None:
     elif name == "fused":
         package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
         if package is None:
-            return "its kernels are for cpu and cuda"
+            return "its kernels run on cpu and cuda only"
         if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     return None
 
 
 def _dgl_sum(x: Tensor, v: Tensor, edges: EdgeSet, composition: str) -> Tensor:
-    """DGL's own message functions: the weight rides on the edge's operand (mult) or on the sum's (sub)."""
+    """DGL's message functions; the weight multiplies the relation (mult) or the message (sub)."""
     import_dgl()
     import dgl.function as fn
 
@@ -129,7 +129,7 @@ def _dgl_sum(x: Tensor, v: Tensor, edges: EdgeSet, composition: str) -> Tensor:
 
 
 class _TorchSum(torch.autograd.Function):
-    """The sum by chunks of edges: memory O((M + CHUNK_EDGES) D), never [E, D]."""
+    """The sum in chunks of edges: memory O((M + CHUNK_EDGES) D), never [E, D]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, edges: EdgeSet, mult: bool) -> Tensor:
@@ -164,7 +164,7 @@ class _TorchSum(torch.autograd.Function):
 
 def _chunks(edges: EdgeSet, like: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """(source, relation, destination [c], weight [c, 1]) of c edges at a time, in destination order, and two buffers
-    [c, D] that every step writes anew: fresh ones would cost more than the arithmetic."""
+    [c, D] that every step overwrites: allocating new ones would take longer than the arithmetic."""
     _, source, relation, destination, _ = edges.by_destination
     weight = edges.weight(like.dtype)[:, None]
     step = CHUNK_EDGES.get(like.device.type, CHUNK_EDGES["cpu"])
@@ -172,5 +172,5 @@ def _chunks(edges: EdgeSet, like: Tensor) -> Iterator[tuple[Tensor, ...]]:
     for start in range(0, edges.num_edges, step):
         part = slice(start, start + step)
         first, second = buffers[:, : edges.num_edges - start]
-        # int64: torch's gather and index_add take half as long with it as with int32
+        # int64: gather and index_add take half as long with it as with int32
         yield source[part].long(), relation[part].long(), destination[part].long(), weight[part], first, second

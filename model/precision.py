@@ -1,5 +1,7 @@
-"""How float32 products and large blocks of memory are handled: full precision where integers are decided and ranks
-counted, fast products where gradients are; freed memory kept for the next step."""
+"""Settings of torch and the C library: the precision of float32 products, and whether freed memory is kept.
+
+Codes and ranks need full precision; gradients may use fast products.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ FULL = "highest"
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Set torch.set_float32_matmul_precision inside: ``medium`` lets CPUs with bfloat16 instructions and GPUs with TF32
-    use them, at about twice the speed; ``highest`` is float32."""
+    """torch.set_float32_matmul_precision within a block: ``highest`` is float32; ``medium`` lets CPUs use bfloat16 and
+    GPUs TF32 where they have it, at about twice the speed."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -27,17 +29,17 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 @functools.cache
 def has_bfloat16(device: torch.device) -> bool:
-    """True where products of bfloat16 matrices have instructions of their own and are not emulated."""
+    """True if the device has instructions for products of bfloat16 matrices (they are not emulated)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def return_freed_memory() -> bool:
-    """Give the system what is free in the C library's heap now. True where that could be done (glibc).
+    """Return the free memory of the C library's heap to the system. True if that is possible (glibc).
 
-    Kept memory splinters when blocks of changing sizes come and go: 80 epochs of WN18RR with sampled negatives, and
-    their rankings, had grown a process of 1.5 GB to 12.
+    Kept memory becomes fragmented when block sizes change: 80 epochs of WN18RR with sampled negatives made a process
+    of 1.5 GB grow to 12 GB.
     """
     try:
         return bool(ctypes.CDLL(None).malloc_trim(0))
@@ -46,11 +48,11 @@ def return_freed_memory() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library hand freed blocks out again, whatever their size. True where it could be told so (glibc).
+    """Make the C library reuse freed blocks of any size. True if that is possible (glibc).
 
-    By default it returns every block above 32 MB to the system and gets the next one page by page, zeroed: six times
-    the time of the product that fills a [1024, 14541] score matrix. ``return_freed_memory`` now and then undoes what
-    it costs.
+    By default it returns every block above 32 MB to the system, and gets the next one page by page, zeroed. That takes
+    six times as long as the product that fills a [1024, 14541] score matrix. Call ``return_freed_memory`` from time to
+    time to limit the memory in use.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     try:

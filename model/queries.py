@@ -1,4 +1,4 @@
-"""The training queries (h, r, ?) with their true tails; those of a hub come in parts."""
+"""The training queries (h, r, ?) with their true tails; high-degree queries are split."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Queries(NamedTuple):
 
 
 def training_queries(kg: KnowledgeGraph, tails_at_once: int = 0) -> Queries:
-    """All queries of the training split; one of more than ``tails_at_once`` true tails (0: any number) comes in parts.
+    """All queries of the training split; one of more than ``tails_at_once`` true tails (0: any number) is split.
 
-    A batch's loss is the mean over its triples, so a query weighs as much as it has tails: with 3,612 of them, as in
-    FB15k-237, it is half of its batch, and the step that it dictates can undo epochs (docs/LOG.md). Parts are spread
-    over batches. With the exact softmax, each tail's is over all entities either way: parts change no triple's loss,
+    A batch's loss is the mean over its triples, so a query has the weight of its number of tails: with 3,612 of them,
+    as in FB15k-237, it is half of its batch, and such a step can undo epochs (docs/LOG.md). Parts are spread over
+    batches. With the exact softmax, each tail's softmax is over all entities either way: parts change no triple's loss,
     only which triples share a step. With a sampled one, a part's other true tails may be drawn as negatives. The
-    semantic loss, a mean over queries, counts a hub once per part.
+    semantic loss, a mean over queries, counts a split query once per part.
     """
     known = kg.answers("train")
     heads, relations = known.keys // (2 * kg.num_relations), known.keys % (2 * kg.num_relations)

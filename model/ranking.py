@@ -1,12 +1,12 @@
-"""Filtered ranks by counting, and the metrics made of them.
+"""Filtered ranks by counting, and their metrics.
 
-The rank of a target among M entities is taken with ties at their mean (the "realistic" rank):
+The rank of a target among M entities, with the mean rank for ties (the "realistic" rank):
 
     rank = 1 + #{others that score higher} + #{others that score the same} / 2
 
-where the others are all entities but the target and its filtered ones (other known answers of the same query).
-Counting needs one pass over the scores. The filter is a correction of the count by the few filtered scores, gathered
-through CSR indices: no dense mask, and nothing is sorted but those few.
+The others are all entities except the target and the filtered ones (other known true tails of the same query).
+Counting needs one pass over the scores. The filter then corrects the count by the few filtered scores, which are
+gathered through CSR indices: there is no dense mask, and only those few scores are sorted.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import torch
 from torch import Tensor
 
 HITS = (1, 3, 10)
-# Scores compared at once. On a CPU: in cache, and below the 2**15 at which torch splits an operation over threads,
-# which gains little here and on a busy machine loses a hundredfold. Counts of 0, 1 or 2 add up exactly in float32.
+# Scores compared at once. On a CPU: in the cache, and below the 2**15 at which torch splits an operation over threads,
+# which gains little here and is a hundred times slower on a busy machine. Sums of 0, 1 and 2 are exact in float32.
 CPU_BLOCK = 2**15 - 1
 GPU_BLOCK = 2**23
 
 
-class AnswersLike(Protocol):
-    """What ``filtered_ranks`` asks of ``data.knowledge_graph.Answers``."""
+class KnownTails(Protocol):
+    """The part of the graph's index of true tails that ``filtered_ranks`` uses."""
 
     def of(self, h: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CSR (indptr [B + 1], entities) of the known tails of each query (h [B], r [B]), each once."""
+        """CSR (indptr [B + 1], entities) of the known tails of each query (h [B], r [B]), without repeats."""
 
 
 def rank_scores(
     scores: Tensor, targets: Tensor, known: tuple[Tensor, Tensor] | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """Filtered ranks of ``targets``, ties at their mean -> float64 [N].
+    """Filtered ranks of ``targets``, the mean rank for ties -> float64 [N].
 
-    scores: [B, M], higher is better. targets: int64 [N], target i stands in row ``rows[i]`` of the scores (default:
-    N = B, one target per row). known: CSR (indptr [B + 1], ids) of the entities to leave out of each row's ranks,
-    each once per row; a target is never left out of its own rank, so it may be among them.
+    scores: [B, M], higher is better. targets: int64 [N]; target i is ranked in row ``rows[i]`` of the scores (default:
+    N = B, one target per row). known: CSR (indptr [B + 1], ids) of the entities that the filter removes from each row,
+    without repeats; a target is never removed from its own ranking, so it may be among them.
     Raises ValueError for NaN scores, for targets outside 0..M-1 and for shapes that do not fit.
     """
     if rows is None:
@@ -57,7 +57,7 @@ def rank_scores(
 def filtered_ranks(
     score_fn: Callable[..., Tensor],
     triples: np.ndarray,
-    answers: AnswersLike,
+    answers: KnownTails,
     num_relations: int,
     *,
     batch: int = 1024,
@@ -65,17 +65,17 @@ def filtered_ranks(
     chunk: int | None = None,
     device: str | torch.device = "cpu",
 ) -> np.ndarray:
-    """Rank of t for every triple (h, r, t), filtered by the known ``answers`` of (h, r) -> float64 [n].
+    """Rank of t for every triple (h, r, t), filtered by the known tails ``answers`` of (h, r) -> float64 [n].
 
     triples: int64 [n, 3] with inverse queries already appended (``with_inverse``): relations 0..2R-1, R =
-    ``num_relations``. Every distinct query (h, r) is scored once, ``batch`` queries at a time, however many triples
-    share it. ``score_fn(heads [B], relations [B]) -> [B, M]`` gets int64 tensors on ``device`` and returns its scores
-    on any one device; the model is in eval mode.
+    ``num_relations``. Every distinct query (h, r) is scored once, ``batch`` queries at a time, even if several triples
+    share it. ``score_fn(heads [B], relations [B]) -> [B, M]`` receives int64 tensors on ``device``; its scores may be
+    on any one device. The model must be in eval mode.
 
-    With ``chunk`` and ``num_entities`` the scores [B, M] never exist: ``score_fn(heads, relations, start, stop) ->
-    [B, stop - start]`` is called twice per chunk of entities, first for the targets' scores, then to count. All calls
-    of a batch get the same two tensor objects, so the callee may keep its query vectors. Equal scores give equal
-    ranks, whatever ``batch`` and ``chunk``.
+    With ``chunk`` and ``num_entities`` the scores [B, M] are never complete in memory: ``score_fn(heads, relations,
+    start, stop) -> [B, stop - start]`` is called twice per chunk of entities, first for the targets' scores, then to
+    count. All calls of a batch get the same two tensor objects, so the function may keep its query vectors. Equal
+    scores give equal ranks for every ``batch`` and ``chunk``.
     Raises ValueError for NaN scores and for ids out of range.
     """
     triples = np.asarray(triples, dtype=np.int64).reshape(-1, 3)
@@ -108,8 +108,8 @@ def filtered_ranks(
 def summarize(ranks: np.ndarray, is_head_query: np.ndarray) -> dict[str, Any]:
     """Metrics of ``ranks`` [n] -> {"mrr", "mr", "hits@1", "hits@3", "hits@10", "count", "head": {...}, "tail": {...}}.
 
-    is_head_query: bool [n], true for inverse queries (t, r + R, ?), which ask for the head; "head" and "tail" hold the
-    same metrics over either half. hits@k is the share of ranks <= k. Metrics of no ranks are None, their count 0.
+    is_head_query: bool [n], true for inverse queries (t, r + R, ?), which predict the head. "head" and "tail" hold the
+    same metrics for each direction. hits@k is the share of ranks <= k. Without ranks, metrics are None and count is 0.
     """
     ranks, head = np.asarray(ranks, dtype=np.float64), np.asarray(is_head_query, dtype=bool)
     return _metrics(ranks) | {"head": _metrics(ranks[head]), "tail": _metrics(ranks[~head])}
@@ -138,21 +138,21 @@ def _chunked(score_fn: Callable[..., Tensor], heads: Tensor, relations: Tensor, 
 
 
 def _ranks(blocks: Blocks, rows: Tensor, targets: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Ranks [N] of ``targets`` in ``rows`` of the scores that ``blocks`` yields, on the scores' device."""
+    """Ranks [N] of ``targets`` in ``rows`` of the scores from ``blocks``, on the scores' device."""
     own: Tensor | None = None
     for start, scores in blocks():
         if own is None:
             rows, targets = rows.to(scores.device), targets.to(scores.device)
             known = None if known is None else (known[0].to(scores.device), known[1].to(scores.device))
             own = scores.new_zeros(len(targets))
-        # the sum is NaN where any score is; opposite infinities make it NaN too, hence the second look
+        # the sum is NaN if any score is; but infinities of both signs give NaN too, so the scores are checked as well
         if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
-            raise ValueError("scores hold NaN: they have no rank")
+            raise ValueError("some scores are NaN, which have no rank")
         here = ((targets >= start) & (targets < start + scores.shape[1])).nonzero().squeeze(1)
         own[here] = scores[rows[here], targets[here] - start]
     if own is None:
         raise ValueError("there are no entities to rank")
-    # The target has counted itself as one tie, so 1 + above - 1/2.
+    # the target counts itself as one tie, therefore 1 + above - 1/2
     ranks = torch.full(own.shape, 0.5, dtype=torch.float64, device=own.device)
     for start, scores in blocks():
         ranks += _count_above(scores, rows, own)
@@ -170,8 +170,8 @@ def _count_above(scores: Tensor, rows: Tensor, own: Tensor) -> Tensor:
         higher, as_high = torch.empty((2, step, part.shape[1]), device=scores.device)
         for i in range(0, len(own), step):
             row, bar = part.index_select(0, rows[i : i + step]), own[i : i + step, None]
-            # a comparison that writes floats, then a float sum: both vectorized, a sum of bools is not; and
-            # index_select, because plain indexing wakes every thread for the smallest block
+            # comparisons that write floats, then a float sum, are vectorized; a sum of bools is not.
+            # index_select, because row[i] starts all threads even for the smallest block
             count = torch.gt(row, bar, out=higher[: len(row)]).add_(torch.ge(row, bar, out=as_high[: len(row)]))
             total[i : i + step] += count.sum(1)
     return total / 2
@@ -180,18 +180,18 @@ def _count_above(scores: Tensor, rows: Tensor, own: Tensor) -> Tensor:
 def _count_known_above(
     scores: Tensor, start: int, rows: Tensor, targets: Tensor, own: Tensor, indptr: Tensor, ids: Tensor
 ) -> Tensor:
-    """The part of ``_count_above`` that is due to each target's filtered entities -> float64 [N].
+    """The part of ``_count_above`` that comes from each target's filtered entities -> float64 [N].
 
-    scores: [B, m], entities start..stop-1; (indptr, ids): CSR over the B rows. Each row's filtered scores are sorted
-    once and every target finds its place among them, so the pairs (target, filtered entity) are never listed: a hub's
-    query can have thousands of either.
+    scores: [B, m], entities start..stop-1; (indptr, ids): CSR over the B rows. The filtered scores of each row are
+    sorted once, then each target is located among them by binary search. The pairs (target, filtered entity) are never
+    listed: one query can have thousands of targets and thousands of filtered entities.
     """
     stop = start + scores.shape[1]
     row = torch.arange(len(scores), device=ids.device).repeat_interleave(indptr.diff())
     here = (ids >= start) & (ids < stop)
     row, ids = row[here], ids[here]
     values, place = torch.cat([scores[row, ids - start], own]).unique(return_inverse=True)
-    place = torch.cat([row, rows]) * len(values) + place  # integers that order by row, then by score
+    place = torch.cat([row, rows]) * len(values) + place  # integers sorted by row, then by score
     filtered, mine = place[: len(ids)].sort().values, place[len(ids) :]
     row_end = torch.searchsorted(filtered, (rows + 1) * len(values))
     higher = row_end - torch.searchsorted(filtered, mine, right=True)

@@ -1,7 +1,7 @@
-"""The graph as sorted edges: what the message passing sums over, with its weights and DGL form.
+"""The graph as sorted, weighted edges, the input of message passing.
 
-The training triples become one set of weighted edges, sorted by destination for the sum and regrouped by source or
-relation for its gradients.
+The training triples become one set of weighted edges, sorted by destination for the sum, and by source or relation for
+its gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Edges grouped by one of their ends: group ``k`` is ``[indptr[k], indptr[k + 1])`` of the arrays."""
+    """Edges grouped by one column: group ``k`` is ``[indptr[k], indptr[k + 1])`` of the arrays."""
 
     indptr: Tensor  # int64 [groups + 1]
     source: Tensor  # int32 [E]
@@ -30,9 +30,10 @@ class Rows(NamedTuple):
 
 
 class EdgeSet:
-    """Weighted edges (source, relation) -> destination, kept sorted by destination, and sorted by source for the
-    gradient. Sources, relations and destinations are numbered apart. The order within a group is fixed by the ids, so
-    results do not depend on the order in which the edges were given.
+    """Weighted edges (source, relation) -> destination, sorted by destination.
+
+    Sources, relations and destinations have separate ids. The ids fix the order within a group, so results do not
+    depend on the order in which the edges were given.
 
     ``source``, ``relation``, ``destination``: int tensors [E]; ``weight``: float [E].
     """
@@ -66,7 +67,7 @@ class EdgeSet:
     def from_triples(
         cls, source: Tensor, relation: Tensor, destination: Tensor, num_entities: int, num_relations: int
     ) -> EdgeSet:
-        """One direction's edges [E] (int32 or int64, in any order, none allowed) with their weights 1/sqrt(d d')."""
+        """The edges [E] of one direction (int32 or int64, any order, E may be 0) with the weights 1/sqrt(d d')."""
         weight = symmetric_weights(source, destination, num_entities)
         return cls(source, relation, destination, weight, num_entities, num_relations, num_entities)
 
@@ -84,7 +85,7 @@ class EdgeSet:
         return _grouped(relation, (destination, source), self.num_relations, *columns)
 
     def cached(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
-        """What a backend derives from the edges alone, made once per EdgeSet."""
+        """A value that depends on the edges only, computed once per EdgeSet."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -115,7 +116,7 @@ class EdgeSet:
         return self.cached(("weight", by, dtype), lambda: self.rows(by).weight.to(dtype))
 
     def to(self, device: str | torch.device) -> EdgeSet:
-        """The same edges on ``device`` (itself when they are there already)."""
+        """The same edges on ``device`` (``self`` if they are there already)."""
         if torch.empty(0, device=device).device == self.device:
             return self
         moved = object.__new__(EdgeSet)
@@ -129,9 +130,9 @@ class EdgeSet:
 class RelationalGraph:
     """The training triples in both directions: (h, r, t) as edges h -> t ("in"), and (t, r + R, h) as t -> h ("out").
 
-    ``edges``: both in one EdgeSet over M sources, 2R relations and 2M destinations; destination ``2 j + 0`` collects
-    entity j's in-edges and ``2 j + 1`` its out-edges, each with the weights of its own direction. One pass over it
-    gives both sums; its result [2M, D] read as [M, 2D] stands ready for the product with W_in over W_out.
+    ``edges``: both in one EdgeSet over M sources, 2R relations and 2M destinations. Destination ``2 j`` receives the
+    in-edges of entity j and ``2 j + 1`` its out-edges, each with the weights of its own direction. One pass gives both
+    sums; its result [2M, D], viewed as [M, 2D], is multiplied by W_in stacked on W_out.
     """
 
     def __init__(self, edges: EdgeSet, num_entities: int, num_relations: int) -> None:
@@ -168,7 +169,7 @@ class RelationalGraph:
 
 
 def symmetric_weights(source: Tensor, destination: Tensor, num_entities: int) -> Tensor:
-    """1 / sqrt(out-degree of the source * in-degree of the destination), over these edges alone: float64 [E]."""
+    """1 / sqrt(out-degree of the source * in-degree of the destination), counted over these edges: float64 [E]."""
     out_degree = torch.bincount(source, minlength=num_entities)
     in_degree = torch.bincount(destination, minlength=num_entities)
     return (out_degree[source.long()] * in_degree[destination.long()]).double().rsqrt()
@@ -189,7 +190,7 @@ def _grouped(key: Tensor, ties: tuple[Tensor, ...], num_groups: int, *columns: T
 
 
 def import_dgl() -> Any:
-    """dgl on its PyTorch side, imported on first use; ImportError where it is not installed."""
+    """dgl with its PyTorch backend, imported on first use; ImportError if it is not installed."""
     os.environ.setdefault("DGLBACKEND", "pytorch")
     import dgl
 

@@ -33,7 +33,6 @@ class Schedule:
 
     makes_codes = True  # whether the run ends with codes
     trains_with_codes = True  # whether any epoch has codes
-    draws_codes = False  # whether codes are drawn at random instead of assigned
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -98,8 +97,6 @@ class PostHoc(Unquantized):
 
 class RandomCodes(Schedule):
     """Baseline: codes drawn at random before the first epoch and never changed (RandomEQ, Li et al. 2023)."""
-
-    draws_codes = True
 
     def phase(self, epoch: float, seconds: float = 0.0) -> Phase:
         return FROZEN

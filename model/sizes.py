@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.config import AUTO, Config
+from common.config import AUTO, SOFTMAX_ONLY, Config
 from common.device import memory_wanted
 from common.errors import InputError
 
@@ -44,6 +44,8 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
     found = sizes_for(entities, relations, triples)
     chosen = {name: value for name, value in found.items() if getattr(config, name) == AUTO}
     sized = dataclasses.replace(config, **chosen)
+    if config.loss != "ce":
+        sized = dataclasses.replace(sized, **dict.fromkeys(SOFTMAX_ONLY, 0))
     if config.code_dim == AUTO:
         width = sized.gcn_dim if sized.gcn_layers else sized.init_dim
         step = sized.att_head if sized.tf_layers else 1

@@ -2,10 +2,10 @@
 
 One step (Eq. 9): the scorer sees only decoded codes; their gradient is handed, straight through, to the encoder,
 together with the quantization loss. The encoder changes the scores through its codes only, so its pass over the graph
-may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned anew at the
+may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned again at the
 first such pass after some scorer steps (``Schedule.assign_every``), and at the end of an epoch.
 
-All exchange between processes is in this file: the quantizer, the losses and the scorer know nothing of it.
+All exchange between processes is in this file: the quantizer, the losses and the scorer run as in one process.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from model.checkpoint import FORMAT, check_fits, check_optimizer, random_states,
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
-from model.losses import LOSSES, Sample, draw_sample, gather_targets, sampled_softmax_cross_entropy
+from model.losses import LOSSES, Sample, draw_sample, gather_targets
 from model.precision import matmul_precision, return_freed_memory
+from model.quantizers import code_perplexity, code_usage
 from model.queries import training_queries
 from model.relational_graph import RelationalGraph
-from model.RQCodebook import code_perplexity, code_usage
 from model.RQGCN import RQGCN
 from model.schedule import CODES, FROZEN, WARM_UP, Phase, schedule_of
 
@@ -276,11 +276,6 @@ class Trainer:
         """Codebooks by residual k-means at first; later, unused codes get a new place. Then codes are assigned."""
         if phase == FROZEN and self.codes is not None:
             return
-        if self.schedule.draws_codes:
-            codebook = self.model.rq_codebook
-            shape = (self.kg.num_entities, self.model.seq_len, codebook.num_quantizers)
-            self.codes = torch.randint(codebook.num_codes, shape, generator=self.generator).to(self.device)
-            return
         z = self.model.clean_z(self.graph, self.text)
         if phase.quantized:
             self._move_codebooks(z)
@@ -310,8 +305,10 @@ class Trainer:
 
     def _assign(self, z: Tensor) -> Tensor:
         """Codes int64 [M, L, Q] of z [M, L, code_dim]; every process searches for its own entities."""
-        own = self.model.rq_codebook.cal_codes(self.world.own(z))
-        return self.world.gather(own, len(z))
+        codebook = self.model.rq_codebook
+        if not codebook.codes_depend_on_z:
+            return codebook.cal_codes(z)
+        return self.world.gather(codebook.cal_codes(self.world.own(z)), len(z))
 
     # ---------------------------------------------------------------- one step
 
@@ -346,19 +343,19 @@ class Trainer:
         Rows are taken by ``index_select``: the backward pass of ``x[i]`` sums in another order in every run when there
         are several threads.
         """
-        heads, smoothing = self.heads[batch], self.config.lbl_smooth
+        heads, loss = self.heads[batch], LOSSES[self.config.loss]
         q_head = q_all.index_select(0, heads if sample is None else sample.heads)
         relations = self.model.relation_vectors().index_select(0, self.rels[batch])
         query = self.model.scorer.decoder.query(q_head, relations)
         if sample is None:
             targets = gather_targets(self.indptr, self.targets, batch)
-            loss = partial(LOSSES[self.config.loss], targets=targets, label_smoothing=smoothing)
+            function = partial(loss.function, targets=targets, label_smoothing=self.config.lbl_smooth)
         else:
-            loss = partial(
-                sampled_softmax_cross_entropy, sample=sample, num_entities=self.kg.num_entities,
-                label_smoothing=smoothing,
-            )  # fmt: skip
-        structure = self._of_members(loss, query, q_all)
+            assert loss.sampled is not None
+            function = partial(
+                loss.sampled, sample=sample, num_entities=self.kg.num_entities, label_smoothing=self.config.lbl_smooth
+            )
+        structure = self._of_members(function, query, q_all)
         if self.text is None:
             return structure, structure.new_zeros(())
         return structure, self.model.semantic_loss(q_head, self.text[heads])
@@ -395,11 +392,10 @@ class Trainer:
 
     def _shares(self, batch: Tensor) -> tuple[float, float]:
         """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
-        queries = self.world.share(len(batch))
-        if self.world.size == 1 or self.config.loss == "bce":
-            return queries, queries
+        if self.world.size == 1:
+            return 1.0, 1.0
         tails = self.indptr[batch + 1] - self.indptr[batch]
-        return int(self.world.own(tails).sum()) / int(tails.sum()), queries
+        return LOSSES[self.config.loss].share(tails, self.world.own(tails)), self.world.share(len(batch))
 
     def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
         """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value.
@@ -549,8 +545,8 @@ def mrr_as_trained(best: Mapping[str, Any]) -> float:
 def _with_noise(z: Tensor, noise: float) -> Tensor:
     """z [., L, code_dim] plus normal noise of ``noise`` of its standard deviations over entities.
 
-    In the warm-up the scorer so learns to work with what codes will keep of z; once codes are frozen, not to tell
-    apart entities whose codes are near.
+    In the warm-up, the scorer learns to score from vectors as inexact as decoded codes will be; once codes are frozen,
+    the noise keeps it from separating entities with similar codes (regularisation).
     """
     if not noise:
         return z

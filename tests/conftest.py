@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 M, R, L, K, Q, CODE_DIM, D = 43, 3, 3, 8, 2, 4, 12
 SHAPE: dict[str, Any] = {
     "init_dim": D, "gcn_dim": D, "gcn_layers": 1, "seq_len": L, "num_code": K, "num_quantizers": Q,
-    "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult",
+    "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult", "quantizer": "rq",
 }  # fmt: skip
 
 
@@ -179,12 +179,24 @@ def family_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished(ROOT / "data" / "family", tmp_path_factory.mktemp("family"), "family_4_32_2_rq", **FAMILY_FLAGS)
 
 
+def ranked(
+    rq: Command, run: Run, folder: Path, *more: str, codes: Path | None = None, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """What --eval_codes writes into ``folder``."""
+    outcome = rq(*run.scored(codes, checkpoint, "--out_dir", str(folder), *more))
+    assert outcome.code == 0, outcome.err
+    path = Path(outcome.out.splitlines()[-1].removeprefix("wrote "))
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert path.parent == folder and f"mrr {found['mrr']:.4f}" in outcome.out
+    return found
+
+
 TrainerMaker = Callable[..., Trainer]
 
 
 def books_of(model: RQGCN) -> list[torch.Tensor]:
     """The codebooks [K, code_dim] by level."""
-    return [book.weight for book in model.rq_codebook.codebooks]  # type: ignore[misc]
+    return [model.rq_codebook.codes_of_level(level) for level in range(model.rq_codebook.num_quantizers)]
 
 
 def make_model(kg: KnowledgeGraph, seed: int = 0, **changes: Any) -> RQGCN:

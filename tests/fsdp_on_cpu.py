@@ -1,7 +1,7 @@
 """train_lora.py under FSDP2 on two CPU processes: torchrun --nproc_per_node 2 tests/fsdp_on_cpu.py FLAGS.
 
-Accelerate shards only over processes that it takes for GPU's: its name for several CPU processes is changed here, and
-nothing else. The settings are read from lora_training/configs/fsdp2.yaml, as `accelerate launch` would set them.
+Accelerate shards only if its distributed type is MULTI_GPU: this script changes MULTI_CPU to it, and nothing else. The
+settings are read from lora_training/configs/fsdp2.yaml, as `accelerate launch` would set them.
 STOP_AT=N in the environment: the first process gets SIGTERM at the end of step N.
 """
 
@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from common.errors import run_command
 from common.files import ROOT
-from lora_training import train_lora
+from lora_training import lora_trainer, train_lora
+from lora_training.memory import print_once
 
 
 class StopAt(TrainerCallback):
@@ -36,7 +37,7 @@ def main() -> None:
     settings = yaml.safe_load((ROOT / "lora_training" / "configs" / "fsdp2.yaml").read_text())["fsdp_config"]
     os.environ |= {key.upper(): str(value) for key, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
     plain, prepare, make = (
-        accelerate.state.PartialState.__init__, accelerate.accelerator.fsdp2_prepare_model, train_lora.make_trainer,
+        accelerate.state.PartialState.__init__, accelerate.accelerator.fsdp2_prepare_model, lora_trainer.make_trainer,
     )  # fmt: skip
 
     def renamed(self: Any, *words: Any, **more: Any) -> None:
@@ -47,18 +48,18 @@ def main() -> None:
     def counted(*words: Any) -> Any:
         model = prepare(*words)
         kinds = [type(parameter).__name__ for parameter in model.parameters()]
-        train_lora.say(f"{kinds.count('DTensor')} of {len(kinds)} parameters are sharded")
+        print_once(f"{kinds.count('DTensor')} of {len(kinds)} parameters are sharded")
         return model
 
     def stopping(*words: Any) -> Any:
         trainer = make(*words)
-        trainer.callback_handler.callbacks.insert(0, StopAt())  # before the one that asks whether to stop
+        trainer.callback_handler.callbacks.insert(0, StopAt())  # before the callback that checks for a signal
         return trainer
 
     accelerate.state.PartialState.__init__ = renamed
     accelerate.accelerator.fsdp2_prepare_model = counted
     if "STOP_AT" in os.environ:
-        train_lora.make_trainer = stopping  # type: ignore[assignment]
+        lora_trainer.make_trainer = stopping  # type: ignore[assignment]
     train_lora.main(sys.argv[1:])
 
 

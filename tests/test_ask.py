@@ -11,13 +11,12 @@ import torch
 
 from Class import prompts
 from Class.codes import unique_names
-from Class.instructions import Source
+from Class.source import Source
 from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, find_name
 from lora_training import ask
-from lora_training.ask import Asker, Query, find_query, interact, mark_entity
-from lora_training.code_tokens import load_adapted, read_saved
-from lora_training.inference import open_codes
+from lora_training.adapters import load_adapted, read_saved
+from lora_training.ask import Asker, Query, find_query, interact, mark_entity, open_codes
 from tests.test_gen_lp import export
 from tests.test_inference import World, likelihoods, world  # noqa: F401
 from tests.test_instructions import write_graph
@@ -121,14 +120,19 @@ def test_candidates_are_asked_as_in_link_prediction(
     from Class.candidates import read_candidates
 
     lists = read_candidates([export(world.kg, tmp_path, count=6)["test"]], world.kg)
-    with_lists = Asker(asker.model, asker.tokenizer, asker.source, lists, asker.beams)
+    with_lists = Asker(asker.model, asker.tokenizer, asker.source, lists, asker.beams, shuffle=False)
     query = Query(*lists.queries[0].tolist())
     how, found = with_lists.query(query)
-    assert how == "6 candidates scored" and {answer.entity for answer in found} == set(lists.ids[0].tolist())
+    assert how == "6 candidates scored (ranked list)" and {answer.entity for answer in found} == set(
+        lists.ids[0].tolist()
+    )
     source = asker.source
     row = {"instruction": prompts.link_prediction(source.query_fields(*query, lists.ids[0].tolist()))}
     lines = [f"1. {source.code_texts[answer.entity]}" for answer in found]
     assert np.allclose(likelihoods(asker.model, asker.tokenizer, row, lines), [a.score for a in found], atol=1e-3)
+    how, shuffled = Asker(asker.model, asker.tokenizer, asker.source, lists, asker.beams).query(query)
+    assert how == "6 candidates scored (shuffled list)" and {a.entity for a in shuffled} == {a.entity for a in found}
+    assert [a.score for a in shuffled] != [a.score for a in found], "another prompt"
     empty = lists._replace(ids=np.full_like(lists.ids, -1))
     assert "searched" in Asker(asker.model, asker.tokenizer, asker.source, empty, asker.beams).query(query)[0]
     everyone = set(range(world.kg.num_entities)) - set(lists.queries[:, 0].tolist())
@@ -151,7 +155,7 @@ def test_a_prediction_is_asked_and_scored_as_it_is_tuned(
     for row, query, ids in zip(rows, queries.tolist(), lists.ids.tolist(), strict=False):
         expected = likelihoods(asker.model, asker.tokenizer, row, asker.source.code_texts, end=True)
         for candidates, entities in ((lists, ids), (None, range(kg.num_entities))):
-            own = Asker(asker.model, asker.tokenizer, asker.source, candidates, asker.beams, predicts=True)
+            own = Asker(asker.model, asker.tokenizer, asker.source, candidates, asker.beams, likelihood=True)
             found = {answer.entity: answer.score for answer in own.query(Query(*query[:2]))[1]}
             assert found.keys() == set(entities)
             with pytest.raises(InputError, match="leave it out for a question in words"):
@@ -170,11 +174,11 @@ def test_the_command_prints_ranked_answers(
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("(Entity 7 | next | ?)"))
     assert [line.split(".")[0].strip() for line in lines[start + 1 :]] == ["1", "2", "3"]
-    ask.main([str(word) for word in (*base, "--head", "Entity 7", "--relation", "next", "--predict")])
+    ask.main([str(word) for word in (*base, "--head", "Entity 7", "--relation", "next", "--likelihood")])
     assert capsys.readouterr().out.splitlines()[-3:] != lines[start + 1 :], "another question has other scores"
     for words, message in (
         (["--head", "Entity 7"], "go together"), (["--question", "x", "--head", "a", "--relation", "b"], "not both"),
-        (["--question", "x", "--predict"], "leave it out for a --question in words"),
+        (["--question", "x", "--likelihood"], "leave it out for a --question"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             ask.main([str(word) for word in (*base, *words)])
@@ -187,7 +191,7 @@ def test_without_a_model_it_is_the_one_that_training_left(world: World, monkeypa
     with pytest.raises(InputError, match="no model given"):
         ask.main(question)
     monkeypatch.setattr(ask, "ADAPTER", world.named_adapter)
-    with pytest.raises(InputError, match="without codes: say which"):
+    with pytest.raises(InputError, match="without codes; give --dataset"):
         ask.main(question)
 
 
@@ -199,8 +203,8 @@ def test_names_are_checked_before_the_weights(
     for words, message in (
         ([*base, "--head", "Entity 77", "--relation", "next"], "no entity is called 'Entity 77'"),
         ([*base, "--head", "entity 7", "--relation", "beside"], "no relation is called 'beside'"),
-        (["--base_model", world.base, "--head", "a", "--relation", "b"], "neither an adapter nor merged"),
-        (["--lora_adapter", world.named_adapter, "--head", "a", "--relation", "b"], "without codes: say which"),
+        (["--base_model", world.base, "--head", "a", "--relation", "b"], "neither an adapter nor a merged model"),
+        (["--lora_adapter", world.named_adapter, "--head", "a", "--relation", "b"], "without codes; give --dataset"),
         ([*base, "--candidates", "none.npz"], "none.npz does not exist"),
     ):
         with pytest.raises(InputError, match=message):

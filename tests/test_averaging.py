@@ -44,15 +44,15 @@ def test_weights_come_back_and_stay_when_they_settle() -> None:
     average.settle()
     assert weight.item() == 3 and average.values is None
     for other in ([torch.zeros(2)], [torch.zeros(1).double()], []):
-        with pytest.raises(ValueError, match="another model"):
+        with pytest.raises(ValueError):
             average.load(other)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError):
         average.load([torch.tensor([torch.nan])])
-    with pytest.raises(ValueError, match="decay"):
+    with pytest.raises(ValueError):
         WeightAverage([weight], 1.0)
 
 
-def trained(trainer_of: TrainerMaker, decay: float | None, **more: Any) -> Trainer:
+def trained(trainer_of: TrainerMaker, decay: float, **more: Any) -> Trainer:
     torch.manual_seed(0)
     trainer = trainer_of(more.pop("model", None), **(RUN | more), weight_average=decay)
     trainer.fit()
@@ -62,7 +62,7 @@ def trained(trainer_of: TrainerMaker, decay: float | None, **more: Any) -> Train
 @pytest.mark.parametrize("decoder", ["distmult", "conve"])
 def test_the_average_is_scored_and_dumped_and_training_is_as_without(trainer_of: TrainerMaker, decoder: str) -> None:
     model = {"decoder": decoder} | ({"gcn_dim": 36, "init_dim": 36} if decoder == "conve" else {})
-    plain, averaged = (trained(trainer_of, decay, model=model) for decay in (None, 0.9))
+    plain, averaged = (trained(trainer_of, decay, model=model) for decay in (0.0, 0.9))
     assert [row["structure"] for row in plain.history] == [row["structure"] for row in averaged.history]
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, averaged.model.state_dict()[name]), name
@@ -82,26 +82,16 @@ def test_the_average_is_scored_and_dumped_and_training_is_as_without(trainer_of:
     assert averaged.score_best("valid")["mrr"] == best["valid"]["mrr"]
 
 
-@pytest.mark.parametrize("control", [None, "unquantized", "posthoc", "random_codes"])
-def test_an_average_of_one_step_is_no_average(trainer_of: TrainerMaker, control: str | None) -> None:
-    plain, averaged = (trained(trainer_of, decay, control=control) for decay in (None, 0.0))
-    assert plain.best is not None and averaged.best is not None
-    assert plain.best["valid"] == averaged.best["valid"] and plain.best["epoch"] == averaged.best["epoch"]
-    for name, value in plain.best["model"].items():
-        assert torch.equal(value, averaged.best["model"][name]), name
-
-
-def test_controls_without_codes_are_averaged_too(trainer_of: TrainerMaker) -> None:
-    """The rivals get what the codes get: from the epoch on in which codes would be frozen."""
-    plain, averaged = (trained(trainer_of, decay, control="unquantized") for decay in (None, 0.9))
+def test_without_codes_all_weights_are_averaged(trainer_of: TrainerMaker) -> None:
+    """Baselines are averaged too: from the epoch on in which codes would be frozen."""
+    plain, averaged = (trained(trainer_of, decay, quantizer="none") for decay in (0.0, 0.9))
     same = [ours["valid"] == theirs["valid"] for ours, theirs in zip(plain.history, averaged.history, strict=True)]
     assert same[:3] == [True] * 3 and not any(same[3:])
 
 
-@pytest.mark.parametrize(("control", "averaged"), [(None, False), ("unquantized", False), ("random_codes", True)])
-def test_at_1_only_codes_that_are_frozen_from_the_start_have_an_average(
-    trainer_of: TrainerMaker, control: str | None, averaged: bool
+@pytest.mark.parametrize(("quantizer", "averaged"), [("rq", False), ("none", False), ("random", True)])
+def test_with_freeze_at_1_only_random_codes_have_an_average(
+    trainer_of: TrainerMaker, quantizer: str, averaged: bool
 ) -> None:
-    """Why model/flags.py refuses --weight_average with --freeze_at 1 but for these."""
-    trainer = trained(trainer_of, 0.9, epoch=2, freeze_at=1.0, control=control)
+    trainer = trained(trainer_of, 0.9, epoch=2, freeze_at=1.0, quantizer=quantizer)
     assert trainer.average is not None and (trainer.average.values is not None) == averaged

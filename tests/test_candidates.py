@@ -13,16 +13,15 @@ import torch
 
 from Class.candidates import (
     Candidates,
-    _top,
     find_rows,
     other_answers,
     read_candidates,
-    top_candidates,
     write_candidates,
 )
 from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.evaluation import evaluate_codes
+from model.export import top_candidates, top_of_scores
 from model.ranking import filtered_ranks
 from model.RQGCN import CodeScorer
 from tests.test_instructions import write_graph
@@ -37,7 +36,7 @@ def scores_of(kg: KnowledgeGraph, levels: int) -> Callable[[torch.Tensor, torch.
 @pytest.mark.parametrize(("split", "levels"), [("valid", 3), ("test", 10_000)])
 def test_lists_are_those_of_brute_force(family: KnowledgeGraph, split: str, levels: int) -> None:
     score = scores_of(family, levels)
-    found = _top(score, family, split, 20, ("train", "valid"), 64, "cpu")
+    found = top_of_scores(score, family, split, 20, ("train", "valid"), 64, "cpu")
     queries = with_inverse(family.split(split), family.num_relations)
     known: dict[tuple[int, int], set[int]] = {}
     for name in ("train", "valid"):
@@ -56,14 +55,14 @@ def test_lists_are_those_of_brute_force(family: KnowledgeGraph, split: str, leve
 
 def test_batches_and_short_lists(tmp_path: Path, family: KnowledgeGraph) -> None:
     score = scores_of(family, 3)
-    one, other = (_top(score, family, "valid", 20, ("train",), batch, "cpu") for batch in (7, 1000))
+    one, other = (top_of_scores(score, family, "valid", 20, ("train",), batch, "cpu") for batch in (7, 1000))
     assert np.array_equal(one.ids, other.ids) and np.array_equal(one.rank, other.rank)
     little = KnowledgeGraph.load(write_graph(tmp_path / "g", train=["a r b", "a r c"], valid=["a r d"], test=["b r a"]))
-    row = _top(scores_of(little, 3), little, "valid", 20, ("train",), 8, "cpu")
+    row = top_of_scores(scores_of(little, 3), little, "valid", 20, ("train",), 8, "cpu")
     assert set(row.ids[0].tolist()) == {0, 3, -1}, "b and c are known; padding stands at the end"
     assert (row.ids[0][-2:] == -1).all() and row.scores is not None and np.isnan(row.scores[0][-2:]).all()
     with pytest.raises(ValueError, match="NaN"):
-        _top(lambda h, r: torch.full((len(h), 4), torch.nan), little, "valid", 3, ("train",), 8, "cpu")
+        top_of_scores(lambda h, r: torch.full((len(h), 4), torch.nan), little, "valid", 3, ("train",), 8, "cpu")
 
 
 def test_lists_from_codes_rank_as_stage_one_does(family: KnowledgeGraph) -> None:
@@ -101,7 +100,7 @@ def same(a: Candidates, b: Candidates) -> bool:
 
 @pytest.mark.parametrize("ending", ["npz", "json"])
 def test_files_come_back_as_they_went(tmp_path: Path, little: KnowledgeGraph, ending: str) -> None:
-    lists = [_top(scores_of(little, 5), little, split, 3, ("train",), 8, "cpu") for split in ("valid", "test")]
+    lists = [top_of_scores(scores_of(little, 5), little, split, 3, ("train",), 8, "cpu") for split in ("valid", "test")]
     paths = [tmp_path / f"{split}.{ending}" for split in ("valid", "test")]
     for path, part in zip(paths, lists, strict=True):
         write_candidates(path, part, little, model="mine")
@@ -172,7 +171,7 @@ def test_bad_files_are_refused(tmp_path: Path, little: KnowledgeGraph, family: K
     path = tmp_path / "x.npz"
     with pytest.raises(InputError, match=r"does not exist.*--export_candidates"):
         read_candidates([path], little)
-    write_candidates(path, _top(scores_of(little, 5), little, "valid", 3, ("train",), 8, "cpu"), little)
+    write_candidates(path, top_of_scores(scores_of(little, 5), little, "valid", 3, ("train",), 8, "cpu"), little)
     with pytest.raises(InputError, match=r"ids of little, .* not those of family"):
         read_candidates([path], family)
     content = path.read_bytes()

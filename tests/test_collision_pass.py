@@ -97,9 +97,9 @@ def test_distinct_codes_stay() -> None:
 
 def test_whose_move_is_cheapest_moves_first() -> None:
     """Codes 0, 1, 10 and entities 0.0, 0.2, 0.4: the last leaves for 1 (0.36 - 0.16), the second is left 10."""
-    book = RQCodebook(3, 1, 1, kmeans_init=False)
+    book = RQCodebook(3, 1, 1)
     with torch.no_grad():
-        book.get_parameter("codebooks.0.weight").copy_(torch.tensor([[0.0], [1.0], [10.0]]))
+        book.codes_of_level(0).copy_(torch.tensor([[0.0], [1.0], [10.0]]))
     z = torch.tensor([0.0, 0.2, 0.4]).view(3, 1, 1)
     resolved = resolve_collisions(z, book, book.cal_codes(z))
     assert resolved.codes.flatten().tolist() == [0, 2, 1] and resolved.changed.tolist() == [1, 2]
@@ -108,14 +108,14 @@ def test_whose_move_is_cheapest_moves_first() -> None:
 
 def test_codes_that_are_not_the_nearest_change_in_one_place_only() -> None:
     book, z, _ = crowded()
-    far = torch.cdist(z[0], book.get_parameter("codebooks.1.weight")).argmax(1)
+    far = torch.cdist(z[0], book.codes_of_level(1)).argmax(1)
     codes = torch.stack([torch.zeros_like(far), far], 1).expand(3, L, Q)
     resolved = resolve_collisions(z[:3] * 5, book, codes)
     assert (resolved.codes != codes).flatten(1).sum(1).tolist() in ([0, 1, 1], [1, 0, 1], [1, 1, 0])
 
 
 def test_as_many_entities_as_codes_fit_and_one_more_does_not() -> None:
-    book = RQCodebook(3, D, 1, kmeans_init=False)
+    book = RQCodebook(3, D, 1)
     z = torch.randn(1, L, D, generator=generator()).expand(10, L, D)
     full = resolve_collisions(z[:9], book, book.cal_codes(z[:9]))  # 3^2 codes
     assert collisions(full.codes) == 0 and len(full.changed) == 8

@@ -15,35 +15,40 @@ import run_rq
 from Class import gen_lp_data_rq
 from Class.candidates import Candidates, write_candidates
 from Class.gen_lp_data_rq import both_directions, disjoint_parts
-from Class.instructions import Row, make_row, open_source, read_rows, split_path, write_rows
+from Class.rows import Row, make_row, split_path, write_rows
+from Class.source import open_source
 from common.errors import InputError
 from common.files import read_json, write_json
+from common.steps import Step
 from data.knowledge_graph import KnowledgeGraph
-from lora_training import compare_llm, inference, make_tiny_base, train_lora
+from lora_training import ask, compare_llm, inference, make_tiny_base, train_lora
 from lora_training.code_tokens import refuse_other_codes
 from lora_training.compare_llm import (
-    CANDIDATE_MODEL,
-    CODES_ALONE,
     COPIED,
+    DECODER,
     ORDERED,
     QUICK,
+    RANKER,
     RECIPE,
     REFITTED,
     ROWS,
     SHUFFLED,
     VARIANTS,
     WITH,
-    Found,
     Places,
-    ranks_of,
+    RowResult,
+    Weights,
+    order_weights,
+    read_lists,
     read_recipe,
+    resume_tuning,
     seed_rows,
     seed_steps,
     summary,
+    with_order,
     write_refit,
 )
-from lora_training.score_answers import report
-from lora_training.steps import resumed
+from lora_training.score_answers import Answer, report
 from tables.results import collect
 from tests.test_instructions import write_codes
 
@@ -54,7 +59,7 @@ N = 4  # candidates that the toy rows list
 
 
 def rows_of(kg: KnowledgeGraph, split: str = "test") -> list[Row]:
-    """Rows of a split: the truth stands last among N candidates, its rank by the candidate model is N."""
+    """Rows of a split: the truth is last among N candidates, its rank by the ranker is N."""
     made = []
     triples = kg.test if split == "test" else kg.valid
     for i, (h, r, t) in enumerate(both_directions(triples, kg.num_relations).tolist()):
@@ -76,43 +81,33 @@ def scores_at(place: int) -> list[float]:
 
 
 def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
-    """A record of answers that rank the truth of row i at ``place(i)``, 1 to N (of test row i; validation's at 1)."""
+    """A record of answers that rank the truth of test row i at ``place(i)``, 1 to N, and validation's at 1.
+
+    Lists are shuffled (reversed).
+    """
     answers = []
     for i, row in enumerate(rows):
-        scores = scores_at(place(i) if row["split"] == "test" else 1)
-        own = {
-            key: row[key] for key in ("id", "task_type", "split", "direction", "candidates", "truth", "candidate_rank")
-        }
-        said = {"decode": "predict", "scores": scores, "tokens": None, "text": "", "expected": "", "parsed": True}
-        answers.append(own | said)
+        scores = scores_at(place(i) if row["split"] == "test" else 1)[::-1]
+        own = {key: row[key] for key in ("id", "task_type", "split", "direction", "truth", "candidate_rank")}
+        own |= {"candidates": row["candidates"][::-1], "candidate_order": "shuffled"}
+        found = {"decode": "likelihood", "scores": scores, "tokens": None, "text": "", "expected": "", "parsed": True}
+        answers.append(own | found)
     return {"answers": answers, "metrics": report(answers)}
 
 
-def export_ranks(kg: KnowledgeGraph, path: Path, rank: float) -> None:
-    """Lists of the other candidate model in an order of their own, in all of which the truth has the rank ``rank``."""
-    queries = both_directions(kg.test, kg.num_relations)[::-1]
-    n = len(queries)
-    ids = np.tile(np.arange(2), (n, 1))
-    write_candidates(
-        path,
-        Candidates(queries[:, :2], queries[:, 2], ids, None, np.full(n, rank), np.full(n, True), {"split": "test"}),
-        kg,
-    )
+def export(kg: KnowledgeGraph, path: Path, split: str, place: int, rank: float = 9.0) -> None:
+    """Lists with the candidates of ``rows_of``, the truth at ``place``, where it has the rank ``rank``.
 
-
-def export_scores(kg: KnowledgeGraph, path: Path, split: str, place: int) -> None:
-    """Lists of the codes' own scorer: the candidates of ``rows_of``, the truth at ``place``."""
-    queries = both_directions(kg.test if split == "test" else kg.valid, kg.num_relations)
+    The queries come in reverse order.
+    """
+    queries = both_directions(kg.test if split == "test" else kg.valid, kg.num_relations)[::-1]
     entity = {name: i for i, name in enumerate(kg.entities)}
-    ids = np.array([[entity[name] for name in row["candidates"]] for row in rows_of(kg, split)])
+    ids = np.array([[entity[name] for name in row["candidates"]] for row in rows_of(kg, split)])[::-1]
     order = np.argsort(-np.array(scores_at(place)))
-    scores = np.tile(np.array(scores_at(place))[order], (len(ids), 1))
     n = len(ids)
-    write_candidates(
-        path,
-        Candidates(queries[:, :2], queries[:, 2], ids[:, order], scores, np.full(n, 9.0), np.full(n, True), {}),
-        kg,
-    )
+    scores = np.tile(np.array(scores_at(place))[order], (n, 1))
+    lists = Candidates(queries[:, :2], queries[:, 2], ids[:, order], scores, np.full(n, rank), np.full(n, True), {})
+    write_candidates(path, lists, kg)
 
 
 def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
@@ -120,10 +115,11 @@ def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
     rows = [*rows_of(kg), *rows_of(kg, "validation")]
     for level, variant in enumerate(VARIANTS):
         write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
-    for split, lists in (("validation", "coded_valid"), ("test", "coded_test")):
+    for split, lists in (("validation", "valid"), ("test", "test")):
         write_rows(split_path(places.rows(WITH), split), rows_of(kg, split))
-        export_scores(kg, places.candidates(lists), split, 1 if split == "validation" else 2)
-    export_ranks(kg, places.candidates("plain"), 8.0)
+        export(kg, places.candidates(lists), split, N)
+        export(kg, places.candidates(f"coded_{lists}"), split, 1 if split == "validation" else 2)
+    export(kg, places.candidates("plain"), "test", N, rank=8.0)
 
 
 def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -132,13 +128,13 @@ def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: Knowledg
     found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "x.json", tmp_path / "seed_0" / "y.json")
     assert tuple(found) == ROWS
     mrr = {name: one.metrics["mrr"] for name, one in found.items()}
-    expected = {CANDIDATE_MODEL: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4, CODES_ALONE: 1 / 2}
+    expected = {RANKER: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4, DECODER: 1 / 2}
     expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
-    alone = {name: mrr.pop(ORDERED.format(name)) for name in (CODES_ALONE, *(variant.row for variant in VARIANTS))}
+    alone = {name: mrr.pop(ORDERED.format(name)) for name in (DECODER, *(variant.row for variant in VARIANTS))}
     assert mrr == pytest.approx(expected)
     assert alone == pytest.approx({name: expected[name] for name in alone}), "validation says: the order misleads"
     assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
-    assert found[CANDIDATE_MODEL].record == "seed_0/x.json" and found[CODES_ALONE].record == "seed_0/y.json"
+    assert found[RANKER].record == "seed_0/x.json" and found[DECODER].record == "seed_0/y.json"
     record = "seed_0/with_codes/inference_results.json"
     assert record == found[WITH.row].record == found[COPIED].record == found[REFITTED].record
 
@@ -156,16 +152,21 @@ def test_no_weights_without_a_truth_in_validation(ring_kg: KnowledgeGraph, tmp_p
     fill(ring_kg, places)
     for variant in VARIANTS:
         record = read_json(places.results(variant), "record")
-        unlisted = [one | {"truth": ["nobody"]} if one["split"] == "validation" else one for one in record["answers"]]
+        unlisted = [
+            one | {"candidates": ["nobody", *one["candidates"][1:]]} if one["split"] == "validation" else one
+            for one in record["answers"]
+        ]
         write_json({"answers": unlisted, "metrics": report(unlisted)}, places.results(variant))
-    with pytest.raises(InputError, match="no validation list holds its truth"):
+    with pytest.raises(InputError, match="no validation list contains its truth"):
         seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json", tmp_path / "y.json")
 
 
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
     values = {0: 0.5, 1: 0.7, 4: 0.9}
     by_seed = {
-        seed: {name: Found(f"{seed}", {"mrr": mrr, "hits@1": mrr, "hits@3": 1.0, "hits@10": 1.0}, {}) for name in ROWS}
+        seed: {
+            name: RowResult(f"{seed}", {"mrr": mrr, "hits@1": mrr, "hits@3": 1.0, "hits@10": 1.0}, {}) for name in ROWS
+        }
         for seed, mrr in values.items()
     }
     rows = summary(by_seed)
@@ -198,20 +199,48 @@ def test_the_rival_learns_what_the_llm_is_tuned_on(ring: Path, ring_kg: Knowledg
     assert len(cuts) > 1, "the seed chooses the cut"
 
 
-def test_ranks_follow_the_rows(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+def test_lists_follow_the_rows(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     rows, queries = rows_of(ring_kg), both_directions(ring_kg.test, ring_kg.num_relations)
-    ranks = np.arange(1.0, len(queries) + 1)
-    order = np.random.default_rng(0).permutation(len(queries))
-    lists = Candidates(
-        queries[order, :2], queries[order, 2], np.tile([0, 1], (len(order), 1)), None, ranks[order],
-        np.full(len(order), True), {},
-    )  # fmt: skip
+    n = len(queries)
+    ranks, order = np.arange(1.0, n + 1), np.random.default_rng(0).permutation(n)
+    ids, scores = np.tile([1, 0, -1], (n, 1)), np.tile([2.0, 1.0, 0.0], (n, 1))
+    lists = Candidates(queries[order, :2], queries[order, 2], ids, scores, ranks[order], np.full(n, True), {})
     write_candidates(tmp_path / "all.npz", lists, ring_kg)
-    assert ranks_of(tmp_path / "all.npz", rows[3:9], ring_kg) == ranks[3:9].tolist()
+    found = read_lists(tmp_path / "all.npz", rows[3:9], ring_kg)
+    assert [found[row["id"]].rank for row in rows[3:9]] == ranks[3:9].tolist() and len(found) == 6
+    assert list(found[rows[3]["id"]].scores.items()) == [("e1", 2.0), ("e0", 1.0)]
     lists.rank[0] = np.nan
     write_candidates(tmp_path / "gap.npz", lists, ring_kg)
-    with pytest.raises(InputError, match="no rank for 1 of the test queries"):
-        ranks_of(tmp_path / "gap.npz", rows, ring_kg)
+    write_candidates(tmp_path / "bare.npz", lists._replace(scores=None), ring_kg)
+    for name, lacks in (("gap", "a rank for 1 "), ("bare", "scores")):
+        with pytest.raises(InputError, match=rf"{name}\.npz has no .*{lacks}"):
+            read_lists(tmp_path / f"{name}.npz", rows, ring_kg)
+
+
+# ---------------------------------------------------------------- score and order of the list
+
+
+def drawn(strength: float, place: float, count: int = 3000) -> list[Answer]:
+    """Answers whose truths are drawn from softmax(strength * score - place * log(position in the list))."""
+    rng, names = np.random.default_rng(5), ["a", "b", "c", "d"]
+    own = rng.normal(0, 2, (count, 4))
+    noisy = strength * own - place * np.log(np.arange(1, 5)) + rng.gumbel(size=own.shape)
+    return [{"parsed": True, "candidates": names, "scores": scores, "truth": [names[truth]]}
+            for scores, truth in zip(own.tolist(), noisy.argmax(1).tolist(), strict=True)]  # fmt: skip
+
+
+def test_weights_of_score_and_order_are_recovered() -> None:
+    answers = drawn(0.7, 1.5)
+    assert order_weights(answers) == pytest.approx((0.7, 1.5), abs=0.1)
+    assert order_weights(drawn(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
+    assert order_weights(drawn(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor are scores"
+    assert order_weights([one | {"truth": ["x"]} for one in answers]) is None
+    certain = order_weights(drawn(50.0, 0.0, 40))
+    assert certain is not None and np.isfinite(certain).all(), "separable data have finite weights"
+    unlisted = {"parsed": True, "candidates": ["a", "b"], "scores": [0.0, 9.0], "truth": ["x"]}
+    assert order_weights([*answers, unlisted]) == order_weights(answers)
+    combined = with_order(answers[0] | {"scores": [0.0, 1.0, None]}, Weights(1.0, 2.0))["scores"]
+    assert combined == [0.0, pytest.approx(1 - 2 * np.log(2)), None]
 
 
 # ---------------------------------------------------------------- steps
@@ -227,26 +256,39 @@ def test_every_step_has_flags_that_its_script_knows(
         "lora_training/train_lora.py": train_lora.parse_args, "lora_training/inference.py": inference.parse_args,
     }  # fmt: skip
     steps = seed_steps(ring_kg, ring, tmp_path / "ring_refit", Places(tmp_path), recipe, seed=5)
-    assert len({one.name for one in steps}) == len(steps)
-    made = {path for one in steps for path in one.made}
-    assert len(made) == sum(len(one.made) for one in steps), "no two steps write the same file"
+    by_name = {one.name.split("/")[-1]: one for one in steps}
+    assert len(by_name) == len(steps)
+    made = {path for one in steps for path in one.outputs}
+    assert len(made) == sum(len(one.outputs) for one in steps), "no two steps write the same file"
     seeded = set()
-    for one in steps:
-        args = parsers[one.words[0]](resumed(one)[1:])
+    for name, one in by_name.items():
+        args = parsers[one.words[0]]([*one.words, *one.more()][1:])
         if getattr(args, "seed", None) == 5:
-            seeded.add(one.name)
-    begun = {one.name: one.words[one.words.index("--code_init") + 1] for one in steps if "--code_init" in one.words}
-    lists, stage1 = (next(one for one in steps if one.name == name) for name in ("refit", "codes"))
+            seeded.add(name)
+    init = {
+        name: one.words[one.words.index("--code_init") + 1] for name, one in by_name.items()
+        if "--code_init" in one.words
+    }  # fmt: skip
+    lists, stage1 = by_name["refit"], by_name["codes"]
     for model in (lists, stage1):
         assert str(tmp_path / "ring_refit") in model.words, "codes, lists and LLMs rest on the same facts"
-    listed = {one.words[one.words.index("--eval_codes") + 1] for one in steps
-              if one.name in {f"candidates_{split}" for split in ("train", "valid", "test")}}  # fmt: skip
-    assert listed == {str(lists.made[0])} != {str(stage1.made[0])}, "lists and codes are of two models"
-    named = [word for one in steps for word in one.words if word.endswith("_rq.pt") and one.name.endswith("_data")]
-    assert named and set(named) == {str(stage1.made[0])}
-    assert begun == {f"{name}_tuning": str(stage1.made[2]) for name in ("with_codes", "shuffled_codes")}, "alike"
-    unseeded = {one.name for one in steps} - seeded
-    assert all(name.startswith(("candidates_", "coded_")) or name.endswith("_answers") for name in unseeded)
+    listed = {by_name[f"lists_{split}"].words[4] for split in ("train", "valid", "test")}
+    assert listed == {str(lists.outputs[0])} != {str(stage1.outputs[0])}, "lists and codes are of two models"
+    named = [word for name, one in by_name.items() for word in one.words
+             if word.endswith("_rq.pt") and name.endswith("_data")]  # fmt: skip
+    assert named and set(named) == {str(stage1.outputs[0])}
+    assert init == {f"{name}_tuning": str(stage1.outputs[2]) for name in ("with_codes", "shuffled_codes")}
+    unseeded = by_name.keys() - seeded
+    assert all(name.startswith("lists_") or name.endswith("_answers") for name in unseeded)
+
+
+def test_interrupted_tuning_continues_from_its_checkpoint(tmp_path: Path) -> None:
+    assert resume_tuning(tmp_path) == ["--overwrite"]
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    assert resume_tuning(tmp_path) == ["--overwrite"], "killed before the checkpoint was complete"
+    (tmp_path / "checkpoint-7" / "seconds.json").write_text("{}")
+    assert resume_tuning(tmp_path) == ["--resume_from_checkpoint", "last"]
 
 
 # ---------------------------------------------------------------- the command
@@ -261,7 +303,12 @@ def test_comparison_is_written_and_tables_pass_it_over(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare_llm.py"])
     asked: list[int] = []
-    monkeypatch.setattr(compare_llm, "run_tasks", lambda tasks, workers: asked.extend((len(tasks), workers)))
+
+    def run_steps(steps: list[Step], marks: Path, workers: int) -> dict[str, float]:
+        asked.extend((len(steps), workers))
+        return {step.name: 1.0 for step in steps}
+
+    monkeypatch.setattr(compare_llm, "run_steps", run_steps)
     out = tmp_path / "out"
     for seed in (0, 2):
         fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
@@ -288,8 +335,9 @@ def test_comparison_is_written_and_tables_pass_it_over(
     (tmp_path / "alone").mkdir()
     (out / "comparison.json").rename(tmp_path / "alone" / "comparison.json")
     assert collect([tmp_path / "alone"]) == ([], [])
-    with pytest.raises(InputError, match="begun with another recipe"):
-        compare_llm.main([*words, "--quick"])
+    write_json({"data set": {}}, out / "plan.json")
+    with pytest.raises(InputError, match="another data set"):
+        compare_llm.main(words)
 
 
 def test_a_recipe_file_replaces_single_flags(tmp_path: Path) -> None:
@@ -313,19 +361,8 @@ def test_shuffled_codes_are_found_again_by_their_seed(ring: Path, tmp_path: Path
         for seed in (0, 5)
     }  # fmt: skip
     for seed, source in made.items():
-        again = inference.open_codes(source.codes_info, codes, ring)
+        again = ask.open_codes(source.codes_info, codes, ring)
         assert source.codes_info["shuffle_seed"] == seed and again.code_texts == source.code_texts
     assert made[0].code_texts != made[5].code_texts
     with pytest.raises(InputError, match="shuffled by seed 0"):
         refuse_other_codes(made[0].codes_info, made[5].codes_info, "the model", "the rows")
-
-
-def test_runs_may_share_a_folder(tmp_path: Path) -> None:
-    names = [inference.answers_path(tmp_path / name).name for name in ("inference_results.json", "a.json", "b.json")]
-    assert names == ["answers.jsonl", "a.answers.jsonl", "b.answers.jsonl"]
-
-
-def test_toy_rows_survive_their_file(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
-    rows = rows_of(ring_kg)
-    write_rows(split_path(tmp_path, "test"), rows)
-    assert list(read_rows(split_path(tmp_path, "test"))) == rows

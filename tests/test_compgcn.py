@@ -1,4 +1,4 @@
-"""CompGCN's layers against Eq. 1-2 written out edge by edge."""
+"""CompGCN layers against Eq. 1-2, computed edge by edge."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_layer_is_equation_1_and_2(backend: str, composition: str) -> None:
     our_grads = torch.autograd.grad((ours * direction).sum(), list(leaves.values()))
     their_grads = torch.autograd.grad((theirs * direction).sum(), list(leaves.values()))
     for name, a, b in zip(leaves, our_grads, their_grads, strict=True):
-        # batch norm removes what is common to all rows: the gradient of `sub`'s v_loop is zero, so no ratio is taken
+        # batch norm removes what all rows share: the gradient of `sub`'s v_loop is zero, so the bound is absolute
         assert (a - b).norm() <= 1e-10 * max(1.0, float(b.norm())), name
 
 
@@ -84,26 +84,26 @@ def test_backends_agree_in_float32(composition: str) -> None:
     assert "torch" in found
     for backend, tensors in found.items():
         for ours, theirs in zip(tensors, found["torch"], strict=True):
-            # an absolute floor: under batch norm the gradient of `sub`'s v_loop is zero but for rounding
+            # absolute for small norms: under batch norm the gradient of `sub`'s v_loop is only rounding error
             assert (ours - theirs).norm() <= 1e-5 * max(1.0, float(theirs.norm())), backend
 
 
-def test_no_layer_is_the_identity_and_widths_are_checked() -> None:
+def test_zero_layers_are_the_identity_and_widths_are_checked() -> None:
     _, graph = small_graph()
     x, v = torch.randn(M, D), torch.randn(2 * R, D)
     out = CompGCN(0, D, 99, D, R)(x, v, graph)
     assert out.x is x and out.v is v
-    with pytest.raises(InputError, match="equal widths"):
+    with pytest.raises(InputError):
         CompGCN(0, D, D, D + 1, R)
     assert [tuple(layer.w_in.shape) for layer in layers_of(CompGCN(3, 4, 5, 6, R))] == [(4, 5), (5, 5), (5, 6)]
-    with pytest.raises(InputError, match="2R"):
+    with pytest.raises(InputError):
         CompGCN(1, D, D, D, R)(x, v[:R], graph)
-    with pytest.raises(InputError, match="tanh, relu, gelu, identity"):
+    with pytest.raises(InputError):
         CompGCNLayer(D, D, R, act="swish")
 
 
-def test_dropout_spares_the_self_loop_and_is_off_in_eval() -> None:
-    """With the in and out weights' sums dropped whole, what is left is the self-loop alone."""
+def test_dropout_does_not_affect_the_self_loop_and_is_off_in_eval() -> None:
+    """If the sums over in- and out-neighbours are dropped completely, only the self-loop remains."""
     _, graph = small_graph()
     torch.manual_seed(0)
     layer = CompGCNLayer(D, D, R, dropout=1.0, act="identity", backend="torch")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.decoders import DECODERS, ComplEx, ConvE, Decoder, DistMult, TuckER, conve_shape, make_decoder
+from model.decoders import DECODERS, ComplEx, ConvE, Decoder, DistMult, JointDecoder, TuckER, conve_shape, make_decoder
 
 B, N, D = 5, 9, 12
 
@@ -53,8 +53,8 @@ def test_two_ways_to_score_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_learns_from_both_sides_and_knows_no_entity(name: str) -> None:
-    """Gradients reach q_h, v_r, q_t and every parameter; a tail of zeros scores exactly 0, so no bias is added."""
+def test_gradients_reach_everything_and_no_entity_has_a_bias(name: str) -> None:
+    """Gradients reach q_h, v_r, q_t and every parameter; a tail of zeros scores exactly 0, so there is no bias."""
     torch.manual_seed(0)
     q_h, v_r, q_t = (x.requires_grad_() for x in vectors())
     decoder = make_decoder(name, D, dropout=0.0).double()
@@ -63,24 +63,6 @@ def test_learns_from_both_sides_and_knows_no_entity(name: str) -> None:
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0
     decoder.eval()
     assert not decoder(q_h, v_r, torch.zeros(N, D, dtype=torch.float64)).any()
-
-
-@pytest.mark.parametrize("name", ["distmult", "complex"])
-def test_relation_query_gives_the_same_score(name: str) -> None:
-    """s(h, r, t) read from the relation's side: relation_query(q_h, q_t)^T v_r, for every relation."""
-    q_h, v_r, q_t = vectors()
-    decoder, q_t = ready(make_decoder(name, D)), q_t[:B]
-    from_relations = decoder.relation_query(q_h, q_t) @ v_r.T
-    for b in range(B):
-        own = decoder.score_triples(q_h, v_r[b].expand_as(q_h), q_t)
-        torch.testing.assert_close(from_relations[:, b], own, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"distmult", "complex"}))
-def test_no_relation_query_where_the_score_is_not_linear_in_the_relation(name: str) -> None:
-    q_h, _, q_t = vectors()
-    with pytest.raises(NotImplementedError, match="not linear"):
-        make_decoder(name, D).relation_query(q_h, q_t[:B])
 
 
 def test_distmult_closed_form() -> None:
@@ -96,8 +78,8 @@ def test_complex_equals_complex_arithmetic() -> None:
     want = ((h * r)[:, None] * t[None].conj()).sum(-1).real
     torch.testing.assert_close(ready(ComplEx(D))(q_h, v_r, q_t), want)
     back = ready(ComplEx(D)).score_triples(q_t[:B], v_r, q_h)
-    assert not torch.allclose(back, want[range(B), range(B)]), "ComplEx must tell (h, r, t) from (t, r, h)"
-    with pytest.raises(ValueError, match="even, found 13"):
+    assert not torch.allclose(back, want[range(B), range(B)]), "(h, r, t) and (t, r, h) should have different scores"
+    with pytest.raises(ValueError):
         ComplEx(13)
 
 
@@ -148,31 +130,40 @@ def test_conve_equals_an_explicit_convolution(kernel: int, height: int | None) -
 )
 def test_conve_shape(dim: int, kernel: int, shape: tuple[int, int] | None) -> None:
     if shape is None:
-        with pytest.raises(ValueError, match=f"D = {dim}"):
+        with pytest.raises(ValueError):
             conve_shape(dim, kernel)
     else:
         assert conve_shape(dim, kernel) == shape
         assert 2 * shape[0] >= kernel and shape[1] >= kernel
 
 
-@pytest.mark.parametrize(("prime", "near"), [(199, "198 or 200"), (13, "12 or 14"), (5, "6"), (2, "6")])
-def test_conve_names_what_fits_where_a_prime_does_not(prime: int, near: str) -> None:
-    with pytest.raises(ValueError, match=f"D = {prime} .* nearest D that fits: {near}$"):
+@pytest.mark.parametrize(("prime", "near"), [(199, (198, 200)), (13, (12, 14)), (5, (6,)), (2, (6,))])
+def test_conve_names_the_nearest_widths(prime: int, near: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError) as error:
         ConvE(prime)
-    assert all(conve_shape(int(d), 3) for d in near.split(" or "))
+    assert f"D = {prime}" in str(error.value) and all(str(d) in str(error.value) for d in near)
+    assert all(conve_shape(d, 3) for d in near)
 
 
 def test_conve_height_is_checked() -> None:
     assert conve_shape(200, 3, height=20) == (20, 10)
-    with pytest.raises(ValueError, match=r"D = 200 to height 7 .*\[2, 4, 5, 8, 10, 20, 25, 40, 50\]"):
+    with pytest.raises(ValueError):
         ConvE(200, height=7)
 
 
 def test_make_decoder() -> None:
-    with pytest.raises(ValueError, match="unknown decoder 'convee'; there are conve, distmult"):
+    with pytest.raises(ValueError):
         make_decoder("convee", D)
     decoder = make_decoder("conve", D, dropout=0.7, channels=2)
     rates = [m.p for m in decoder.modules() if isinstance(m, nn.Dropout | nn.Dropout2d)]
     assert rates == [0.7] * 3 and isinstance(decoder, ConvE) and decoder.conv.out_channels == 2
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError):
         make_decoder("distmult", 0)
+
+
+def test_joint_score_is_the_sum_of_the_members_scores() -> None:
+    q_h, v_r, q_t = vectors()
+    members = [ready(make_decoder("distmult", 8)), ready(make_decoder("complex", 4))]
+    parts = zip(members, *(x.split([8, 4], dim=1) for x in (q_h, v_r, q_t)), strict=True)
+    expected = sum(member(h, r, t) for member, h, r, t in parts)
+    torch.testing.assert_close(JointDecoder(members).eval()(q_h, v_r, q_t), expected)

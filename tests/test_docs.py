@@ -1,9 +1,10 @@
-"""The pages agree: commands with the scripts, the Chinese README with the English one, tables with the records."""
+"""The pages agree with the code: links, commands, file names, imports, levels; the log has its form."""
 
 from __future__ import annotations
 
 import ast
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,11 @@ import torch
 
 from common.errors import InputError
 from common.files import ROOT
-from tables.levels import level_lines, with_levels
-from tests.pages import check_command, indented, page_commands, read_page
+from model.decoders import DECODERS
+from tests.pages import HISTORY, PAGES, check_command, help_of, page_commands, read_page
 
-PAGES = ("README.md", "README.zh.md", "docs/MIGRATION.md", "docs/ARCHITECTURE.md", "docs/ROBUSTNESS.md",
-         "data/README.md", "benchmarks/README.md", "CONTRIBUTING.md")  # fmt: skip
-ROOMS = ("Class", "benchmarks", "data", "lora_training", "model", "tables")
-README, CHINESE = read_page("README.md"), read_page("README.zh.md")
-COMMANDS = sorted({(page, command) for page in PAGES for command in page_commands(read_page(page))})
+CURRENT = [page for page in PAGES if page not in HISTORY]
+COMMANDS = sorted({(page, command) for page in CURRENT for command in page_commands(read_page(page))})
 PROMISED = [  # they must work as they stand here
     "python run_rq.py --dataset data/FB15k-237 --seq_len 16 --num_code 1024 --num_quantizers 4 "
     "--gcn_layers 2 --tf_layers 1 --epoch 800 --lr 0.0005 --batch 1024",
@@ -35,60 +33,116 @@ PROMISED = [  # they must work as they stand here
 ]
 
 
-def squeezed(lines: list[str]) -> list[str]:
-    return [" ".join(line.split()) for line in lines]
-
-
-@pytest.mark.parametrize("text", [README, CHINESE], ids=["en", "zh"])
-def test_every_promised_command_is_there(text: str) -> None:
-    assert set(PROMISED) <= set(squeezed(indented(text)))
+@pytest.mark.parametrize("command", PROMISED)
+def test_a_promised_command_is_printed_and_exists(command: str) -> None:
+    assert command in {" ".join(found.split()) for _, found in COMMANDS}
+    check_command(command)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_exists(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # --config is read where it stands
+def test_a_command_of_a_page_exists(page: str, command: str) -> None:
     assert "$" not in command, f"a variable of {page} is not set"
     check_command(command)
 
 
-@pytest.mark.parametrize("command", ["python run_rq.py --no_such_flag", "python no_such_script.py --epoch 3",
-                                     "cd lora_training && torchrun train_lora.py --epochs many"])  # fmt: skip
+@pytest.mark.parametrize("command", ["python run_rq.py --no_such_flag", "python no_such_script.py --epoch 3"])
 def test_a_wrong_command_is_seen(command: str) -> None:
-    """The control of the test above."""
-    with pytest.raises((AssertionError, SystemExit)):
+    """The control of the tests above."""
+    with pytest.raises(AssertionError):
         check_command(command)
-
-
-def test_the_chinese_readme_has_the_same_commands() -> None:
-    assert squeezed(indented(README)) == squeezed(indented(CHINESE))
-
-
-def test_the_chinese_readme_has_the_same_tables() -> None:
-    """Every number and every piece of code in a table, and the headings, in the same order."""
-
-    def facts(text: str) -> list[list[str]]:
-        rows = [line for line in text.splitlines() if line.startswith("|")]
-        return [sorted(re.findall(r"`[^`]+`", row)) + re.findall(r"(?<![\w.`-])\.?\d[\d,.]*\d", row) for row in rows]
-
-    def shape(text: str) -> list[int]:
-        return [line.count("#") for line in text.splitlines() if re.match("#+ ", line)]
-
-    assert facts(README) == facts(CHINESE) and shape(README) == shape(CHINESE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read_page(page)):
-        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", CURRENT)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    """Names of scripts in backquotes, with their folder or without."""
+    folders = [ROOT, (ROOT / page).parent, *(path for path in ROOT.iterdir() if path.is_dir())]
+    for name in set(re.findall(r"`([\w/.-]+\.(?:py|sh))`", read_page(page))):
+        assert any((folder / name).exists() for folder in folders), f"{page} names {name}"
+
+
+def test_every_decoder_is_named_in_help() -> None:
+    assert all(name in help_of("run_rq.py") for name in DECODERS)
+
+
+# ---------------------------------------------------------------- the log
+
+
+def entries(text: str) -> list[str]:
+    return re.split(r"(?m)^## ", text)[1:]
+
+
+def log_faults(text: str) -> list[str]:
+    """Titles of entries without the form ``date: what was tried -> verdict``, in another order, or too long."""
+    faults, latest = [], date.max
+    for entry in entries(text):
+        title, *lines = [line for line in entry.splitlines() if line.strip()]
+        found = re.fullmatch(r"(\d{4}-\d\d-\d\d): .+ -> .+", title)
+        if found is None or date.fromisoformat(found[1]) > latest:
+            faults.append(title)
+            continue
+        latest = date.fromisoformat(found[1])
+        if len(title) > 150 or len([line for line in lines if not line.startswith("|")]) > 20 or len(lines) > 30:
+            faults.append(f"too long: {title}")
+    return faults
+
+
+def test_the_log_is_newest_first_with_short_entries() -> None:
+    text = read_page("docs/LOG.md")
+    assert len(entries(text)) > 20 and not log_faults(text)
+
+
+def test_a_wrong_entry_of_the_log_is_seen() -> None:
+    good = "# Log\n\n## 2026-11-28: a -> b\n\ntext\n\n## 2026-11-27: c -> d\n\ntext\n"
+    assert not log_faults(good)
+    assert log_faults(good.replace("11-27", "11-29")) and log_faults(good.replace("c -> d", "c"))
+    assert log_faults(good + "a line\n" * 21)
+
+
+# ---------------------------------------------------------------- imports
+
+FOLDERS = ("common", "data", "Class", "model", "lora_training", "tables", "benchmarks")
+ALLOWED = {  # folder -> folders of ours that it may import, besides itself
+    "common": set(),
+    "data": {"common"},
+    "Class": {"common", "data"},
+    "model": {"common", "data", "Class"},
+    "lora_training": {"common", "data", "Class", "model"},
+    "tables": {"common", "data", "Class", "model", "lora_training", "run_rq"},
+}
 
 
 def our_files() -> list[Path]:
-    files = [file for room in ROOMS for file in (ROOT / room).rglob("*.py") if file.name != "__init__.py"]
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py") if file.name != "__init__.py"]
     return files + list(ROOT.glob("*.py"))
 
 
+def our_imports(path: Path) -> set[str]:
+    """The folders of ours (or scripts of the root) that a file imports, in functions and for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return {name for name in found if name in FOLDERS or (ROOT / f"{name}.py").is_file()}
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_between_folders_go_down(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        above = our_imports(path) - ALLOWED[folder] - {folder}
+        assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"
+
+
 def head_commands() -> set[tuple[str, str]]:
-    """(file, command) of the commands at the heads of our files; three blanks part a command from what it does."""
+    """(file, command) of the commands in the docstrings at the heads of our files."""
     found = set()
     for file in our_files():
         head = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")), clean=False) or ""
@@ -98,54 +152,33 @@ def head_commands() -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("file", "command"), sorted(head_commands()))
-def test_command_at_a_files_head_exists(file: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_command_at_a_files_head_exists(file: str, command: str) -> None:
     check_command(command)
 
 
-def our_imports(path: Path) -> set[Path]:
-    """The files of ours that a file imports, in functions and for type checking too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found |= {ROOT / f"{name.replace('.', '/')}.py" for name in names}
-    return {file for file in found if file.is_file()}
-
-
-def test_arrows_run_down() -> None:
-    """docs/ARCHITECTURE.md: every file of ours is in one line of the table and imports nothing of a line above."""
-    line_of: dict[Path, int] = {}
-    for number, line in enumerate(re.findall(r"^\| (`.*?) \|", read_page("docs/ARCHITECTURE.md"), re.MULTILINE)):
-        folder = ROOT
-        for name in re.findall(r"`([^`]+)`", line):
-            folder = ROOT / Path(name).parent if "/" in name.rstrip("/") else folder
-            pattern = f"{Path(name).name}/*.py" if name.endswith("/") else Path(name).name
-            for file in folder.glob(pattern):
-                line_of.setdefault(file, number)
-    files = our_files()
-    assert [file for file in files if file not in line_of] == []
-    up = [(a, b) for a in files for b in our_imports(a) if b in line_of and line_of[b] < line_of[a]]
-    assert not up, [f"{a.relative_to(ROOT)} imports {b.relative_to(ROOT)}" for a, b in up]
+# ---------------------------------------------------------------- what pages say of levels and LLMs
 
 
 def test_the_levels_are_those_of_the_records() -> None:
+    from tables.levels import with_levels
+
     page = read_page("docs/MIGRATION.md")
     assert with_levels(page) == page, "out of date: python tables/levels.py --page docs/MIGRATION.md"
 
 
 def test_a_level_changed_by_hand_is_seen(tmp_path: Path) -> None:
+    from tables.levels import level_lines, with_levels
+
     page = read_page("docs/MIGRATION.md")
     changed = re.sub(r"(\| of \d+ |)\| \.\d\d\d \|", "| .999 |", page, count=1)
     assert changed != page and with_levels(changed) == page
     assert [line.count("|") for line in level_lines(tmp_path)] == [8] * 2  # no record: only the heads
-    with pytest.raises(InputError, match="has no <!-- levels -->"):
+    with pytest.raises(InputError):
         with_levels("# another page\n")
 
 
 def other_llms() -> dict[str, Any]:
-    """Small models of the families that the README names as tested."""
+    """Small models of the families that the pages name as tested."""
     from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
     sizes: dict[str, Any] = {
@@ -163,7 +196,7 @@ def other_llms() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["LLaMA", "Qwen2", "Qwen2, tied", "Qwen3", "GPT-2"])
 def test_other_llms_take_code_tokens(name: str) -> None:
-    """New rows, LoRA, logits at chosen positions and candidate scores by two ways, with each architecture."""
+    """New embeddings, LoRA, logits at chosen positions and candidate scores by two ways, with each architecture."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -186,5 +219,6 @@ def test_other_llms_take_code_tokens(name: str) -> None:
     torch.testing.assert_close(packed, full, rtol=0, atol=1e-4)
 
 
-def test_the_readme_names_the_llms_tested() -> None:
-    assert "small random LLaMA, Qwen2 (tied and not), Qwen3 and GPT-2" in README
+def test_the_pages_name_the_llms_tested() -> None:
+    text = " ".join(read_page(page) for page in CURRENT)
+    assert all(name.split(",")[0] in text for name in other_llms())

@@ -131,7 +131,7 @@ def test_rows_equal_a_plain_unbatched_computation(embed: Embed, graph: Path, ber
     assert record["sha256"] == sha256_file(out) and record["shape"] == [M, 16] and record["cut_texts"] == 0
     assert record["inputs"]["model/model.safetensors"] == sha256_file(bert / "model.safetensors")
     assert record["inputs"]["entity2definition.txt"] == kg.input_hashes["entity2definition.txt"]
-    assert {path.name for path in out.parent.iterdir()} == {"text.npy", "text.json"}
+    assert {path.name for path in out.parent.iterdir()} == {"text.npy", "text.json", "text.entities.txt"}
 
     half = tmp_path / "half.npy"
     assert embed(*flags, "--out", half).code == 0
@@ -440,7 +440,7 @@ def test_other_faults_are_one_line_and_the_rest_is_asked_later(
     monkeypatch.setattr(embed_text, "sleep", lambda seconds: None)
     server.faults = ["", "", *faults]
     outcome = embed(*asked)
-    assert_refused(outcome, words, f"20 of {M} rows are kept", "the same command goes on")
+    assert_refused(outcome, words, f"20 of {M} rows are kept", "the same command continues")
     assert len(server.bodies) == 2 + requests and SECRET not in outcome.err and not (tmp_path / "text.npy").exists()
     server.faults, server.bodies = [], []
     assert embed(*asked).code == 0

@@ -343,7 +343,8 @@ def test_grids_of_answers_are_means_by_size(tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, Path]]:
     """A tiny base, an adapter on it with codes 2 of 8, and both merged."""
-    from lora_training.code_tokens import load_adapted, read_saved, save_tokenizer
+    from lora_training.adapters import load_adapted, read_saved
+    from lora_training.code_tokens import save_tokenizer
     from tests.test_inference import save_adapter, save_base
 
     folder = tmp_path_factory.mktemp("models")

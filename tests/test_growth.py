@@ -1,4 +1,4 @@
-"""Random graphs: the law they are drawn by is the law that is fitted to them; the growth benchmark's rows."""
+"""Random graphs have the degrees they are drawn with; the rows of the growth benchmark."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ import pytest
 
 from benchmarks import growth
 from benchmarks.growth import growth_exponents
-from benchmarks.random_graph import (
-    FREEBASE,
-    RELATIONS,
-    Law,
-    fit_law,
-    random_kg,
-    random_triples,
-    tail_exponent,
-    zipf_exponent,
-)
-from common.files import ROOT, read_json
-from data.knowledge_graph import KnowledgeGraph
+from benchmarks.random_graph import RELATION_EXPONENT, RELATIONS, random_kg, random_triples
+from common.files import read_json
 
 
 def test_triples_are_distinct_in_range_and_of_the_seed() -> None:
@@ -33,45 +23,29 @@ def test_triples_are_distinct_in_range_and_of_the_seed() -> None:
     assert not np.array_equal(triples, random_triples(2000, 20_000, seed=2))
 
 
-def test_order_tells_nothing_about_degree() -> None:
-    """Ids and rows are shuffled: hubs stand anywhere, and the first half of the triples has the law of the second."""
+def test_ids_and_order_do_not_depend_on_the_degree() -> None:
     triples = random_triples(2000, 20_000, seed=0)
     degree = np.bincount(triples[:, 2], minlength=2000)
     assert abs(np.corrcoef(np.arange(2000), degree)[0, 1]) < 0.1
     first, second = (np.bincount(part[:, 2], minlength=2000) for part in np.split(triples, 2))
     assert np.corrcoef(first, second)[0, 1] > 0.9
-    assert first.sum() == second.sum()
 
 
-@pytest.mark.parametrize("law", [FREEBASE, Law(2.3, 0.5, 3.5, 0.4, 1.3)])
-def test_the_fit_finds_the_law_that_was_drawn(law: Law) -> None:
-    """Not exactly: distinct triples cost the hubs some of their degree."""
-    found = fit_law(random_triples(30_000, 300_000, seed=0, law=law), 30_000)
-    assert found.out_exponent == pytest.approx(law.out_exponent, abs=0.2)
-    assert found.in_exponent == pytest.approx(law.in_exponent, abs=0.2)
-    assert found.relation_exponent == pytest.approx(law.relation_exponent, abs=0.05)
+def test_degrees_and_relations_have_the_stated_distribution() -> None:
+    """The k-th largest frequency falls as k^-s for relations; tails (a = 2.5) are less even than heads (a = 3.1)."""
+    triples = random_triples(30_000, 300_000, seed=0)
+    counts = np.sort(np.bincount(triples[:, 1], minlength=RELATIONS))[::-1]
+    ranks = np.arange(1, RELATIONS + 1)
+    slope = np.polyfit(np.log(ranks[5:100]), np.log(counts[5:100]), 1)[0]
+    assert slope == pytest.approx(-RELATION_EXPONENT, abs=0.05)
+    heads, tails = (np.sort(np.bincount(triples[:, end], minlength=30_000))[::-1] for end in (0, 2))
+    for degrees, exponent in ((heads, 3.147), (tails, 2.488)):
+        slope = np.polyfit(np.log(ranks[10:]), np.log(degrees[10:RELATIONS]), 1)[0]
+        assert slope == pytest.approx(-1 / (exponent - 1), abs=0.05)
 
 
-def test_fits_on_known_samples() -> None:
-    rng = np.random.default_rng(0)
-    for exponent in (2.2, 3.0):
-        degrees = np.floor(0.5 + 9.5 * (1 - rng.random(50_000)) ** (-1 / (exponent - 1))).astype(np.int64)
-        found, cut = tail_exponent(degrees)
-        assert found == pytest.approx(exponent, abs=0.1) and cut >= 9
-    counts = rng.multinomial(10**6, (p := np.arange(1, 200) ** -0.7) / p.sum())
-    assert zipf_exponent(counts) == pytest.approx(0.7, abs=0.01)
-
-
-def test_freebase_is_the_fit_of_fb15k237() -> None:
-    folder = ROOT / "data" / "FB15k-237"
-    if not (folder / "train.txt").exists():
-        pytest.skip("FB15k-237 is not there: python data/download.py")
-    kg = KnowledgeGraph.load(folder)
-    assert fit_law(kg.train, kg.num_entities) == pytest.approx(FREEBASE, abs=1e-3)
-
-
-def test_too_many_triples_are_refused() -> None:
-    with pytest.raises(ValueError, match="too many"):
+def test_too_many_triples_are_rejected() -> None:
+    with pytest.raises(ValueError):
         random_triples(3, 3 * 3 * RELATIONS + 1, seed=0)
 
 
@@ -108,27 +82,26 @@ def test_rows_of_exact_and_sampled_loss(
         return growth.measure(argparse.Namespace(**{**vars(args), "one": (M, negatives)}))
 
     monkeypatch.setattr(growth, "in_own_process", here)
-    words = "--sizes 300 --steps 4 --warm_steps 0 --encoder_every 2 --num_negatives 20 --batch 32 --threads 1"
+    words = "--sizes 300 --steps 4 --encoder_every 2 --num_negatives 20 --batch 32 --threads 1"
     exact, sampled = run_growth(words, tmp_path / "rows.json", monkeypatch)
     assert (exact["loss"], sampled["loss"]) == ("exact", "sampled, N = 20")
     for row in (exact, sampled):
         assert row["triples"] == 3000 and row["sampled_steps"] == 4 < row["steps"]
         assert row["epoch_seconds"] > 0 and 0 < row["peak_gb"] <= row["peak_gb_ranked"]
     assert exact["ratio"] == 1 and sampled["ratio"] == pytest.approx(exact["epoch_seconds"] / sampled["epoch_seconds"])
-    printed = capsys.readouterr().out
-    assert "ratio" in printed.splitlines()[0] and "not a whole epoch" in printed
+    assert "ratio" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_each_row_has_a_process_and_its_own_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "--sizes 300 40000 --steps 2 --warm_steps 0 --encoder_every 2 --threads 1 --num_negatives 64"
+    words = "--sizes 300 40000 --steps 2 --encoder_every 2 --threads 1 --num_negatives 64"
     small, _, large, _ = run_growth(words, tmp_path / "rows.json", monkeypatch)
     assert large["peak_gb"] > small["peak_gb"] + 0.05
 
 
-def test_no_room_leaves_a_size_out(
+def test_too_little_memory_leaves_a_size_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(growth, "available_gb", lambda: 15.9)
     assert run_growth("--sizes 1000000", tmp_path / "rows.json", monkeypatch) == []
-    assert "M = 1,000,000 left out: 15.9 GB are free, 16 GB are asked for" in capsys.readouterr().out
+    assert "1,000,000" in capsys.readouterr().out

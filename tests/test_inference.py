@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,26 +16,30 @@ import torch
 
 from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
 from Class.codes import load_codes
-from Class.instructions import read_rows
 from Class.prompts import prediction
+from Class.rows import read_rows, write_rows
 from common.errors import InputError
 from common.files import ROOT, read_json, write_json
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, inference, make_tiny_base, merge_adapter
+from lora_training.adapters import RECORD, load_adapted, read_saved
+from lora_training.base_model import load_base, load_tokenizer
 from lora_training.code_tokens import (
-    RECORD,
     CodeShape,
     add_code_tokens,
-    load_adapted,
-    load_base,
-    load_tokenizer,
     read_codes_info,
-    read_saved,
     resize_model,
     save_tokenizer,
     trainable_rows,
 )
-from lora_training.inference import Listed, candidate_lines, listed_candidates, read_numbered, reads_as
+from lora_training.inference import (
+    Listed,
+    candidate_lines,
+    has_form_of,
+    listed_candidates,
+    permuted_rows,
+    read_numbered,
+)
 from lora_training.make_tiny_base import train_tokenizer
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt, prompt_text
@@ -43,6 +48,7 @@ from tests.test_gen_lp import export
 from tests.test_instructions import write_codes
 
 SHAPE = (3, 8, 2)  # L, K, Q
+RESULTS = "inference_results.json"
 Rows = list[dict[str, Any]]
 
 
@@ -57,18 +63,6 @@ class World(NamedTuple):
     base: Path
     adapter: Path
     named_adapter: Path
-
-
-def test_a_sliding_window_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, MistralConfig
-
-    for name, config in (("window", MistralConfig(sliding_window=8)), ("plain", LlamaConfig())):
-        config.save_pretrained(str(tmp_path / name))
-    window, plain = (inference.Reader(str(tmp_path / name), None, False, None) for name in ("window", "plain"))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"has a sliding window, .* give --decode free"):
-        inference.check_window(window, "score")
-    inference.check_window(window, "free")
-    inference.check_window(plain, "score")
 
 
 def save_adapter(base: Path, data: Path, folder: Path) -> Path:
@@ -130,17 +124,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, ring: Path, ring_kg: Knowled
     return World(folder, ring_kg, codes, mix, named, base, adapters[0], adapters[1])
 
 
-def run(world: World, out: Path, *words: str | Path, data: Path | None = None, adapter: Path | None = None) -> Rows:
+def run(
+    world: World, out: Path, *words: str | int | Path, data: Path | None = None, adapter: Path | None = None
+) -> Rows:
     """inference.py over the test tasks of ``data``; the lines of answers.jsonl."""
     data, adapter = data or world.mix, adapter or world.adapter
-    flags = [
-        "--lora_adapter",
-        adapter,
-        "--test_data",
-        data / "test_tasks.json",
-        "--output",
-        out / "inference_results.json",
-    ]
+    flags = ["--lora_adapter", adapter, "--test_data", data / "test_tasks.json", "--output", out / RESULTS]
     inference.main([str(word) for word in (*flags, "--device", "cpu", "--max_new_tokens", "6", *words)])
     return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 
@@ -202,7 +191,7 @@ def test_every_row_is_answered_once_and_validation_where_it_decides(world: World
     assert sorted(a["id"] for a in answers if a["split"] == "test") == sorted(rows_by_id(world.mix))
     of_validation = {a["task_type"] for a in answers if a["split"] == "validation"}
     assert of_validation == {"triple_classification", "validate_triple"}
-    results = read_json(out / "inference_results.json", "results")
+    results = read_json(out / RESULTS, "results")
     assert [a["id"] for a in results["answers"] if a["split"] == "test"] == list(rows_by_id(world.mix)), (
         "the file's order"
     )
@@ -228,7 +217,7 @@ def test_names_are_scored_through_their_end_and_chosen_on_validation(world: Worl
         assert np.allclose(found - found[0], expected - expected[0], atol=1e-3)
         lengths = [len(encode_answer(f"1. {line}\n", saved.tokenizer, end=False)) for line in lines]
         assert np.ptp(np.array(lengths) - np.array(answer["tokens"])) == 0, "all but what they share"
-    metrics = read_json(world.folder / "named" / "inference_results.json", "results")["metrics"]["link_prediction"]
+    metrics = read_json(world.folder / "named" / RESULTS, "results")["metrics"]["link_prediction"]
     best = max(("sum", "mean"), key=lambda way: metrics["validation"][f"by_{way}"]["mrr"])
     assert metrics["test"]["mrr"] == metrics["test"][f"by_{best}"]["mrr"]
 
@@ -239,17 +228,8 @@ def test_a_merged_model_answers_alike(world: World, scored: tuple[Path, Rows]) -
     save_tokenizer(saved.tokenizer, merged, saved.shape)
     write_json(saved.record, merged / RECORD)
     out = world.folder / "from_merged"
-    flags = [
-        "--base_model",
-        merged,
-        "--test_data",
-        world.mix / "test_tasks.json",
-        "--output",
-        out / "r.json",
-        "--limit",
-        20,
-    ]
-    inference.main([str(word) for word in (*flags, "--max_new_tokens", 6, "--device", "cpu")])
+    flags = ["--base_model", merged, "--test_data", world.mix / "test_tasks.json", "--output", out / "r.json"]
+    inference.main([str(word) for word in (*flags, "--limit", 20, "--max_new_tokens", 6, "--device", "cpu")])
     found = [json.loads(line) for line in (out / "r.answers.jsonl").read_text().splitlines()]
     expected = {(answer["split"], answer["id"]): answer for answer in scored[1]}
     assert any(answer["scores"] for answer in found)
@@ -293,30 +273,24 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         assert 0 < sum(computed) < lines, "what was answered is not answered again"
     monkeypatch.setattr(inference, "load_model", lambda *_: pytest.fail("everything was answered"))
     run(world, tmp_path, "--base_model", world.base)
-    again, first = (read_json(folder / "inference_results.json", "results") for folder in (tmp_path, scored[0]))
+    again, first = (read_json(folder / RESULTS, "results") for folder in (tmp_path, scored[0]))
     assert again["answers"] == first["answers"] and again["metrics"] == first["metrics"]
-    with pytest.raises(InputError, match=r"answers of another run \(beams 20 before, 3 now\)"):
-        run(world, tmp_path, "--base_model", world.base, "--beams", "3")
+    with pytest.raises(InputError, match=r"answers of another run \(batch_size 8 before, 3 now\)"):
+        run(world, tmp_path, "--base_model", world.base, "--batch_size", "3")
+    (tmp_path / "answers.jsonl").unlink()
+    with pytest.raises(InputError, match="--overwrite"):
+        run(world, tmp_path, "--base_model", world.base)
 
 
-# ---------------------------------------------------------------- searches
-
-
-def test_a_wide_search_over_the_candidates_is_scoring(world: World, scored: tuple[Path, Rows], tmp_path: Path) -> None:
-    expected = {answer["id"]: answer["scores"] for answer in of(scored[1], "link_prediction")}
-    data = world.mix / "link_prediction"
-    for answer in run(world, tmp_path, "--decode", "constrained", data=data):
-        assert np.allclose(answer["scores"], expected[answer["id"]], atol=1e-3)
-    narrow = run(world, tmp_path, "--decode", "constrained", "--beams", "2", "--overwrite", data=data)
-    assert all(sum(score is not None for score in answer["scores"]) == 2 for answer in narrow)
+# ---------------------------------------------------------------- likelihood scoring
 
 
 @pytest.mark.parametrize("with_codes", [True, False])
 def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: Path, with_codes: bool) -> None:
-    """--decode predict: log P(answer, end | the prompt that --predict writes) of each candidate, by full passes."""
+    """--decode likelihood: log P(answer, end | the prompt that --predict writes) of each candidate, by full passes."""
     data = world.mix if with_codes else world.named
     adapter = world.adapter if with_codes else world.named_adapter
-    answers = of(run(world, tmp_path / "told", "--decode", "predict", data=data, adapter=adapter), "link_prediction")
+    answers = of(run(world, tmp_path / "told", "--decode", "likelihood", data=data, adapter=adapter), "link_prediction")
     model = load_adapted(read_saved(adapter), str(world.base), torch.float32).merge_and_unload().eval()
     tokenizer, rows = read_saved(adapter).tokenizer, rows_by_id(data)
     end = tokenizer.eos_token
@@ -328,7 +302,7 @@ def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: P
         assert not any(f"{line}\n" in asked["instruction"] for line in row["candidates"]), "no list is shown"
         listed = [candidate.answer for candidate in listed_candidates(row)]
         expected = likelihoods(model, tokenizer, asked, listed, end=True)
-        assert np.allclose(answer["scores"], expected, atol=4e-3) and answer["decode"] == "predict"
+        assert np.allclose(answer["scores"], expected, atol=4e-3) and answer["decode"] == "likelihood"
         met |= np.ptp(expected) > 0.1
         assert answer["text"].startswith(f"1. {listed[int(np.argmax(answer['scores']))]}")
         lengths = [len(encode_answer(text, tokenizer)) for text in listed]
@@ -337,61 +311,59 @@ def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: P
     assert report(answers)["link_prediction"]["test"]["count"] == len(answers)
 
 
-def test_all_entities_are_searched_and_known_answers_left_out(
-    world: World, ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, kg = world.mix / "link_prediction", world.kg
-    words: list[str | Path] = ["--decode", "constrained_all", "--dataset", ring, "--codes", world.codes]
-    answers = run(world, tmp_path, *words, "--beams", str(kg.num_entities), data=data)
+# ---------------------------------------------------------------- other orders of the lists
+
+
+def test_other_orders_are_answered_and_mapped_back(world: World, tmp_path: Path) -> None:
+    """Each score is that of the same candidate in the permuted prompt, which is built from the row's fields."""
+    data = world.mix / "link_prediction"
+    answers = run(world, tmp_path, "--permute", 2, "--limit", 6, data=data)
     saved = read_saved(world.adapter)
     model, rows = load_adapted(saved, str(world.base), torch.float32), rows_by_id(data)
-    codes = load_codes(world.codes).numpy()
-    texts = ["1. <CODE>" + "".join(f"Q0_{a}Q1_{b}" for a, b in row) + "</CODE>" for row in codes.tolist()]
-    facts = {tuple(kg_row) for split in ("train", "valid") for kg_row in kg.split(split).tolist()}
-    left_out = 0
-    for number, answer in enumerate(answers):
+    changed = 0
+    for answer in answers:
         row = rows[answer["id"]]
-        head, relation, tail = row["triple"]
-        r, given = kg.relations.index(relation), kg.entities.index(head if row["direction"] == "tail" else tail)
-        truth = tail if row["direction"] == "tail" else head
-        old = {
-            name for e, name in enumerate(kg.entities)
-            if ((given, r, e) if row["direction"] == "tail" else (e, r, given)) in facts
-        } - {truth}  # fmt: skip
-        left_out += len(old)
-        assert set(answer["candidates"]) == set(kg.entities) - old
-        if number > 1:
-            continue
-        scores = dict(zip(kg.entities, likelihoods(model, saved.tokenizer, row, texts), strict=True))
-        found = dict(zip(answer["candidates"], answer["scores"], strict=True))
-        assert max(abs(found[name] - scores[name]) for name in found) < 4e-3
-        assert answer["truth"][0] == truth and answer["candidate_rank"] == row["candidate_rank"]
-        assert answer["scores"] == sorted(answer["scores"], reverse=True)
-    assert len(answers) == len(rows) and left_out > 0
-    other = write_codes(ring, tmp_path / "other", (3, 8, 2))
-    codes_of = torch.load(other, weights_only=True)
-    assert torch.equal(codes_of, load_codes(world.codes)), "the same file again: the hash decides, not the path"
-    different = write_codes(ring, tmp_path / "different", (2, 8, 2))
-    monkeypatch.setattr(inference, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match="use data and adapter of one run"):
-        run(world, tmp_path / "x", "--decode", "constrained_all", "--dataset", ring, "--codes", different, data=data)
+        assert len(answer["permuted"]) == 2 and answer["candidate_order"] in ("ranked", "shuffled")
+        again = list(permuted_rows(row, 2, seed=0))
+        orders = [order for _, order in again]
+        assert orders == [order for _, order in permuted_rows(row, 2, seed=0)], "seeded by the row's id"
+        for (other, order), scores in zip(again, answer["permuted"], strict=True):
+            assert sorted(order) == list(range(len(order)))
+            assert other["candidates"] == [row["candidates"][i] for i in order]
+            lines = [f"1. {codes}" for codes in row["candidate_codes"]]
+            expected = likelihoods(model, saved.tokenizer, other, lines)
+            assert np.allclose(np.array(scores) - scores[0], expected - expected[0], atol=4e-3)
+            changed += order != sorted(order) and not np.allclose(scores, answer["scores"], atol=1e-2)
+    assert changed, "the order must matter for this test to say anything"
+    ids = list(rows)[:2]
+    assert [o for _, o in permuted_rows(rows[ids[0]], 3, 0)] != [o for _, o in permuted_rows(rows[ids[1]], 3, 0)]
+    results = read_json(tmp_path / RESULTS, "results")
+    permuted = results["metrics"]["link_prediction"]["test"]["permuted"]
+    assert permuted["orders"] == 2 and 0 <= permuted["first_changes"] <= 1
+    assert results["candidate_order"]["test"] == answers[0]["candidate_order"]
 
 
-def test_rows_of_another_graph_are_refused_before_the_weights(
+def test_prompts_that_cannot_be_permuted_are_an_error(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An edited prompt, and rows of earlier versions, which lack the fields."""
     monkeypatch.setattr(inference, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    words: list[str | Path] = ["--decode", "constrained_all", "--dataset", ROOT / "data" / "family"]
-    with pytest.raises(InputError, match=r"asks about 'e\d+', which family does not have; give --dataset"):
-        run(world, tmp_path, *words, data=world.named / "link_prediction", adapter=world.named_adapter)
+    data = world.mix / "link_prediction"
+    (tmp_path / "dataset_stats.json").write_bytes((data / "dataset_stats.json").read_bytes())
+    row = next(read_rows(data / "test_tasks.json"))
+    for changes, word in (({"instruction": f"Hello! {row['instruction']}"}, "--permute"), ({"head": None}, "head")):
+        write_rows(tmp_path / "test_tasks.json", [row | changes])
+        with pytest.raises(InputError, match=word):
+            run(world, tmp_path / "out", "--permute", 2, data=tmp_path)
 
 
 # ---------------------------------------------------------------- text
 
 
 def test_free_text_is_read_or_counted(world: World, tmp_path: Path) -> None:
-    run(world, tmp_path, "--decode", "free")
-    metrics = read_json(tmp_path / "inference_results.json", "results")["metrics"]
+    answers = run(world, tmp_path, "--decode", "free", "--permute", 1)
+    assert all(answer["permuted"] == [None] for answer in of(answers, "link_prediction"))
+    metrics = read_json(tmp_path / RESULTS, "results")["metrics"]
     for task in ("link_prediction", "triple_classification"):
         counts = metrics[task]["test"]
         assert counts["parse_failures"] == counts["count"] > 0, "six tokens of a random model are no answer"
@@ -413,11 +385,11 @@ def test_what_counts_as_an_answer() -> None:
         (first, "<CODE>Q0_7</CODE>", "<CODE>Q0_7|Q0_1</CODE>"), (entity, entity.replace("a b", "c"), "a b"),
         ("Q1_3", "Q0_12", "Q0_1 "  "Q1_2"), ("2 of 4", " 0 of 4\n", "two"), ("some name", "another", "  "),
     ):  # fmt: skip
-        assert reads_as(row(output), right) and not reads_as(row(output), wrong)
+        assert has_form_of(row(output), right) and not has_form_of(row(output), wrong)
     names = {"candidates": ["1", "2"], "candidate_names": ["a b", "c"]}
     nearer = row("c", **names, candidate_codes=[first, second])
     assert listed_candidates(nearer) == [Listed("a b", first), Listed("c", second)]
-    assert reads_as(nearer, "a b") and not reads_as(nearer, "d")
+    assert has_form_of(nearer, "a b") and not has_form_of(nearer, "d")
     assert listed_candidates(row("c", **names)) == [Listed("a b", "a b"), Listed("c", "c")]
     with pytest.raises(InputError):
         listed_candidates(row("c", candidates=["1", "2"]))
@@ -444,46 +416,51 @@ def test_bad_input_is_one_line_before_the_weights(
     test = ["--test_data", world.mix / "test_tasks.json", "--output", tmp_path / "r.json"]
     adapter = ["--lora_adapter", world.adapter]
     other_base = save_base(tmp_path / "other_base", ["few words " * 9], 300)
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    for file in world.adapter.iterdir():
-        (foreign / file.name).write_bytes(file.read_bytes())
+    foreign, other_codes = (shutil.copytree(world.adapter, tmp_path / name) for name in ("foreign", "other_codes"))
     load_tokenizer(str(other_base)).save_pretrained(foreign)
-    other_codes = tmp_path / "other_codes"
-    other_codes.mkdir()
-    for file in world.adapter.iterdir():
-        (other_codes / file.name).write_bytes(file.read_bytes())
     record = read_json(world.adapter / RECORD, "record")
     record["codes"]["sha256"] = "0" * 64
     write_json(record, other_codes / RECORD)
-    long = tmp_path / "long"
-    long.mkdir()
-    row = next(row for row in read_rows(world.mix / "test_tasks.json"))
-    (long / "test_tasks.json").write_text("[\n" + json.dumps(row | {
-        "instruction": "word " * 3000, "task_type": "other", "truth": ["x"]}) + "\n]\n")  # fmt: skip
-    (long / "dataset_stats.json").write_bytes((world.mix / "dataset_stats.json").read_bytes())
+    long = tmp_path / "long" / "test_tasks.json"
+    row = next(read_rows(world.mix / "test_tasks.json"))
+    write_rows(long, [row | {"instruction": "word " * 3000, "task_type": "other", "truth": ["x"]}])
+    shutil.copy(world.mix / "dataset_stats.json", long.parent)
     cases: list[tuple[list[Any], str]] = [
-        ([*test], "no model given"),
+        ([*test], "--lora_adapter"),
         (["--lora_adapter", tmp_path / "none", *test], "none does not exist"),
         (["--base_model", tmp_path / "none", *test], "none does not exist"),
-        (["--lora_adapter", foreign, *test], "replaced by another vocabulary"),
-        ([*adapter, "--base_model", other_base, *test], "token rows"),
-        (["--lora_adapter", other_codes, *test], "use data and adapter of one run"),
+        (["--lora_adapter", foreign, *test], "foreign has "),
+        ([*adapter, "--base_model", other_base, *test], "other_base"),
+        (["--lora_adapter", other_codes, *test], "other_codes was made with"),
         ([*adapter, "--test_data", tmp_path / "none.json"], "none.json does not exist"),
         ([*adapter, *test, "--val_data", tmp_path / "none.json"], "none.json does not exist"),
         ([*adapter, "--test_data", world.named / "test_tasks.json"], "no codes"),
-        (["--base_model", world.base, *test], "knows no codes"),
-        ([*adapter, "--test_data", long / "test_tasks.json"], "nothing is truncated"),
-        ([*adapter, *test, "--device", "cuda:77"], "cuda:77 is not there"),
-    ]
+        (["--base_model", world.base, *test], "--base_model"),
+        ([*adapter, "--test_data", long], "--max_new_tokens"),
+        ([*adapter, *test, "--device", "cuda:77"], "--device cuda:77"),
+        ([*adapter, "--test_data", world.mix / "triple_classification" / "test_tasks.json", "--decode", "likelihood"],
+         "--decode likelihood"),
+    ]  # fmt: skip
     for words, message in cases:
         with pytest.raises(InputError, match=re.escape(message)) as error:
             inference.main([str(word) for word in words])
         assert "\n" not in str(error.value)
-    for words, message in (([*adapter, *test, "--beams", 0], "--beams must be 1"), ([*test, "--codes", "x"], "alone")):
-        with pytest.raises(SystemExit) as end:
-            inference.main([str(word) for word in words])
-        assert end.value.code == 2, message
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [(["--batch_size", "0"], "--batch_size"), (["--decode", "likelihood", "--permute", "2"], "--permute"),
+     (["--output", "."], "--output"), (["--output", str(ROOT)], "--output")],
+)  # fmt: skip
+def test_flags_out_of_range_are_one_line(words: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        inference.parse_args(words)
+    assert end.value.code == 2 and f"error: {flag}" in capsys.readouterr().err
+
+
+def test_runs_may_share_a_folder(tmp_path: Path) -> None:
+    names = [inference.answers_path(tmp_path / name).name for name in (RESULTS, "a.json", "b.json")]
+    assert names == ["answers.jsonl", "a.answers.jsonl", "b.answers.jsonl"]
 
 
 REFUSED = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
@@ -523,10 +500,3 @@ def test_help_loads_neither_torch_nor_transformers(script: str) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "lora_training", capture_output=True, text=True)
     assert ended.stdout.strip().endswith("heavy: [] 0") and "default: " in ended.stdout
-
-
-def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for output in (".", str(tmp_path)):
-        with pytest.raises(SystemExit) as stop:
-            inference.parse_args(["--output", output])
-        assert stop.value.code == 2 and "is a folder; name a file in it" in capsys.readouterr().err

@@ -110,10 +110,8 @@ def test_rows_come_back_as_they_went(tmp_path: Path, file_format: str) -> None:
     assert stats["prompt_characters"]["max"] == max(len(row["instruction"]) for row in rows)
 
 
-def test_limit_empty_and_other_format(tmp_path: Path) -> None:
+def test_limit_and_empty(tmp_path: Path) -> None:
     assert write_rows(tmp_path / "train.json", some_rows(20), limit=7)["rows"] == 7
-    write_rows(tmp_path / "train.jsonl", some_rows(3))
-    assert not (tmp_path / "train.json").exists(), "two files of one split would contradict each other"
     assert write_rows(tmp_path / "validation.json", [])["rows"] == 0
     assert json.loads((tmp_path / "validation.json").read_text()) == []
 
@@ -225,7 +223,7 @@ def test_codes_that_saw_the_test_triples_are_refused(tmp_path: Path, graph: Path
         open_source(flags("--dataset", graph, "--codes", path))
     for file in seen.iterdir():  # without the data, it cannot be known
         file.unlink()
-    with pytest.raises(InputError, match=r"trained on seen .* not at hand"):
+    with pytest.raises(InputError, match=r"trained on seen .* not found"):
         open_source(flags("--dataset", graph, "--codes", path))
 
 
@@ -296,9 +294,9 @@ def test_files_that_are_not_those_recorded_are_refused(tmp_path: Path, graph: Pa
     with pytest.raises(InputError, match="does not exist"):
         open_source(flags("--codes", tmp_path / "none.pt"))
     write_json({"mrr": 0.3}, path.with_suffix(".json"))
-    with pytest.raises(InputError, match="lacks args, inputs, outputs, dataset"):
+    with pytest.raises(InputError, match="no complete run record"):
         open_source(flags("--codes", path))
-    with pytest.raises(InputError, match="holds no codes"):  # in codes_new/ such a file is passed over
+    with pytest.raises(InputError, match="holds no codes"):  # in codes_new/ such a file is skipped
         open_source(flags("--dataset", graph))
 
 
@@ -409,13 +407,12 @@ def test_weights_count_rows(tmp_path: Path) -> None:
 
 def test_what_is_said_to_come_next_reads_the_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_tasks(tmp_path)
-    for flags, ending in (([], "json"), (["--format", "jsonl"], "jsonl")):
-        build_mix.main([*flags, "--out_dir", str(tmp_path)])
-        words = capsys.readouterr().out.split("python lora_training/train_lora.py ")[1].split()
-        args = train_lora.parse_args(words)
-        assert [args.train_data, args.val_data] == [tmp_path / f"{name}.{ending}" for name in ("train", "validation")]
-        assert args.train_data.is_file() and args.val_data.is_file()
-    assert row_files.train_command(row_files.OUT_FOLDER, "json") == "cd lora_training && python train_lora.py"
+    build_mix.main(["--out_dir", str(tmp_path)])
+    words = capsys.readouterr().out.split("python lora_training/train_lora.py ")[1].split()
+    args = train_lora.parse_args(words)
+    assert [args.train_data, args.val_data] == [tmp_path / "train.json", tmp_path / "validation.json"]
+    assert args.train_data.is_file() and args.val_data.is_file()
+    assert row_files.train_command(row_files.OUT_FOLDER) == "cd lora_training && python train_lora.py"
 
 
 def test_what_answers_next_reads_the_rows_beside_the_training_rows(tmp_path: Path) -> None:
@@ -489,7 +486,7 @@ def test_marked_answers_are_found(tmp_path: Path) -> None:
     plain = [listed(i, i % 5) for i in range(200)]
     assert leaks(tmp_path / "1", {"train": plain}, candidate_order={"train": "shuffled"}) == []
     marked = [listed(i, i % 5, f"\nHint: n{i % 5}x") for i in range(200)]
-    assert any("name one answer more often" in fault for fault in leaks(tmp_path / "2", {"train": marked}))
+    assert any("one answer more often" in fault for fault in leaks(tmp_path / "2", {"train": marked}))
     judged = [fact("j", "train", f"a r {i}", ("True", "False")[i % 2]) for i in range(40)]
     assert leaks(tmp_path / "3", {"train": judged}) == []
     for row in judged:
@@ -501,7 +498,7 @@ def test_a_truth_that_keeps_its_place_is_found(tmp_path: Path) -> None:
     first = [listed(i, 0 if i % 3 else i % 5) for i in range(300)]
     assert leaks(tmp_path / "1", {"train": first}, candidate_order={"train": "ranked"}) == []
     faults = leaks(tmp_path / "2", {"train": first}, candidate_order={"train": "shuffled"})
-    assert len(faults) == 1 and "order is called shuffled" in faults[0]
+    assert len(faults) == 1 and "should be shuffled" in faults[0]
 
 
 def test_the_chi_square_score_is_that_of_the_distribution() -> None:
@@ -518,9 +515,11 @@ def test_labels_and_shared_facts_are_checked(tmp_path: Path) -> None:
     rare = [*yes, fact("j", "test", "a r x", "False")]
     assert any("neither rare" in fault for fault in leaks(tmp_path / "2", {"train": [], "test": rare}))
     even = [fact("j", "test", f"a r {i}", ("True", "False")[i % 2]) for i in range(30)]
-    train = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
+    train = [fact("j", "train", "a r 99", "True"), fact("j", "train", "a r 2", "False")]
     assert leaks(tmp_path / "3", {"train": train, "test": even}) == [], "negatives state no fact"
-    train[0] = fact("j", "train", "a r 2", "True", number=1)
+    contrary = [fact("j", "train", "a r 1", "True"), fact("j", "train", "a r 2", "False")]
+    assert len(leaks(tmp_path / "4", {"train": contrary, "test": even})) == 1, "False in test, True in train"
+    train = [fact("j", "train", "a r 2", "True"), fact("j", "train", "a r 98", "False")]
     assert leaks(tmp_path / "4", {"train": train, "test": even}) == ["t: 1 facts in both train and test"]
     assert any(
         "ids occur twice" in fault for fault in leaks(tmp_path / "5", {"train": [*train, train[0]], "test": even})
@@ -538,30 +537,11 @@ def test_leaks_end_the_command_with_1(tmp_path: Path, capsys: pytest.CaptureFixt
 # ---------------------------------------------------------------- other readers
 
 
-def llama_factory_pairs(folder: Path, info: dict[str, Any]) -> list[tuple[str, str]]:
-    """(prompt, response) the way LLaMA-Factory reads an Alpaca file: columns by name, query joined by a newline."""
-    columns = info["columns"]
-    rows = json.loads((folder / info["file_name"]).read_text(encoding="utf-8"))
-    return [
-        ("\n".join(part for part in (row[columns["prompt"]], row[columns["query"]]) if part), row[columns["response"]])
-        for row in rows
-    ]
-
-
-def test_alpaca_columns_load_elsewhere(tmp_path: Path) -> None:
-    rows = list(some_rows(30))
-    write_rows(tmp_path / "train.json", rows)
-    info = {"file_name": "train.json", "columns": {"prompt": "instruction", "query": "input", "response": "output"}}
-    assert llama_factory_pairs(tmp_path, info) == [(row["instruction"], row["output"]) for row in rows]
-
-
-@pytest.mark.parametrize("file_format", ["json", "jsonl"])
-def test_datasets_loads_the_files(tmp_path: Path, file_format: str) -> None:
+def test_datasets_loads_the_files(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     codes = write_codes(FAMILY, tmp_path / "codes")
-    words = ["--codes", codes, "--out_dir", tmp_path / "out", "--neg_ratio", "1", "--format", file_format]
-    gen_fb_data_rq.main([str(word) for word in words])
-    files = {split: str(tmp_path / "out" / f"{stem}.{file_format}") for split, stem in FILE_STEMS.items()}
+    gen_fb_data_rq.main(["--codes", str(codes), "--out_dir", str(tmp_path / "out"), "--neg_ratio", "1"])
+    files = {split: str(tmp_path / "out" / f"{stem}.json") for split, stem in FILE_STEMS.items()}
     loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
     for split in FILE_STEMS:
         assert list(loaded[split]) == list(read_rows(files[split]))

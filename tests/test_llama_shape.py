@@ -1,4 +1,4 @@
-"""The FLOPs of a LoRA step in closed form, and the benchmark's whole path at a tiny shape."""
+"""The FLOPs of a LoRA step in closed form, and the whole benchmark at a tiny shape."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import llama_shape
-from benchmarks.llama_shape import SHAPES, StepFlops, step_flops
-from common.files import ROOT, read_json, write_json
-from lora_training import train_lora
+from benchmarks.llama_shape import SHAPES, step_flops
+from common.files import ROOT, read_json
+from lora_training import lora_trainer
 from lora_training.code_tokens import CodeShape, add_code_tokens
 from lora_training.memory import model_shape
+from lora_training.token_rows import Collate
 
 ABSENT = ("numba", "pooch", "requests", "dgl", "sklearn", "scipy", "matplotlib", "pykeen", "datasets")
 
@@ -37,7 +38,7 @@ def test_flops_of_llama2_7b_by_hand() -> None:
     assert matrices == 6_476_005_376
     assert found.linears == 3 * 2 * 2048 * matrices  # forward, forward again, gradient of the input
     adapters = 16 * 32 * (4 * 8192 + 3 * 15_104)
-    assert found.adapters == 4 * 2 * 2048 * adapters - 32 * 2 * 2048 * 16 * 4096  # but for each layer's last B
+    assert found.adapters == 4 * 2 * 2048 * adapters - 32 * 2 * 2048 * 16 * 4096  # without each layer's last B
     assert found.attention == 32 * (2 + 2 + 5) * 2 * (2048 * 2049 // 2) * 4096
     assert found.head == (36_100 + 36_100 + 4100) * 2 * 256 * 4096
     assert found.head_unneeded == 32_000 * 2 * 256 * 4096
@@ -48,29 +49,29 @@ def test_flops_of_llama2_7b_by_hand() -> None:
 def test_flops_are_those_that_torch_counts(
     vocabulary: tuple[Any, list[int]], tmp_path: Path, checkpointing: bool
 ) -> None:
-    """Every product of a step, to the last one. Eager attention has all pairs and keeps its scores: 4 backward."""
+    """All products of a step. Eager attention computes all pairs and keeps its scores: 4 products backward."""
     tokenizer, ids = vocabulary
-    args = llama_shape.parse_args(["--quick", "--work", str(tmp_path)])
+    args = llama_shape.parse_args(["--quick"])
     lora = llama_shape.lora_arguments(args, 3, tmp_path)
     plan = llama_shape.make_plan(args, tokenizer, ids, 3)
     model = llama_shape.build_model(args, lora, plan, torch.device("cpu"))
     model.get_base_model().set_attn_implementation("eager")
     if checkpointing:
         model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    batch = train_lora.Collate(0)([plan.train[row] for row in range(3)])
+    batch = Collate(0)([plan.train[row] for row in range(3)])
     labels = batch.pop("labels")
     counter = FlopCounterMode(display=False)
     with counter:
-        train_lora.mean_loss(model.float().train()(**batch), labels).backward()
+        lora_trainer.mean_loss(model.float().train()(**batch), labels).backward()
     B, T, D, layers = 3, args.sequence, SHAPES["tiny"]["hidden_size"], SHAPES["tiny"]["num_hidden_layers"]
-    found = step_flops(plan.model, lora.lora_r, B, T, args.answer, len(tokenizer), len(ids), checkpointing)
+    found = step_flops(plan.base.shape, lora.lora_r, B, T, args.answer, len(tokenizer), len(ids), checkpointing)
     eager = 2 * B * T * T * D * layers * (2 * (1 + checkpointing) + 4)
     assert counter.get_total_flops() == found.counted - found.attention + found.head_unneeded + eager
 
 
-def test_the_model_is_train_loras(vocabulary: tuple[Any, list[int]], tmp_path: Path) -> None:
+def test_the_model_is_that_of_train_lora(vocabulary: tuple[Any, list[int]], tmp_path: Path) -> None:
     tokenizer, ids = vocabulary
-    args = llama_shape.parse_args(["--quick", "--work", str(tmp_path)])
+    args = llama_shape.parse_args(["--quick"])
     lora = llama_shape.lora_arguments(args, 2, tmp_path)
     plan = llama_shape.make_plan(args, tokenizer, ids, 2)
     model = llama_shape.build_model(args, lora, plan, torch.device("cpu"))
@@ -83,45 +84,15 @@ def test_the_model_is_train_loras(vocabulary: tuple[Any, list[int]], tmp_path: P
     assert set(plan.train.lengths) == {args.sequence} and set(plan.train.answers) == {args.answer}
 
 
-def test_goals_are_held_against_what_was_measured() -> None:
-    rows: list[dict[str, Any]] = [
-        {"rows": 1, "ratio": 0.40, "reserved_GB": 21.9},
-        {"rows": 2, "ratio": 0.46, "reserved_GB": 25.0},
-        {"rows": 4, "note": "FAILED: OutOfMemoryError: x"},
-    ]
-    assert [line.split(": ")[1][:3] for line in llama_shape.verdicts(rows)] == ["met", "met"]
-    rows[1]["ratio"], rows[0]["reserved_GB"] = 0.44, 22.1
-    assert ["NOT met" in line for line in llama_shape.verdicts(rows)] == [True, True]
-    assert llama_shape.verdicts(rows[2:]) == []
-
-
-def test_flops_are_all_named() -> None:
-    assert StepFlops(1, 2, 3, 4, 100).counted == 10
-
-
-def test_quick_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole path; the second call measures what the first did not, and its table has both."""
-    out, work = tmp_path / "out", tmp_path / "work"
-    words = ["--quick", "--out", str(out), "--work", str(work), "--micro_batches"]
-    assert llama_shape.main([*words, "1"]) == 0
-    kept = read_json(work / "measured.json", "measurements")["rows"]
-    capsys.readouterr()
-    assert llama_shape.main([*words, "2", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "\n2 rows: " in shown and "\n1 rows: " not in shown
-    record = read_json(out / "llama_shape.json", "record")
-    assert [row["rows"] for row in record["rows"]] == [1, 2] and record["rows"][0] == kept[0]
-    assert sorted(path.name for path in out.iterdir()) == ["llama_shape.json", "llama_shape.txt"]
-    assert shown.endswith((out / "llama_shape.txt").read_text())
-    for row in record["rows"]:
+def test_quick_measures_every_micro_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--threads", "1", "--json", str(tmp_path / "rows.json"), "--micro_batches", "1", "2"]
+    assert llama_shape.main(words) == 0
+    rows = read_json(tmp_path / "rows.json", "record")["rows"]
+    assert [row["rows"] for row in rows] == [1, 2] and "ratio" in capsys.readouterr().out
+    for row in rows:
         flops = sum(row["flops"].values()) - row["flops"]["head_unneeded"]
         assert row["ratio"] == pytest.approx(flops / row["s/step"] / row["matmul_rate"])
         assert row["tokens/s"] == pytest.approx(row["rows"] * 64 / row["s/step"]) and "expected_GB" in row
-    failed = record["rows"][0] | {"note": "FAILED: x"}
-    write_json({"plan": read_json(work / "measured.json", "x")["plan"], "rows": [failed]}, work / "measured.json")
-    plan = read_json(work / "measured.json", "x")["plan"]
-    assert llama_shape.kept_rows(work / "measured.json", plan) == []  # measured again
-    assert llama_shape.kept_rows(work / "measured.json", plan | {"sequence": 65}) == []
 
 
 @pytest.mark.slow
@@ -130,18 +101,13 @@ def test_quick_on_a_bare_machine(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in ABSENT)
     (tmp_path / "site" / "sitecustomize.py").write_text(f"import sys\n{blocked}")
-    environment = os.environ | {
-        "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"),
-        "WORK": str(tmp_path / "work"),
-    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(ROOT / "benchmarks" / "llama_shape.py"), "--quick"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
-    assert len(read_json(tmp_path / "out" / "llama_shape.json", "record")["rows"]) == 3
 
 
-def test_without_a_gpu_only_quick_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_only_quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(llama_shape.InputError, match="no CUDA device is there; give --quick"):
-        llama_shape.main(["--work", str(tmp_path / "w")])
-    assert not (tmp_path / "w").exists()
+    with pytest.raises(llama_shape.InputError):
+        llama_shape.main([])

@@ -1,4 +1,4 @@
-"""The 1-N losses against torch's dense ones, the gathering of targets against a loop."""
+"""The 1-N losses against torch's dense ones; their weights over several processes; targets from CSR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import losses
-from model.losses import LOSSES, SoftTargets, Targets, binary_cross_entropy, gather_targets, softmax_cross_entropy
+from model.losses import LOSSES, Targets, binary_cross_entropy, gather_targets, softmax_cross_entropy
 from model.precision import matmul_precision
 
 B, M, D = 6, 11, 4
@@ -124,23 +124,29 @@ def test_gather_targets_equals_a_loop() -> None:
     assert list(zip(found.rows.tolist(), found.columns.tolist(), strict=True)) == expected
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_a_teachers_answers_are_torchs_soft_labels(smoothing: float, weight: float, chunk: int | None) -> None:
-    data = batch()
-    generator = torch.Generator().manual_seed(1)
-    columns = torch.cat([torch.randperm(M, generator=generator)[:3] for _ in range(B)])  # true tails among them
-    mass = torch.softmax(torch.randn(B, 3, generator=generator, dtype=torch.float64), 1)
-    soft = torch.zeros(B, M, dtype=torch.float64)
-    rows = torch.arange(B).repeat_interleave(3)
-    soft[rows, columns] = mass.flatten()
-    count = data.labels.sum(1)
-    law = (1 - weight) * data.labels / count[:, None] + weight * soft
-    law = (1 - smoothing) * law + smoothing / M
-    dense = -(count[:, None] * law * torch.log_softmax(data.query @ data.q_all.T, 1)).sum() / count.sum()
-    expected = data.value_and_gradients(dense)
-    teacher = SoftTargets(rows, columns, mass.flatten(), weight)
-    found = data.value_and_gradients(softmax_cross_entropy(*data[:3], smoothing, chunk, teacher))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_weighted_parts_of_a_batch_sum_to_the_whole(name: str) -> None:
+    """What several processes do: each computes the mean of its own queries, weighted by ``share``."""
+    data, loss = batch(), LOSSES[name]
+    tails = data.labels.sum(1).long()
+    parts = []
+    for part in (slice(0, 2), slice(2, 3), slice(3, B)):
+        rows, columns = data.labels[part].nonzero(as_tuple=True)
+        value = loss(data.query[part], data.q_all, Targets(rows, columns), 0.1)
+        parts.append(loss.share(tails, tails[part]) * value)
+    torch.testing.assert_close(torch.stack(parts).sum(), loss(*data[:3], 0.1))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_gradients_have_the_same_bits_on_two_threads(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, q_all = torch.randn(300, 32, generator=generator), torch.randn(500, 32, generator=generator)
+    rows = torch.arange(300).repeat_interleave(40)
+    targets = Targets(rows, torch.randint(500, (len(rows),), generator=generator))
+    data, threads = Batch(query.requires_grad_(), q_all.requires_grad_(), targets, query), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first, second = (data.value_and_gradients(LOSSES[name](*data[:3], 0.1)) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

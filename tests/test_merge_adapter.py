@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import errors, files
 from common.errors import InputError
-from lora_training import code_tokens, merge_adapter, train_lora
-from lora_training.code_tokens import CodeShape, add_code_tokens, load_base, read_saved, token_ids
+from lora_training import adapters, code_tokens, merge_adapter, train_lora
+from lora_training.adapters import read_saved
+from lora_training.base_model import load_base
+from lora_training.code_tokens import CodeShape, add_code_tokens, token_ids
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, small_model
 from tests.test_train_lora import CODES, base, data, libraries, trained, words, write_data  # noqa: F401
 
@@ -35,10 +37,10 @@ def test_a_base_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytes
     """Training recorded a path relative to the repository; the adapter is read from another folder."""
     (tmp_path / "made" / "tiny").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(code_tokens, "ROOT", tmp_path)
+    monkeypatch.setattr(adapters, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path / "elsewhere")
     tokenizer = hand_made_tokenizer()
-    bases = [code_tokens.Saved(tmp_path, {"base_model": name}, None, tokenizer).base
+    bases = [adapters.Saved(tmp_path, {"base_model": name}, None, tokenizer).base
              for name in ("made/tiny", "owner/model", str(tmp_path / "gone"))]  # fmt: skip
     assert bases == [str(tmp_path / "made" / "tiny"), "owner/model", str(tmp_path / "gone")]
 
@@ -89,7 +91,7 @@ def test_the_folder_needs_nothing_of_ours(base: Path, trained: Path, merged: Pat
     saved = read_saved(merged, "config.json")
     assert token_ids(tokenizer, SHAPE) == token_ids(saved.tokenizer, SHAPE) == list(range(446, 482))
     assert saved.record["codes"]["sha256"] == "a" * 64 and saved.shape == SHAPE
-    adapted = code_tokens.load_adapted(read_saved(trained / "lora_adapters"), str(base), torch.float32)
+    adapted = adapters.load_adapted(read_saved(trained / "lora_adapters"), str(base), torch.float32)
     ids = torch.tensor([[1, 446, 300, 447, 448, 455, 470, 449]])
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, adapted(input_ids=ids).logits, atol=1e-5)
@@ -157,7 +159,7 @@ def refused(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr(code_tokens, "load_base", never)
+    monkeypatch.setattr(adapters, "load_base", never)
 
     def call(*flags: str | Path) -> str:
         words = ["--lora_adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "out"), *map(str, flags)]

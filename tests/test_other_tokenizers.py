@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from lora_training import merge_adapter, train_lora
-from lora_training.code_tokens import add_code_tokens, load_base, load_tokenizer, read_saved, reload_check
+from lora_training.adapters import read_saved
+from lora_training.base_model import load_base, load_tokenizer
+from lora_training.code_tokens import add_code_tokens, reload_check
 from lora_training.prompts import IGNORED, decode_answer, encode_answer, encode_examples, encode_prompt
 from tests.test_prompts_tokens import SHAPE, TEXT, rows
 from tests.test_train_lora import adapter, record, words, write_data

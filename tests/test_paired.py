@@ -33,7 +33,7 @@ def test_a_query_of_several_runs_is_one_observation() -> None:
 
 
 def test_other_queries_cannot_be_paired() -> None:
-    with pytest.raises(ValueError, match="2 are asked by one alone, such as a"):
+    with pytest.raises(ValueError, match="2 are in one set only, such as a"):
         paired([{"a": 1.0, "b": 0.5}], [{"c": 1.0, "b": 0.5}])
     with pytest.raises(ValueError, match="there are none"):
         paired([{}], [{}])

@@ -1,4 +1,4 @@
-"""Rows to token ids and labels, literally; code tokens as single ids; models and tokenizers that are refused."""
+"""Rows to literal token ids and labels; code tokens as single ids and their rows; rejected models and tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from Class.codes import MARKS, entity_text, parse_codes, print_codes
 from common.errors import InputError
 from common.files import ROOT, save_torch, write_json
 from lora_training import code_tokens
-from lora_training.code_tokens import CodeShape, add_code_tokens, load_tokenizer, token_ids
+from lora_training.base_model import load_config, load_saved_tokenizer, load_tokenizer
+from lora_training.code_tokens import CodeShape, add_code_tokens, token_ids
 from lora_training.prompts import (
     IGNORED,
     decode_answer,
@@ -247,7 +248,7 @@ def test_every_code_is_one_id_before_and_after_reloading(tmp_path: Path, shape: 
 
 
 def load_tokenizer_of(folder: Path) -> Any:
-    return code_tokens.load_saved_tokenizer(folder)
+    return load_saved_tokenizer(folder)
 
 
 def test_a_saved_tokenizer_with_other_ids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,31 +323,56 @@ def test_growing_keeps_the_old_rows_and_the_callers_generator(tokenizer: Any) ->
     assert torch.equal(grown[2], torch.cat([weight[446:] for weight in after])), "nothing to grow, nothing changes"
 
 
+def shifted_model(tied: bool) -> LlamaForCausalLM:
+    """Rows with a strong common direction, as in pretrained models; another one in embedding and head."""
+    model = small_model(tied=tied)
+    with torch.no_grad():
+        for i, matrix in enumerate(two_matrices(model)[: 1 if tied else 2]):
+            matrix += torch.linspace(-1, 1 + i, 32)
+    return model
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("code_dim", [8, 32, 50])
+@pytest.mark.parametrize("spare", [0, 20])
+def test_new_rows_start_near_the_mean_of_the_old_ones(tokenizer: Any, tied: bool, spare: int) -> None:
+    """At a tenth of the old rows' distance from it. ``spare`` rows of the base without a token are no old rows."""
+    model, old = shifted_model(tied), 446 - spare
+    for matrix in two_matrices(model):
+        matrix.data[old:] = 9.0
+    before = [matrix.clone() for matrix in two_matrices(model)]
+    code_tokens.resize_model(model, tokenizer, 3, old)
+    assert torch.equal(*two_matrices(model)) == tied
+    for start, matrix in zip(before, two_matrices(model), strict=True):
+        assert torch.equal(matrix[:old], start[:old])
+        mean = start[:old].mean(0)
+        distance = [(part - mean).square().sum(1).mean().sqrt() for part in (start[:old], matrix[old:])]
+        assert float((distance[1] / distance[0]).detach()) == pytest.approx(0.1, rel=0.15)
+        assert len(matrix[old:].unique(dim=0)) == 36 + spare, "no two codes have the same row"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("code_dim", [8, 50])
 def test_code_rows_start_from_the_codebooks(tokenizer: Any, tied: bool, code_dim: int) -> None:
-    """Turned, not bent: products between codes are stage 1's, up to one factor per matrix; all other rows stay."""
+    """Inner products of the offsets from the mean are those of stage 1 but for a factor; all other rows stay."""
     Q, K = SHAPE.num_quantizers, SHAPE.num_code
-    codebooks = (
-        torch.randn(Q, K, code_dim, generator=torch.Generator().manual_seed(1))
-        * torch.tensor([3.0, 1.0])[:, None, None]
-    )
+    scales = torch.tensor([3.0, 1.0])[:, None, None]
+    codebooks = torch.randn(Q, K, code_dim, generator=torch.Generator().manual_seed(1)) * scales
     made = []
     for seed in (3, 3, 4):
-        model = small_model(tied=tied)
-        code_tokens.resize_model(model, tokenizer, 0)
+        model = shifted_model(tied)
         before = [matrix.clone() for matrix in two_matrices(model)]
-        code_tokens.set_code_rows(model, tokenizer, codebooks, seed)
+        code_tokens.resize_model(model, tokenizer, seed, codebooks=codebooks)
         ids = token_ids(tokenizer, SHAPE)[len(MARKS) :]
-        others = [i for i in range(len(before[0])) if i not in set(ids)]
         for old, new in zip(before, two_matrices(model), strict=True):
-            assert torch.equal(old[others], new[others])
-            rows = new[ids].detach()
-            assert rows.norm(dim=1).mean() == pytest.approx(float(old[others].norm(dim=1).mean().detach()), rel=1e-5)
+            assert torch.equal(old, new[:446])
+            mean = old.mean(0)
+            offsets = (new[ids] - mean).detach()
+            spread = float((old - mean).square().sum(1).mean().sqrt())
+            assert offsets.norm(dim=1).mean() == pytest.approx(0.3 * spread, rel=1e-4)
             if code_dim <= 32:  # the model's width: nothing is lost
                 flat = codebooks.reshape(Q * K, code_dim)
-                factor = rows.norm() / flat.norm()
-                assert torch.allclose(rows @ rows.T, flat @ flat.T * factor**2, atol=1e-5)
+                factor = offsets.norm() / flat.norm()
+                assert torch.allclose(offsets @ offsets.T, flat @ flat.T * factor**2, atol=1e-5)
         made.append(two_matrices(model)[0][ids].detach())
     assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2])
 
@@ -357,20 +383,21 @@ def test_codebooks_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     weights = {f"scorer.rq_codebook.codebooks.{q}.weight": codebooks[q] for q in range(Q)}
     save_torch({"best": {"model": weights}}, tmp_path / "ck.pt")
     assert torch.equal(code_tokens.read_codebooks(tmp_path / "ck.pt", SHAPE), codebooks)
-    for stored, shape, problem in (
-        ({"best": {"model": weights}}, CodeShape(K + 1, Q), rf"has codebooks \[{Q}, {K}, 5\], the rows hold codes"),
-        ({"best": {"model": weights}}, CodeShape(K, Q - 1), "and more, the rows hold codes"),
-        ({"best": {"model": weights}}, CodeShape(K, Q + 1), "the rows hold codes of 3 levels"),
-        ({"best": {"model": {}}}, SHAPE, "holds no codebooks"),
-        ({"best": None}, SHAPE, "holds no codebooks"),
-        (codebooks, SHAPE, "is a Tensor; give the one that run_rq.py wrote"),
-        ({"best": {"model": {name: w * torch.nan for name, w in weights.items()}}}, SHAPE, "the rows hold codes"),
+    broken = {name: w * torch.nan for name, w in weights.items()}
+    for stored, shape in (
+        ({"best": {"model": weights}}, CodeShape(K + 1, Q)),
+        ({"best": {"model": weights}}, CodeShape(K, Q - 1)),
+        ({"best": {"model": weights}}, CodeShape(K, Q + 1)),
+        ({"best": {"model": {}}}, SHAPE),
+        ({"best": None}, SHAPE),
+        (codebooks, SHAPE),
+        ({"best": {"model": broken}}, SHAPE),
     ):
         save_torch(stored, tmp_path / "ck.pt")
-        with pytest.raises(InputError, match=problem) as error:
+        with pytest.raises(InputError) as error:
             code_tokens.read_codebooks(tmp_path / "ck.pt", shape)
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="does not exist"):
+        assert "\n" not in str(error.value) and "ck.pt" in str(error.value)
+    with pytest.raises(InputError):
         code_tokens.read_codebooks(tmp_path / "nowhere.pt", SHAPE)
 
 
@@ -393,14 +420,14 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "meta-llama/Llama-2-7b-hf": "is gated: accept its licence.*HF_TOKEN",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=problem) as error:
-            code_tokens.load_config(name)
+            load_config(name)
         assert "\n" not in str(error.value)
 
 
 GATED = """
 import sys, time
 sys.path.insert(0, {root!r})
-from lora_training.code_tokens import load_config
+from lora_training.base_model import load_config
 from common.errors import run_command
 run_command(lambda: load_config({name!r}))
 """

@@ -1,4 +1,4 @@
-"""Training queries: hubs in parts, and what parts leave as it was."""
+"""Training queries: high-degree queries are split, and the loss stays the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.queries import Queries, in_parts, training_queries
 from tests.conftest import TrainerMaker
 
 
-def test_a_hub_comes_in_equal_runs_of_its_tails() -> None:
+def test_a_long_query_is_split_into_equal_runs_of_its_tails() -> None:
     whole = Queries(
         torch.tensor([5, 6, 7]), torch.tensor([0, 1, 0]), torch.tensor([0, 5, 6, 8]),
         torch.tensor([10, 11, 12, 13, 14, 20, 30, 31]),

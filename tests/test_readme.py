@@ -1,8 +1,9 @@
-"""The README: its commands for a CPU run as printed in a fresh copy (slow), its figures are the records' own."""
+"""The README: its size, its figures, which are those of the records, and its first commands in a fresh copy (slow)."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,16 +12,13 @@ from typing import Any
 
 import pytest
 
-from common.config import build_parser, parse_config
 from common.files import ROOT, read_json
 from lora_training.memory import GIB, expected_memory, lora_parameters, model_shape, row_parameters
-from model.decoders import DECODERS
-from tests.pages import page_commands, read_page
+from tests.pages import HISTORY, PAGES, page_commands, read_page
 
-TEXT = read_page("README.md").replace("\\\n", " ")
-
-
-CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh clone: minutes each, nothing fetched
+README, CHINESE = read_page("README.md"), read_page("README.zh.md")
+BYTES = 12_288
+CPU_SIZED = [  # what runs as printed, in this order, from a fresh clone: minutes each, nothing is downloaded
     "python demo_complete.py --quick --out_dir demo_output/quick",
     "python run_rq.py --dataset data/family",
     "python Class/gen_fb_data_rq.py",
@@ -30,7 +28,6 @@ CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh
     "cd lora_training && python test_lora_simple.py",
     "python tables/results.py",
     "python tables/make_tables.py --table 2 --format latex",
-    "python tables/make_figures.py --figure 6 10 levels",
     "python tables/code_quality.py",
     "python tables/make_report.py codes_new",
     "python tables/run_ablations.py --list",
@@ -38,15 +35,29 @@ CPU_SIZED = [  # what a newcomer can run as printed, in this order, from a fresh
 ]
 
 
-def test_the_commands_of_a_newcomer_are_printed_in_this_order() -> None:
-    printed = [" ".join(command.split()) for command in page_commands(TEXT)]
-    for command in CPU_SIZED:
-        assert command in printed, f"README.md does not print {command}, or prints it earlier than those before it here"
-        printed = printed[printed.index(command) + 1 :]
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= BYTES, f"README.md has {len(README.encode())} bytes, at most {BYTES}"
+
+
+def squeezed(lines: list[str]) -> list[str]:
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_the_chinese_readme_has_the_same_headings_and_commands() -> None:
+    def headings(text: str) -> list[int]:
+        return [len(line.split(" ")[0]) for line in text.splitlines() if re.match("#+ ", line)]
+
+    assert headings(README) == headings(CHINESE)
+    assert squeezed(page_commands(README)) == squeezed(page_commands(CHINESE))
+
+
+@pytest.mark.parametrize("command", CPU_SIZED)
+def test_the_first_commands_are_printed_somewhere(command: str) -> None:
+    assert command in {line for page in PAGES for line in squeezed(page_commands(read_page(page)))}
 
 
 @pytest.mark.slow
-def test_the_commands_of_a_newcomer_run_as_printed(tmp_path: Path) -> None:
+def test_the_first_commands_run_as_printed(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
@@ -61,30 +72,71 @@ def test_the_commands_of_a_newcomer_run_as_printed(tmp_path: Path) -> None:
         assert found.returncode == 0, f"{command}\n{found.stdout[-2000:]}{found.stderr[-2000:]}"
 
 
-def test_the_readme_begins_with_make() -> None:
-    assert "make demo      # set up" in TEXT
+# ---------------------------------------------------------------- figures
+
+METRICS = {"mrr": "mrr", "hits@1": "hits@1", "hits@3": "hits@3", "hits@10": "hits@10"}
+RECORD = re.compile(r"tables/records/[\w.-]+\.json")
 
 
-def test_figures_are_the_records() -> None:
-    rows = [line.strip("| ").split(" | ") for line in TEXT.splitlines() if "`tables/records/" in line and "|" in line]
-    assert len(rows) >= 2
-    for _, codes, mrr, hits1, hits10, shuffled, effort, recipe, path in rows:
-        record = read_json(ROOT / path.strip("` "), "record")
-        test = record["test"]
-        figures = [test["mrr"], test["hits@1"], test["hits@10"], record["test_shuffled_codes"]["mrr"]]
-        assert [f"{float(cell):.3f}" for cell in (mrr, hits1, hits10, shuffled)] == [f"{x:.3f}" for x in figures]
-        assert codes == f"{record['shape'][1]} x {record['shape'][2]} of {record['args']['num_code']:,}"
-        if recipe.endswith(".txt`"):
-            config = parse_config(["--config", str(ROOT / "configs" / recipe.strip("`"))])
-            settings = config.compared().keys() - {"name", "gcn_dim", "inputs", "weight_average"}
-            differing = {key for key in settings & record["args"].keys() if record["args"][key] != getattr(config, key)}
-            assert differing <= {"seed", "max_minutes", "tails_at_once"}, f"{path} is no run of {recipe}: {differing}"
-        assert effort == f"{record['epochs']} in {record['wall_seconds'] / 60:.0f}"
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def record_rows(text: str) -> list[tuple[list[str], list[str]]]:
+    """(header, row) of every table row that names a run record."""
+    found, header = [], []
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|[\s:|-]+\|", line.strip()):
+            header = cells(lines[i - 1])
+        elif line.startswith("|") and RECORD.search(line):
+            found.append((header, cells(line)))
+    return found
+
+
+def expected(head: str, record: dict[str, Any]) -> list[float]:
+    """What a column's cell must hold, by its heading: metrics of the test split, unless it says valid."""
+    named = [METRICS[word] for word in re.findall(r"mrr|hits@\d+", head.lower()) if word in METRICS]
+    if re.search("shuffled|打乱", head.lower()):
+        part = record["test_shuffled_codes"]
+    else:
+        part = record["valid"] if re.search("valid|验证", head.lower()) else record["test"]
+    return [part[name] for name in named]
+
+
+def wrong_cells(text: str) -> list[str]:
+    """Figures beside a record's name that are not the record's, to the digits printed."""
+    wrong = []
+    for header, row in record_rows(text):
+        path = RECORD.search(" ".join(row))
+        assert path is not None
+        record = read_json(ROOT / path[0], "record")
+        for head, cell in zip(header, row, strict=True):
+            values = expected(head, record)
+            printed = re.findall(r"(?<![\w.])[01]?\.\d+", cell.split("±")[0])
+            for value, figure in zip(values, printed, strict=False):
+                digits = len(figure.partition(".")[2])
+                if abs(float(figure) - value) > 0.5 * 10**-digits + 1e-9:
+                    wrong.append(f"{path[0]}: {head} is {value:.4f}, not {figure}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+def test_figures_beside_a_record_are_the_records(page: str) -> None:
+    assert not wrong_cells(read_page(page))
+
+
+def test_a_wrong_figure_is_seen() -> None:
+    """The control of the test above, and: the README has such rows."""
+    assert len(record_rows(README)) >= 2
+    table = "| test MRR | record |\n|---|---|\n| {} | `tables/records/FB15k-237_4_1024_4_rq.json` |\n"
+    assert not wrong_cells(table.format(".329")) and len(wrong_cells(table.format(".339"))) == 1
 
 
 def test_the_memory_table_is_computed() -> None:
     from transformers import LlamaConfig
 
+    text = " ".join(read_page(page) for page in PAGES if page not in HISTORY)
     shape = model_shape(LlamaConfig())  # LLaMA2-7B's
     lora, rows = lora_parameters(shape, 16), row_parameters(shape, 4100)
     ways: dict[str, dict[str, Any]] = {
@@ -96,11 +148,4 @@ def test_the_memory_table_is_computed() -> None:
     }
     for name, how in ways.items():
         need = [expected_memory(shape, lora, rows, 4100, batch, 2048, 256, **how) for batch in (1, 4)]
-        assert f"| {name} | {need[0].total / GIB:.1f} | {need[1].total / GIB:.1f} |" in TEXT
-    whole = expected_memory(shape, lora, row_parameters(shape, 36100), 4100, 1, 2048, 256)
-    assert f"`--train_rows all` takes {whole.total / GIB:.1f} on one GPU" in " ".join(TEXT.split())
-
-
-def test_the_parser_offers_every_decoder() -> None:
-    help_text = next(action for action in build_parser()._actions if "--decoder" in action.option_strings)
-    assert list(help_text.choices or []) == list(DECODERS)
+        assert f"| {name} | {need[0].total / GIB:.1f} | {need[1].total / GIB:.1f} |" in text

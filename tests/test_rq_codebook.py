@@ -1,13 +1,21 @@
-"""RQCodebook against closed forms, against itself by other paths, and against vector-quantize-pytorch."""
+"""The quantizers: search, losses and gradients, k-means, statistics; equality with vector-quantize-pytorch."""
 
-import copy
 import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 
-from model.RQCodebook import RQCodebook, code_perplexity, code_usage, collisions, entropy_bits
+from model import search
+from model.quantizers import (
+    QUANTIZERS,
+    Quantizer,
+    RQCodebook,
+    code_perplexity,
+    code_usage,
+    codebooks_of,
+    collisions,
+    entropy_bits,
+)
 
 B, L, D, K, Q = 40, 5, 12, 24, 3
 
@@ -20,18 +28,18 @@ def vectors(batch: int = B, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return torch.randn(batch, L, D, generator=generator(100 + seed), dtype=dtype)  # no codebook's seed
 
 
-def codebook(num_quantizers: int = Q, seed: int = 0, **options: object) -> RQCodebook:
-    """Random codebooks whose scale falls by level, as residuals do; marked as initialized."""
-    book = RQCodebook(K, D, num_quantizers, kmeans_init=False, **options)  # type: ignore[arg-type]
-    source = generator(seed)
+def codebook(num_quantizers: int = Q, num_codes: int = K, beta: float = 0.25) -> RQCodebook:
+    """Initialized random codebooks whose scale falls by level, as residuals do."""
+    book, source = RQCodebook(num_codes, D, num_quantizers, beta), generator()
     with torch.no_grad():
         for level, weight in enumerate(book.parameters()):
-            weight.copy_(torch.randn(K, D, generator=source) * 0.7**level)
+            weight.copy_(torch.randn(num_codes, D, generator=source) * 0.7**level)
+    book.initialized.fill_(True)
     return book
 
 
-def weights(book: RQCodebook) -> list[torch.Tensor]:
-    return [level.weight for level in book.codebooks]  # type: ignore[misc]
+def weights(book: Quantizer) -> list[torch.Tensor]:
+    return [book.codes_of_level(level) for level in range(book.num_quantizers)]
 
 
 def brute_force(book: RQCodebook, z: torch.Tensor) -> torch.Tensor:
@@ -59,21 +67,21 @@ def test_surface() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_codes", [1, 5, 32, 33, 100])
 def test_search_is_the_nearest_by_brute_force(num_codes: int, dtype: torch.dtype) -> None:
-    book = RQCodebook(num_codes, D, Q, kmeans_init=False).to(dtype)
+    book = codebook(num_codes=num_codes).to(dtype)
     z = vectors(200, dtype=dtype)
     torch.testing.assert_close(book.cal_codes(z), brute_force(book, z), rtol=0, atol=0)
 
 
 def test_search_is_exact_where_float32_scores_are_not() -> None:
     """Codes 1e-3 apart at distance 1000 from 0: |c|^2 - 2 r.c in float32 cannot order them, the search must."""
-    book = RQCodebook(K, D, 1, kmeans_init=False)
+    book = codebook(1)
     with torch.no_grad():
         weights(book)[0].copy_(1000 + 1e-3 * torch.randn(K, D, generator=generator(3)))
     z = 1000 + 1e-3 * vectors(50)
     expected = brute_force(book, z)
     weight, rows = weights(book)[0].detach(), z.reshape(-1, D)
     by_scores = (weight.square().sum(1) - 2 * rows @ weight.t()).argmin(1)
-    assert (by_scores != expected.flatten()).float().mean() > 0.5  # the control: the plain formula fails here
+    assert (by_scores != expected.flatten()).float().mean() > 0.5  # the plain formula fails here
     torch.testing.assert_close(book.cal_codes(z), expected, rtol=0, atol=0)
 
 
@@ -85,15 +93,15 @@ def test_lower_index_wins_exact_ties() -> None:
     assert codes.max() < K // 2 and len(codes.unique()) > K // 4
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64, 100, 199, 10_000])
-def test_chunk_size_changes_no_code(chunk_size: int) -> None:
+@pytest.mark.parametrize("size", [1, 7, 64, 199])
+def test_chunk_size_changes_no_code(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     book, z = codebook(), vectors(200, seed=5)
     expected = book.cal_codes(z)
-    book.chunk_size = chunk_size
+    monkeypatch.setitem(search.ROWS_AT_ONCE, "cpu", size)
     assert torch.equal(book.cal_codes(z), expected)
 
 
-def test_a_row_gets_the_same_codes_alone_in_any_order_and_under_any_thread_count() -> None:
+def test_codes_depend_neither_on_other_rows_nor_on_threads() -> None:
     book, z = codebook(), vectors(300, seed=6)
     expected = book.cal_codes(z)
     order = torch.randperm(300, generator=generator())
@@ -116,7 +124,7 @@ def test_search_ignores_autocast() -> None:
 
 
 def test_search_is_exact_under_reduced_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that rounds inputs of products to bfloat16 where "medium" allows it: the search does not allow it."""
+    """Simulates a processor that rounds the inputs of products to bfloat16 if the precision in force allows it."""
     book, z = codebook(), vectors(200)
     expected, addmm = book.cal_codes(z), torch.addmm
     rounding = "always"
@@ -127,7 +135,7 @@ def test_search_is_exact_under_reduced_matmul_precision(monkeypatch: pytest.Monk
         return addmm(norms, rows, codes, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "addmm", coarse)
-    assert not torch.equal(book.cal_codes(z), expected)  # the control: such rounding flips codes
+    assert not torch.equal(book.cal_codes(z), expected)  # such rounding changes codes
     rounding = "where allowed"
     try:
         torch.set_float32_matmul_precision("medium")
@@ -168,22 +176,15 @@ def test_every_path_to_z_q_agrees_bitwise(num_quantizers: int, dtype: torch.dtyp
     assert not torch.equal(output.z_q, z)
 
 
-def test_given_codes_equal_the_search_and_others_are_obeyed() -> None:
+def test_given_codes_are_used_as_they_are() -> None:
     book, z = codebook(), vectors()
-    searched, searched_copy = z.clone().requires_grad_(), z.clone().requires_grad_()
-    twin = copy.deepcopy(book)
-    first = book(searched)
-    second = twin(searched_copy, first.all_indices)
-    (first.total_loss + first.z_q.square().sum()).backward()
-    (second.total_loss + second.z_q.square().sum()).backward()
-    assert torch.equal(first.z_q, second.z_q) and torch.equal(first.total_loss, second.total_loss)
-    assert torch.equal(searched.grad, searched_copy.grad)  # type: ignore[arg-type]
-    for a, b in zip(weights(book), weights(twin), strict=True):
-        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
-    stale = torch.randint(K, (B, L, Q), generator=generator())
-    other = book(z, stale)
-    assert torch.equal(other.all_indices, stale) and torch.equal(other.z_q, book.decode_from_codes(stale))
-    assert other.total_loss > first.total_loss
+    found = book(z)
+    again = book(z, found.all_indices)
+    assert torch.equal(found.z_q, again.z_q) and torch.equal(found.total_loss, again.total_loss)
+    other = torch.randint(K, (B, L, Q), generator=generator())
+    output = book(z, other)
+    assert torch.equal(output.all_indices, other) and torch.equal(output.z_q, book.decode_from_codes(other))
+    assert output.total_loss > found.total_loss
 
 
 def test_decode_by_levels() -> None:
@@ -206,10 +207,9 @@ def test_loss_and_gradients_on_a_case_computed_by_hand() -> None:
     """z = 1.0; level 0 has codes 0 and 0.8, level 1 has codes 0 and 0.15. So r_0 = 1, c_0 = 0.8, r_1 = 0.2, c_1 = 0.15.
 
     Level 0: (1 - 0.8)^2 = 0.04; level 1: (0.2 - 0.15)^2 = 0.0025. Loss 1.25 * 0.0425.
-    d/dz = 0.25 * 2 * (0.2 + 0.05); d/dc_0 = 2 * (0.8 - 1) = -0.4 and d/dc_1 = 2 * (0.15 - 0.2) = -0.1: each level is
-    pulled to the residual that it quantized. (Subtracting first, c_0 would be pulled to 0.2: +1.2.)
+    d/dz = 0.25 * 2 * (0.2 + 0.05); d/dc_0 = 2 * (0.8 - 1) = -0.4 and d/dc_1 = 2 * (0.15 - 0.2) = -0.1.
     """
-    book = RQCodebook(2, 1, 2, beta=0.25, kmeans_init=False).double()
+    book = RQCodebook(2, 1, 2, beta=0.25).double().eval()
     first, second = weights(book)
     with torch.no_grad():
         first.copy_(torch.tensor([[0.0], [0.8]]).double())
@@ -231,36 +231,24 @@ def test_loss_and_gradients_on_a_case_computed_by_hand() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 2.0])
-def test_gradients_equal_autograd_of_the_written_loss(beta: float) -> None:
-    """The closed forms against torch's own differentiation of Eq. 5 with detach at every sg."""
+def test_gradients_equal_their_closed_forms(beta: float) -> None:
+    """d loss / d z = beta 2/n sum over q of r_{q+1}; d loss / d c_q = 2/n sum over its rows of (c_q - r_q).
+
+    n is the number of elements. The gradient of z_q goes to z unchanged, and not to the codes.
+    """
     book = codebook(beta=beta).double()
     z = vectors(dtype=torch.float64).requires_grad_()
-    weight_of_output = torch.randn(B, L, D, generator=generator(9), dtype=torch.float64)
+    direction = torch.randn(B, L, D, generator=generator(9), dtype=torch.float64)
     output = book(z)
-    (3 * output.total_loss + (output.z_q * weight_of_output).sum()).backward()
-    got = [z.grad, *(w.grad for w in weights(book))]
-
-    twin, z2 = copy.deepcopy(book), z.detach().clone().requires_grad_()
-    twin.zero_grad()
-    residual, total, loss = z2, torch.zeros_like(z2), torch.zeros((), dtype=torch.float64)
-    for level, weight in enumerate(weights(twin)):
-        code = weight[output.all_indices[:, :, level]]
-        loss = loss + (code - residual.detach()).square().mean() + beta * (residual - code.detach()).square().mean()
-        residual = residual - code.detach()
-        total = total + code.detach()
-    z_q = z2 + (total - z2).detach()
-    (3 * loss + (z_q * weight_of_output).sum()).backward()
-    torch.testing.assert_close(output.total_loss, loss)
-    for ours, theirs in zip(got, [z2.grad, *(w.grad for w in weights(twin))], strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_loss_gradient_with_fixed_codes_passes_gradcheck_for_z() -> None:
-    """With the codebook term out (EMA in eval), the loss is a plain function of z: finite differences must agree."""
-    book = codebook(ema_decay=0.9).double().eval()
-    z = vectors(3, dtype=torch.float64).requires_grad_()
-    codes = book.cal_codes(z)
-    assert gradcheck(lambda x: book(x, codes).total_loss, (z,))
+    (3 * output.total_loss + (output.z_q * direction).sum()).backward()
+    scale, residual, left = 3 * 2 / z.numel(), z.detach(), torch.zeros_like(z)
+    for level, weight in enumerate(weights(book)):
+        index = output.all_indices[:, :, level]
+        residual = residual - weight.detach()[index]
+        left = left + residual
+        sums = torch.zeros(K, D).double().index_add_(0, index.flatten(), residual.view(-1, D))
+        torch.testing.assert_close(weight.grad, -scale * sums)
+    torch.testing.assert_close(z.grad, direction + beta * scale * left)
 
 
 def test_straight_through_gradient_is_the_identity() -> None:
@@ -271,7 +259,7 @@ def test_straight_through_gradient_is_the_identity() -> None:
     assert all(w.grad is None or not w.grad.any() for w in weights(book))
 
 
-def test_no_gradient_reaches_z_that_asks_for_none_and_bfloat16_z_works() -> None:
+def test_z_without_gradient_and_in_bfloat16() -> None:
     book = codebook()
     book(vectors()).total_loss.backward()
     assert all(w.grad is not None and w.grad.any() for w in weights(book))
@@ -292,15 +280,15 @@ def structured(batch: int = 400, seed: int = 0) -> torch.Tensor:
     return coarse[pick[0]] + fine[pick[1]] + 0.05 * torch.randn(batch, L, D, generator=source)
 
 
-def test_kmeans_error_falls_with_levels_and_beats_random_codes() -> None:
+def test_kmeans_error_falls_with_levels_and_beats_random_rows() -> None:
     book, z = RQCodebook(K, D, Q), structured()
     book.init_from_data(z, generator=generator())
     codes = book.cal_codes(z)
     errors = [float((z - book.decode_from_codes(codes, n)).detach().square().mean()) for n in range(1, Q + 1)]
     assert float(z.var()) > 2 * errors[0] and errors[0] > 2 * errors[1] > 2 * errors[2]
-    random_rows = RQCodebook(K, D, 1)
-    random_rows.init_from_data(z, iterations=0, generator=generator())
-    assert errors[0] < 0.9 * float((z - random_rows.cal_code_emds(z)).square().mean())
+    rows = z.view(-1, D)
+    starts = search.kmeans(rows, K, 0, generator())
+    assert errors[0] < 0.9 * float((rows - starts[search.nearest_codes(rows, [starts])[:, 0]]).square().mean())
     assert code_usage(codes, K).min() == 1
 
 
@@ -317,23 +305,22 @@ def test_kmeans_finds_separated_clusters_exactly(seed: int) -> None:
     torch.testing.assert_close(found[found[:, 0].argsort()], means[means[:, 0].argsort()])
 
 
-def test_kmeans_seeds_empty_clusters_again() -> None:
-    """64 points, 20 times each: draws of several starts at once hit some point twice, which leaves a cluster empty."""
+def test_kmeans_restarts_empty_clusters() -> None:
+    """64 points, 20 times each: drawing several starts at once selects some point twice, so a cluster stays empty."""
     points = torch.randn(64, D, generator=generator(2))
-    book = RQCodebook(64, D, 1)
-    z = points.repeat(20, 1).view(1, -1, D)
-    book.init_from_data(z, iterations=0, generator=generator(0))
-    assert code_usage(book.cal_codes(z), 64) < 1
-    book.init_from_data(z, generator=generator(0))
-    assert code_usage(book.cal_codes(z), 64) == 1
-    torch.testing.assert_close(book.cal_code_emds(z), z)
+    rows = points.repeat(20, 1)
+    starts, centers = (search.kmeans(rows, 64, iterations, generator(0)) for iterations in (0, 10))
+    assert len(search.nearest_codes(rows, [starts]).unique()) < 64
+    found = search.nearest_codes(rows, [centers])[:, 0]
+    assert len(found.unique()) == 64
+    torch.testing.assert_close(centers[found], rows)
 
 
 def test_equal_seeds_give_equal_codebooks() -> None:
     def trained(seed: int) -> RQCodebook:
         torch.manual_seed(0)
         book, z = RQCodebook(K, D, Q), structured().requires_grad_()
-        book.init_from_data(z, generator=generator(seed), sample=500)
+        book.init_from_data(z, generator=generator(seed))
         optimizer = torch.optim.Adam(book.parameters(), 0.01)
         for _ in range(3):
             optimizer.zero_grad()
@@ -347,21 +334,16 @@ def test_equal_seeds_give_equal_codebooks() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_reload_never_initializes_again() -> None:
+def test_initialized_once_in_training_and_never_after_a_reload() -> None:
     book, z = RQCodebook(K, D, Q), structured()
-    assert not book.initialized.any()
     book.eval()(z)
-    assert not book.initialized.any()  # evaluation leaves the codebooks alone
+    assert not book.initialized  # evaluation does not change the codebooks
     book.train()(z)
-    assert book.initialized.all() and book.initialized.shape == (Q,)
+    assert book.initialized
     loaded = RQCodebook(K, D, Q)
     loaded.load_state_dict(book.state_dict())
     loaded(structured(seed=8))
     assert all(torch.equal(a, b) for a, b in zip(weights(book), weights(loaded), strict=True))
-    before = weights(codebook())[0].clone()
-    plain = codebook()
-    plain(z)
-    assert torch.equal(weights(plain)[0], before)  # kmeans_init=False
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -372,66 +354,7 @@ def test_init_from_fewer_rows_than_codes(rows: int) -> None:
     torch.testing.assert_close(book.cal_code_emds(z), z)
 
 
-# ---------------------------------------------------------------- EMA, usage, revival
-
-
-def test_ema_with_decay_zero_moves_each_code_to_its_mean_in_one_step() -> None:
-    book, z = codebook(ema_decay=0.0).double(), vectors(dtype=torch.float64)
-    before = [w.clone() for w in weights(book)]
-    codes = book(z).all_indices.view(-1, Q)
-    residual = z.view(-1, D)
-    for level, (old, new) in enumerate(zip(before, weights(book), strict=True)):
-        for k in range(K):
-            mine = residual[codes[:, level] == k]
-            torch.testing.assert_close(new[k], mine.mean(0) if len(mine) else old[k])
-        residual = residual - old[codes[:, level]]
-    assert not any(w.requires_grad for w in weights(book))
-
-
-def test_ema_equals_the_two_buffer_form_and_converges_to_the_means() -> None:
-    decay = 0.8
-    book, z = codebook(1, ema_decay=decay).double(), vectors(dtype=torch.float64)
-    weight = weights(book)[0]
-    count, total = torch.ones(K).double(), weight.clone()
-    codes = book.cal_codes(z)  # fixed, so that the fixed point is known
-    onehot = torch.nn.functional.one_hot(codes.flatten(), K).double()
-    for _ in range(5):
-        book(z, codes)
-        count = decay * count + (1 - decay) * onehot.sum(0)
-        total = decay * total + (1 - decay) * onehot.t() @ z.view(-1, D)
-        torch.testing.assert_close(weight, total / count.unsqueeze(1))
-    for _ in range(200):
-        book(z, codes)
-    used = onehot.sum(0) > 0
-    torch.testing.assert_close(weight[used], (onehot.t() @ z.view(-1, D))[used] / onehot.sum(0)[used].unsqueeze(1))
-    book.eval()(z)
-    settled = weight.clone()
-    book(z)
-    assert torch.equal(weight, settled)  # eval moves nothing
-
-
-def test_ema_drops_the_codebook_term() -> None:
-    plain, moved, z = codebook().eval(), codebook(ema_decay=0.9).eval(), vectors()
-    torch.testing.assert_close(moved(z).total_loss * 1.25, plain(z).total_loss * 0.25)
-
-
-def test_ema_survives_codes_that_are_never_used() -> None:
-    book = codebook(1, ema_decay=0.0)
-    z = vectors(1)
-    for _ in range(3):
-        book(z, torch.zeros(1, L, 1, dtype=torch.int64))
-    assert weights(book)[0].isfinite().all()
-
-
-def test_usage_counts_training_assignments_until_the_refresh() -> None:
-    book, z = codebook(), vectors()
-    codes = book(z).all_indices
-    book(z)
-    book.eval()(z)
-    expected = torch.stack([torch.bincount(codes[:, :, q].flatten(), minlength=K) for q in range(Q)])
-    assert torch.equal(book.usage, 2 * expected)
-    book.revive_dead_codes(z, codes)
-    assert not book.usage.any()
+# ---------------------------------------------------------------- unused codes
 
 
 def test_revival_raises_usage_and_lowers_the_error() -> None:
@@ -454,28 +377,71 @@ def test_revival_raises_usage_and_lowers_the_error() -> None:
     ).square().mean()
 
 
-def test_revived_codes_are_residuals_of_their_level_with_fresh_statistics() -> None:
-    book, z = codebook(ema_decay=0.9), vectors()
-    codes = book.cal_codes(z).clamp_max(K - 4)  # the last 3 of every level unused
-    book.ema_count.fill_(7.0)
+def test_new_codes_are_residuals_of_their_level() -> None:
+    book, z = codebook(), vectors()
+    codes = book.cal_codes(z).clamp_max(K - 4)  # the last 3 of every level are unused
     old = [w.clone() for w in weights(book)]
     book.revive_dead_codes(z, codes, generator())
     residual = z.view(-1, D)
     for q in range(Q):
         fresh = weights(book)[q][K - 3 :]
         assert torch.cdist(fresh, residual, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() == 0
-        assert torch.equal(book.ema_count[q, K - 3 :], torch.ones(3)) and (book.ema_count[q] == 7).any()
         residual = residual - old[q][codes[:, :, q].flatten()]
 
 
-def test_revive_after_waits_and_duplicates_revive_one_code() -> None:
-    book, z = codebook(1, revive_after=3), vectors()
+def test_equal_rows_give_one_new_code_and_exact_codes_none() -> None:
     codes = torch.zeros(B, L, 1, dtype=torch.int64)
-    assert [book.revive_dead_codes(z, codes)[0] for _ in range(4)] == [0, 0, K - 1, 0]
     same = vectors(1)[:, :1].expand(B, L, D)
     assert codebook(1).revive_dead_codes(same, codes) == [1]
     exact = codebook(1)
-    assert exact.revive_dead_codes(exact.decode_from_codes(codes), codes) == [0]  # nothing left to gain
+    assert exact.revive_dead_codes(exact.decode_from_codes(codes), codes) == [0]
+
+
+# ---------------------------------------------------------------- all quantizers
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_trains_by_the_same_calls(name: str) -> None:
+    """The calls of the trainer, in its order; the loss falls, the codes decode to z_q, and a reload gives the same."""
+    torch.manual_seed(0)
+    z, levels = structured(), 1 if name == "vq" else Q
+    made = [QUANTIZERS[name](K, D, levels) for _ in range(2)]
+    book = made[0]
+    book.init_from_data(z, generator=generator())
+    codes = book.cal_codes(z)
+    assert codes.shape == (400, L, levels) and codes.dtype == torch.int64
+    optimizer, losses = torch.optim.Adam(book.parameters(), 0.05), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        output = book(z.requires_grad_(), codes)
+        output.total_loss.backward()
+        optimizer.step()
+        losses.append(float(output.total_loss.detach()))
+    assert losses[-1] < losses[0] and float(book.level_losses.sum()) == pytest.approx(losses[-1])
+    assert torch.equal(book(z, codes).z_q, book.decode_from_codes(codes))
+    revived = book.revive_dead_codes(z.detach(), codes, generator())
+    assert len(revived) == levels and (name != "random" or torch.equal(book.cal_codes(z), codes))
+    made[1].load_state_dict(book.state_dict())
+    assert torch.equal(made[1].cal_codes(z), book.cal_codes(z))
+    assert torch.equal(codebooks_of({f"a.b.{k}": v for k, v in book.state_dict().items()}), torch.stack(weights(book)))
+
+
+def test_random_codes_do_not_depend_on_z() -> None:
+    book, z = QUANTIZERS["random"](K, D, Q), vectors()
+    book.init_from_data(z, generator=generator(1))
+    codes = book.cal_codes(z)
+    assert torch.equal(book.cal_codes(vectors(seed=1)), codes) and codes.unique().tolist() == list(range(K))
+    other = QUANTIZERS["random"](K, D, Q)
+    other.init_from_data(z, generator=generator(2))
+    assert not torch.equal(other.cal_codes(z), codes)
+
+
+def test_states_without_whole_codebooks_are_rejected() -> None:
+    state = codebook().state_dict()
+    del state["codebooks.1.weight"]
+    for bad in ({}, state, state | {"codebooks.1.weight": torch.zeros(K, D + 1)}):
+        with pytest.raises(ValueError):
+            codebooks_of(bad)
 
 
 # ---------------------------------------------------------------- statistics
@@ -492,41 +458,35 @@ def test_statistics_by_hand() -> None:
     assert collisions(codes[:, :, 1]) == 4  # VQ's [M, L]
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"num_codes": 0},
-        {"num_quantizers": 0},
-        {"chunk_size": 0},
-        {"revive_after": 0},
-        {"ema_decay": 1.0},
-    ],
+    ("name", "options"),
+    [("rq", {"num_codes": 0}), ("rq", {"num_quantizers": 0}), ("rq", {"latent_dim": 0}), ("vq", {"num_quantizers": 2})],
 )
-def test_bad_options_are_refused(options: dict[str, object]) -> None:
+def test_bad_sizes_are_rejected(name: str, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        RQCodebook(**{"num_codes": K, "latent_dim": D, **options})  # type: ignore[arg-type]
+        QUANTIZERS[name](**{"num_codes": K, "latent_dim": D, **options})
 
 
-def test_bad_tensors_are_refused() -> None:
+def test_bad_tensors_are_rejected() -> None:
     book, z = codebook(), vectors()
     good = torch.zeros(B, L, Q, dtype=torch.int64)
     for bad in (good - 1, good + K, good.float(), good.bool(), good[:, :, 1:], good[0]):
-        with pytest.raises(ValueError, match="codes must be"):
+        with pytest.raises(ValueError):
             book.decode_from_codes(bad)
-        with pytest.raises(ValueError, match="codes must be"):
+        with pytest.raises(ValueError):
             book(z, bad)
-    with pytest.raises(ValueError, match="codes must be"):
+    with pytest.raises(ValueError):
         book(z, good[:1])
     for bad in (z[0], z[:, :, 1:], z[:0]):
-        with pytest.raises(ValueError, match="z "):
+        with pytest.raises(ValueError):
             book(bad)
     for levels in (0, Q + 1):
-        with pytest.raises(ValueError, match="levels"):
+        with pytest.raises(ValueError):
             book.decode_from_codes(good, levels)
-    with pytest.raises(ValueError, match="init_from_data"):
+    with pytest.raises(ValueError):  # not initialized
         RQCodebook(K, D)(z, torch.zeros(B, L, 4, dtype=torch.int64))
 
 

@@ -109,7 +109,7 @@ def test_scorer_from_a_checkpoint_reproduces_the_scores(
     ring_kg: KnowledgeGraph, graph: RelationalGraph, decoder: str
 ) -> None:
     model = initialized(ring_kg, graph, decoder=decoder)
-    config = SHAPE | {"decoder": decoder, "decoder_drop": None, "codebook": {}}
+    config = SHAPE | {"decoder": decoder, "decoder_drop": None, "ensemble": 1}
     state = {name: value for name, value in model.state_dict().items() if M not in value.shape}
     assert len(state) < len(model.state_dict())  # the entity embedding is gone
     scorer, relations = scorer_of(config, {"model": state, "relations": model.relation_vectors().detach()}, "cpu")
@@ -160,7 +160,7 @@ def test_semantic_loss_by_hand(ring_kg: KnowledgeGraph) -> None:
     mapped = q @ model.W_s.weight.T + model.W_s.bias
     expected = sum(float(((mapped[i] - text[i]) ** 2).sum().detach()) for i in range(7)) / 7
     assert float(model.semantic_loss(q, text).detach()) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="text_dim"):
+    with pytest.raises(ValueError):
         make_model(ring_kg).semantic_loss(q, text)
 
 
@@ -170,26 +170,3 @@ def test_shuffled_is_a_permutation_that_the_seed_decides() -> None:
     assert torch.equal(mixed, shuffled(codes, 3)) and not torch.equal(mixed, shuffled(codes, 4))
     assert torch.equal(mixed[mixed[:, 0, 0].argsort()], codes)
     assert int((mixed == codes).all(dim=(1, 2)).sum()) < 5
-
-
-def test_precision_is_put_back_even_after_an_error() -> None:
-    from model.precision import matmul_precision
-
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(RuntimeError), matmul_precision("medium"):
-        assert torch.get_float32_matmul_precision() == "medium"
-        raise RuntimeError
-    assert torch.get_float32_matmul_precision() == before
-
-
-def test_codes_do_not_depend_on_the_precision_of_training(ring_kg: KnowledgeGraph) -> None:
-    """Integers are decided in full precision (model/precision.py), so a fast product mode must not move any."""
-    from model.precision import matmul_precision
-    from model.RQCodebook import RQCodebook
-
-    torch.manual_seed(0)
-    z, codebook = torch.randn(400, 8, 64), RQCodebook(256, 64, 3)
-    codebook.init_from_data(z, iterations=1, generator=torch.Generator().manual_seed(0))
-    expected = codebook.cal_codes(z)
-    with matmul_precision("medium"):
-        assert torch.equal(codebook.cal_codes(z), expected)

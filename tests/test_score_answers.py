@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,21 +18,17 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from common.errors import InputError
 from common.files import ROOT, read_json
 from lora_training.score_answers import (
-    OWN,
-    Weights,
     best_threshold,
     by_task,
     classification_metrics,
     is_match,
     main,
-    order_weights,
     per_token,
     rank_of,
     ranking_metrics,
     read_answers,
     report,
-    scored_lists,
-    worths,
+    values_by_query,
 )
 from model.ranking import rank_scores
 
@@ -129,54 +126,41 @@ def test_an_entity_named_true_is_no_judgement() -> None:
     assert "threshold" in report([judged(0, "test", True, 1.0)])["triple_classification"]["test"]
 
 
-# ---------------------------------------------------------------- predictions and the list's order
+# ---------------------------------------------------------------- baselines and other orders
 
 
-def predicted_validation(strength: float, place: float, count: int = 3000, size: int = 4) -> list[dict[str, Any]]:
-    """Lists whose truths are drawn from softmax(strength * score - place * log(place in the list))."""
-    rng, names = np.random.default_rng(5), ["a", "b", "c", "d"][:size]
-    own = rng.normal(0, 2, (count, size))
-    drawn = strength * own - place * np.log(np.arange(1, size + 1)) + rng.gumbel(size=(count, size))
-    return [
-        answer(id=f"v{i}", split="validation", decode="predict", candidates=names, scores=scores, truth=[names[truth]])
-        for i, (scores, truth) in enumerate(zip(own.tolist(), drawn.argmax(1).tolist(), strict=True))
+def test_baselines_of_a_list_by_hand() -> None:
+    """Copying the first, a random order (expected), and the recall of the lists."""
+    answers = [
+        answer(id="0", candidate_order="shuffled"),  # b is second of three
+        answer(id="1", truth=["a", "c"], candidate_order="shuffled"),  # c is right too: a first of two
+        answer(id="2", truth=["z"], candidate_rank=4.0, candidate_order="shuffled"),
     ]
+    found = report(answers)["link_prediction"]["test"]
+    assert found["as_listed"]["mrr"] == pytest.approx((1 / 2 + 1 + 1 / 4) / 3)
+    assert found["random"]["mrr"] == pytest.approx(((1 + 1 / 2 + 1 / 3) / 3 + (1 + 1 / 2) / 2 + 1 / 4) / 3)
+    assert found["random"]["hits@1"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3) and found["random"]["hits@10"] == 1
+    assert found["list_recall"] == pytest.approx(2 / 3) and found["candidate_order"] == "shuffled"
+    rng = np.random.default_rng(0)
+    drawn = [np.mean([1 / rank_of(one | {"scores": rng.permutation(3).tolist()}) for one in answers])
+             for _ in range(4000)]  # fmt: skip
+    assert np.mean(drawn) == pytest.approx(found["random"]["mrr"], abs=0.01)
+    old = answer(decode="constrained_all", truth=["z"])  # of earlier versions: all entities, no list
+    assert "random" not in report([old])["link_prediction"]["test"]
 
 
-def weights_of(made: list[dict[str, Any]]) -> Weights | None:
-    return order_weights(scored_lists(made))
-
-
-def test_the_weights_of_score_and_order_are_found_again() -> None:
-    made = predicted_validation(0.7, 1.5)
-    assert weights_of(made) == pytest.approx((0.7, 1.5), abs=0.1)
-    assert weights_of(predicted_validation(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
-    assert weights_of(predicted_validation(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor are scores"
-    assert weights_of([one | {"truth": ["x"]} for one in made]) is None
-    certain = weights_of(predicted_validation(50.0, 0.0, 40))
-    assert certain is not None and math.isfinite(certain.score), "what can be told apart perfectly has finite weights"
-    unlisted = answer(id="out", split="validation", decode="predict", candidates=["a", "b"], scores=[0.0, 9.0],
-                      truth=["x"], candidate_rank=9.0)  # fmt: skip
-    assert weights_of([*made, unlisted]) == weights_of(made), "an unlisted truth says nothing"
-
-
-def test_order_is_added_with_validations_weights_and_nothing_of_test() -> None:
-    tests = [
-        answer(id="a", decode="predict", scores=[0.0, 1.0, -1.0], truth=["a"]),
-        answer(id="b", decode="predict", scores=[0.0, 0.4, 2.9], truth=["c"]),
-        answer(id="c", decode="predict", truth=["x"], candidate_rank=5.0),
+def test_other_orders_are_averaged() -> None:
+    """Own ranks 2 and 1; in order 1 both are first, in order 2 ranks 3 and none (not parsed)."""
+    answers = [
+        answer(id="0", permuted=[[-3.0, -1.0, -4.0], [-1.0, -5.0, -2.0]]),
+        answer(id="1", truth=["a"], permuted=[[-1.0, -2.0, -3.0], None]),
     ]
-    found = report([*tests, *predicted_validation(1.0, 2.0)])["link_prediction"]["test"]
-    assert found["mrr"] == pytest.approx((1 / 2 + 1 + 1 / 5) / 3)
-    a, b = found["with_order"]["weights"].values()
-    assert (a, b) == pytest.approx((1.0, 2.0), abs=0.15)
-    assert b * math.log(2) > 1.0 and 2.9 * a > b * math.log(3), (
-        "so the first moves to the front, the second stays there"
-    )
-    assert found["with_order"]["mrr"] == pytest.approx((1 + 1 + 1 / 5) / 3)
-    assert "with_order" not in report(tests)["link_prediction"]["test"], "no validation, no weights"
-    others = [one | {"decode": "score"} for one in (*tests, *predicted_validation(1.0, 2.0, 50))]
-    assert "with_order" not in report(others)["link_prediction"]["test"]
+    found = report(answers)["link_prediction"]["test"]
+    permuted = found["permuted"]
+    assert permuted["orders"] == 2 and permuted["mean"]["mrr"] == pytest.approx((1 + (1 / 3 + 0) / 2) / 2)
+    assert permuted["mrr_std"] == pytest.approx(np.std([1, 1 / 6], ddof=1))
+    assert permuted["first_changes"] == pytest.approx(2 / 4), "b instead of a, and no answer"
+    assert "permuted" not in report([answers[0], answer(id="2")])["link_prediction"]["test"]
 
 
 # ---------------------------------------------------------------- judgements
@@ -255,14 +239,14 @@ def test_a_torn_last_line_is_left_out_and_other_faults_are_named(tmp_path: Path)
     assert found.end == sum(len(json.dumps(one)) + 1 for one in whole)
     for lines, message in (
         ([*whole, whole[1]], "4: 1 of test is answered twice"),
-        ([whole[0], {"id": "1"}], "2: an answer lacks task_type"),
-        ([whole[0] | {"scores": [10**400, 1, 2]}], "1: scores does not fit"),
-        ([whole[0] | {"triple": ["a", "b"]}], "1: triple does not fit"),
+        ([whole[0], {"id": "1"}], "2: the answer lacks task_type"),
+        ([whole[0] | {"scores": [10**400, 1, 2]}], "1: scores is not valid"),
+        ([whole[0] | {"triple": ["a", "b"]}], "1: triple is not valid"),
     ):
         with pytest.raises(InputError, match=message):
             read_answers(write(path, lines))
     path.write_text("{]\n")
-    with pytest.raises(InputError, match="1: not one JSON answer"):
+    with pytest.raises(InputError, match="1: expected one JSON answer"):
         read_answers(path)
     with pytest.raises(InputError, match="does not exist"):
         read_answers(tmp_path / "none.jsonl")
@@ -274,7 +258,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     written = read_json(tmp_path / "metrics.json", "metrics")["metrics"]
     assert written["link_prediction"]["test"]["mrr"] == 0.5
     out = capsys.readouterr().out
-    assert "link_prediction test (1): mrr 0.5000" in out and "copy the listed order" in out
+    assert "link_prediction test (1): mrr 0.5000" in out and "copy the first candidate" in out
     path.write_text("")
     script = ROOT / "lora_training" / "score_answers.py"
     ended = subprocess.run([sys.executable, script, "--answers", path], capture_output=True, text=True, cwd=tmp_path)
@@ -302,10 +286,10 @@ def test_against_other_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [line["mean"] for line in written[str(ours)]["differences"]] == [0, 0]
     ours_of = [one | {"triple": ["a", "r", f"b{i}"]} for i, one in enumerate(read_answers(ours).answers)]
     negatives = write(tmp_path / "negatives.jsonl", [one | {"triple": ["a", "r", "c"]} for one in ours_of])
-    with pytest.raises(InputError, match="triple_classification test: not the same queries"):
+    with pytest.raises(InputError, match="triple_classification test: the queries differ"):
         main(["--answers", str(write(tmp_path / "with.jsonl", ours_of)), "--against", str(negatives)])
     fewer = file("fewer.jsonl", (1, 2), (1.0, 2.0))
-    with pytest.raises(InputError, match=r"link_prediction test: not the same queries: 1 are asked by one alone"):
+    with pytest.raises(InputError, match="link_prediction test: the queries differ: 1 "):
         main(["--answers", str(ours), "--against", str(fewer)])
     other = write(tmp_path / "v.jsonl", [answer(split="validation")])
     with pytest.raises(InputError, match="no task and split in common"):
@@ -313,16 +297,23 @@ def test_against_other_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_is_compared_is_what_is_reported() -> None:
-    """The means of every task's worths are its metrics, lengths, weights and thresholds chosen on validation alike."""
-    unequal = answer(id="u", decode="predict", scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3])
-    links = [*predicted_validation(1.0, 2.0, 60), unequal, answer(id="w", decode="predict")]
+    """The means of every task's values are its metrics, with lengths and thresholds chosen on validation."""
+    unequal = answer(id="u", scores=[-4.0, -6.0, -9.0], tokens=[2, 6, 3])
+    links = [unequal | {"id": "v", "split": "validation"}, unequal, answer(id="w", truth=["z"])]
     judgements = [judged(i, split, i >= 4, float(i)) for i in range(9) for split in ("validation", "test")]
     text = answer(task_type="codes_to_name", scores=None, candidates=None, text="b\na", expected="a\nb")
     texts = [text, text | {"id": "y", "text": "c"}]
     for made, metric in ((links, "mrr"), (judgements, "accuracy"), (texts, "exact_match")):
         ((_, splits),) = by_task(made).items()
-        for split, rows in worths(splits).items():
+        for split, values in values_by_query(splits).items():
             metrics = report(made)[made[0]["task_type"]][split]
-            for row, worth in rows.items():
-                said = metrics[metric] if row == OWN else metrics[row][metric]
-                assert np.mean(list(worth.values())) == pytest.approx(said)
+            assert len(values) == metrics["count"]
+            assert np.mean(list(values.values())) == pytest.approx(metrics[metric])
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    path = write(tmp_path / "answers.jsonl", [answer(task_type="名字", text="a", expected="a")])
+    words = [sys.executable, str(ROOT / "lora_training" / "score_answers.py"), "--answers", str(path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0 and r"\u540d\u5b57 test (1" in ended.stdout

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from common.errors import InputError
-from lora_training import train_lora
+from lora_training import lora_trainer, plan, train_lora
+from lora_training.base_model import check_version
+from lora_training.lora_trainer import recomputation
+from lora_training.token_rows import Collate
 from tests.test_train_lora import adapter, base, data, record, two_processes, words  # noqa: F401 (fixtures)
 
 FLAGS = {"lora_dropout": 0, "max_steps": 4, "eval_steps": 2, "batch_size": 2, "gradient_checkpointing": True}
@@ -37,11 +40,11 @@ def test_fsdp2_equals_plain_processes(base: Path, data: Path, tmp_path: Path) ->
 
 
 def test_zero3_recomputes_reentrantly_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert train_lora.recomputation() == {"use_reentrant": False}
+    assert recomputation() == {"use_reentrant": False}
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert train_lora.recomputation() == {"use_reentrant": False}
+    assert recomputation() == {"use_reentrant": False}
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert train_lora.recomputation() == {"use_reentrant": True}
+    assert recomputation() == {"use_reentrant": True}
 
 
 @pytest.mark.parametrize("rows", [True, False])
@@ -51,23 +54,21 @@ def test_reentrant_recomputation_has_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With and without trained rows: without them nothing that enters the first layer has a gradient of its own."""
-    from lora_training.code_tokens import add_code_tokens, load_tokenizer
     from lora_training.prompts import encode_examples
     from tests.test_prompts_tokens import SHAPE
     from tests.test_prompts_tokens import rows as task_rows
 
-    tokenizer = load_tokenizer(str(base))
-    ids = add_code_tokens(tokenizer, SHAPE)
-    batch = train_lora.Collate(0)(list(encode_examples(task_rows().values(), tokenizer)))
+    args = train_lora.parse_args(["--model_name", str(base), "--lora_dropout", "0"])
+    checked = plan.check_model(args, SHAPE)
+    batch = Collate(0)(list(encode_examples(task_rows().values(), checked.tokenizer)))
     labels = batch.pop("labels")
     found: list[dict[str, torch.Tensor]] = []
     for kind in ("ddp", "zero3"):
-        monkeypatch.setattr(train_lora, "sharding", lambda kind=kind: kind)
-        args = train_lora.parse_args(["--model_name", str(base), "--lora_dropout", "0"])
-        grown = train_lora.grown_base(args, tokenizer, torch.float32, 0)
-        model: Any = train_lora.add_adapter(grown, args, ids if rows else [])
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=train_lora.recomputation())
-        train_lora.mean_loss(model.train()(**batch), labels).backward()
+        monkeypatch.setattr(lora_trainer, "sharding", lambda kind=kind: kind)
+        grown, settings = train_lora.grown_base(args, checked, torch.float32, 0), train_lora.lora_settings(args)
+        model: Any = lora_trainer.add_adapter(grown, settings, checked.row_ids if rows else [], checked.shape)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=recomputation())
+        lora_trainer.mean_loss(model.train()(**batch), labels).backward()
         found.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
     assert found[0].keys() == found[1].keys() and all(value is not None for value in found[1].values())
     for name, gradient in found[0].items():
@@ -78,7 +79,7 @@ def test_reentrant_recomputation_has_the_same_gradients(
 def test_an_old_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("5.23.0", "5.24.0.dev0", "6.0.1"):
         monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
-        train_lora.check_version()
+        check_version()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "5.17.0")
     with pytest.raises(InputError, match=r"transformers 5.17.0 is installed, training needs 5.23 or later"):
-        train_lora.check_device(train_lora.parse_args([]))
+        plan.check_device(train_lora.parse_args([]))

@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 
 from common.errors import InputError, content_of
 from common.files import read_json
-from lora_training.code_tokens import (
-    RECORD,
-    check_model_name,
-    load_adapted,
-    load_tokenizer,
-    quiet_libraries,
-    read_saved,
-)
+from lora_training.adapters import RECORD, load_adapted, read_saved
+from lora_training.base_model import check_model_name, load_tokenizer, quiet_libraries
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import COLOURS, MARKERS, new_figure, save, short
 

@@ -43,7 +43,7 @@ def token_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """(text -> tokens, how they were counted): by a tokenizer (folder or hub name), else by ``proxy_tokens``."""
     if tokenizer is None:
         return proxy_tokens, PROXY
-    from lora_training.code_tokens import load_tokenizer
+    from lora_training.base_model import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), f"tokenizer: {Path(tokenizer).name}"

@@ -1,12 +1,13 @@
-"""Killed at any moment and continued, a run ends in the same bits; asked to stop, it saves, says so and goes."""
+"""A run that was killed at any moment and continued ends in the same bits; one that is asked to stop saves first."""
 
 from __future__ import annotations
 
 import os
 import random
-import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,201 +15,182 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import errors
-from common.files import ROOT, load_torch
-from lora_training import train_lora
-from tests.conftest import flags_of, small_flags
-from tests.faults.children import finish, start
-from tests.faults.world import pristine, tuning
-from tests.test_trainer import assert_same
+from common.files import load_torch
+from tests.faults.world import SMALL, STAGE1, STEM, TUNE, finish, start
 
-FAMILY: dict[str, Any] = {
-    "seq_len": 4, "num_code": 32, "num_quantizers": 2, "code_dim": 16, "init_dim": 32, "gcn_dim": 32, "gcn_layers": 1,
-    "tf_layers": 0, "decoder": "distmult", "epoch": 12, "batch": 512, "lr": 0.01, "device": "cpu", "freeze_at": 0.7,
-    "graph_backend": "torch",
-}  # fmt: skip
+STEPS = 20
+TRAIN = f"run_rq.py --dataset W/data/ring --out_dir OUT/codes --checkpoint_dir OUT/checkpoints {SMALL} --epoch 40"
+LORA = f"lora_training/train_lora.py {TUNE} --max_steps {STEPS} --eval_steps 2 --output_dir OUT/tuned"
 
 
-def family_flags(folder: Path) -> list[str]:
-    places = {
-        "dataset": ROOT / "data" / "family",
-        "out_dir": folder / "codes",
-        "checkpoint_dir": folder / "checkpoints",
-    }
-    return flags_of(places | FAMILY)
-
-
-def ring_flags(folder: Path) -> list[str]:
-    return small_flags(pristine() / "data" / "ring", folder, epoch=20, graph_backend="torch", freeze_at=0.8)
-
-
-def kill_and_continue(flags: list[str], folder: Path, after: float) -> None:
-    """SIGKILL after so many seconds, or once the first checkpoint is there if that is later, then --restore."""
-    folder.mkdir()
-    process = start("run_rq", flags, folder / "killed.txt")
-    deadline = time.monotonic() + 120
-    while process.is_alive() and not list(folder.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
+def wait_for(condition: Callable[[], object], process: Any, seconds: float = 120) -> None:
+    """Until ``condition`` holds or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.005)
-    time.sleep(after)
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Nested dictionaries and lists of tensors and plain values, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b) or ((torch.isnan(a) == torch.isnan(b)).all() and a.isnan().any()), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if "seconds" not in str(key):
+                assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}/{i}")
+    else:
+        assert a == b or a != a, where
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+@pytest.fixture(scope="module")
+def whole_run(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(TRAIN, pristine, out)
+    return out
+
+
+def last_epoch(out: Path) -> int:
+    """The epoch that the checkpoint holds, 0 where there is none."""
+    path = out / "checkpoints" / f"{STEM}.pt"
+    return int(load_torch(path, "checkpoint")["last"]["epoch"]) if path.exists() else 0
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Codes and everything in the checkpoints are equal, and nothing else is left in the folders."""
+    parts = [load_torch(out / "checkpoints" / f"{STEM}.pt", "checkpoint") for out in (a, b)]
+    for part in ("best", "last"):
+        assert_equal(parts[0][part], parts[1][part], part)
+    codes = [load_torch(out / "codes" / f"{STEM}.pt", "codes") for out in (a, b)]
+    assert torch.equal(*codes)
+    files = [sorted(path.name for path in out.glob("c*/*")) for out in (a, b)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 20))])
+def test_stage_one_killed_at_any_moment_goes_on_to_the_same_bits(
+    pristine: Path, tmp_path: Path, whole_run: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    process = start(TRAIN, pristine, tmp_path)
+    epoch = rng.randrange(1, 20)  # by epochs, not by seconds: other programs may keep the run waiting
+    wait_for(lambda: last_epoch(tmp_path) >= epoch, process)
+    time.sleep(rng.random() / 20)
     process.kill()
     process.join()
-    more = ["--restore"] if list(folder.glob("checkpoints/*.pt")) else []
-    assert finish("run_rq", [*flags, *more], folder / "continued.txt") == 0, (folder / "continued.txt").read_text()
+    assert process.exitcode == -signal.SIGKILL, "it had ended before it was killed"
+    finish(f"{TRAIN} --restore", pristine, tmp_path)
+    assert_same_run(whole_run, tmp_path)
 
 
-def assert_same_run(a: Path, b: Path, stem: str) -> None:
-    """Codes, and everything in the checkpoints, bit for bit; and nothing else lies about."""
-    parts = [load_torch(folder / "checkpoints" / f"{stem}.pt", "checkpoint") for folder in (a, b)]
-    for part in ("best", "last"):
-        assert_same(parts[0][part], parts[1][part])
-    codes = [load_torch(folder / "codes" / f"{stem}.pt", "codes") for folder in (a, b)]
-    assert torch.equal(*codes)
-    listed = [sorted(path.name for path in folder.glob("c*/*")) for folder in (a, b)]
-    assert listed[0] == listed[1] and not list(b.glob("c*/.*.tmp"))
-
-
-def moments(flags: Any, stem: str, folder: Path, count: int, seed: int) -> None:
-    straight = folder / "straight"
-    straight.mkdir()
-    began = time.monotonic()
-    assert finish("run_rq", flags(straight), straight / "out.txt") == 0, (straight / "out.txt").read_text()
-    length, rng = time.monotonic() - began, random.Random(seed)
-    for i in range(count):
-        kill_and_continue(flags(folder / str(i)), folder / str(i), rng.random() * length * 0.8)
-        assert_same_run(straight, folder / str(i), stem)
-
-
-def test_killed_at_two_moments(tmp_path: Path) -> None:
-    moments(ring_flags, "ring_3_8_2_rq", tmp_path, 2, seed=1)
-
-
-@pytest.mark.slow
-def test_killed_at_twenty_moments(tmp_path: Path) -> None:
-    moments(family_flags, "family_4_32_2_rq", tmp_path, 20, seed=2)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop_stage_one_saves_and_says_so(tmp_path: Path, number: int, code: int) -> None:
-    process = start("run_rq", family_flags(tmp_path), tmp_path / "out.txt")
-    while process.is_alive() and not list(tmp_path.glob("checkpoints/*.pt")):
-        time.sleep(0.005)
+def test_stage_one_that_is_asked_to_stop_saves_the_epoch(
+    pristine: Path, tmp_path: Path, whole_run: Path, number: int, code: int
+) -> None:
+    process = start(TRAIN, pristine, tmp_path)
+    wait_for(lambda: last_epoch(tmp_path), process)
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join()
-    text = (tmp_path / "out.txt").read_text()
-    assert process.exitcode == code, text
-    found = re.findall(r"^stopped: epoch (\d+) is saved in .*--restore goes on", text, re.MULTILINE)
-    assert len(found) == 1 and "Traceback" not in text, text
-    assert load_torch(next(tmp_path.glob("checkpoints/*.pt")), "checkpoint")["last"]["epoch"] == int(found[0])
+    text = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == code and "Traceback" not in text, text
+    assert "--restore" in text.splitlines()[-1] and f"epoch {last_epoch(tmp_path)} " in text.splitlines()[-1], text
+    finish(f"{TRAIN} --restore", pristine, tmp_path)
+    assert_same_run(whole_run, tmp_path)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
+def test_a_killed_dump_leaves_the_codes_before_it_or_its_own(pristine: Path, tmp_path: Path, seed: int) -> None:
+    world = Path(shutil.copytree(pristine, tmp_path / "world"))
+    command, codes = f"run_rq.py {STAGE1} --restore", world / "codes" / f"{STEM}.pt"
+    good = load_torch(codes, "codes")
+    if seed % 2:
+        codes.unlink()
+    process = start(command, world, tmp_path / "out")
+    wait_for(lambda: (tmp_path / "out" / "log.txt").exists(), process)
+    time.sleep(random.Random(seed).random() * 0.3)
+    process.kill()
+    process.join()
+    assert not codes.exists() or torch.equal(load_torch(codes, "codes"), good)
+    finish(command, world, tmp_path / "out")
+    assert torch.equal(load_torch(codes, "codes"), good)
 
 
 # ---------------------------------------------------------------- LoRA
 
 
-def lora_flags(out: Path, steps: int = 6) -> list[str]:
-    flags = tuning(pristine(), out, "--lora_dropout", "0.1", "--learning_rate", "0.01", "--logging_steps", "1")
-    for name, value in (("--max_steps", steps), ("--eval_steps", 2)):
-        flags[flags.index(name) + 1] = str(value)
-    return flags
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(str(out / "lora_adapters" / "adapter_model.safetensors"))
-
-
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tuned") / "straight"
-    train_lora.main(lora_flags(out))
+def whole_tuning(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuning")
+    finish(LORA, pristine, out)
     return out
 
 
-def assert_same_adapter(a: Path, b: Path) -> None:
-    expected, found = weights(a), weights(b)
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-    assert sorted(path.name for path in b.iterdir()) == ["lora_adapters"]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop_lora_saves_the_step_and_goes_on_bit_for_bit(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    number: int, code: int,
-) -> None:  # fmt: skip
-    """Step 3 is between two regular checkpoints: it is saved because of the signal alone."""
-    loss, calls = train_lora.mean_loss, []
-
-    def asking(*words: Any, **more: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
-        return loss(*words, **more)
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train_lora, "mean_loss", asking)
-        errors.run_command(lambda: train_lora.main(lora_flags(out)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")]
-    assert end.value.code == code
-    assert lines == [f"stopped: step 3 is saved in {out / 'checkpoints'}; go on with --resume_from_checkpoint last"]
-    assert not (out / "lora_adapters").exists()
-    train_lora.main([*lora_flags(out), "--resume_from_checkpoint", "last"])
-    assert_same_adapter(straight, out)
-
-
-def test_a_half_written_checkpoint_is_passed_over(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file of seconds comes last, so a folder without it was being written when the run was killed."""
-    write = train_lora.write_record
-
-    def dying(value: Any, path: Path) -> None:
-        if path.parent.name == "checkpoint-4":
-            raise KeyboardInterrupt
-        write(value, path)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_lora, "write_record", dying)
-        train_lora.main(lora_flags(tmp_path))
-    assert (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file()
-    train_lora.main([*lora_flags(tmp_path), "--resume_from_checkpoint", "last"])
-    assert_same_adapter(straight, tmp_path)
-
-
 def last_step(out: Path) -> int:
-    """The step of the newest whole checkpoint, 0 where there is none."""
-    found = [path.parent.name for path in out.glob("checkpoints/checkpoint-*/seconds.json")]
+    """The step of the newest checkpoint that is complete, 0 where there is none."""
+    found = [path.parent.name for path in out.glob("tuned/checkpoints/checkpoint-*/seconds.json")]
     return max((int(name.removeprefix("checkpoint-")) for name in found), default=0)
 
 
-def lora_moments(folder: Path, count: int, seed: int) -> None:
-    """SIGKILL somewhere between the first checkpoint and the end, then --resume_from_checkpoint."""
-    module = "lora_training.train_lora"
-    began = time.monotonic()
-    straight = folder / "straight"
-    assert finish(module, lora_flags(straight, 30), folder / "straight.txt") == 0, (folder / "straight.txt").read_text()
-    length, rng, killed = time.monotonic() - began, random.Random(seed), 0
-    for i in range(count):
-        out, log = folder / str(i), folder / f"{i}.txt"
-        process = start(module, lora_flags(out, 30), log)
-        step = rng.randrange(2, 28, 2)  # by steps, not by seconds: other programs may keep either run waiting
-        while process.is_alive() and last_step(out) < step:
-            time.sleep(0.005)
-        time.sleep(rng.random() * length / 30)
-        process.kill()
-        process.join()
-        if not (out / "lora_adapters").is_dir():
-            killed += 1
-            go_on = [*lora_flags(out, 30), "--resume_from_checkpoint", "last"]
-            assert finish(module, go_on, log) == 0, log.read_text()
-        assert_same_adapter(straight, out)
-    assert killed > count / 2, f"only {killed} of {count} were killed before their end"
+def assert_same_adapter(a: Path, b: Path) -> None:
+    whole, found = (load_file(str(out / "tuned" / "lora_adapters" / "adapter_model.safetensors")) for out in (a, b))
+    assert_equal(whole, found)
+    assert not (b / "tuned" / "checkpoints").exists()
 
 
-def test_lora_killed_at_two_moments(tmp_path: Path) -> None:
-    lora_moments(tmp_path, 2, seed=3)
+def go_on(pristine: Path, out: Path, whole: Path) -> None:
+    finish(f"{LORA} --resume_from_checkpoint last", pristine, out)
+    assert_same_adapter(whole, out)
 
 
-@pytest.mark.slow
-def test_lora_killed_at_twenty_moments(tmp_path: Path) -> None:
-    lora_moments(tmp_path, 20, seed=4)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))])
+def test_lora_killed_at_any_moment_goes_on_to_the_same_bits(
+    pristine: Path, tmp_path: Path, whole_tuning: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    process = start(LORA, pristine, tmp_path)
+    step = rng.randrange(2, STEPS - 2, 2)  # by steps, not by seconds: other programs may keep the run waiting
+    wait_for(lambda: last_step(tmp_path) >= step, process)
+    time.sleep(rng.random() / 20)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "tuned" / "lora_adapters").exists(), "it had ended before it was killed"
+    go_on(pristine, tmp_path, whole_tuning)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_lora_that_is_asked_to_stop_saves_the_step(
+    pristine: Path, tmp_path: Path, whole_tuning: Path, number: int, code: int
+) -> None:
+    process = start(LORA, pristine, tmp_path)
+    wait_for(lambda: last_step(tmp_path) >= 2, process)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    text = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == code and "Traceback" not in text, text
+    assert f"step {last_step(tmp_path)} " in text.splitlines()[-1], text
+    go_on(pristine, tmp_path, whole_tuning)
+
+
+def test_a_checkpoint_that_was_half_written_is_passed_over(pristine: Path, tmp_path: Path, whole_tuning: Path) -> None:
+    """``seconds.json`` is written last: a folder without it was being written when the run was killed."""
+    process = start(LORA, pristine, tmp_path)
+    wait_for(lambda: last_step(tmp_path) >= 4, process)
+    process.kill()
+    process.join()
+    (tmp_path / "tuned" / "checkpoints" / f"checkpoint-{last_step(tmp_path)}" / "seconds.json").unlink()
+    assert last_step(tmp_path) >= 2
+    go_on(pristine, tmp_path, whole_tuning)

@@ -1,181 +1,200 @@
-"""A small copy of everything that the scripts read and write, made once per process by the scripts themselves.
+"""A small copy of everything that the scripts read, made once per process by the scripts themselves.
 
-The graph is the ring of tests/conftest.py; codes and checkpoint come from a real run of stage 1, rows, mix, adapter,
-merged model and answers from the real scripts. A case damages a file; ``restore`` puts everything back.
+Scripts are called as the shell calls them: by their file and arguments. Nothing here knows what is inside them.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
+import importlib
 import io
-import shutil
-import tempfile
-from contextlib import redirect_stderr, redirect_stdout
-from functools import lru_cache
+import multiprocessing
+import os
+import resource
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from safetensors.torch import load_file, save_file
 
-import run_rq
-from common.files import read_json, write_json
-from data.knowledge_graph import KnowledgeGraph
-from tests.conftest import M, flags_of, small_flags, write_graph
-from tests.faults.furnish import furnish
-
+M = 43  # entities
 STEM = "ring_3_8_2_rq"
-EPOCHS = 3
+CODES, CHECKPOINT = f"codes/{STEM}.pt", f"checkpoints/{STEM}.pt"
+MEMORY = 2 * 2**30  # bytes that a script may take beyond what the process has
+
+# Commands over the world. W/ stands for the world's folder, OUT/ for an empty one.
+SIZES = "--seq_len 3 --num_code 8 --num_quantizers 2 --init_dim 12 --gcn_dim 12 --gcn_layers 1 --att_head 2"
+SMALL = f"{SIZES} --ensemble 1 --decoder distmult --batch 32 --lr 0.01 --device cpu --graph_backend torch"
+STAGE1 = f"--dataset W/data/ring --out_dir W/codes --checkpoint_dir W/checkpoints {SMALL} --epoch 3"
+RANK = f"--dataset W/data/ring --eval_codes W/{CODES} --checkpoint W/{CHECKPOINT} --device cpu"
+ROWS = f"--codes W/{CODES} --dataset W/data/ring --limit 12"
+TUNE = (
+    "--model_name W/base --train_data W/rows/train.json --val_data W/rows/validation.json --batch_size 4 "
+    "--lora_r 4 --lora_alpha 8 --lora_dropout 0.1 --learning_rate 0.01 --logging_steps 1 --eval_steps 1"
+)
+MERGE = "--lora_adapter W/tuned/lora_adapters --base_model W/base"
+ANSWER = f"{MERGE} --test_data W/rows/test_tasks.json --device cpu --max_new_tokens 4 --limit 3 --val_limit 3"
+BASE = "--dataset W/data/ring --width 16 --heads 2 --layers 1 --steps 1 --vocab_size 300"
+
+MAKE = [
+    f"run_rq.py {STAGE1}",
+    f"run_rq.py {RANK} --split valid --top 6 --export_candidates W/lists/valid.npz",
+    f"run_rq.py {RANK} --split test --top 6 --export_candidates W/lists/test.npz",
+    f"Class/gen_lp_data_rq.py {ROWS} --out_dir W/rows --candidates W/lists/valid.npz W/lists/test.npz",
+    f"Class/gen_fb_data_rq.py {ROWS} --out_dir W/rows --neg_ratio 1 --task_only",
+    "Class/build_mix.py --out_dir W/rows",
+    f"lora_training/make_tiny_base.py {BASE} --out W/base",
+    f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir W/tuned",
+    f"lora_training/inference.py {ANSWER} --output W/answers/inference_results.json",
+]
 
 
-def to_openke(kg: KnowledgeGraph, folder: Path) -> Path:
-    """The graph in OpenKE's form."""
+class Outcome(NamedTuple):
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def write_ring(folder: Path) -> None:
+    """43 entities on a ring: next (+1), over (+2), class (to the first five)."""
     folder.mkdir(parents=True)
-    for split in ("train", "valid", "test"):
-        rows = [f"{h} {t} {r}\n" for h, r, t in kg.split(split).tolist()]
-        (folder / f"{split}2id.txt").write_text(f"{len(rows)}\n" + "".join(rows))
-    for what, names in (("entity", kg.entities), ("relation", kg.relations)):
-        lines = [f"{name}\t{i}\n" for i, name in enumerate(names)]
-        (folder / f"{what}2id.txt").write_text(f"{len(names)}\n" + "".join(lines))
-    return folder
+    rows = [(i, "next", (i + 1) % M) for i in range(M)] + [(i, "over", (i + 2) % M) for i in range(M)]
+    rows += [(i, "class", i % 5) for i in range(5, M)]
+    lines = [f"e{h}\t{r}\te{t}\n" for h, r, t in rows]
+    lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
+    for split, part in {"valid": lines[:12], "test": lines[12:24], "train": lines[24:]}.items():
+        (folder / f"{split}.txt").write_text("".join(part))
+    (folder / "entities.dict").write_text("".join(f"{i}\te{i}\n" for i in range(M)))
+    (folder / "relations.dict").write_text("0\tnext\n1\tover\n2\tclass\n")
+    (folder / "entity2label.txt").write_text("".join(f"e{i}\tEntity {i}\n" for i in range(M)))
 
 
-def other_graph(folder: Path) -> Path:
-    """Another data set: nine other entities on a line."""
-    folder.mkdir(parents=True)
-    rows = [f"x{i}\tgoes to\tx{i + 1}\n" for i in range(8)]
-    for split, lines in (("train", rows), ("valid", rows[1:3]), ("test", rows[4:6])):
-        (folder / f"{split}.txt").write_text("".join(lines))
-    return folder
+def make_world(folder: Path) -> None:
+    """Run every command of MAKE in ``folder``. About six seconds on one core."""
+    write_ring(folder / "data" / "ring")
+    np.save(folder / "text.npy", np.random.default_rng(0).standard_normal((M, 6)).astype(np.float32))
+    flags = SMALL.replace(" --", "\n--")
+    (folder / "flags.txt").write_text(f"# a small run\n{flags}\n")
+    for command in MAKE:
+        outcome = call(command, folder, folder)
+        assert outcome.code == 0, f"{command}\n{outcome.err}"
 
 
-def stage_one(folder: Path) -> list[str]:
-    """Flags of the world's run of stage 1."""
-    return small_flags(folder / "data" / "ring", folder, epoch=EPOCHS, graph_backend="torch")
+def words_of(command: str, world: Path, out: Path) -> tuple[str, list[str]]:
+    """The script of a command and its arguments."""
+    script, *words = shlex.split(command)
+    return script, [word.replace("W/", f"{world}/", 1).replace("OUT/", f"{out}/", 1) for word in words]
 
 
-def scored(folder: Path) -> list[str]:
-    """Flags that rank from the world's codes."""
-    pair = {
-        "dataset": folder / "data" / "ring", "eval_codes": folder / "codes" / f"{STEM}.pt",
-        "checkpoint": folder / "checkpoints" / f"{STEM}.pt", "device": "cpu",
-    }  # fmt: skip
-    return flags_of(pair)
+def module_of(script: str) -> str:
+    return script.removesuffix(".py").replace("/", ".")
 
 
-@lru_cache(maxsize=1)
-def pristine() -> Path:
-    """The folder of the world, with a backup beside it; both go away with the process. About four seconds."""
-    from Class import build_mix, gen_entity_data_rq, gen_fb_data_rq, gen_lp_data_rq
-    from Class.instructions import read_rows
-    from lora_training import inference, merge_adapter
-    from lora_training.prompts import prompt_text
-    from tests.test_inference import save_adapter, save_base
-
-    home = Path(tempfile.mkdtemp(prefix="faults-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    folder = home / "world"
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        ring = write_graph(folder / "data" / "ring")
-        kg = KnowledgeGraph.load(ring)
-        to_openke(kg, folder / "data" / "openke")
-        rng = np.random.default_rng(0)
-        np.save(folder / "text.npy", rng.standard_normal((M, 6)).astype(np.float32))
-        run_rq.train(run_rq.parse_config(stage_one(folder)))
-        other = other_graph(folder / "data" / "other")
-        flags = small_flags(other, folder / "other", epoch=2, graph_backend="torch", batch=4)
-        run_rq.train(run_rq.parse_config(flags))
-        pair = {"eval_codes": folder / "other" / "codes" / "other_3_8_2_rq.pt", "dataset": other, "device": "cpu",
-                "checkpoint": folder / "other" / "checkpoints" / "other_3_8_2_rq.pt"}  # fmt: skip
-        exported = folder / "other" / "lists" / "valid.npz"
-        run_rq.eval_codes(
-            run_rq.parse_config([*flags_of(pair), "--split", "valid", "--export_candidates", str(exported)])
-        )
-        for split, ending in (("valid", "npz"), ("test", "npz"), ("valid", "json"), ("test", "json")):
-            run_rq.eval_codes(
-                run_rq.parse_config([
-                    *scored(folder), "--split", split, "--top", "6",
-                    "--export_candidates", str(folder / "lists" / f"{split}.{ending}"),
-                ])
-            )  # fmt: skip
-        codes, mix = folder / "codes" / f"{STEM}.pt", folder / "lora_data"
-        words = ["--codes", str(codes), "--dataset", str(ring), "--out_dir", str(mix), "--limit", "12"]
-        lists = [str(folder / "lists" / f"{split}.npz") for split in ("valid", "test")]
-        gen_lp_data_rq.main([*words, "--candidates", *lists])
-        gen_fb_data_rq.main([*words, "--neg_ratio", "1", "--task_only"])
-        gen_entity_data_rq.main([*words, "--tasks", "knowledge_reasoning"])
-        build_mix.main(["--out_dir", str(mix)])
-        base = save_base(
-            folder / "base", [prompt_text(row) + row["output"] for row in read_rows(mix / "train.json")], 400
-        )
-        save_adapter(base, mix, folder / "adapter")
-        weights = load_file(folder / "adapter" / "adapter_model.safetensors")  # drawn wildly: merging would round much
-        save_file(
-            {name: value / 8 for name, value in weights.items()}, folder / "adapter" / "adapter_model.safetensors"
-        )
-        record = read_json(folder / "adapter" / "run_record.json", "record")
-        args = {"lora_r": 4, "epochs": 1.0, "max_steps": 0}
-        write_json(
-            record | {"args": args, "seed": 0, "wall_seconds": 9.0, "rows": {"train": 8}},
-            folder / "adapter" / "run_record.json",
-        )
-        merge_adapter.main(merging(folder, folder / "merged"))
-        inference.main(answering(folder))
-        ranked = mix / "link_prediction" / "test_tasks.json"
-        results = folder / "ranked" / "inference_results.json"
-        inference.main(answering(folder, "--test_data", str(ranked), "--output", str(results)))
-        furnish(folder, codes, tuning(folder, folder / "half"))
-    shutil.copytree(folder, home / "backup")
-    return folder
+@contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    """A limit of this process (``resource.RLIMIT_...``) for a while."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
-def merging(folder: Path, out: Path) -> list[str]:
-    """Arguments of merge_adapter.py."""
-    return ["--lora_adapter", str(folder / "adapter"), "--base_model", str(folder / "base"), "--output_dir", str(out)]
+def used_memory() -> int:
+    """Bytes of address space of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def answering(folder: Path, *more: str) -> list[str]:
-    """Arguments of inference.py: six rows, so that it takes a second."""
-    return [
-        "--lora_adapter", str(folder / "adapter"), "--base_model", str(folder / "base"),
-        "--test_data", str(folder / "lora_data" / "test_tasks.json"), "--device", "cpu", "--max_new_tokens", "4",
-        "--limit", "3", "--val_limit", "3", "--output", str(folder / "answers" / "inference_results.json"), *more,
-    ]  # fmt: skip
+def clear_caches() -> None:
+    """Empty every ``lru_cache`` of our modules, as a process of its own would find them."""
+    folders = ("Class", "common", "data", "lora_training", "model", "tables")
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in folders:
+            for value in vars(module).values():
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
 
 
-def tuning(folder: Path, out: Path, *more: str) -> list[str]:
-    """Arguments of train_lora.py: one step."""
-    return [
-        "--model_name", str(folder / "base"), "--train_data", str(folder / "lora_data" / "train.json"),
-        "--val_data", str(folder / "lora_data" / "validation.json"), "--output_dir", str(out), "--batch_size", "4",
-        "--lora_r", "4", "--lora_alpha", "8", "--max_steps", "1", "--eval_steps", "1", *more,
-    ]  # fmt: skip
+def call(command: str, world: Path, out: Path, memory: int = MEMORY) -> Outcome:
+    """Run a script in this process. A traceback, if there is one, is on stderr with exit code 1."""
+    from common.errors import run_command
+
+    script, words = words_of(command, world, out)
+    main = importlib.import_module(module_of(script)).main
+    stdout, stderr, before, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    clear_caches()
+    sys.argv = [script, *words]
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr), limited(resource.RLIMIT_AS, used_memory() + memory):
+            run_command(main)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        code = 1
+        stderr.write(traceback.format_exc())
+    finally:
+        sys.argv = before
+    return Outcome(code, stdout.getvalue(), stderr.getvalue())
 
 
-def restore(folder: Path) -> None:
-    """Put every file of the world back as ``pristine`` made it."""
-    backup, before, now = folder.with_name("backup"), snapshot(folder.with_name("backup")), snapshot(folder)
-    for name in sorted(now.keys() | before.keys(), key=len, reverse=True):
-        if now.get(name) != before.get(name) and name in now:
-            path = folder / name
-            path.chmod(0o700)
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in sorted(before.keys(), key=len):
-        if not (folder / name).exists():
-            if before[name] == "folder":
-                (folder / name).mkdir()
-            else:
-                shutil.copy2(backup / name, folder / name)
+def assert_one_line(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, and one line ``error: ...`` at the end of stderr that holds one of ``words``."""
+    lines = outcome.err.splitlines()
+    assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], outcome.err
+    assert not words or any(word in lines[-1] for word in words), f"none of {words} in: {lines[-1]}"
+    assert len(outcome.err) < 2500, outcome.err
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and folder below ``folder`` with its hash: what a refused command must leave as it was."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.stat().st_mode & 0o400:
-            found[str(path.relative_to(folder))] = "may not be read"
-        elif path.is_symlink() or path.is_file():
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            found[str(path.relative_to(folder))] = "folder"
-    return found
+    """Every file below ``folder`` with its hash."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# ---------------------------------------------------------------- processes that can be killed
+
+CONTEXT = multiprocessing.get_context("forkserver")  # the server has torch loaded, so that a start is cheap
+CONTEXT.set_forkserver_preload(["run_rq", "transformers", "peft", "accelerate", "lora_training.train_lora"])
+
+
+def run_script(script: str, words: list[str], output: str) -> None:
+    """What a child does: the script's ``main``, both outputs into one file."""
+    import torch
+
+    from common.errors import run_command
+
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [script, *words]
+    run_command(importlib.import_module(module_of(script)).main)
+
+
+def start(command: str, world: Path, out: Path) -> BaseProcess:
+    """Start a script; its output goes to ``OUT/log.txt``."""
+    out.mkdir(exist_ok=True)
+    script, words = words_of(command, world, out)
+    process: BaseProcess = CONTEXT.Process(target=run_script, args=(script, words, str(out / "log.txt")))
+    process.start()
+    return process
+
+
+def finish(command: str, world: Path, out: Path) -> str:
+    """Run a script to its end, which must be a good one; what it printed."""
+    process = start(command, world, out)
+    process.join()
+    text = (out / "log.txt").read_text()
+    assert process.exitcode == 0, text
+    return text
