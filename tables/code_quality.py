@@ -168,11 +168,12 @@ def jaccard_of(
 # ---------------------------------------------------------------- all numbers
 
 
-def quality(found: CodeSet, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[str, Any]:
+def quality(found: CodeSet, ks: Sequence[int] = KS) -> dict[str, Any]:
     """All numbers of this file's docstring for one set of codes; ``jaccard`` is None without vectors."""
     from model.RQCodebook import code_perplexity, collisions, entropy_bits
 
     M, L, Q = found.codes.shape
+    distances = None if found.vectors is None else jaccard_by_k(found.codes, found.flat_vectors(), ks)
     return {
         "codes": found.path.name,
         "dataset": found.record["dataset"],
@@ -186,9 +187,7 @@ def quality(found: CodeSet, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[
         "collisions": collisions(found.codes),
         "entropy_bits": entropy_bits(found.codes),
         "entropy_bits_max": math.log2(M),
-        "jaccard": None
-        if found.vectors is None
-        else {str(k): value for k, value in jaccard_by_k(found.codes, found.flat_vectors(), ks, chunk).items()},
+        "jaccard": None if distances is None else {str(k): value for k, value in distances.items()},
     }
 
 
@@ -215,21 +214,14 @@ def print_quality(row: dict[str, Any]) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/code_quality.py", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1's)"
+        "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)"
     )
-    parser.add_argument(
-        "--k",
-        type=int,
-        nargs="+",
-        default=list(KS),
-        metavar="K",
-        help="numbers of nearest entities (default: 200 to 1000)",
-    )
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="entities at a time; changes only memory")
+    parser.add_argument("--k", type=int, nargs="+", default=list(KS), metavar="K",
+                        help="numbers of nearest entities (default: 200 to 1000)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    if min(args.k) < 1 or args.chunk < 1:
-        parser.error(f"--k and --chunk must be 1 or more, got {args.k} and {args.chunk}")
+    if min(args.k) < 1:
+        parser.error(f"--k must be 1 or more, got {min(args.k)}")
     return args
 
 
@@ -239,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in pick_codes(args.codes):
         start = time.perf_counter()
         found = open_code_set(path)
-        row = quality(found, args.k, args.chunk)
+        row = quality(found, args.k)
         print_quality(row)
         left_out = [k for k in args.k if k >= row["entities"]]
         if left_out:

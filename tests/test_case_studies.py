@@ -137,7 +137,7 @@ def test_the_threshold_is_the_one_of_validation(tmp_path: Path) -> None:
     run = open_run(leave(tmp_path, TRIPLE_ROWS, found))
     right, wrong, _ = pick_triples(run, 9)
     assert ids(wrong.cases) == ["t-3"] and ids(right.cases) == ["t-1", "t-0", "t-2"]
-    assert "threshold +2.500" in page(run, 1) and "t-10" not in page(run, 9)
+    assert "threshold +2.500" in page(run, 1) and "Row t-10" not in page(run, 9)
 
 
 def test_names_of_unequal_length_rank_as_the_metrics_do(tmp_path: Path) -> None:

@@ -451,8 +451,8 @@ def read_chain(chain: Chain, ring: Path) -> list[Row]:
 def test_answers_become_rows(tmp_path: Path, ring: Path) -> None:
     chain = Chain(tmp_path, seed=3)
     rows = read_chain(chain, ring)
-    kinds = ["", "candidate ranker", "first candidate of the list", ""]
-    assert [row.variant for row in rows] == kinds and [row.task for row in rows] == [LINKS] * 3 + [TRIPLES]
+    kinds = ["", "candidate ranker", "first candidate of the list", "random choice", ""]
+    assert [row.variant for row in rows] == kinds and [row.task for row in rows] == [LINKS] * 4 + [TRIPLES]
     assert {row.dataset for row in rows} == {"ring"} and {row.seed for row in rows} == {3}
     assert {row.minutes for row in rows} == {1.5}  # training and answering
     label = "tiny, LoRA r 4, 2 epochs, 1,234 rows, codes 3 x 2 of 8 (18 bits)"
@@ -460,7 +460,7 @@ def test_answers_become_rows(tmp_path: Path, ring: Path) -> None:
     metrics = chain.record["metrics"]
     assert rows[0].metrics["mrr"] == metrics[LINKS]["test"]["mrr"]
     assert rows[1].metrics["hits@1"] == metrics[LINKS]["test"]["candidate_model"]["hits@1"]
-    assert rows[3].metrics["f1"] == metrics[TRIPLES]["test"]["f1"]
+    assert rows[4].metrics["f1"] == metrics[TRIPLES]["test"]["f1"]
 
 
 def test_answers_about_other_triples_get_another_name(tmp_path: Path, ring: Path) -> None:
@@ -528,7 +528,7 @@ def test_a_limited_run_says_so(tmp_path: Path, ring: Path) -> None:
     assert all(row.label.endswith("at most 20 test rows") and row.partial for row in rows)
     tables = make_tables.make_tables([3, 4], [chain.path], ring.parent)
     found = [line for table in tables if table.title.endswith("on ring") for line in table.lines]
-    assert len(found) == 4 and not any(line.competes for line in found), "other queries than the full runs'"
+    assert len(found) == 5 and not any(line.competes for line in found), "other queries than the full runs'"
 
 
 def test_a_kept_record_gives_the_same_rows_alone(tmp_path: Path, ring: Path) -> None:
@@ -586,7 +586,7 @@ def test_tables_of_the_llm(tmp_path: Path, ring: Path) -> None:
     third, fourth, fifth = (
         next(table for table in tables if table.number == n and table.title.endswith("on ring")) for n in (3, 4, 5)
     )
-    assert [line.block for line in third.lines] == ["ours", "baseline", "baseline"]
+    assert [line.block for line in third.lines] == ["ours", *["baseline"] * 3]
     assert all(", without codes" not in line.method for line in third.lines)
     assert sum("without codes" in line.method for line in fifth.lines) == 1
     assert all(cell.n == 2 and cell.std is not None for line in fifth.lines for cell in line.cells.values())

@@ -44,7 +44,7 @@ WRITERS = {
     "score": f"lora_training/score_answers.py {ANSWERS} --output OUT/metrics.json",
     "studies": f"tables/case_studies.py {ANSWERS} --rows W/rows/test_tasks.json --out OUT/cases.md",
     "report": f"tables/make_report.py W/codes/{STEM}.json --out OUT/report.html --data W/data",
-    "figure": f"tables/make_figures.py --figure usage --codes W/{CODES} --out OUT/figures {RECORDS}",
+    "figure": f"tables/make_figures.py --figure 10 --codes W/{CODES} --out OUT/figures {RECORDS}",
 }
 
 
