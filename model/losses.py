@@ -212,7 +212,7 @@ def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_s
 class Loss:
     """An entry of ``LOSSES``: call it with query [B, D], q_all [M, D], targets, label_smoothing."""
 
-    function: Callable[[Tensor, Tensor, Targets, float], Tensor]
+    function: Callable[..., Tensor]
     averages_over: str  # "triples": a mean over true triples; "queries": a mean in which each query weighs the same
     sampled: Callable[..., Tensor] | None = None  # its form with sampled negatives (--num_negatives), if there is one
 

@@ -287,6 +287,7 @@ class Trainer:
         if world.first and self.codes is None:
             codebook.init_from_data(z, generator=self.generator)
         elif world.first:
+            assert self.codes is not None
             codebook.revive_dead_codes(z, self.codes, generator=self.generator)
         if world.size > 1:
             world.copy_from_first(codebook.state_dict().values())
