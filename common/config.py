@@ -120,8 +120,10 @@ class Config:
     max_minutes: float = flag(0.0, TRAINING, "stop at the end of the epoch in which this time is over, with the "
                               "schedules fitted to it (0: off)", low=0, resume=LIMIT)  # fmt: skip
     batch: int = flag(1024, TRAINING, "B, distinct (h, r) queries per step", low=2, auto=True)
-    lr: float = flag(0.0005, TRAINING, "learning rate of Adam, with a cosine schedule", above=0)
-    l2: float = flag(1e-8, TRAINING, "weight decay of Adam", low=0)
+    optimizer: str = flag("adam", TRAINING, "adam with a cosine schedule, or adagrad at a constant rate (0.1 suits "
+                          "tables scored without maps)", choices=["adam", "adagrad"])  # fmt: skip
+    lr: float = flag(0.0005, TRAINING, "learning rate", above=0)
+    l2: float = flag(1e-8, TRAINING, "weight decay", low=0)
     loss: str = flag("ce", TRAINING, "1-N loss: softmax or binary cross-entropy", choices=["ce", "bce"])
     num_negatives: int = flag(0, TRAINING, "entities drawn per step for a sampled softmax, on large graphs (0: exact)",
                               low=0, auto=True)  # fmt: skip

@@ -685,9 +685,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="the folder, such as data/family")
     parser.add_argument("--no_cache", action="store_true", help="parse the files even if a cache of them exists")
-    parser.add_argument(
-        "--keep_names", action="store_true", help="accept several spellings of a name as names"
-    )
+    parser.add_argument("--keep_names", action="store_true", help="accept several spellings of a name as names")
     args = parser.parse_args()
     start = time.perf_counter()
     kg = KnowledgeGraph.load(args.folder, not args.no_cache, args.keep_names)

@@ -21,6 +21,8 @@ from model.members import linear
 from model.quantizers import QUANTIZERS, Quantizer
 from model.relational_graph import RelationalGraph
 
+TABLE_STD = 1e-3  # initial entries of tables that are scored without a map, as in ComplEx-N3 (Lacroix et al. 2018)
+
 
 class Encoded(NamedTuple):
     """What the encoder makes of the graph."""
@@ -82,15 +84,19 @@ class CodeScorer(nn.Module):
             raise ValueError(
                 f"{ensemble} members cannot share L x code_dim = {seq_len} x {code_dim} and D = {dim} equally"
             )
+        self.dim = dim
         self.rq_codebook = QUANTIZERS[quantizer](num_code, code_dim, num_quantizers)
-        self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
-        # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
-        nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)
+        # the code vectors are learned; a learned map after them moves all entities at once, which costs accuracy
+        self.W_q: nn.Module = nn.Identity()
+        if seq_len * code_dim != dim:
+            self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
+            # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
+            nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)  # type: ignore[arg-type]
         decoders = [make_decoder(decoder, dim // ensemble, dropout=decoder_drop) for _ in range(ensemble)]
         self.decoder = decoders[0] if ensemble == 1 else JointDecoder(decoders)
 
     def entity_vectors(self, z_q: Tensor) -> Tensor:
-        """q_e = W_q [x_q1 ... x_qL] (Eq. 4): quantized vectors [N, L, code_dim] -> [N, D]."""
+        """q_e = W_q [x_q1 ... x_qL] (Eq. 4), W_q the identity if L * code_dim = D: [N, L, code_dim] -> [N, D]."""
         vectors: Tensor = self.W_q(z_q.flatten(1))
         return vectors
 
@@ -145,8 +151,13 @@ class RQGCN(nn.Module):
         self.seq_len, self.code_dim, self.members = seq_len, code_dim, ensemble
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
-        nn.init.xavier_normal_(self.entity_embedding)
-        nn.init.xavier_normal_(self.relation_embedding)
+        mapped = width != seq_len * code_dim  # the expansion to L positions needs a map only if it changes the width
+        self.z_is_table = not (gcn_layers or tf_layers or mapped)
+        for table in (self.entity_embedding, self.relation_embedding):
+            if self.z_is_table:
+                nn.init.normal_(table, std=TABLE_STD)
+            else:
+                nn.init.xavier_normal_(table)
         sources = sources_of(inputs, ensemble)
         with_text = [member for member, own in enumerate(sources) if own != {LEARNED}]
         if with_text and not text_dim:
@@ -162,7 +173,7 @@ class RQGCN(nn.Module):
             gcn_layers, init_dim // ensemble, gcn_dim // ensemble, width // ensemble, num_relations,
             composition=composition, dropout=gcn_drop, act=act, backend=graph_backend,
         )  # fmt: skip
-        self.ffn = linear(ensemble, width, seq_len * code_dim)
+        self.ffn: nn.Module = linear(ensemble, width, seq_len * code_dim) if mapped else nn.Identity()
         self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
         self.transformer = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -171,7 +182,9 @@ class RQGCN(nn.Module):
             for _ in range(tf_layers)
         )
         # all entities pass at once, so their own statistics are the population's, in training and after
-        self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
+        self.norm: nn.Module = nn.Identity()
+        if mapped or tf_layers:
+            self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
         self.scorer = CodeScorer(
             seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, ensemble, quantizer
         )
@@ -181,6 +194,10 @@ class RQGCN(nn.Module):
     def rq_codebook(self) -> Quantizer:
         """The residual codebooks: part of the scorer, which needs no encoder."""
         return self.scorer.rq_codebook
+
+    def tables(self) -> list[Tensor]:
+        """Parameters with one row per entity, relation or code; all others act on every entity at once."""
+        return [self.entity_embedding, self.relation_embedding, *self.rq_codebook.parameters()]
 
     def relation_parameters(self) -> list[Tensor]:
         """The parameters that ``relation_vectors`` depends on."""

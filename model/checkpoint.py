@@ -157,7 +157,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict[str, Any
         step = state.get("step")
         if not all(isinstance(m, Tensor) and m.shape == parameter.shape and bool(m.isfinite().all()) for m in moments):
             raise ValueError("the optimizer's moments are damaged")
-        if not isinstance(step, Tensor) or step.numel() != 1 or not 0 < float(step) < math.inf:
+        if not isinstance(step, Tensor) or step.numel() != 1 or not 0 <= float(step) < math.inf:
             raise ValueError("the optimizer's count of steps is damaged")
     if [settings_of(group) for group in optimizer.param_groups] != before:
         raise ValueError("the optimizer's settings are others")

@@ -133,7 +133,7 @@ def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedS
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"checkpoint {path} holds no complete scorer: {reason}") from error
-    if relations.shape[1:] != (scorer.W_q.out_features,) or not bool(relations.isfinite().all()):
+    if relations.shape[1:] != (scorer.dim,) or not bool(relations.isfinite().all()):
         raise InputError(f"--checkpoint {path} holds damaged relation vectors {list(relations.shape)}")
     if len(relations) != 2 * kg.num_relations:
         raise InputError(f"--checkpoint {path} has {len(relations) // 2} relations, {kg.name} has {kg.num_relations}")

@@ -50,7 +50,9 @@ class Schedule:
         return FROZEN if progress >= self.config.freeze_at < 1 else CODES
 
     def lr(self, progress: float) -> float:
-        """The learning rate: a half cosine from ``lr`` down to 1 % of it."""
+        """The learning rate: a half cosine from ``lr`` down to 1 % of it; constant for Adagrad, whose steps shrink."""
+        if self.config.optimizer == "adagrad":
+            return self.config.lr
         return self.config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
     def assign_every(self, steps: int) -> int:

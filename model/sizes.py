@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,26 +14,32 @@ from common.errors import InputError
 
 EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes (benchmarks/growth.py)
 SAMPLED = 4096  # entities drawn per step there
+WIDTH = 256
+FEWEST_CODES, MOST_CODES = 8, 1024
+STEPS = 4000  # of a run on a small graph: half before the codes are assigned, half after
+FEWEST_EPOCHS, MOST_EPOCHS = 24, 200
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
-    """Settings for a graph of M entities, R relations and E training triples: flag -> number.
+    """Settings for a graph of M entities, R relations and E training triples: flag -> number (docs/DEFAULTS.md).
 
-    - width D: 256 (128 for fewer than 500 entities, whose codes hold few bits)
-    - K: the largest power of two up to 1,024 with at least 3 entities per code
-    - B: the power of two nearest below E / 160, from 256 to 1,024 (FB15k-237 1,024, WN18RR 512)
-    - epochs: 80 up to 500,000 triples, fewer above, so that the number of steps stays about that of FB15k-237 x 2
+    - width D: 256
+    - K: the power of two at or above M, from 8 to 1,024
+    - B: 256 queries of at most 4 tails each (``--tails_at_once``): about 500 triples
+    - epochs: about 4,000 steps, but at least 24 epochs and at most 200
     - above 100,000 entities, the softmax is over 4,096 sampled entities and the encoder passes over the graph rarely
     """
     large = entities > EXACT_UP_TO
+    batch = 256
+    steps = max(1, triples // batch)  # per epoch: 2 E queries with their tails, two tails per entry on average
     return {
-        "init_dim": 256 if entities >= 500 else 128,
-        "gcn_dim": 256 if entities >= 500 else 128,
-        "num_code": min(1024, max(16, _power_of_two(entities // 3))),
-        "batch": min(1024, max(256, _power_of_two(triples // 160))),
-        "epoch": max(5, min(80, 80 * 500_000 // max(1, triples))),
+        "init_dim": WIDTH,
+        "gcn_dim": WIDTH,
+        "num_code": min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length())),
+        "batch": batch,
+        "epoch": min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(STEPS / steps))),
         "num_negatives": SAMPLED if large else 0,
-        "encoder_every": encoder_pace(entities) if large else 2,
+        "encoder_every": encoder_pace(entities) if large else 1,
     }
 
 
@@ -62,11 +69,6 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
 def encoder_pace(entities: int) -> int:
     """Scorer steps per pass of the encoder on a large graph: a pass reads the whole graph, a step does not."""
     return max(64, 64 * entities // EXACT_UP_TO)
-
-
-def _power_of_two(value: int) -> int:
-    """The largest power of two up to ``value``, at least 1."""
-    return 1 << max(0, value.bit_length() - 1)
 
 
 # ---------------------------------------------------------------- out of memory

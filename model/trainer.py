@@ -40,6 +40,8 @@ from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN
 from model.schedule import CODES, FROZEN, WARM_UP, Phase, schedule_of
 
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+MAP_RATE = 0.05  # learning rate of shared maps under Adagrad, relative to that of tables
 TRAINING_PRECISION = "medium"  # of float32 products in training; ranking and assignment have the highest
 
 
@@ -107,25 +109,36 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self._clock = time.monotonic()
 
-    def _make_optimizer(self) -> torch.optim.Adam:
-        """Adam; what is stepped once per ``encoder_every`` scorer steps has sqrt(encoder_every) times the rate."""
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over four groups of parameters, each with a learning rate relative to ``lr``.
+
+        What is stepped once per ``encoder_every`` scorer steps has sqrt(encoder_every) times the rate. Under Adagrad,
+        whose usual rate suits tables, maps that all entities share have MAP_RATE times the rate.
+        """
         every_step = {id(p) for p in [*self.model.scorer.parameters(), *self.model.relation_parameters()]}
         if self.model.W_s is not None:
             every_step |= {id(p) for p in self.model.W_s.parameters()}
-        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-        for parameter in self.model.parameters():
-            groups[id(parameter) in every_step].append(parameter)
-        encoder = {"params": groups[False], "rate": math.sqrt(self.config.encoder_every)}
-        return torch.optim.Adam(
-            [{"params": groups[True], "rate": 1.0}, encoder], lr=self.config.lr, weight_decay=self.config.l2
-        )
+        tables = {id(p) for p in self.model.tables()}
+        encoder_rate = math.sqrt(self.config.encoder_every)
+        map_rate = MAP_RATE if self.config.optimizer == "adagrad" else 1.0
+        groups = []
+        for in_scorer in (True, False):
+            for is_table in (True, False):
+                parameters = [p for p in self.model.parameters()
+                              if (id(p) in every_step, id(p) in tables) == (in_scorer, is_table)]  # fmt: skip
+                rate = (1.0 if in_scorer else encoder_rate) * (1.0 if is_table else map_rate)
+                groups.append({"params": parameters, "rate": rate})
+        optimizer: Any = OPTIMIZERS[self.config.optimizer]
+        made: torch.optim.Optimizer = optimizer(groups, lr=self.config.lr, weight_decay=self.config.l2)
+        return made
 
     def _make_average(self) -> WeightAverage | None:
         """Of what trains once codes are frozen; of all weights where a baseline has no codes in training."""
         if not self.config.weight_average:
             return None
         some_train = self.schedule.trains_with_codes
-        trained = self.optimizer.param_groups[0]["params"] if some_train else self.model.parameters()
+        of_scorer = [p for group in self.optimizer.param_groups[:2] for p in group["params"]]
+        trained = of_scorer if some_train else list(self.model.parameters())
         statistics = [buffer for buffer in self.model.scorer.decoder.buffers() if buffer.is_floating_point()]
         return WeightAverage([*trained, *statistics], self.config.weight_average)
 

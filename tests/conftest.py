@@ -25,7 +25,7 @@ from model.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 # M = 43 differs from every other size below, so that a tensor with 43 rows is indexed by entities
-M, R, L, K, Q, CODE_DIM, D = 43, 3, 3, 8, 2, 4, 12
+M, R, L, K, Q, CODE_DIM, D = 43, 3, 3, 8, 2, 6, 12
 SHAPE: dict[str, Any] = {
     "init_dim": D, "gcn_dim": D, "gcn_layers": 1, "seq_len": L, "num_code": K, "num_quantizers": Q,
     "code_dim": CODE_DIM, "att_head": 2, "decoder": "distmult", "quantizer": "rq",

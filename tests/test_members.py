@@ -133,7 +133,7 @@ def test_an_ensembles_record_is_what_its_integers_rank(
     ("changes", "words"),
     [
         ({"ensemble": 2}, ["2 members", "L = 3"]),
-        ({"ensemble": 5, "tf_layers": 0}, ["5 members", "3 x 4"]),
+        ({"ensemble": 5, "tf_layers": 0}, ["5 members", "3 x 6"]),
         ({"ensemble": G, "init_dim": 13}, ["3 members", "13"]),
         ({"ensemble": 0}, ["--ensemble 0", "1 or more"]),
         ({"gcn_layers": 1}, ["--ensemble 3", "--gcn_layers 0"]),

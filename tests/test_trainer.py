@@ -212,7 +212,9 @@ def test_the_encoder_has_a_rate_of_its_own(trainer_of: TrainerMaker) -> None:
     trainer = trainer_of(lr=0.001, encoder_every=4, epoch=1)
     before = state_of(trainer)
     trainer._set_lr(0.0)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.001, 0.002])  # sqrt(4) times
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx(
+        [0.001] * 2 + [0.002] * 2
+    )  # sqrt(4) times
     trainer.fit()
     moved = (state_of(trainer)["entity_embedding"] - before["entity_embedding"]).abs().max()
     assert 0 < float(moved) <= 0.002 * 1.01 * math.ceil(len(trainer._batches()) / 4)  # Adam: a step is at most its rate
