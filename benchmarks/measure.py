@@ -195,7 +195,7 @@ def run_steps(trainer: Trainer, steps: int) -> float:
     batches, schedule = trainer._batches, trainer.schedule
     every, assign_every = schedule.assign_every(steps_per_epoch(trainer)), schedule.assign_every
     trainer._batches = lambda: batches()[:steps]  # type: ignore[method-assign]
-    schedule.assign_every = lambda _: every  # type: ignore[method-assign]
+    schedule.assign_every = lambda steps: every  # type: ignore[method-assign]
     try:
         finish(trainer.device)
         start = time.perf_counter()
