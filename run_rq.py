@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from data.knowledge_graph import KnowledgeGraph
+    from model.data_parallel import World
     from model.RQGCN import RQGCN
     from model.trainer import Trainer
 
@@ -104,41 +105,47 @@ def train(config: Config) -> None:
     Under torchrun each process runs this; only the first one prints and writes.
     """
     from model.data_parallel import World
-    from model.dump import dump_codes, dump_control
-    from model.trainer import Trainer
 
     device = choose_device(config)
     world = World.start(device)
-    with explain_oom(config) as sized, world.quiet(), ExitStack() as locks:
+    with explain_oom(config), world.quiet(), ExitStack() as locks:
         with world.together():
             inputs = read_inputs(config)
-            sized.append(inputs.config)
             if world.first:
                 lock_outputs(inputs, locks)
             stored = stored_run(inputs)
-            model = build_model(inputs, device)
-        trainer = Trainer(
-            inputs.kg, model, inputs.config, inputs.checkpoint, inputs.model_args, inputs.hashes, inputs.text, device,
-            world=world,
-        )  # fmt: skip
-        if stored is not None:
-            with world.together():
-                continue_from(trainer, stored)
-        fit_until_stopped(trainer)
-        world.close()
-        if not world.first:
-            return
-        if trainer.best is None:
-            raise InputError(f"{inputs.checkpoint.name} has no scored epoch yet; train on with --restore")
-        if inputs.config.quantizer in BASELINES:
-            dump_control(inputs.config, trainer, inputs.files.record)
-            return
-        dump_codes(inputs.config, trainer, inputs.files)
-    codes = inputs.files.codes
+        with explain_oom(inputs.config):
+            train_and_dump(inputs, stored, device, world)
+
+
+def train_and_dump(inputs: Inputs, stored: dict[str, Any] | None, device: torch.device, world: World) -> None:
+    """``train`` with its inputs read; ``stored``: the checkpoint to continue, None for a new run."""
+    from model.dump import dump_codes, dump_control
+    from model.trainer import Trainer
+
+    config = inputs.config
+    with world.together():
+        model = build_model(inputs, device)
+    trainer = Trainer(
+        inputs.kg, model, config, inputs.checkpoint, inputs.model_args, inputs.hashes, inputs.text, device, world=world
+    )
+    if stored is not None:
+        with world.together():
+            continue_from(trainer, stored)
+    fit_until_stopped(trainer)
+    world.close()
+    if not world.first:
+        return
+    if trainer.best is None:
+        raise InputError(f"{inputs.checkpoint.name} has no scored epoch yet; train on with --restore")
+    if config.quantizer in BASELINES:
+        dump_control(config, trainer, inputs.files.record)
+        return
+    dump_codes(config, trainer, inputs.files)
     print(
-        f"next: python run_rq.py --dataset {config.dataset or 'data/FB15k-237'} --eval_codes {codes} "
+        f"next: python run_rq.py --dataset {config.dataset or 'data/FB15k-237'} --eval_codes {inputs.files.codes} "
         f"--checkpoint {inputs.checkpoint}\n"
-        f"      python Class/gen_fb_data_rq.py --codes {codes}"
+        f"      python Class/gen_fb_data_rq.py --codes {inputs.files.codes}"
     )
 
 

@@ -120,6 +120,8 @@ class RQGCN(nn.Module):
     transformer blocks are common to all. Raises ValueError for sizes that do not fit together.
     """
 
+    members_of_loss: Tensor
+
     def __init__(
         self,
         num_entities: int,

@@ -54,7 +54,7 @@ def dump_codes(config: Config, trainer: Trainer, files: CodeFiles) -> None:
 
     metrics = score_codes(config, kg, scorer, relations, codes)
     metrics["mrr_before_collision_pass"] = mrr_as_trained(best)
-    quality = {
+    quality: dict[str, Any] = {
         "usage": code_usage(codes, config.num_code).tolist(),
         "perplexity": code_perplexity(codes, config.num_code).tolist(),
         "collisions": collisions(codes),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.config import AUTO, SOFTMAX_ONLY, Config
+from common.config import AUTO, Config
 from common.device import memory_wanted
 from common.errors import InputError
 
@@ -49,10 +49,10 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
     ``code_dim``, where it is "auto", shares D out among the L positions. Raises InputError where widths do not fit.
     """
     found = sizes_for(entities, relations, triples)
-    chosen = {name: value for name, value in found.items() if getattr(config, name) == AUTO}
+    chosen: dict[str, Any] = {name: value for name, value in found.items() if getattr(config, name) == AUTO}
     sized = dataclasses.replace(config, **chosen)
     if config.loss != "ce":
-        sized = dataclasses.replace(sized, **dict.fromkeys(SOFTMAX_ONLY, 0))
+        sized = dataclasses.replace(sized, num_negatives=0, tails_at_once=0)  # those of SOFTMAX_ONLY
     if config.code_dim == AUTO:
         width = sized.gcn_dim if sized.gcn_layers else sized.init_dim
         step = sized.att_head if sized.tf_layers else 1
@@ -85,19 +85,14 @@ def smaller_batch(batch: int, used: float, wanted: float, total: float, fixed: f
 
 
 @contextmanager
-def explain_oom(config: Config) -> Iterator[list[Config]]:
-    """Turn a lack of memory within the block into an InputError that names smaller sizes.
-
-    Gives a list; the config with its sizes, once known, is appended to it by the caller.
-    """
-    latest = [config]
+def explain_oom(config: Config) -> Iterator[None]:
+    """Turn a lack of memory within the block into an InputError that names smaller sizes, once sizes are chosen."""
     try:
-        yield latest
+        yield
     except (RuntimeError, MemoryError) as error:
         memory = memory_wanted(error)
         if memory is None:
             raise
-        config = latest[-1]
         reason = " ".join(str(error).split(". ")[0].split()) or "no memory"
         if config.eval_codes or config.batch == AUTO:
             raise InputError(f"out of memory ({reason}); close other programs, or use --device cpu") from error

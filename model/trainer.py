@@ -358,12 +358,13 @@ class Trainer:
         are several threads.
         """
         heads, loss = self.heads[batch], LOSSES[self.config.loss]
+        function: Callable[[Tensor, Tensor], Tensor]
         q_head = q_all.index_select(0, heads if sample is None else sample.heads)
         relations = self.model.relation_vectors().index_select(0, self.rels[batch])
         query = self.model.scorer.decoder.query(q_head, relations)
         if sample is None:
             targets = gather_targets(self.indptr, self.targets, batch)
-            function = partial(loss.function, targets=targets, label_smoothing=self.config.lbl_smooth)
+            function = partial(loss, targets=targets, label_smoothing=self.config.lbl_smooth)
         else:
             assert loss.sampled is not None
             function = partial(
