@@ -550,7 +550,7 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
         (["--device", "cuda:99"], ["cuda:99"]),
         (["--decoder", "nothing"], ["nothing"]),
         (["--decoder", "complex", "--gcn_dim", "13"], ["13"]),
-        (["--att_head", "3"], ["--att_head 3"]),
+        (["--tf_layers", "1", "--att_head", "4"], ["--att_head 4"]),
         (["--seq_len", "0"], ["--seq_len 0"]),
         (["--lr", "nan"], ["--lr nan"]),
         (["--lr", "inf"], ["--lr inf"]),
@@ -903,7 +903,7 @@ def test_help_prints_each_default_once(rq: Command) -> None:
     assert outcome.code == 0
     entries = re.split(r"\n  --", outcome.out)
     assert len(entries) > 40 and all(entry.count("(default:") <= 1 for entry in entries)
-    assert re.search(r"lr LR\s+learning rate.*?\(default:\s+0\.005\)", outcome.out, re.DOTALL)
+    assert re.search(r"lr LR\s+learning rate.*?\(default:\s+0\.1\)", outcome.out, re.DOTALL)
 
 
 @pytest.mark.parametrize(
