@@ -77,8 +77,8 @@ class Config:
     dataset: Path | None = flag(None, DATA, "graph folder", unset="data/FB15k-237", metavar="DIR", names=["--data"],
                                 resume=FREE)  # fmt: skip
     name: str | None = flag(None, DATA, "name of the run and of its checkpoint", unset="the stem of the codes file")
-    out_dir: Path | None = flag(None, DATA, "folder for codes and records; with --eval_codes, metrics", metavar="DIR",
-                                unset="codes_new; metrics are printed only", resume=FREE)  # fmt: skip
+    out_dir: Path | None = flag(None, DATA, "folder for codes and records", unset="codes_new", metavar="DIR",
+                                resume=FREE)  # fmt: skip
     checkpoint_dir: Path | None = flag(None, DATA, "folder for {name}.pt", unset="checkpoints", metavar="DIR",
                                        resume=FREE)  # fmt: skip
     text_emb: Path | None = flag(None, DATA, "text embeddings [M, T], one row per entity id, for Eq. 8 and --inputs",
@@ -160,6 +160,8 @@ class Config:
     checkpoint: Path | None = flag(None, RANKING, "codebooks, relations and decoder for --eval_codes", metavar="CK.pt",
                                    resume=FREE)  # fmt: skip
     shuffle_codes: bool = flag(False, RANKING, "control: give every entity another one's codes", resume=FREE)
+    metrics_out: Path | None = flag(None, RANKING, "also write the metrics to this file", metavar="FILE.json",
+                                    resume=FREE)  # fmt: skip
     predict: tuple[str, str] | None = flag(None, RANKING, "print the top tails; '~RELATION', quoted: the top heads",
                                            metavar=("HEAD", "RELATION"), resume=FREE)  # fmt: skip
     export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split: .json or .npz",
@@ -327,7 +329,11 @@ def _conflict(config: Config) -> str | None:
         return "--restore continues a run and --overwrite replaces it: give one of them"
     if config.eval_codes and not config.checkpoint:
         return "--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes"
-    for name in ("checkpoint", "predict", "shuffle_codes", "export_candidates"):
+    for name in ("checkpoint", "metrics_out", "predict", "shuffle_codes", "export_candidates"):
         if getattr(config, name) and not config.eval_codes:
             return f"--{name} needs --eval_codes CODES.pt and --checkpoint CK.pt"
+    if config.metrics_out and (config.predict or config.export_candidates):
+        return "--metrics_out writes what a ranking finds: leave --predict and --export_candidates out"
+    if config.metrics_out and config.metrics_out.suffix != ".json":
+        return f"--metrics_out {config.metrics_out} must end with .json"
     return None

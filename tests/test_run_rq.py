@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,11 @@ def test_predict_refuses_names_that_are_not_there(rq: Command, ring_run: Run) ->
     assert_refused(rq(*ring_run.scored(None, None, "--predict", "e1")), "--predict")
 
 
+@pytest.mark.parametrize("more", [["m.txt"], ["m.json", "--predict", "e1", "next"]], ids=" ".join)
+def test_metrics_go_to_a_json_file_alone(rq: Command, ring_run: Run, more: list[str]) -> None:
+    assert_refused(rq(*ring_run.scored(None, None, "--metrics_out", *more)), "--metrics_out")
+
+
 def test_lists_say_whether_codes_were_shuffled(rq: Command, ring_run: Run, tmp_path: Path) -> None:
     for more in ([], ["--shuffle_codes"]):
         out = tmp_path / "lists.json"
@@ -450,15 +456,28 @@ def test_one_run_twice_writes_the_same_bytes(rq: Command, ring: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["conve", "distmult", "complex", "tucker", "mlp"])
-def test_two_threads_give_the_same_codes_each_time(tmp_path: Path, decoder: str) -> None:
+def test_two_threads_give_the_same_codes_each_time_and_after_a_kill(tmp_path: Path, decoder: str) -> None:
     """Rows are taken by index_select: the backward pass of x[i] is not deterministic with several threads."""
-    graph = {"decoder": decoder, "init_dim": 64, "gcn_dim": 64, "batch": 256, "epoch": 2, "freeze_at": 1}
-    codes = []
+    sizes = {"decoder": decoder, "init_dim": 64, "gcn_dim": 64, "batch": 256, "epoch": 4, "num_workers": 2}
+
+    def command(place: str, *more: str) -> list[str]:
+        flags = small_flags(ROOT / "data" / "family", tmp_path / place, **sizes)
+        return [sys.executable, str(ROOT / "run_rq.py"), *flags, *more]
+
+    def epoch_of(place: str) -> int:
+        checkpoint = tmp_path / place / "checkpoints" / "family_3_8_2_rq.pt"
+        return int(load_torch(checkpoint, "checkpoint")["last"]["epoch"]) if checkpoint.exists() else 0
+
     for place in ("a", "b"):
-        flags = small_flags(ROOT / "data" / "family", tmp_path / place, **graph, num_workers=2)
-        subprocess.run([sys.executable, str(ROOT / "run_rq.py"), *flags], check=True, capture_output=True)
-        codes.append(load_torch(next((tmp_path / place / "codes").glob("*_rq.pt")), "codes"))
-    assert torch.equal(*codes)
+        subprocess.run(command(place), check=True, capture_output=True)
+    with subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while epoch_of("killed") < 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and 2 <= epoch_of("killed") < 4
+    subprocess.run(command("killed", "--restore"), check=True, capture_output=True)
+    codes = [load_torch(tmp_path / place / "codes" / "family_3_8_2_rq.pt", "codes") for place in ("a", "b", "killed")]
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
 
 
 def test_codes_of_another_name_are_not_written_over(rq: Command, ring: Path, tmp_path: Path) -> None:
@@ -567,6 +586,7 @@ def test_a_stopped_run_says_what_is_saved_and_can_be_dumped(
         (["--lr", "1e300"], ["--lr"]),
         (["--shuffle_codes"], ["--eval_codes"]),
         (["--checkpoint", "x.pt"], ["--eval_codes"]),
+        (["--metrics_out", "m.json"], ["--metrics_out", "--eval_codes"]),
         (["--opn", "corr"], ["--opn"]),
         (["--overwrit"], ["--overwrit"]),
     ],

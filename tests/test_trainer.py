@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +18,7 @@ from model.losses import LOSSES, gather_targets
 from model.RQGCN import scorer_of
 from model.schedule import CODES, FROZEN, WARM_UP, Phase
 from model.trainer import Trainer
-from tests.conftest import ROOT, L, M, Q, TrainerMaker, books_of, small_flags
+from tests.conftest import L, M, Q, TrainerMaker, books_of
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -507,34 +501,6 @@ def test_resumed_after_every_epoch_is_bit_identical(trainer_of: TrainerMaker, se
     assert_same(uninterrupted, resumed)
 
 
-def test_killed_at_any_moment_the_command_ends_where_it_would_have(ring: Path, tmp_path: Path) -> None:
-    def command(name: str, *more: str) -> list[str]:
-        flags = small_flags(ring, tmp_path / name, epoch=60, graph_backend="torch", freeze_at=0.8)
-        return [sys.executable, str(ROOT / "run_rq.py"), *flags, *more]
-
-    subprocess.run(command("straight"), check=True, capture_output=True, timeout=120)
-    checkpoint = tmp_path / "killed" / "checkpoints" / "ring_3_8_2_rq.pt"
-    with subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(random.random() / 2)  # somewhere inside a step, a save or a ranking
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    done = load_torch(checkpoint, "checkpoint")["last"]["epoch"]
-    assert 1 <= done < 60
-    ended = subprocess.run(command("killed", "--restore"), check=True, capture_output=True, text=True, timeout=120)
-    assert f"after epoch {done}" in ended.stdout
-    a, b = (
-        load_torch(tmp_path / name / "checkpoints" / "ring_3_8_2_rq.pt", "checkpoint")
-        for name in ("straight", "killed")
-    )
-    assert_same(a["best"], b["best"])
-    assert_same(a["last"], b["last"])
-    codes = [load_torch(tmp_path / name / "codes" / "ring_3_8_2_rq.pt", "codes") for name in ("straight", "killed")]
-    assert torch.equal(*codes)
-
-
 # ---------------------------------------------------------------- faults
 
 
@@ -597,7 +563,7 @@ def test_a_parameter_spoilt_by_the_last_step_is_an_input_error_too(trainer_of: T
         count.append(1)
         if len(count) == steps:
             with torch.no_grad():
-                trainer.model.scorer.W_q.weight.fill_(float("nan"))
+                trainer.model.relation_embedding.fill_(float("nan"))
 
     trainer.optimizer.step = spoil  # type: ignore
     with pytest.raises(InputError, match="epoch 1"):
