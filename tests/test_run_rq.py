@@ -211,12 +211,11 @@ def assert_equals_by_hand(run: Run, kg: KnowledgeGraph, split: str) -> None:
     assert high - low < 2e-3
 
 
-def test_the_integers_alone_carry_the_graph(ring_run: Run, ring_kg: KnowledgeGraph) -> None:
+def test_the_integers_alone_carry_the_graph(
+    ring_run: Run, ring_kg: KnowledgeGraph, family_run: Run, family: KnowledgeGraph
+) -> None:
     for split in ("valid", "test"):
         assert_equals_by_hand(ring_run, ring_kg, split)
-
-
-def test_the_integers_alone_carry_the_bundled_graph(family_run: Run, family: KnowledgeGraph) -> None:
     assert family_run.record["test"]["mrr"] > 0.3
     assert_equals_by_hand(family_run, family, "test")
 
@@ -433,6 +432,7 @@ def test_a_name_from_other_arguments_is_refused(rq: Command, ring: Path, tmp_pat
     assert (sha256(codes), sha256(checkpoint)) == before
     again = rq(*flags)  # the same arguments: nothing is left to train, the same files
     assert again.code == 0 and "continuing" in again.out
+    assert rq(*flags, "--name", RING, "--restore").code == 0  # the default name, spelled out
     assert_refused(rq(*flags, "--epoch", "3"), "epoch (there 2, here 3)", "--restore to go on")
     assert "to go on" not in rq(*flags, "--epoch", "3", "--seed", "1").err  # --restore would refuse the seed
     longer = rq(*flags, "--epoch", "3", "--restore")
@@ -440,6 +440,9 @@ def test_a_name_from_other_arguments_is_refused(rq: Command, ring: Path, tmp_pat
     anew = rq(*flags, "--seed", "1", "--overwrite")
     assert anew.code == 0 and "epoch    1" in anew.out
     assert json.loads(codes.with_suffix(".json").read_text())["seed"] == 1 and sha256(codes) != before[0]
+    checkpoint.unlink()
+    assert_refused(rq(*flags), codes.name, "--overwrite")
+    assert_refused(rq(*flags, "--restore"), "--restore", checkpoint.name)
 
 
 def test_one_run_twice_writes_the_same_bytes(rq: Command, ring: Path, tmp_path: Path) -> None:
@@ -491,13 +494,6 @@ def test_codes_of_another_name_are_not_written_over(rq: Command, ring: Path, tmp
     assert sha256(codes) == before
 
 
-def test_the_default_name_may_be_spelled_out(rq: Command, ring: Path, tmp_path: Path) -> None:
-    flags = small_flags(ring, tmp_path, epoch=2)
-    assert rq(*flags).code == 0
-    outcome = rq(*flags, "--name", RING, "--restore")
-    assert outcome.code == 0, outcome.err
-
-
 def test_a_changed_data_set_is_another_run(rq: Command, ring: Path, tmp_path: Path) -> None:
     copy = tmp_path / "ring"
     copy.mkdir()
@@ -508,17 +504,6 @@ def test_a_changed_data_set_is_another_run(rq: Command, ring: Path, tmp_path: Pa
     lines = (copy / "train.txt").read_text().splitlines(keepends=True)
     (copy / "train.txt").write_text("".join(lines[1:]))
     assert_refused(rq(*flags, "--restore"), "train.txt")
-
-
-def test_restore_needs_a_checkpoint(rq: Command, ring: Path, tmp_path: Path) -> None:
-    assert_refused(rq(*small_flags(ring, tmp_path), "--restore"), "--restore", f"{RING}.pt")
-
-
-def test_codes_of_another_run_are_not_written_over(rq: Command, ring: Path, tmp_path: Path) -> None:
-    flags = small_flags(ring, tmp_path, epoch=2)
-    assert rq(*flags).code == 0
-    (tmp_path / "checkpoints" / f"{RING}.pt").unlink()
-    assert_refused(rq(*flags), f"{RING}.pt", "--overwrite")
 
 
 def test_a_second_run_of_a_name_is_refused_while_the_first_lives(rq: Command, ring: Path, tmp_path: Path) -> None:
@@ -748,14 +733,6 @@ def test_one_flag_changes_one_setting() -> None:
     default, changed = (run_rq.parse_config(words).as_plain() for words in ([], ["--lr", "0.004"]))
     assert {key for key in default if default[key] != changed[key]} == {"lr"}
     assert changed["lr"] == 0.004
-
-
-def test_help_prints_each_default_once(rq: Command) -> None:
-    outcome = rq("--help")
-    assert outcome.code == 0
-    entries = re.split(r"\n  --", outcome.out)
-    assert len(entries) > 40 and all(entry.count("(default:") <= 1 for entry in entries)
-    assert re.search(r"lr LR\s+learning rate.*?\(default:\s+0\.1\)", outcome.out, re.DOTALL)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -544,14 +545,6 @@ def test_a_loss_that_rises_above_a_uniform_guess_is_reported(trainer_of: Trainer
     assert found == (["3", "4", "7"] if loss == "ce" else [])  # not where it falls, nor below the guess
 
 
-def test_a_rate_that_is_far_too_high_is_told(trainer_of: TrainerMaker) -> None:
-    lines: list[str] = []
-    trainer = trainer_of({"decoder": "distmult"}, epoch=4, lr=3.0)
-    trainer.report = lines.append
-    trainer.fit()
-    assert any(line.startswith("warning: L_st is above") for line in lines)
-
-
 def test_a_parameter_spoilt_by_the_last_step_is_an_input_error_too(trainer_of: TrainerMaker) -> None:
     """The loss of an epoch's last step is taken before its update: what the update spoils shows in the ranking."""
     trainer = trainer_of(epoch=3)
@@ -581,23 +574,17 @@ def test_a_last_batch_of_one_query_trains(trainer_of: TrainerMaker, decoder: str
     assert trainer.epoch == 2
 
 
-def test_training_precision_is_left_behind(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_are_decided_in_full_precision(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model/precision.py: training's own precision is left behind where codes are assigned and epochs are ranked."""
     trainer = trainer_of(epoch=2)
     monkeypatch.setattr(trainer_module, "TRAINING_PRECISION", "medium")
-    seen = []
-    validate = trainer._validate
-    trainer._validate = lambda phase: (seen.append(torch.get_float32_matmul_precision()), validate(phase))[1]  # type: ignore
-    trainer.fit()
-    assert seen == ["highest", "highest"] and torch.get_float32_matmul_precision() == "highest"
+    seen: list[str] = []
+    codebook, assign, validate = trainer.model.rq_codebook, trainer.model.rq_codebook.cal_codes, trainer._validate
 
+    def noted(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda given: (seen.append(torch.get_float32_matmul_precision()), function(given))[1]
 
-def test_assignments_are_decided_in_full_precision(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """model/precision.py: full where integers are decided."""
-    trainer = trainer_of(epoch=2)
-    monkeypatch.setattr(trainer_module, "TRAINING_PRECISION", "medium")
-    seen = []
-    codebook = trainer.model.rq_codebook
-    assign = codebook.cal_codes
-    codebook.cal_codes = lambda z: (seen.append(torch.get_float32_matmul_precision()), assign(z))[1]  # type: ignore
+    codebook.cal_codes = noted(assign)  # type: ignore[method-assign]
+    trainer._validate = noted(validate)  # type: ignore[method-assign]
     trainer.fit()
-    assert seen and set(seen) == {"highest"}
+    assert len(seen) > 2 and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "highest"
