@@ -444,7 +444,7 @@ def link_lines(report: Mapping[str, Any], format: str) -> list[str]:
         lines.append(f"  lists: {lists['candidates']:.1f} candidates, recall {lists['recall']:.4f}, truth {place}")
     lines.append(
         f"  other answers that only the test split knows: {test['queries']:,} queries have some "
-        f"({test['queries'] / metrics['count']:.1%}); {test['listed']:,} of {test['listable']:,} expected ones are listed"
+        f"({test['queries'] / metrics['count']:.1%}); {test['listed']:,} of {test['listable']:,} expected are listed"
     )
     lines.append(
         f"  names: {names['shared']:,} of {names['entities']:,} entities share theirs, the truths of "

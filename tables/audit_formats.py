@@ -9,8 +9,8 @@ gsquant   predictions.jsonl; --lists: test.jsonl, required. Candidates and the a
 ssqr      JSON rows with a prompt, answered by the codes of three entities in ``predict``; --lists: the rows alone
 kopa      triples with True or False; ``predict`` in the same rows or in a file of its own (--lists: the triples)
 
-Where a format gives names only, a name of several entities is read as the truth if the file says so, else as the first
-entity of this name that is not in the list already.
+Where a format gives names only, a name of several entities is read as the truth if the file says so, else as another
+test answer of (h, r), else as the first entity of this name that is not in the list already.
 """
 
 from __future__ import annotations
@@ -291,35 +291,38 @@ def read_gsquant(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
         if not isinstance(data, dict):
             raise InputError(f"{place}: there is no metadata; give --lists test.jsonl of the same run")
         query = lookup.query(data.get("triplet"), bool(data.get("inverse")), place)
-        shown, truth_name = texts(given, "topk_names", place), str(given.get("output", ""))
+        shown, truth_name = texts(given, "topk_names", place), given.get("output")
+        if not isinstance(truth_name, str) or not isinstance((said or {}).get("output", ""), str):
+            raise InputError(f"{place}: output is no text, expected a name")
         lookup.learn(truth_name, query[2])
         rank = given_rank(given, place)
         same = [i for i, name in enumerate(shown) if name_key(name) == name_key(truth_name)]
         listed = rank is None or rank <= len(shown)  # else a candidate with the truth's name is another entity
-        truth_at = int(rank) - 1 if rank is not None and rank - 1 in same else (same[0] if same and listed else None)
-        ranked = distinct_entities(shown, query[2], [i == truth_at for i in range(len(shown))], lookup)
+        truth_at = [int(rank) - 1] if rank is not None and rank - 1 in same else same[:listed]
+        ranked = distinct_entities(shown, query, truth_at, lookup)
         row = Row(place, query, ranked, shown, ranked, rank)
         lines = [line.strip() for line in str((said or {}).get("output") or "").splitlines() if line.strip()]
-        row.answered = said is not None and said is not given  # output of a row of the lists is the truth
+        row.answered = said is not None and "output" in said and said is not given  # there it is the truth
         row.answer = lines[0] if row.answered and lines else ""
         _answer_by_name(row, shown, truth_name, lookup, name_key)
         rows.append(row)
     return Contents("gsquant", rows, [])
 
 
-def distinct_entities(names: Sequence[str], truth: int, is_truth: Sequence[bool], lookup: Lookup) -> list[int]:
-    """An entity for each candidate that is given by name: the truth where ``is_truth``, else the first entity of this
-    name that is neither the truth nor in the list already; NO_ENTITY for a name of no entity."""
+def distinct_entities(names: Sequence[str], query: Query | None, truth_at: Sequence[int], lookup: Lookup) -> list[int]:
+    """An entity for each candidate that is given by name: the truth at the places ``truth_at``, else an entity of this
+    name that is not the truth and not in the list already, a test answer of (h, r) first; NO_ENTITY if none has it."""
+    truth = NO_ENTITY if query is None else query[2]
+    answers = () if query is None else lookup.test.get(query[:2], ())
     found: list[int] = []
-    taken = {truth}
-    for name, own in zip(names, is_truth, strict=True):
+    for place, name in enumerate(names):
         entities = lookup.entities_named(name)
-        if own and truth in entities:
+        if place in truth_at and truth in entities:
             found.append(truth)
             continue
-        free = [entity for entity in entities if entity not in taken]
-        found.append((free or [entity for entity in entities if entity != truth] or [NO_ENTITY])[0])
-        taken.add(found[-1])
+        others = [entity for entity in entities if entity != truth]
+        others.sort(key=lambda entity: (entity in found, entity not in answers))
+        found.append(others[0] if others else NO_ENTITY)
     return found
 
 
@@ -393,8 +396,7 @@ def _ssqr_row(
         relations = [r + shift for r in lookup.relation_texts.get(relation.removeprefix(INVERSE), ())]
         fits = (lambda t: t in truths) if truths else (lambda t: t not in in_list)
         query = query or lookup.test_query(lookup.entities_named(head), relations, fits, used)
-    tail = NO_ENTITY if query is None else query[2]
-    ranked = distinct_entities(names, tail, [codes == truth for _, codes in listed], lookup)
+    ranked = distinct_entities(names, query, [i for i, (_, codes) in enumerate(listed) if codes == truth], lookup)
     row = Row(place, query, ranked, names, ranked, None, answer is not None, str(answer or "").strip())
     lines = [line.strip() for line in row.answer.splitlines() if line.strip()]
     said = [codes_of(line) for line in lines]

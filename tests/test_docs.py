@@ -15,7 +15,7 @@ from common.files import ROOT
 from tables.levels import level_lines, with_levels
 from tests.pages import check_command, indented, page_commands, read_page
 
-PAGES = ("README.md", "README.zh.md", "docs/MIGRATION.md", "docs/ARCHITECTURE.md", "docs/ROBUSTNESS.md",
+PAGES = ("README.md", "README.zh.md", "docs/MIGRATION.md", "docs/ARCHITECTURE.md", "docs/ROBUSTNESS.md", "docs/AUDIT.md",
          "data/README.md", "benchmarks/README.md", "CONTRIBUTING.md")  # fmt: skip
 ROOMS = ("Class", "benchmarks", "data", "lora_training", "model", "tables")
 README, CHINESE = read_page("README.md"), read_page("README.zh.md")

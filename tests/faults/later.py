@@ -209,6 +209,13 @@ LATER = [
         ),
         [ANSWERS, ANSWERED, rows("link_prediction/test_tasks")],
     ),
+    Target(
+        "audit",
+        "tables/audit.py",
+        over("--dataset", "W/data/ring", "--answers", "W/ranked/answers.jsonl"),
+        [*tied_graph(), ANSWERS],
+        codes=(0, 1, 2),
+    ),
     figure("usage", TIED),
     figure("10", [RESULT]),
     figure("levels", [RESULT]),
