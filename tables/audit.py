@@ -172,7 +172,7 @@ def query_findings(audit: Audit) -> list[Finding]:
     ]  # fmt: skip
 
 
-class TestAnswers(NamedTuple):
+class TestOnly(NamedTuple):
     """Other right answers of a query that only the test split knows, and the lists."""
 
     queries: int  # queries that have such answers
@@ -181,7 +181,7 @@ class TestAnswers(NamedTuple):
     removed: dict[int, set[int]]  # row (by id()) -> answers that were removed from its list
 
 
-def test_answers(audit: Audit) -> TestAnswers:
+def test_only_answers(audit: Audit) -> TestOnly:
     """Lists of the same (h, r) come from one ranking. If the list of (h, r, t1) contains t1, but the list of
     (h, r, t2) does not, it was filtered with a test answer. If a file has no such pairs of rows, lists without any of
     these answers where at least ``FEW`` are expected from the recall count as filtered as well."""
@@ -189,27 +189,28 @@ def test_answers(audit: Audit) -> TestAnswers:
     for query, row in audit.first.items():
         if row.candidates:
             groups[query[:2]].append((query[2], row))
-    listable, listed, expected, removed = 0, 0, 0.0, {}
     own = [truth in row.candidates for group in groups.values() for truth, row in group]
     recall = sum(own) / max(len(own), 1)
+    listable, listed, expected, any_listed = 0, 0, 0.0, False
+    removed: dict[int, set[int]] = {}
     guess: dict[int, set[int]] = {}
     for pair, group in groups.items():
         found = {truth for truth, row in group if truth in row.candidates} & audit.test_only[pair]
         for truth, row in group:
-            here = found - {truth}
+            candidates, others = set(row.candidates), audit.test_only[pair] - {truth}
+            here = found & others
             listable += len(here)
-            listed += len(here & set(row.candidates))
-            if here - set(row.candidates):
-                removed[id(row)] = here - set(row.candidates)
-            others = audit.test_only[pair] - {truth}
-            expected += recall * min(len(others), len(row.candidates) - 1)
-            if others and truth in row.candidates:
+            listed += len(here & candidates)
+            if here - candidates:
+                removed[id(row)] = here - candidates
+            any_listed |= bool(others & candidates)
+            expected += recall * min(len(others), len(candidates) - 1)
+            if others and truth in candidates:
                 guess[id(row)] = others
-    if not listable and expected >= FEW and not any(guess[id(row)] & set(row.candidates)
-                                                    for row in audit.first.values() if id(row) in guess):  # fmt: skip
+    if not listable and not any_listed and expected >= FEW:
         removed = guess
     queries = sum(bool(audit.test_only[query[:2]] - {query[2]}) for query in audit.queries)
-    return TestAnswers(queries, listable, listed, removed)
+    return TestOnly(queries, listable, listed, removed)
 
 
 def filtered_lists(audit: Audit, removed: Mapping[int, set[int]]) -> Finding:
@@ -238,7 +239,7 @@ def answer_findings(audit: Audit) -> list[Finding]:
 
     def meant(row: Row) -> str:
         fits = ", ".join(entities[entity] for entity in row.groups[0][:4]) if row.groups else "no entity"
-        return f"answer {row.answer.splitlines()[0]!r} fits {fits}"
+        return f"answer {row.answer.splitlines()[0][:60]!r} fits {fits}"
 
     n = len(rows)
     return [
@@ -271,15 +272,17 @@ def list_facts(audit: Audit) -> dict[str, Any]:
     rows = [row for row in audit.first.values() if row.candidates]
     places = [(row.candidates.index(row.query[2]), len(row.candidates)) for row in rows
               if row.query and row.query[2] in row.candidates]  # fmt: skip
-    recall = len(places) / len(rows) if rows else None
-    observed = np.bincount([place for place, _ in places]) if places else np.zeros(0, dtype=np.int64)
+    found, sizes = [place for place, _ in places], [len(row.candidates) for row in rows]
     chi2, p = uniform_test(places)
     return {
-        "lists": len(rows), "recall": recall,
-        "candidates": float(np.mean([len(row.candidates) for row in rows])) if rows else None,
-        "truth_places": observed.tolist(), "mean_place": float(np.mean([p for p, _ in places])) + 1 if places else None,
-        "chi2": chi2, "p_uniform": p,
-    }  # fmt: skip
+        "lists": len(rows),
+        "recall": len(places) / len(rows) if rows else None,
+        "candidates": float(np.mean(sizes)) if rows else None,
+        "mean_place": float(np.mean(found)) + 1 if places else None,
+        "truth_places": np.bincount(np.array(found, dtype=np.int64)).tolist(),
+        "chi2": chi2,
+        "p_uniform": p,
+    }
 
 
 def uniform_test(places: Sequence[tuple[int, int]]) -> tuple[float | None, float | None]:
@@ -320,7 +323,7 @@ def audit_links(audit: Audit, format: str) -> dict[str, Any]:
     change = None if own["mrr"] is None else own["mrr"] - metrics["mrr"]
     keys = Counter(map(name_key, audit.kg.labels))
     shared = np.array([keys[name_key(label)] > 1 for label in audit.kg.labels])
-    test = test_answers(audit)
+    test = test_only_answers(audit)
     findings = [*query_findings(audit), filtered_lists(audit, test.removed), *answer_findings(audit)]
     n = sum(row.answered for row in audit.rows)
     if change is not None and change > LIMIT:
@@ -352,7 +355,7 @@ def audit_triples(kg: KnowledgeGraph, triples: Sequence[Triple], format: str) ->
     once = [group[0] for group in by_key.values() if len({one.label for one in group}) == 1]
     true = {tuple(row) for split in ("train", "valid", "test") for row in kg.split(split).tolist()}
     wrong = [triple for triple in test if triple.ids is not None and (triple.ids in true) != triple.label]
-    unread = [triple for triple in test if triple.said is None]
+    unreadable = [triple for triple in test if triple.predicted is None]
 
     def finding(name: str, found: Sequence[Triple], change: float | None = None) -> Finding:
         examples = [f"{one.place}: {' | '.join(one.key)} labelled {one.label}" for one in found[:EXAMPLES]]
@@ -366,7 +369,7 @@ def audit_triples(kg: KnowledgeGraph, triples: Sequence[Triple], format: str) ->
         finding("repeated triples", repeated, without([*once, *contradictory]) if repeated else None),
         finding("triples with both labels", contradictory, without(once) if contradictory else None),
         finding("labels against the graph", wrong),
-        finding("answers that are neither True nor False", unread, own["accuracy"] - fixed["accuracy"]),
+        finding("answers that are neither True nor False", unreadable, own["accuracy"] - fixed["accuracy"]),
     ]
     threshold = best_threshold(_margins(validation), [one.label for one in validation]) if validation else None
     return {
@@ -379,7 +382,7 @@ def audit_triples(kg: KnowledgeGraph, triples: Sequence[Triple], format: str) ->
 def _margins(triples: Sequence[Triple]) -> list[float]:
     """Margins; 1 or -1 for texts, NaN (counted as wrong) for answers that cannot be read."""
     texts = {True: 1.0, False: -1.0, None: math.nan}
-    return [texts[triple.said] if triple.margin is None else triple.margin for triple in triples]
+    return [texts[triple.predicted] if triple.margin is None else triple.margin for triple in triples]
 
 
 # ---------------------------------------------------------------- two files
@@ -407,7 +410,7 @@ def against(contents: Contents, audit: Audit, other: Contents) -> dict[str, Any]
 
 
 def _correct(triples: Sequence[Triple]) -> dict[Any, float]:
-    return {(one.key, one.label): float(one.said == one.label) for one in triples if one.split == "test"}
+    return {(one.key, one.label): float(one.predicted == one.label) for one in triples if one.split == "test"}
 
 
 # ---------------------------------------------------------------- report

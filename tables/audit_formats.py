@@ -73,7 +73,7 @@ class Triple:
     ids: Query | None  # h, r, t in the graph, if they are known
     label: bool
     margin: float | None  # log P(True) - log P(False); NaN if the answer cannot be read; None for texts
-    said: bool | None  # what a text says; None if it is neither True nor False
+    predicted: bool | None  # at threshold 0; None if the answer is neither True nor False
     own: bool  # what the project takes it for
     split: str = "test"
 
@@ -206,15 +206,18 @@ def join(answers: Path, lists: Path | None, key: Callable[[JsonRow], Any] | None
     if key is None:
         if len(rows) != len(given):
             raise InputError(f"--answers {answers} has {len(given)} rows, expected {len(rows)} as in --lists {lists}")
-        return [(f"{lists.name} row {i}", row, said) for i, (row, said) in enumerate(zip(rows, given, strict=True), 1)]
+        return [
+            (f"{lists.name} row {i}", row, response)
+            for i, (row, response) in enumerate(zip(rows, given, strict=True), 1)
+        ]
     waiting: dict[Any, deque[JsonRow]] = defaultdict(deque)
-    for said in given:
-        waiting[key(said)].append(said)
+    for response in given:
+        waiting[key(response)].append(response)
     pairs: list[Pair] = []
     for i, row in enumerate(rows, 1):
         found = waiting[key(row)]
         pairs.append((f"{lists.name} row {i}", row, found.popleft() if found else None))
-    left = next((said for queue in waiting.values() for said in queue), None)
+    left = next((response for queue in waiting.values() for response in queue), None)
     if left is not None:
         raise InputError(f"--answers {answers}: a row is not in --lists {lists}: {str(left)[:120]}")
     return pairs
@@ -248,7 +251,7 @@ def read_dift(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
     """Entities by raw name in ``topk_ents``, names in ``topk_names``, the answer ``pred`` by name."""
     pairs = join(answers, lists, lambda row: (str(row.get("triplet")), bool(row.get("inverse"))))
     rows, names = [], []
-    for place, given, said in pairs:
+    for place, given, response in pairs:
         query = lookup.query(given.get("triplet"), bool(given.get("inverse")), place)
         field_name = "topk_ents" if "topk_ents" in given else "rank_entities"
         raw, shown = texts(given, field_name, place), texts(given, "topk_names", place)
@@ -261,8 +264,8 @@ def read_dift(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
                 lookup.learn(name, entity)
         order = _prompt_order(given, shown)
         row = Row(place, query, [ranked[i] for i in order], [raw[i] for i in order], ranked, given_rank(given, place))
-        row.answered = said is not None and "pred" in said
-        row.answer = str((said or {}).get("pred") or "").strip()
+        row.answered = response is not None and "pred" in response
+        row.answer = str((response or {}).get("pred") or "").strip()
         rows.append(row)
         names.append((shown, truth_name))
     for row, (shown, truth_name) in zip(rows, names, strict=True):  # after all names are learned
@@ -286,14 +289,15 @@ def read_gsquant(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
     if lists is None and "metadata" not in load_rows(answers)[0]:
         raise InputError(f"--answers {answers} has no queries; add --lists test.jsonl, the file that was answered")
     rows = []
-    for place, given, said in join(answers, lists, prompt_of):
+    for place, given, response in join(answers, lists, prompt_of):
         data = given.get("metadata")
         if not isinstance(data, dict):
             raise InputError(f"{place}: there is no metadata; give --lists test.jsonl of the same run")
         query = lookup.query(data.get("triplet"), bool(data.get("inverse")), place)
-        shown, truth_name = texts(given, "topk_names", place), given.get("output")
-        if not isinstance(truth_name, str) or not isinstance((said or {}).get("output", ""), str):
-            raise InputError(f"{place}: output is no text, expected a name")
+        for part, file in ((given, lists or answers), (response or {}, answers)):
+            if not isinstance(part.get("output", ""), str):
+                raise InputError(f"{place}: output in {file.name} is {str(part['output'])[:40]}, expected a name")
+        shown, truth_name = texts(given, "topk_names", place), given.get("output") or lookup.kg.labels[query[2]]
         lookup.learn(truth_name, query[2])
         rank = given_rank(given, place)
         same = [i for i, name in enumerate(shown) if name_key(name) == name_key(truth_name)]
@@ -301,8 +305,8 @@ def read_gsquant(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
         truth_at = [int(rank) - 1] if rank is not None and rank - 1 in same else same[:listed]
         ranked = distinct_entities(shown, query, truth_at, lookup)
         row = Row(place, query, ranked, shown, ranked, rank)
-        lines = [line.strip() for line in str((said or {}).get("output") or "").splitlines() if line.strip()]
-        row.answered = said is not None and "output" in said and said is not given  # there it is the truth
+        lines = [line.strip() for line in str((response or {}).get("output") or "").splitlines() if line.strip()]
+        row.answered = response is not None and "output" in response and response is not given  # there it is the truth
         row.answer = lines[0] if row.answered and lines else ""
         _answer_by_name(row, shown, truth_name, lookup, name_key)
         rows.append(row)
@@ -363,7 +367,7 @@ def read_ssqr(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
     (``predict``, three lines) by codes. Which entity a code belongs to is collected from all prompts of the file."""
     parsed = []
     owners: dict[str, dict[str, None]] = defaultdict(dict)  # codes -> names
-    for place, given, said in join(answers, lists, prompt_of):
+    for place, given, response in join(answers, lists, prompt_of):
         prompt = prompt_of(given)
         query = SSQR_QUERY.search(prompt)
         if query is None:
@@ -375,7 +379,7 @@ def read_ssqr(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
             owners[codes][name] = None
         output = str(given.get("completion") or given.get("output") or "")
         truth = codes_of(str(given.get("answer") or output.partition("\n")[0]))
-        answer = None if said is None else said.get("predict")
+        answer = None if response is None else response.get("predict")
         parsed.append((place, query[1], listed, truth, answer))
     used: Counter[Query] = Counter()
     rows = [_ssqr_row(*fields, owners=owners, lookup=lookup, used=used) for fields in parsed]
@@ -399,17 +403,17 @@ def _ssqr_row(
     ranked = distinct_entities(names, query, [i for i, (_, codes) in enumerate(listed) if codes == truth], lookup)
     row = Row(place, query, ranked, names, ranked, None, answer is not None, str(answer or "").strip())
     lines = [line.strip() for line in row.answer.splitlines() if line.strip()]
-    said = [codes_of(line) for line in lines]
-    for line, codes in zip(lines, said, strict=True):
-        entities = [entity for entity, (_, own) in zip(ranked, listed, strict=True) if own == codes != ""]
+    response = [codes_of(line) for line in lines]
+    for line, codes in zip(lines, response, strict=True):
+        entities = [e for e, (_, own) in zip(ranked, listed, strict=True) if own == codes != "" and e != NO_ENTITY]
         entities = entities or [e for name in owners.get(codes, ()) for e in lookup.entities_named(name)]
         row.groups += [entities] if entities else []
         row.unknown += [] if entities else [line]
-    for order in (said, [codes for _, codes in listed]):
-        if truth in order:
+    for order in (response, [codes for _, codes in listed]):
+        if truth and truth in order:
             row.own = order.index(truth) + 1.0
             break
-    row.text_hit = truth in said[:1]
+    row.text_hit = bool(truth) and truth in response[:1]
     return row
 
 
@@ -420,9 +424,9 @@ def read_kopa(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
     """The label in ``output``, ``answer`` or ``completion``, the answer in ``predict``: the first True or False in it.
     The project's rule: True if the text contains "True", else False."""
     triples = []
-    for place, given, said in join(answers, lists, None):
+    for place, given, response in join(answers, lists, None):
         label = next((str(given[name]) for name in ("output", "answer", "completion") if name in given), "")
-        text = str((said or {}).get("predict") or "")
+        text = str((response or {}).get("predict") or "")
         if label.strip() not in ("True", "False"):
             raise InputError(f"{place}: the label is {label[:40]!r}, expected True or False in output or answer")
         ids, shown = given.get("embedding_ids"), str(given.get("input") or given.get("prompt") or "")
@@ -507,10 +511,11 @@ def _our_triple(answer: JsonRow, path: Path, lookup: Lookup) -> Triple:
     names, value = answer.get("triple") or [], margin(answer)
     known = len(names) == 3 and {names[0], names[2]} <= lookup.entity.keys() and names[1] in lookup.relation
     ids = (lookup.entity[names[0]], lookup.relation[names[1]], lookup.entity[names[2]]) if known else None
-    said = None if math.isnan(value) else value > 0
+    label, predicted = answer["truth"] == ["True"], None if math.isnan(value) else value > 0
     return Triple(
-        f"{path.name} {answer['id']}", tuple(names or [answer["id"]]), ids, answer["truth"] == ["True"],
-        None if answer["decode"] == "free" else value, said, bool(said), answer["split"],
+        f"{path.name} {answer['id']}", tuple(names or [answer["id"]]), ids, label,
+        None if answer["decode"] == "free" else value, predicted,
+        not label if predicted is None else predicted, answer["split"],
     )  # fmt: skip
 
 

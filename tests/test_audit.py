@@ -176,6 +176,42 @@ def test_our_answers_pass_with_the_metrics_of_score_answers(graph: Path, tmp_pat
     assert not any(finding["count"] for finding in findings), "lists here are random, so that one is left out"
 
 
+def test_our_answers_that_cannot_be_read(graph: Path, tmp_path: Path) -> None:
+    """They keep the ranker's rank here and count as never found in score_answers.py, which is no inflation."""
+    rows = our_rows(graph, seed=3)
+    for row in rows:
+        row |= {"parsed": False, "scores": None, "text": "nonsense"}
+    found = audited(graph, tmp_path, rows, "answers.jsonl")
+    part = found["link_prediction"]
+    assert found["exit_code"] == 0 and part["own_rule"]["mrr"] == 0
+    assert part["metrics"] == part["baselines"]["candidate ranker"]
+    assert count(found, "answers that are not entities")["count"] == 12
+
+
+def test_a_search_over_all_entities_has_no_lists(graph: Path, tmp_path: Path) -> None:
+    rows = our_rows(graph, seed=3)
+    for row in rows:
+        row |= {"decode": "constrained_all"}
+    found = audited(graph, tmp_path, rows, "answers.jsonl")["link_prediction"]
+    listed = [row for row in rows if row["truth"][0] in row["candidates"]]
+    expected = scored(listed)["link_prediction"]["test"]["mrr"] * len(listed) / len(rows)
+    assert found["metrics"]["mrr"] == pytest.approx(expected + 0.25 / 30, abs=0.25 / 200)  # the others: the worst rank
+    assert found["lists"]["lists"] == 0 and found["lists"]["recall"] is None
+
+
+def test_shared_codes_are_a_tie(graph: Path, tmp_path: Path) -> None:
+    rows = ssqr_rows(dift_rows(graph))
+    before = audited(graph, tmp_path, rows, "ssqr.json")["link_prediction"]["metrics"]["mrr"]
+    first = rows[0]
+    truth = first["predict"].partition(", ")[2]
+    other = next(line for line in first["prompt"].splitlines() if "[CODE" in line and truth not in line)
+    first["prompt"] = first["prompt"].replace(other.partition(", ")[2], truth)
+    found = audited(graph, tmp_path, rows, "ssqr.json")
+    finding = count(found, "by name or code")
+    after = found["link_prediction"]["metrics"]["mrr"]
+    assert before - after == pytest.approx((1 - 1 / 1.5) / 12) == finding["change"] and found["exit_code"] == 1
+
+
 def test_our_queries_from_the_rows_file(graph: Path, tmp_path: Path) -> None:
     """Answers under other ids need --lists; with it, the report is the same."""
     rows, kg = our_rows(graph, seed=3), KnowledgeGraph.load(graph)
