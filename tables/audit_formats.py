@@ -101,7 +101,8 @@ class Lookup:
         self.names: dict[str, dict[int, None]] = defaultdict(dict)  # name -> its entities, in order
         self.keys: dict[str, dict[int, None]] = defaultdict(dict)
         for i, label in enumerate(kg.labels):
-            self.learn(label, i)
+            for name in dict.fromkeys([label, label.replace("_", " ")]):
+                self.learn(name, i)
         for path in [folder / file for file in NAME_FILES if (folder / file).is_file()]:
             for line in read_text(path, "names").splitlines():
                 raw, _, name = line.partition("\t")
