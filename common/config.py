@@ -87,9 +87,10 @@ class Config:
     quantizer: str = flag("rq", CODES, "rq: residual levels; vq: one level, as in SSQR. Baselines that leave a record "
                           "and no codes: random (codes drawn once), posthoc (rq by k-means after training without "
                           "codes), none (no codes)", choices=["rq", "vq", "random", "posthoc", "none"])  # fmt: skip
-    seq_len: int = flag(16, CODES, "L, code positions per entity", low=1)
+    seq_len: int = flag(16, CODES, "L, code positions per entity", low=1, auto=True)
     num_code: int = flag(1024, CODES, "K, codes per codebook", low=1, auto=True)
-    num_quantizers: int = flag(4, CODES, "Q, residual levels (vq has one)", low=1, high=1024, metavar="Q")
+    num_quantizers: int = flag(4, CODES, "Q, residual levels (vq has one)", low=1, high=1024, auto=True,
+                               metavar="Q")  # fmt: skip
     code_dim: int = flag(32, CODES, "width of a code vector", low=1, auto=True)
     vq_weight: float = flag(1.0, CODES, "weight of the quantization loss in Eq. 9", low=0)
     # ------------------------------------------------------------ encoder and decoder
@@ -120,9 +121,9 @@ class Config:
     max_minutes: float = flag(0.0, TRAINING, "stop at the end of the epoch in which this time is over, with the "
                               "schedules fitted to it (0: off)", low=0, resume=LIMIT)  # fmt: skip
     batch: int = flag(1024, TRAINING, "B, distinct (h, r) queries per step", low=2, auto=True)
-    optimizer: str = flag("adam", TRAINING, "adam with a cosine schedule, or adagrad at a constant rate (0.1 suits "
-                          "tables scored without maps)", choices=["adam", "adagrad"])  # fmt: skip
-    lr: float = flag(0.0005, TRAINING, "learning rate", above=0)
+    optimizer: str = flag("adam", TRAINING, "adam with a cosine schedule, or adagrad at a constant rate",
+                          choices=["adam", "adagrad", "auto"])  # fmt: skip
+    lr: float = flag(0.0005, TRAINING, "learning rate", above=0, auto=True)
     l2: float = flag(1e-8, TRAINING, "weight decay", low=0)
     loss: str = flag("ce", TRAINING, "1-N loss: softmax or binary cross-entropy", choices=["ce", "bce"])
     num_negatives: int = flag(0, TRAINING, "entities drawn per step for a sampled softmax, on large graphs (0: exact)",
