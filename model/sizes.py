@@ -49,8 +49,8 @@ def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
 
 
 def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
-    """``sizes_for``, adapted to settings that are given: one level has 16 positions; weights that all entities share are
-    trained by Adam; each optimizer has its rate."""
+    """``sizes_for``, adapted to given settings: one level has 16 positions; weights that all entities share are trained
+    by Adam; each optimizer has its own rate."""
     if config.quantizer == "vq":
         found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
     if config.gcn_layers or config.tf_layers:
