@@ -211,10 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep:
         target = keep(args.keep, data=args.data, name=args.name)
         print(f"wrote {target}")
-        print(
-            "next: python tables/make_tables.py --reproduce docs/REPRODUCE.md\n"
-            "      python tables/levels.py --page docs/MIGRATION.md"
-        )
+        print("next: python tables/make_tables.py --reproduce docs/REPRODUCE.md")
         return
     rows = read_rows(args.records, args.data)
     print_groups(groups(rows))
