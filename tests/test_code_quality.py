@@ -111,7 +111,7 @@ def test_a_run_is_measured_and_written(codes_file: Path, tmp_path: Path, capsys:
     recorded = json.loads(codes_file.with_suffix(".json").read_text())["codes"]
     for key in ("perplexity", "collisions", "entropy_bits"):
         assert row[key] == pytest.approx(recorded[key]), key
-    assert row["bits_per_entity"] == 3 * 2 * 3 and "usage" not in row  # L = 3, Q = 2, K = 8
+    assert row["bits_per_entity"] == 3 * 2 * 3  # L = 3, Q = 2, K = 8
     found = open_code_set(codes_file)
     assert row["entropy_bits_max"] == math.log2(43) >= row["entropy_bits"] - 1e-9
     assert row["jaccard"] == {str(k): pytest.approx(by_sets(found.codes, found.flat_vectors(), k)) for k in (3, 42)}
