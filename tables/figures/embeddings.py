@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 WORDS, PER_LEVEL = 800, 200  # tokens drawn at most
 EMBEDDING = "embed_tokens.weight"
 SMALL: dict[str, Any] = {"s": 9, "linewidths": 0.3}
-PROJECTIONS = ("tsne", "pca")
 
 
 class Tokens(NamedTuple):
@@ -91,15 +90,11 @@ def tokens_of(folder: Path, seed: int) -> Tokens:
     return Tokens(rows(words, WORDS), [rows(level, PER_LEVEL) for level in by_level])
 
 
-def project(vectors: NDArray[np.float32], how: str, seed: int) -> NDArray[np.float64]:
-    """vectors [n, D] -> [n, 2]: the two principal components ("pca"), or t-SNE initialised with them."""
-    centred = vectors.astype(np.float64) - vectors.mean(0)
-    if how == "pca":
-        u, s, _ = np.linalg.svd(centred, full_matrices=False)
-        plane = u[:, :2] * s[:2]
-        return np.asarray(plane * np.where(plane[np.abs(plane).argmax(0), [0, 1]] < 0, -1, 1))  # a fixed sign
+def project(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
+    """vectors [n, D] -> [n, 2] by t-SNE, initialised with the two principal components."""
     from sklearn.manifold import TSNE
 
+    centred = vectors.astype(np.float64) - vectors.mean(0)
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(centred), np.float64)
 
@@ -115,15 +110,13 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
     for panel, folder in zip(axes[0], folders, strict=True):
         found = tokens_of(folder, inputs.seed)
         parts = [found.words, *found.codes]
-        plane = project(np.concatenate(parts), inputs.projection, inputs.seed)
+        plane = project(np.concatenate(parts), inputs.seed)
         labels = ["words", *(f"codes of level {level}" for level in range(len(found.codes)))]
         pieces = np.split(plane, np.cumsum([len(part) for part in parts])[:-1])
         for place, (points, label) in enumerate(zip(pieces, labels, strict=True)):
             colour = COLOURS[(place - 1) % len(COLOURS)] if place else "0.65"
             marker = MARKERS[(place - 1) % len(MARKERS)] if place else "."
             panel.scatter(*points.T, color=colour, marker=marker, label=f"{label} ({len(points)})", **SMALL)
-        panel.set(
-            xticks=[], yticks=[], title=f"{short(folder.name, 40)}: {'t-SNE' if inputs.projection == 'tsne' else 'PCA'}"
-        )
+        panel.set(xticks=[], yticks=[], title=f"{short(folder.name, 40)}: t-SNE")
         panel.legend(loc="best", fontsize=7, markerscale=1.5)
-    return save(figure, out, f"figure_{number}", inputs.kinds)
+    return save(figure, out, f"figure_{number}")

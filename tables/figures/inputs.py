@@ -13,7 +13,6 @@ from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
 from tables.code_quality import CodeSet, open_code_set
-from tables.figures.style import KINDS
 from tables.results import FOLDERS, Row, collect
 
 LORA = ROOT / "lora_training"
@@ -34,10 +33,8 @@ class Inputs:
     datasets: Sequence[Path] | None = None
     models: Sequence[Path] | None = None
     tokenizer: str | None = None
-    projection: str = "tsne"
     sample: int = 2000
     seed: int = 0
-    kinds: Sequence[str] = tuple(KINDS)  # files of each figure
 
     @cached_property
     def code_sets(self) -> list[CodeSet]:
