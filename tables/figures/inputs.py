@@ -56,7 +56,7 @@ class Inputs:
     @cached_property
     def rows(self) -> list[Row]:
         """The checked rows of all records."""
-        return collect(self.records, self.data).rows
+        return collect(self.records, self.data)
 
     @cached_property
     def graphs(self) -> list[KnowledgeGraph]:
