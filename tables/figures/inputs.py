@@ -47,11 +47,7 @@ class Inputs:
     @cached_property
     def code_names(self) -> list[str]:
         """A name per codes file, no two equal."""
-        stems = [found.name for found in self.code_sets]
-        return [
-            stem if stems.count(stem) == 1 else f"{found.path.parent.name}/{stem}"
-            for stem, found in zip(stems, self.code_sets, strict=True)
-        ]
+        return distinct_names([found.path for found in self.code_sets])
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -80,6 +76,12 @@ class Inputs:
                 "one: --model DIR"
             )
         return found
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The files' names without suffix, with their folder where two are equal."""
+    stems = [path.stem for path in paths]
+    return [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
 
 
 def display_names(kg: KnowledgeGraph) -> list[str]:

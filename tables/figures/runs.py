@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import content_of
 from common.files import read_json
-from tables.figures.inputs import Inputs, Missing
+from tables.figures.inputs import Inputs, Missing, distinct_names
 from tables.figures.style import line, new_figure, plain_log, save, short, whole_ticks
 from tables.results import CODES, Group, Row, groups
 from tables.rows import EXPECTED
@@ -61,13 +61,8 @@ def others(row: Row) -> str:
 
 def run_labels(rows: Sequence[Row]) -> list[str]:
     """A legend label per run of a panel: its record (with its folder where two have one name), parameters, bits."""
-    names = [row.path.stem for row in rows]
-    names = [
-        name if names.count(name) == 1 else f"{row.path.parent.name}/{name}"
-        for name, row in zip(names, rows, strict=True)
-    ]
     labels = []
-    for name, row in zip(names, rows, strict=True):
+    for name, row in zip(distinct_names([row.path for row in rows]), rows, strict=True):
         system = system_of(row.record)
         parameters = short_count(system.parameters).removesuffix(" parameters")
         labels.append(f"{short(name, LONGEST_LABEL)} ({parameters}, {system.bits or 0:,.0f} bits)")
