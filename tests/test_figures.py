@@ -349,9 +349,7 @@ def test_tokens_of_an_adapter_are_those_of_the_merged_model(models: tuple[Path, 
     one, same, plain = (embeddings.tokens_of(folder, 0) for folder in (adapter, merged, base))
     assert [level.shape for level in one.codes] == [(8, 32), (8, 32)] and plain.codes == []
     assert all(np.array_equal(a, b) for a, b in zip(one.codes, same.codes, strict=True))
-    weights = embeddings.read_embedding(merged)
-    assert np.array_equal(np.concatenate(one.codes), weights[-16:].numpy()), "level after level, the marks left out"
-    assert np.array_equal(one.words, same.words) and len(one.words) == len(plain.words) < len(weights) - 16
+    assert np.array_equal(one.words, same.words) and len(one.words) == len(plain.words)
     for number in (8, 13):
         found = Inputs(models=[adapter, base])
         assert all(is_image(path) for path in embeddings.draw(found, tmp_path, number))
