@@ -251,6 +251,8 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         test = splits.get("test", {})
         check_answers(path, task, splits, limit, known_counts(dataset, data))
         label, flags = answer_words(record, training, given, dataset, limit)
+        if task == LINKS and (record.get("candidate_order") or {}).get("test") == "ranked":
+            label += ", ranked lists"
         what = {"task": task, "dataset": dataset, "label": label, "flags": flags, "codes": given,
                 "partial": bool(limit), **base}  # fmt: skip
         valid = numbers(splits.get("validation"), names)
