@@ -6,8 +6,8 @@
         --endpoint https://api.openai.com/v1 --model text-embedding-3-large
 
 An entity's text is "label: description" (WN18RR: its line "name, gloss"), else the label or raw name alone. Encoder and
-endpoint work in batches, which are kept in the folder ``OUT.parts``: after Ctrl-C, a crash or a lost connection the same
-command continues. OUT.entities.txt beside OUT.npy names the rows.
+endpoint work in batches, which are kept in the folder ``OUT.parts``: after Ctrl-C, a crash or a lost connection the
+same command continues. OUT.entities.txt beside OUT.npy names the rows.
 """
 
 from __future__ import annotations
