@@ -53,7 +53,6 @@ MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of configuratio
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TRIES = 6  # per request to an endpoint, for faults that may pass
 RETRY_SECONDS = 1.0  # before the second try, doubled for each further one
-LONGEST_WAIT = 60.0
 
 
 def entity_texts(kg: KnowledgeGraph) -> list[str]:
@@ -293,8 +292,8 @@ class EndpointEncoder:
         return request
 
     def encode(self, rows: list[int]) -> Array:
-        answer = self._post({**self.fixed, "input": [self.texts[row] for row in rows]})
         try:
+            answer = self._post({**self.fixed, "input": [self.texts[row] for row in rows]})
             found = {item["index"]: item["embedding"] for item in answer["data"]}
             if len(answer["data"]) != len(rows) or set(found) != set(range(len(rows))):
                 indices = [item["index"] for item in answer["data"]]
@@ -317,7 +316,6 @@ class EndpointEncoder:
         import requests
 
         for attempt in range(TRIES):
-            wait = min(RETRY_SECONDS * 2**attempt, LONGEST_WAIT)
             try:
                 answer = self.session.post(self.url, json=body, timeout=(10, 120), allow_redirects=False)
             except requests.RequestException as error:
@@ -326,40 +324,20 @@ class EndpointEncoder:
                     break
             else:
                 if answer.status_code == 200:
-                    return _json_of(answer)
+                    return answer.json()
                 reason = _refusal(answer)
                 if answer.status_code != 429 and answer.status_code < 500:
                     break
-                wait = _retry_after(answer, wait)
             if attempt < TRIES - 1:
-                sleep(wait)
+                sleep(RETRY_SECONDS * 2**attempt)
         raise InputError(f"--endpoint {self.url}: {reason}")
 
 
-def _json_of(answer: requests.Response) -> Any:
-    """The body as JSON, None where it is none."""
-    try:
-        return answer.json()
-    except ValueError:
-        return None
-
-
 def _refusal(answer: requests.Response) -> str:
-    """``HTTP 401: message of the server``, on one line, with the remedy where it is known."""
-    body = _json_of(answer)
-    message = body.get("error", body) if isinstance(body, dict) else answer.text
-    message = message.get("message", message) if isinstance(message, dict) else message
-    message = " ".join(str(message).split())[:200]
+    """``HTTP 401: the server's answer``, on one line, with the remedy where it is known."""
+    message = " ".join(answer.text.split())[:200]
     remedy = {401: "; set the variable OPENAI_API_KEY", 404: "; check --endpoint and --model"}
     return f"HTTP {answer.status_code}: {message or answer.reason}{remedy.get(answer.status_code, '')}"
-
-
-def _retry_after(answer: requests.Response, wait: float) -> float:
-    """The seconds of the server's Retry-After, at most LONGEST_WAIT; ``wait`` without it."""
-    try:
-        return min(max(float(answer.headers["Retry-After"]), 0.0), LONGEST_WAIT)
-    except (KeyError, ValueError):
-        return wait
 
 
 # ---------------------------------------------------------------- resuming
