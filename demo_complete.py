@@ -43,10 +43,10 @@ FULL = Size(
     rows=24_000,
     base="--epochs 1",
     tuning="--epochs 1",
-    figures="2 4 6 8 10 levels tokens perplexity",
+    figures="2 4 6 8 10 levels",
 )
 QUICK = FULL._replace(
-    stage1="--epoch 8 --eval_every 8 --encoder_every 8", rows=320, base="--epochs 0.3", figures="6 10 levels perplexity"
+    stage1="--epoch 8 --eval_every 8 --encoder_every 8", rows=320, base="--epochs 0.3", figures="6 10 levels"
 )
 STAGE1 = (
     "--config /dev/null --seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 "

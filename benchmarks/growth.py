@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--quick] [--json F] [--sizes M ...]
 
 Graphs from random_graph.py. Each row runs in its own process, so that its peak memory is its own: draw the graph, build
-the trainer, initialize the codebooks, run --steps steps (at least one encoder cycle), rank 1,024 queries from codes. An
+the trainer, initialize the codebooks, run --steps steps (at least one encoder cycle). An
 encoder pass reads the whole graph, so above 10^5 entities ``encoder_every`` grows with M. The time of an epoch is its
 start plus these steps, scaled to all steps of an epoch.
 Model: D = 128, one graph layer, L x Q = 4 x 4 codes of K = 256, DistMult, no transformer block; loss exact or sampled.
@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
-import subprocess
-import tempfile
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
 import torch
 
 from benchmarks.measure import (
@@ -38,9 +38,6 @@ from benchmarks.measure import (
 from benchmarks.random_graph import random_kg
 from common.device import peak_memory_mb
 from common.errors import InputError, run_command
-from common.files import read_json, write_json
-from common.record import make_record
-from model.evaluation import evaluate_codes
 from model.precision import keep_freed_memory
 from model.schedule import CODES
 from model.sizes import EXACT_UP_TO, encoder_pace
@@ -50,22 +47,20 @@ MODEL = [
     "--seq_len", "4", "--num_code", "256", "--num_quantizers", "4", "--code_dim", "32", "--decoder", "distmult",
     "--warmup_epochs", "0", "--freeze_at", "1", "--epoch", "80", "--device", "cpu",
 ]  # fmt: skip
-MEMORY_GB = {1_000_000: 16.0, 100_000: 3.0}
 COLUMNS = {
     "entities": ",d", "triples": ",d", "loss": "<", "steps": ",d", "sampled_steps": "d", "encoder_every": "d",
     "ms_scorer": ".1f", "s_encoder": ".2f", "s_assign": ".2f", "epoch_seconds": ".1f", "us_per_triple": ".0f",
-    "rank_seconds": ".2f", "peak_gb": ".2f", "peak_gb_ranked": ".2f", "ratio": ".2f",
+    "peak_gb": ".2f", "ratio": ".2f",
 }  # fmt: skip
 
 
-def measure(args: argparse.Namespace) -> Row:
-    """One row, in this process: graph, trainer, ``steps`` steps, ranking."""
+def measure(args: argparse.Namespace, M: int, negatives: int) -> Row:
+    """One row: graph, trainer, ``steps`` steps."""
     torch.set_num_threads(args.threads)
-    M, negatives = args.one
     encoder_every = args.encoder_every or encoder_pace(M)
     if not negatives:  # as run_rq.py does
         keep_freed_memory()
-    kg = random_kg(M, 10 * M, args.seed, held_out=(512, 0))
+    kg = random_kg(M, 10 * M, args.seed, held_out=(1, 1))
     flags = {"batch": args.batch, "encoder_every": encoder_every, "seed": args.seed, "num_negatives": negatives}
     trainer = make_trainer(kg, [*MODEL, *(f"--{key}={value}" for key, value in flags.items())], Path("unused"))
     trainer._start_epoch(CODES)  # k-means, once per run
@@ -74,13 +69,7 @@ def measure(args: argparse.Namespace) -> Row:
     steps = min(max(args.steps, encoder_every), all_steps)
     with around_parts(trainer, parts):
         total = run_steps(trainer, steps)
-    beginning, trained_peak = parts.seconds["_start_epoch"], peak_memory_mb()
-    trainer.model.eval()
-    start = time.perf_counter()
-    assert trainer.codes is not None
-    with torch.no_grad():
-        relations = trainer.model.relation_vectors()
-    evaluate_codes(trainer.model.scorer, relations, trainer.codes, kg, "valid")
+    beginning = parts.seconds["_start_epoch"]
     epoch_seconds = beginning + (total - beginning) * all_steps / steps
     return {
         "entities": M,
@@ -94,84 +83,41 @@ def measure(args: argparse.Namespace) -> Row:
         "s_assign": parts.seconds["_refresh"] / parts.calls["_refresh"],
         "epoch_seconds": epoch_seconds,
         "us_per_triple": 1e6 * epoch_seconds / len(kg.train),
-        "rank_seconds": time.perf_counter() - start,
-        "peak_gb": trained_peak / 1024,
-        "peak_gb_ranked": peak_memory_mb() / 1024,
+        "peak_gb": peak_memory_mb() / 1024,
     }
 
 
 def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
     """The row, measured by a child process."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "row.json"
-        words = [sys.executable, __file__, "--one", str(M), str(negatives), "--json", str(result)]
-        for flag in ("threads", "steps", "batch", "encoder_every", "seed"):
-            value = getattr(args, flag)
-            words += [] if value is None else [f"--{flag}", str(value)]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"M = {M}, N = {negatives}: the process ended with {done.returncode} ({reason})")
-        row: Row = read_json(result, "row")["row"]
-        return row
-
-
-def available_gb() -> float:
-    """Memory that a process can use without swapping (Linux; infinite where it is unknown)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), float("inf"))
-
-
-def growth_exponents(rows: list[Row]) -> dict[str, float]:
-    """b of seconds ~ M^b and of memory ~ M^b over the rows with the sampled loss, by least squares on logarithms."""
-    sampled = [row for row in rows if row["loss"] != "exact"]
-    if len({row["entities"] for row in sampled}) < 2:
-        return {}
-    sizes = np.log([row["entities"] for row in sampled])
-    return {
-        key: float(np.polyfit(sizes, np.log([row[key] for row in sampled]), 1)[0])
-        for key in ("epoch_seconds", "peak_gb", "s_encoder", "ms_scorer")
-    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, args, M, negatives).result()
+        except BrokenProcessPool as error:
+            raise InputError(f"--sizes {M}: the process was killed; it may need more memory than there is") from error
 
 
 def main() -> int:
     parser = benchmark_parser(__doc__, "10^3 and 10^4 entities, eight steps")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="M of each graph")
+    sizes = [10_000, 100_000, 1_000_000]
+    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="M of each graph; 10^6 need 16 GB")
     parser.add_argument("--num_negatives", type=int, default=4096, help="N of the sampled softmax")
     parser.add_argument("--steps", type=int, default=64, help="steps that are measured and scaled to an epoch")
     parser.add_argument("--batch", type=int, default=1024, help="B, queries per step")
     parser.add_argument("--encoder_every", type=int, help="steps per encoder pass (default: 64 per 10^5 entities)")
     parser.add_argument("--seed", type=int, default=0, help="of the graph and the model")
-    parser.add_argument("--one", type=int, nargs=2, metavar=("M", "N"), help="measure this row only, in this process")
     args = parser.parse_args()
     begun = time.perf_counter()
-    if args.one:
-        row = measure(args)
-        if args.json:
-            write_json(make_record(vars(args), {}, time.perf_counter() - begun, row=row), args.json)
-        return 0
     if args.quick:
         args.sizes, args.steps, args.encoder_every = [1000, 10_000], 8, 8
     rows: list[Row] = []
     for M in args.sizes:
-        needed = max((gb for size, gb in MEMORY_GB.items() if size <= M), default=1.0)
-        if available_gb() < needed:
-            print(f"M = {M:,} left out: {available_gb():.1f} GB are free, it needs {needed:.0f} GB")
-            continue
         exact = in_own_process(args, M, 0) if M <= EXACT_UP_TO else None
         for found in [*([exact] if exact else []), in_own_process(args, M, args.num_negatives)]:
             found["ratio"] = exact["epoch_seconds"] / found["epoch_seconds"] if exact else None
             rows.append(found)
     print_table(rows, COLUMNS)
     print("epoch_seconds: scaled from sampled_steps; peaks in GiB; ratio: the exact loss's epoch over this row's")
-    exponents = growth_exponents(rows)
-    if exponents:
-        shown = ", ".join(f"{key} M^{value:.2f}" for key, value in exponents.items())
-        print(f"growth, fitted over the rows with the sampled loss: {shown}")
-    write_rows(args, rows, begun, growth_exponents=exponents)
+    write_rows(args, rows, begun)
     return 0
 
 

@@ -7,9 +7,8 @@ Nothing is downloaded: configuration and tokenizer are built here, the weights a
 rest is the code of lora_training/train_lora.py: code tokens, trained rows of embedding and head, LoRA r = 16 on every
 linear layer, gradient checkpointing, collation, loss, optimizer, transformers' Trainer. One row per micro-batch.
 
-FLOPs are those of the matrix products that a step executes (``step_flops``): forward, recomputation of the layers, and
-the gradients of inputs and trained weights. PEFT also computes the gradient of the head's frozen rows; it is not
-counted, because nothing uses it. ratio: FLOP/s over the rate of a bfloat16 product of two square matrices.
+FLOPs (``step_flops``) are those of the layers' frozen matrices and of the attention; adapters and head, 2 % more, are
+not counted. ratio: FLOP/s over the rate of a bfloat16 product of two square matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import argparse
 import gc
 import tempfile
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import benchmark_parser, finish, matmul_rate, positive, print_table, write_rows
 from common.errors import InputError, run_command
@@ -46,45 +45,15 @@ COLUMNS = {"rows": "d", "tokens/s": ",.0f", "s/step": ".3f", "TFLOP/step": ".3g"
            "peak_GB": ".2f", "reserved_GB": ".2f", "expected_GB": ".2f", "note": "<"}  # fmt: skip
 
 
-# ---------------------------------------------------------------- FLOPs, in closed form
+def step_flops(shape: Shape, rows: int, length: int) -> int:
+    """FLOPs of the frozen matrices and of the attention in one step over ``rows`` rows of ``length`` tokens.
 
-
-class StepFlops(NamedTuple):
-    """FLOPs of the matrix products of one forward and backward pass; a product of [m, k] and [k, n] is 2 m k n."""
-
-    linears: int  # the frozen matrices of the layers
-    adapters: int
-    attention: int
-    head: int
-    head_unneeded: int  # the gradient of the head's frozen rows: executed, not counted
-
-    @property
-    def counted(self) -> int:
-        return self.linears + self.adapters + self.attention + self.head
-
-
-def step_flops(
-    shape: Shape, rank: int, rows: int, length: int, answer: int, vocabulary: int, trained_rows: int,
-    checkpointing: bool = True,
-) -> StepFlops:  # fmt: skip
-    """LoRA on all linear layers, for ``rows`` rows of ``length`` tokens, ``answer`` of them supervised.
-
-    ``vocabulary`` includes the added tokens; ``trained_rows``: trained rows of the head. Attention is causal: length *
-    (length + 1) / 2 pairs, two products forward, five backward (the scores are computed again).
+    A product of [m, k] and [k, n] is 2 m k n. Every layer runs forward twice (gradient checkpointing). Frozen matrices
+    need the gradient of their input alone. Causal attention: length * (length + 1) / 2 pairs, two products forward,
+    five backward (the scores are computed again).
     """
-    tokens, again = rows * length, 2 if checkpointing else 1
-    D, supervised = shape.width, rows * answer
-    both = sum(inner + outer for _, inner, outer in shape.layer_sizes)
     pairs = rows * length * (length + 1) // 2
-    # recomputation stops at the last tensor that the gradient needs: nothing follows a layer's last B
-    last = 2 * tokens * rank * D * shape.layers if checkpointing else 0
-    return StepFlops(
-        linears=2 * tokens * shape.layer_matrices * (again + 1),  # gradient of the input alone
-        adapters=2 * tokens * rank * both * (again + 2) - last,  # of input and weight
-        attention=2 * pairs * D * shape.layers * (2 * again + 5),
-        head=2 * supervised * D * (2 * vocabulary + trained_rows),
-        head_unneeded=2 * supervised * D * (vocabulary - trained_rows),
-    )
+    return 2 * rows * length * shape.layer_matrices * 3 + 2 * pairs * shape.width * shape.layers * (2 * 2 + 5)
 
 
 # ---------------------------------------------------------------- model and rows
@@ -191,16 +160,15 @@ def measure(args: argparse.Namespace, rows: int, tokenizer: Any, code_ids: list[
         trainer.train()
     shape = plan.base.shape
     trained, added = row_parameters(shape, len(code_ids)), len(tokenizer) - shape.vocabulary
-    flops = step_flops(shape, lora.lora_r, rows, args.sequence, args.answer, len(tokenizer), len(code_ids))
+    flops = step_flops(shape, rows, args.sequence)
     expected = expected_memory(
         shape, lora_parameters(shape, lora.lora_r), trained, added, rows, args.sequence, args.answer
     ).total
     per_step = (times[1] - times[0]) / args.steps
     row: dict[str, Any] = {
         "rows": rows, "tokens/s": rows * args.sequence / per_step, "s/step": per_step,
-        "TFLOP/step": flops.counted / 1e12, "TFLOP/s": flops.counted / per_step / 1e12,
-        "ratio": flops.counted / per_step / rate, "expected_GB": expected / 1e9, "matmul_rate": rate,
-        "flops": flops._asdict(),
+        "TFLOP/step": flops / 1e12, "TFLOP/s": flops / per_step / 1e12,
+        "ratio": flops / per_step / rate, "expected_GB": expected / 1e9, "matmul_rate": rate,
     }  # fmt: skip
     if device.type == "cuda":
         row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9

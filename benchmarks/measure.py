@@ -105,13 +105,6 @@ def matmul_rate(
     return 2 * size**3 / seconds
 
 
-def copy_bandwidth(device: torch.device | str = "cpu", size: int = 2**28, repeats: int = 5) -> float:
-    """Bytes per second of a copy of ``size`` bytes; reads and writes are both counted."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / best_times({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
-
-
 # ---------------------------------------------------------------- a training step, by its parts
 
 STEP_PARTS = {  # methods of the trainer -> their names in the table

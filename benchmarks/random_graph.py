@@ -10,12 +10,9 @@ Shalizi and Newman 2009); the shifts give the largest degrees their share of the
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measure import DATASET
 from data.knowledge_graph import KnowledgeGraph
 
 Ints = NDArray[np.int64]
@@ -70,10 +67,3 @@ def random_kg(num_entities: int, count: int, seed: int, held_out: tuple[int, int
         valid=valid, test=test, labels=names, has_label=np.zeros(num_entities, dtype=bool),
         descriptions=[""] * num_entities, relation_labels=relations,
     )  # fmt: skip
-
-
-def real_or_random(folder: Path, seed: int) -> KnowledgeGraph:
-    """The graph in ``folder``; if that is the default one and is missing, a random one of FB15k-237's size."""
-    if folder != DATASET or folder.is_dir():
-        return KnowledgeGraph.load(folder)
-    return random_kg(14_541, 272_115, seed, held_out=(17_535, 20_466))

@@ -5,7 +5,7 @@
 Runs the trainer's own loop in its phase with codes. A cycle is the steps from one encoder pass and assignment to the
 next; the best of --cycles counts. floor: the FLOPs of all matrix products and convolutions of a part, counted by torch,
 divided by the rate of a square float32 product under the same precision setting, measured in the same run; ratio: time
-over floor. The sum over neighbours and the optimizer are not matrix products. Below: the slowest operators.
+over floor. The sum over neighbours and the optimizer are not matrix products.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from model.schedule import CODES
 from model.trainer import TRAINING_PRECISION, Trainer
 
 IN_CODES_PHASE = ["--warmup_epochs", "0", "--freeze_at", "1"]
-OPERATORS = 12
 COLUMNS = {
     "part": "<", "calls": ".3f", "ms": ".2f", "share": ".3f", "gflop": ".2f", "floor_ms": ".2f", "ratio": ".2f",
 }  # fmt: skip
@@ -113,23 +112,6 @@ def profile_step(trainer: Trainer, cycles: int, rates: Mapping[str, float]) -> l
     return rows
 
 
-def operators(trainer: Trainer) -> list[Row]:
-    """The operators that take most of a cycle, by their own time."""
-    gpu = trainer.device.type == "cuda"
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if gpu else [kinds.CPU]) as found:
-        run_steps(trainer, cycle_of(trainer))
-    events = [
-        (event.self_device_time_total if gpu else event.self_cpu_time_total, event.key, event.count)
-        for event in found.key_averages()
-    ]
-    total = sum(spent for spent, *_ in events)
-    return [
-        {"operator": key, "calls": count, "ms": spent / 1e3 / cycle_of(trainer), "share": spent / total}
-        for spent, key, count in sorted(events, reverse=True)[:OPERATORS]
-    ]
-
-
 def main() -> int:
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
@@ -149,15 +131,13 @@ def main() -> int:
         trainer = ready_trainer(kg, flags, args.device, Path(folder))
         rates = {precision: matmul_rate(precision, args.device) for precision in (TRAINING_PRECISION, FULL)}
         rows = profile_step(trainer, 1 if args.quick else args.cycles, rates)
-        top = operators(trainer)
     print(f"{kg.name}, {args.device}, {args.threads} threads, flags: {' '.join(flags)}")
     print(f"per step, over cycles of {cycle_of(trainer)} steps; encoder_every {trainer.config.encoder_every}")
     print_table(rows, COLUMNS)
     print(
         f"ratio: time over floor; products at {', '.join(f'{r / 1e9:.0f} GFLOP/s ({p})' for p, r in rates.items())}\n"
     )
-    print_table(top, {"operator": "<", "calls": "d", "ms": ".2f", "share": ".3f"})
-    write_rows(args, rows, begun, inputs=kg.input_hashes, device=args.device, flags=flags, rates=rates, operators=top)
+    write_rows(args, rows, begun, inputs=kg.input_hashes, device=args.device, flags=flags, rates=rates)
     return 0
 
 

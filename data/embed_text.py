@@ -6,8 +6,8 @@
         --endpoint https://api.openai.com/v1 --model text-embedding-3-large
 
 An entity's text is "label: description" (WN18RR: its line "name, gloss"), else the label or raw name alone. Encoder and
-endpoint work in batches, which are kept in ``OUT.part``: after Ctrl-C, a crash or a lost connection the same command
-continues. OUT.entities.txt beside OUT.npy names the rows.
+endpoint work in batches, which are kept in the folder ``OUT.parts``: after Ctrl-C, a crash or a lost connection the
+same command continues. OUT.entities.txt beside OUT.npy names the rows.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import importlib.metadata
 import json
 import os
 import re
-import struct
+import shutil
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 from time import monotonic, sleep
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
 from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import exclusive_lock, parse_json, save_array, sha256_file, write_json, write_text
+from common.files import exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from data.names import row_names
@@ -54,7 +53,6 @@ MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of configuratio
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TRIES = 6  # per request to an endpoint, for faults that may pass
 RETRY_SECONDS = 1.0  # before the second try, doubled for each further one
-LONGEST_WAIT = 60.0
 
 
 def entity_texts(kg: KnowledgeGraph) -> list[str]:
@@ -294,8 +292,8 @@ class EndpointEncoder:
         return request
 
     def encode(self, rows: list[int]) -> Array:
-        answer = self._post({**self.fixed, "input": [self.texts[row] for row in rows]})
         try:
+            answer = self._post({**self.fixed, "input": [self.texts[row] for row in rows]})
             found = {item["index"]: item["embedding"] for item in answer["data"]}
             if len(answer["data"]) != len(rows) or set(found) != set(range(len(rows))):
                 indices = [item["index"] for item in answer["data"]]
@@ -318,7 +316,6 @@ class EndpointEncoder:
         import requests
 
         for attempt in range(TRIES):
-            wait = min(RETRY_SECONDS * 2**attempt, LONGEST_WAIT)
             try:
                 answer = self.session.post(self.url, json=body, timeout=(10, 120), allow_redirects=False)
             except requests.RequestException as error:
@@ -327,170 +324,83 @@ class EndpointEncoder:
                     break
             else:
                 if answer.status_code == 200:
-                    return _json_of(answer)
+                    return answer.json()
                 reason = _refusal(answer)
                 if answer.status_code != 429 and answer.status_code < 500:
                     break
-                wait = _retry_after(answer, wait)
             if attempt < TRIES - 1:
-                sleep(wait)
+                sleep(RETRY_SECONDS * 2**attempt)
         raise InputError(f"--endpoint {self.url}: {reason}")
 
 
-def _json_of(answer: requests.Response) -> Any:
-    """The body as JSON, None where it is none."""
-    try:
-        return answer.json()
-    except ValueError:
-        return None
-
-
 def _refusal(answer: requests.Response) -> str:
-    """``HTTP 401: message of the server``, on one line, with the remedy where it is known."""
-    body = _json_of(answer)
-    message = body.get("error", body) if isinstance(body, dict) else answer.text
-    message = message.get("message", message) if isinstance(message, dict) else message
-    message = " ".join(str(message).split())[:200]
+    """``HTTP 401: the server's answer``, on one line, with the remedy where it is known."""
+    message = " ".join(answer.text.split())[:200]
     remedy = {401: "; set the variable OPENAI_API_KEY", 404: "; check --endpoint and --model"}
     return f"HTTP {answer.status_code}: {message or answer.reason}{remedy.get(answer.status_code, '')}"
-
-
-def _retry_after(answer: requests.Response, wait: float) -> float:
-    """The seconds of the server's Retry-After, at most LONGEST_WAIT; ``wait`` without it."""
-    try:
-        return min(max(float(answer.headers["Retry-After"]), 0.0), LONGEST_WAIT)
-    except (KeyError, ValueError):
-        return wait
 
 
 # ---------------------------------------------------------------- resuming
 
 
-class Frame(NamedTuple):
-    """Header of each batch in a part file."""
-
-    number: int
-    seconds: float
-    crc: int
-
-
-FRAME = struct.Struct("<qdI")
-
-
 class Part:
-    """The finished batches of an unfinished run: a JSON line with the plan, then per batch a Frame and its rows.
+    """The finished batches of an unfinished run: a folder with the plan and one .npy file per batch."""
 
-    Reading keeps the longest prefix of whole batches: one that a crash cut off is embedded again. ``discard``: start
-    again where the file belongs to another plan, instead of an InputError.
-    """
+    def __init__(self, folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
+        self.folder = folder
+        if overwrite and folder.is_dir():
+            shutil.rmtree(folder)
+        file = folder / "plan.json"
+        found = read_json(file, "plan") if file.is_file() else None
+        if found is None:
+            write_json(plan, file)
+        elif found != plan:
+            keys = [key for key in plan.keys() | dict(found).keys() if plan.get(key) != dict(found).get(key)]
+            raise InputError(
+                f"{folder} is of another run (other {', '.join(sorted(keys))}); give the flags of that run to continue "
+                "it, --overwrite to drop it, or another --out"
+            )
 
-    def __init__(self, path: Path, plan: dict[str, Any], sizes: list[int], dtype: str, discard: bool) -> None:
-        self.path, self.plan, self.sizes, self.dtype = path, plan, sizes, np.dtype(dtype)
-        self.blocks: list[Array] = []  # [B, T] each
-        self.seconds = 0.0
-        self.width: int | None = None
-        self.good = 0  # bytes up to the end of the last whole batch
-        if path.exists() and self._is_ours(discard):
-            self._read()
-
-    def _is_ours(self, discard: bool) -> bool:
+    def read(self, number: int) -> Array | None:
+        """A finished batch; None where its file is absent or damaged."""
         try:
-            with open(self.path, "rb") as file:
-                head = parse_json(file.readline())
-            found, self.width = head["plan"], head["width"]
-            if not isinstance(found, dict) or type(self.width) is not int or self.width < 1:
-                raise ValueError("no plan or no width")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if discard:
-                self.path.unlink(missing_ok=True)
-                return False
-            raise InputError(f"{self.path} is no part file of this script; delete it or give --overwrite") from error
-        if found == self.plan:
-            return True
-        self.width = None
-        if discard:
-            self.path.unlink()
-            return False
-        keys = [key for key in self.plan.keys() | found.keys() if self.plan.get(key) != found.get(key)]
-        raise InputError(
-            f"{self.path} is of another run (other {', '.join(sorted(keys))}); give the flags of that run to continue "
-            "it, --overwrite to drop it, or another --out"
-        )
+            return np.load(self.folder / f"{number}.npy")
+        except (OSError, ValueError, EOFError):
+            return None
 
-    def _read(self) -> None:
-        with open(self.path, "rb") as file:
-            file.readline()
-            good = file.tell()
-            for number, size in enumerate(self.sizes):
-                head = file.read(FRAME.size)
-                length = size * (self.width or 0) * self.dtype.itemsize
-                if file.tell() + length > os.fstat(file.fileno()).st_size:  # cut off, or a wrong width
-                    break
-                body = file.read(length)
-                frame = Frame(*FRAME.unpack(head))
-                if frame.number != number or frame.crc != zlib.crc32(body):
-                    break
-                self.blocks.append(np.frombuffer(body, self.dtype).reshape(size, -1))
-                self.seconds += frame.seconds
-                good = file.tell()
-        self.good = good  # the next batch overwrites what follows
-
-    @property
-    def rows(self) -> int:
-        """How many rows are finished."""
-        return sum(map(len, self.blocks))
-
-    def add(self, block: Array, seconds: float) -> None:
-        """Append the next batch ``[B, T]`` that took ``seconds``. InputError for another T, or a full disk."""
-        if self.width not in (None, block.shape[1]):
-            others = f"{self.width} in {self.path}"
-            raise InputError(f"embeddings of {block.shape[1]} numbers came after others of {others}; give --overwrite")
-        block = np.ascontiguousarray(block, dtype=self.dtype)
-        body = block.tobytes()
-        data = FRAME.pack(*Frame(len(self.blocks), seconds, zlib.crc32(body))) + body
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.width is None:
-                data = json.dumps({"plan": self.plan, "width": block.shape[1]}).encode() + b"\n" + data
-            with open(self.path, "wb" if self.width is None else "r+b") as file:
-                file.truncate(self.good)
-                file.seek(self.good)
-                file.write(data)
-                self.good = file.tell()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}; make room, then the same command") from error
-        self.width = block.shape[1]
-        self.blocks.append(block)
-        self.seconds += seconds
+    def write(self, number: int, block: Array) -> None:
+        """Keep a batch ``[B, T]``."""
+        save_array(block, self.folder / f"{number}.npy")
 
 
-def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part) -> Array:
-    """All rows ``[M, T]`` in the order of ids, starting after those of ``part``. Raises InputError."""
+def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part, dtype: str) -> Array:
+    """All rows ``[M, T]`` in the order of ids; batches that ``part`` holds are read. Raises InputError."""
     from tqdm import tqdm
 
-    with tqdm(total=len(texts), initial=part.rows, desc="embed", unit="text", disable=None) as progress:
+    starts = range(0, len(texts), batch)
+    blocks: list[Array] = []
+    with tqdm(total=len(texts), desc="embed", unit="text", disable=None) as progress:
         try:
-            while part.rows < len(texts):
-                rows = encoder.order[part.rows : part.rows + batch]
-                start = monotonic()
-                block = unit_rows(encoder.encode(rows), [texts[row] for row in rows])
-                part.add(block, monotonic() - start)
+            for number, start in enumerate(starts):
+                rows = encoder.order[start : start + batch]
+                block = part.read(number)
+                if block is None:
+                    block = unit_rows(encoder.encode(rows), [texts[row] for row in rows]).astype(dtype)
+                    if blocks and block.shape[1] != blocks[0].shape[1]:
+                        widths = f"{block.shape[1]} numbers came after others of {blocks[0].shape[1]}"
+                        raise InputError(f"embeddings of {widths}; give --overwrite")
+                    part.write(number, block)
+                blocks.append(block)
                 progress.update(len(rows))
-        except KeyboardInterrupt:
-            print(f"\n{_kept(part, texts)}", file=sys.stderr)
+        except (KeyboardInterrupt, InputError) as error:
+            kept = f"{min(len(blocks) * batch, len(texts)):,} of {len(texts):,} rows are kept in {part.folder}"
+            if isinstance(error, InputError):
+                raise InputError(f"{error}; {kept}: the same command continues") from error
+            print(f"\n{kept}: the same command continues", file=sys.stderr)
             raise
-        except InputError as error:
-            raise InputError(f"{error}; {_kept(part, texts)}") from error
-    ordered = np.concatenate(part.blocks)
-    matrix = np.empty_like(ordered)
-    matrix[encoder.order] = ordered
+    matrix = np.empty((len(texts), blocks[0].shape[1]), dtype=dtype)
+    matrix[encoder.order] = np.concatenate(blocks)
     return matrix
-
-
-def _kept(part: Part, texts: list[str]) -> str:
-    if not part.rows:
-        return "nothing was written"
-    return f"{part.rows:,} of {len(texts):,} rows are kept in {part.path}: the same command continues"
 
 
 # ---------------------------------------------------------------- the command
@@ -534,9 +444,7 @@ class Embedded(NamedTuple):
     rows: Array  # [M, T] in --dtype
     facts: dict[str, Any]  # for the record
     inputs: dict[str, str]  # name -> sha256 of what was read besides the graph
-    device: str
-    earlier: float  # seconds of the batches of a stopped run
-    part: Path | None  # to be removed once --out is written
+    device: str = "cpu"
 
 
 def by_tfidf(args: argparse.Namespace, texts: list[str]) -> Embedded:
@@ -553,30 +461,26 @@ def by_tfidf(args: argparse.Namespace, texts: list[str]) -> Embedded:
         "zero_rows": int((~rows.any(axis=1)).sum()),
         "texts_without_shared_words": alone,
     }
-    return Embedded(rows, facts, {}, "cpu", 0.0, None)
+    return Embedded(rows, facts, {})
 
 
-def by_batches(args: argparse.Namespace, texts: list[str], folder: Path | None) -> Embedded:
-    """By the encoder in ``folder``, or by the endpoint where there is none."""
-    facts: dict[str, Any] = {}
-    inputs: dict[str, str] = {}
-    device = "cpu"
-    encoder: Encoder
-    if folder is None:
-        encoder = EndpointEncoder(args.endpoint, args.model, args.dim, texts)
-    else:
-        device = str(find_device(args.device))
-        encoder = local = ModelEncoder(folder, texts, args.max_length, device)
-        inputs = {f"model/{name}": sha for name, sha in local.hashes.items()}
-        facts["cut_texts"] = local.cut_texts
+def by_batches(args: argparse.Namespace, texts: list[str], encoder: Encoder, part: Path) -> Array:
+    """[M, T] by an encoder or an endpoint; finished batches stay in ``part`` until --out is written."""
     plan = {"texts": digest(texts), "batch": args.batch, "dtype": args.dtype, **encoder.identity}
-    sizes = [min(args.batch, len(texts) - start) for start in range(0, len(texts), args.batch)]
-    part = Part(args.out.with_name(args.out.name + ".part"), plan, sizes, args.dtype, args.overwrite)
-    if part.rows:
-        print(f"continuing after {part.rows:,} of {len(texts):,} rows in {part.path}")
-    earlier = part.seconds
-    rows = embed_batches(encoder, texts, args.batch, part)
-    return Embedded(rows, {"encoder": encoder.identity, **facts}, inputs, device, earlier, part.path)
+    return embed_batches(encoder, texts, args.batch, Part(part, plan, args.overwrite), args.dtype)
+
+
+def by_model(args: argparse.Namespace, texts: list[str], folder: Path, part: Path) -> Embedded:
+    device = str(find_device(args.device))
+    encoder = ModelEncoder(folder, texts, args.max_length, device)
+    rows = by_batches(args, texts, encoder, part)
+    inputs = {f"model/{name}": sha for name, sha in encoder.hashes.items()}
+    return Embedded(rows, {"encoder": encoder.identity, "cut_texts": encoder.cut_texts}, inputs, device)
+
+
+def by_endpoint(args: argparse.Namespace, texts: list[str], part: Path) -> Embedded:
+    encoder = EndpointEncoder(args.endpoint, args.model, args.dim, texts)
+    return Embedded(by_batches(args, texts, encoder, part), {"encoder": encoder.identity}, {})
 
 
 def main() -> None:
@@ -592,19 +496,22 @@ def embed(args: argparse.Namespace) -> None:
     started = monotonic()
     folder = model_folder(args.model) if args.model and not args.endpoint else None
     kg = KnowledgeGraph.load(args.dataset)
-    texts = entity_texts(kg)
-    made = by_batches(args, texts, folder) if args.model else by_tfidf(args, texts)
+    texts, part = entity_texts(kg), args.out.with_name(args.out.name + ".parts")
+    if folder is not None:
+        made = by_model(args, texts, folder, part)
+    else:
+        made = by_endpoint(args, texts, part) if args.endpoint else by_tfidf(args, texts)
     save_array(made.rows, args.out)
     write_text("".join(f"{name}\n" for name in kg.entities), row_names(args.out))
-    wall = monotonic() - started + made.earlier
+    wall = monotonic() - started
     facts = {
         "shape": list(made.rows.shape), "sha256": sha256_file(args.out), "texts_sha256": digest(texts),
         "with_description": sum(map(bool, kg.descriptions)), **made.facts,
     }  # fmt: skip
     record = make_record(vars(args), kg.input_hashes | made.inputs, wall, made.device, **facts)
     write_json(record, args.out.with_suffix(".json"))
-    if made.part is not None:
-        made.part.unlink(missing_ok=True)
+    if part.is_dir():
+        shutil.rmtree(part)
     shape = f"{made.rows.dtype} {facts['shape']}"
     print(f"{args.out}: {shape}, row = entity id, in {wall:.1f} s; record beside it (.json)")
     print(f"next: python run_rq.py --dataset {args.dataset} --text_emb {args.out}")

@@ -11,10 +11,7 @@ and ``relation2id.txt`` (``name TAB id``), else it is that of the sorted names. 
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import io
-import json
 import os
 import sys
 import time
@@ -30,7 +27,6 @@ from numpy.typing import ArrayLike, NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, atomic_path
 from data.names import is_header, numbers_in_another_order, same_but_for_spelling, unusual
 
 Ints = NDArray[np.int64]
@@ -51,11 +47,6 @@ OPTIONAL = (
     "entity2definition.txt",
     "relation2text.txt",
 )
-CACHE_FOLDER = ROOT / "data" / ".cache"
-CACHE_FORMAT = 2  # part of the cache's key: raise it when what is stored, or how it is derived, changes
-CACHE_FROM_BYTES = 2**20  # below this, parsing is as fast as the cache
-
-
 TRAIN_FILES = ("train.txt", "train2id.txt")
 
 
@@ -182,33 +173,25 @@ class KnowledgeGraph:
         return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
 
     @classmethod
-    def load(cls, folder: str | Path, use_cache: bool = True, keep_names: bool = False) -> KnowledgeGraph:
+    def load(cls, folder: str | Path, keep_names: bool = False) -> KnowledgeGraph:
         """Read and check a folder of either form; ``report["warnings"]`` are printed to stderr, once per process.
 
-        ``use_cache``: keep the parsed arrays in ``data/.cache`` under the hash of all files, and read them next time.
         ``keep_names``: accept names that differ in white space, quotes, BOM or Unicode form alone, and header lines.
         Raises InputError with ``file:line``, what was found and what was expected.
         """
         folder = Path(folder)
         raw = _read_folder(folder)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
-        name = folder.resolve().name
-        key = hashlib.sha256(json.dumps([CACHE_FORMAT, keep_names, hashes]).encode()).hexdigest()[:16]
-        cache = CACHE_FOLDER / f"{name}-{key}.npz"
-        use_cache = use_cache and sum(map(len, raw.values())) >= CACHE_FROM_BYTES
-        parts = _read_cache(cache) if use_cache else None
-        if parts is None:
-            parts = _Reader(folder, raw, keep_names).parts()
-            if use_cache:
-                _write_cache(cache, name, parts)
+        parts = _Reader(folder, raw, keep_names).parts()
         for warning in parts["report"]["warnings"]:
-            if (key, warning) not in _WARNED and os.environ.get("RANK", "0") == "0":
-                print(f"warning: {folder}: {warning}", file=sys.stderr)
-            _WARNED.add((key, warning))
-        return cls(name=name, input_hashes=hashes, **parts)
+            line = f"warning: {folder}: {warning}"
+            if line not in _WARNED and os.environ.get("RANK", "0") == "0":
+                print(line, file=sys.stderr)
+            _WARNED.add(line)
+        return cls(name=folder.resolve().name, input_hashes=hashes, **parts)
 
 
-_WARNED: set[tuple[str, str]] = set()  # warnings that this process has printed
+_WARNED: set[str] = set()  # warnings that this process has printed
 
 # ---------------------------------------------------------------- names
 
@@ -638,57 +621,15 @@ def _columns(count: int) -> _Words:
     return _Words(f"{count} column{'s' * (count != 1)}")
 
 
-# ---------------------------------------------------------------- the cache
-
-_LISTS = ("entities", "relations", "labels", "descriptions", "relation_labels")
-
-
-def _write_cache(path: Path, name: str, parts: dict[str, Any]) -> None:
-    """Store the parts without pickle; where the cache cannot be written, there is none."""
-    arrays: dict[str, NDArray[Any]] = {key: parts[key].astype(np.int32) for key in SPLITS}
-    arrays |= {f"negative_{key}": value.astype(np.int32) for key, value in parts["negative_splits"].items()}
-    arrays |= {key: np.frombuffer("\n".join(parts[key]).encode(), dtype=np.uint8) for key in _LISTS}
-    arrays["has_label"] = parts["has_label"]
-    arrays["report"] = np.frombuffer(json.dumps(parts["report"]).encode(), dtype=np.uint8)
-    try:
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        for other in path.parent.glob(glob.escape(name) + "-" + "[0-9a-f]" * 16 + ".npz"):
-            if other != path:
-                other.unlink()
-    except (InputError, OSError):
-        return
-
-
-def _read_cache(path: Path) -> dict[str, Any] | None:
-    """The parts from a cache file; None where it is absent, damaged or of another layout."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            stored = {key: file[key] for key in file.files}  # the zip's checksums are verified here
-        parts: dict[str, Any] = {key: stored[key].tobytes().decode().split("\n") for key in _LISTS}
-        parts |= {key: stored[key].astype(np.int64).reshape(-1, 3) for key in SPLITS}
-        parts["negative_splits"] = {
-            key.removeprefix("negative_"): value.astype(np.int64)
-            for key, value in stored.items()
-            if key.startswith("negative_")
-        }
-        parts["has_label"] = stored["has_label"]
-        parts["report"] = json.loads(stored["report"].tobytes())
-        return parts
-    except Exception:  # a cache may be damaged in any way: it is then built again from the files
-        return None
-
-
 def main() -> None:
     parser = CommandParser(
         prog="data/knowledge_graph.py", description="Validate a graph folder and print what it holds."
     )
     parser.add_argument("folder", help="the folder, such as data/family")
-    parser.add_argument("--no_cache", action="store_true", help="parse the files even if a cache of them exists")
     parser.add_argument("--keep_names", action="store_true", help="accept several spellings of a name as names")
     args = parser.parse_args()
     start = time.perf_counter()
-    kg = KnowledgeGraph.load(args.folder, not args.no_cache, args.keep_names)
+    kg = KnowledgeGraph.load(args.folder, args.keep_names)
     seconds = time.perf_counter() - start
     print(f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, loaded in {seconds:.2f} s")
     for key, value in kg.report.items():

@@ -4,9 +4,8 @@ from model.quantizers import (
     RQCodebook,
     RQOutput,
     code_perplexity,
-    code_usage,
     collisions,
     entropy_bits,
 )
 
-__all__ = ["RQCodebook", "RQOutput", "code_perplexity", "code_usage", "collisions", "entropy_bits"]
+__all__ = ["RQCodebook", "RQOutput", "code_perplexity", "collisions", "entropy_bits"]

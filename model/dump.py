@@ -14,7 +14,7 @@ from common.record import make_record
 from model.collisions import TooFewCodes
 from model.evaluation import evaluate_codes, shuffled
 from model.from_codes import format_metrics
-from model.RQCodebook import code_perplexity, code_usage, collisions, entropy_bits
+from model.RQCodebook import code_perplexity, collisions, entropy_bits
 from model.RQGCN import scorer_of
 from model.schedule import CODES
 from model.trainer import mrr_as_trained
@@ -55,7 +55,6 @@ def dump_codes(config: Config, trainer: Trainer, files: CodeFiles) -> None:
     metrics = score_codes(config, kg, scorer, relations, codes)
     metrics["mrr_before_collision_pass"] = mrr_as_trained(best)
     quality: dict[str, Any] = {
-        "usage": code_usage(codes, config.num_code).tolist(),
         "perplexity": code_perplexity(codes, config.num_code).tolist(),
         "collisions": collisions(codes),
         "entropy_bits": entropy_bits(codes),
@@ -68,7 +67,7 @@ def dump_codes(config: Config, trainer: Trainer, files: CodeFiles) -> None:
     )
     print_scores(metrics)
     print(
-        f"codes: usage {' '.join(f'{x:.3f}' for x in quality['usage'])}, "
+        f"codes: perplexity {' '.join(f'{x:.0f}' for x in quality['perplexity'])} of {config.num_code}, "
         f"{quality['collisions']} entities share their code with another, "
         f"entropy {quality['entropy_bits']:.2f} bits"
     )

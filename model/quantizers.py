@@ -327,12 +327,6 @@ def code_perplexity(codes: Tensor, num_codes: int) -> Tensor:
     return torch.special.entr(shares).sum(1).exp()
 
 
-def code_usage(codes: Tensor, num_codes: int) -> Tensor:
-    """codes [..., Q] -> float64 [Q]: the fraction of the K codes that occur at each level."""
-    columns = codes.reshape(-1, codes.shape[-1]).t()
-    return torch.tensor([len(column.unique()) / num_codes for column in columns], dtype=torch.float64)
-
-
 def entropy_bits(codes: Tensor) -> float:
     """codes [M, L, Q] (or [M, L]) -> -sum p log2 p over whole-entity codes (Eq. 11), in bits; log2 M if all differ."""
     shares = _whole_code_counts(codes).double() / max(len(codes), 1)

@@ -34,7 +34,7 @@ from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
 from model.losses import LOSSES, Sample, draw_sample, gather_targets
 from model.precision import matmul_precision, return_freed_memory
-from model.quantizers import code_perplexity, code_usage
+from model.quantizers import code_perplexity
 from model.queries import training_queries
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN
@@ -464,7 +464,6 @@ class Trainer:
 
     def _score_codes(self, relations: Tensor, codes: Tensor) -> dict[str, Any]:
         metrics = evaluate_codes(self.model.scorer, relations, codes, self.kg, "valid", world=self.world)
-        metrics["usage"] = code_usage(codes, self.model.rq_codebook.num_codes).tolist()
         metrics["perplexity"] = code_perplexity(codes, self.model.rq_codebook.num_codes).tolist()
         return metrics
 
@@ -574,7 +573,7 @@ def codes_hash(codes: Tensor) -> str:
 
 
 def format_epoch(row: Mapping[str, Any]) -> str:
-    """One line: epoch, phase, each loss term, per-level quantization loss, usage, MRR, seconds."""
+    """One line: epoch, phase, each loss term, per-level quantization loss, perplexity, MRR, seconds."""
     parts = [
         f"epoch {row['epoch']:4d}  {row['phase']:7s}",
         f"L_st {row['structure']:.4f}",
@@ -585,8 +584,8 @@ def format_epoch(row: Mapping[str, Any]) -> str:
         parts.append("levels " + "/".join(f"{x:.3f}" for x in row["levels"]))
     valid = row.get("valid")
     if valid:
-        if "usage" in valid:
-            parts.append("usage " + "/".join(f"{x:.2f}" for x in valid["usage"]))
+        if "perplexity" in valid:
+            parts.append("perplexity " + "/".join(f"{x:.0f}" for x in valid["perplexity"]))
         parts.append(f"valid MRR {valid['mrr']:.4f} H@10 {valid['hits@10']:.4f}")
     parts.append(f"{row['seconds']:.0f} s")
     return "  ".join(parts)

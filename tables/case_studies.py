@@ -3,12 +3,9 @@
     python tables/case_studies.py                                        from lora_training/answers.jsonl
     python tables/case_studies.py --answers lora_training/lora_outputs/second/answers.jsonl --count 3 --out cases.md
 
-Cases are chosen by fixed rules; ties are resolved by the order of the file.
-
-Link prediction: queries whose truth the LLM could choose, by 1 / (rank by LLM) - 1 / (rank by candidate ranker): the
-highest gain, the greatest loss, and the first ones whose rank did not change.
-Triple classification: by the distance of log P(True) - log P(False) from the validation threshold: the most confident
-correct answers, the most confident wrong ones, and those nearest to the threshold.
+Cases are those of the highest and of the lowest value; ties are resolved by the order of the file. Link prediction, for
+queries whose truth the LLM could choose: 1 / (rank by LLM) - 1 / (rank by candidate ranker). Triple classification:
+distance of log P(True) - log P(False) from the validation threshold, negative for wrong answers.
 
 Answers are shown only with the run record beside them and with the rows that they answer.
 """
@@ -25,12 +22,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.codes import CODE, END_CODE
 from Class.prompts import prediction
 from Class.rows import Row, need_fields, read_rows
 from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import read_json, write_text
-from lora_training.inference import OUTPUT, answers_path, listed_candidates
+from lora_training.inference import OUTPUT, answers_path
 from lora_training.score_answers import (
     SEARCHED,
     TRUE,
@@ -42,12 +38,11 @@ from lora_training.score_answers import (
     read_answers,
     report,
 )
-from tables.rows import LINKS, TRIPLES, Record, answered_rows, check_scored, commit_words, common, lacks_record, shown
+from tables.rows import LINKS, TRIPLES, Record, answered_rows, commit_words, common, shown
 
 _CODES = re.compile(r"<CODE>((?:Q\d+_\d+[:|]?)+)</CODE>")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
 LIKELIHOOD = ("likelihood", "predict")  # --decode that scores candidates without their list
-HEADS = {LINKS: "Link prediction", TRIPLES: "Triple classification"}
 
 
 class Run(NamedTuple):
@@ -67,24 +62,13 @@ class Case(NamedTuple):
     answer: Answer
 
 
-class Pick(NamedTuple):
-    """One kind of case and its cases, best first."""
-
-    title: str
-    rule: str
-    cases: list[Case]
-
-
 # ---------------------------------------------------------------- reading
 
 
 def record_beside(answers: Path) -> Path:
     """The run record of a file of answers: the inverse of inference.py's ``answers_path``."""
     stem = answers.name.removesuffix(".answers.jsonl")
-    record = answers.with_name(OUTPUT.name if answers.name == "answers.jsonl" else f"{stem}.json")
-    if answers_path(record) != answers:
-        raise InputError(f"--answers {answers}: expected answers.jsonl or NAME.answers.jsonl, as inference.py names it")
-    return record
+    return answers.with_name(OUTPUT.name if answers.name == "answers.jsonl" else f"{stem}.json")
 
 
 def open_run(answers: Path, rows: Path | None = None) -> Run:
@@ -95,29 +79,21 @@ def open_run(answers: Path, rows: Path | None = None) -> Run:
     """
     found = read_answers(answers).answers
     path = record_beside(answers)
-    if not path.is_file():
+    if not path.is_file() or path == answers:
         raise InputError(f"--answers {answers} has no run record {path.name} beside it; finish the run: inference.py")
     record = read_json(path, "record")
-    complete = (
-        isinstance(record, dict) and {"answers", "metrics"} <= record.keys() and isinstance(record.get("model"), dict)
-    )
-    reason = lacks_record(record) or ("" if complete else "is no record of answers")
-    if reason:
-        raise InputError(f"{path} {reason}; --answers needs the record that inference.py wrote beside it")
-    metrics = report(found)
     with content_of(path, "run record"):
         common(path, record)
         if sorted(record["answers"], key=key) != sorted(found, key=key):
             raise InputError(f"--answers {answers} differ from the answers in {path.name}; repeat inference.py")
-        for task in (LINKS, TRIPLES):
-            check_scored(path, task, record["metrics"].get(task, {}), record["answers"])
+        model = record["model"]["base_model"]
         rows = answered_rows(path, record, rows)
     by_key = {key(answer): answer for answer in found if answer["split"] == "test"}
     cases: dict[str, list[Case]] = {}
     for row in read_rows(rows):
         if (answer := by_key.get(key(row))) is not None:
             cases.setdefault(answer["task_type"], []).append(Case(row, answer))
-    return Run(answers, record, metrics, rows, cases)
+    return Run(answers, record | {"model": model}, report(found), rows, cases)
 
 
 def key(row: Row | Answer) -> tuple[str, str]:
@@ -133,62 +109,36 @@ def by_mean(run: Run) -> bool:
     return str(run.metrics[LINKS]["test"].get("lengths", "")).startswith("mean")
 
 
-def gain(answer: Answer, mean: bool) -> float:
-    """1 / rank by the LLM - 1 / rank by the candidate ranker."""
-    return 1 / rank_of(per_token(answer) if mean else answer) - 1 / known_rank(answer)
-
-
 def could_choose(answer: Answer) -> bool:
     """Whether the LLM could choose the truth and its rank by the candidate ranker is known."""
     listed = answer["decode"] == SEARCHED or answer["truth"][0] in answer["candidates"]
     return listed and answer["candidate_rank"] is not None
 
 
-def pick(title: str, rule: str, cases: Sequence[Case], value: Callable[[Case], float], count: int, total: int) -> Pick:
-    """The ``count`` cases of the highest ``value``; ties keep the order of the file."""
-    chosen = sorted(cases, key=value, reverse=True)[:count]
-    return Pick(title, f"{len(cases):,} of {total:,} {rule}", chosen)
-
-
-def pick_links(run: Run, count: int) -> list[Pick]:
-    """Gains, losses and queries whose rank did not change."""
+def gains(run: Run) -> list[tuple[Case, float]]:
+    """Queries with 1 / rank by the LLM - 1 / rank by the candidate ranker."""
     mean = by_mean(run)
     cases = [case for case in run.cases[LINKS] if could_choose(case.answer)]
-
-    def change(case: Case) -> float:
-        return gain(case.answer, mean)
-
-    better, worse, same = (
-        [case for case in cases if fits(change(case))] for fits in (lambda x: x > 0, lambda x: x < 0, lambda x: x == 0)
-    )
-    total = len(cases)
-    return [
-        pick("Best improvement", "rank higher by the LLM; highest gain first", better, change, count, total),
-        pick("Worst loss", "rank lower by the LLM; greatest loss first", worse, lambda c: -change(c), count, total),
-        pick("Unchanged", "keep their rank; in the order of the file", same, change, count, total),
-    ]
+    ranks = [rank_of(per_token(case.answer) if mean else case.answer) for case in cases]
+    return [(case, 1 / rank - 1 / known_rank(case.answer)) for case, rank in zip(cases, ranks, strict=True)]
 
 
-def pick_triples(run: Run, count: int) -> list[Pick]:
-    """Confident and correct, confident and wrong, uncertain. Answers that could not be parsed are left out."""
+def confidences(run: Run) -> list[tuple[Case, float]]:
+    """Triples with the distance of their margin from the threshold, negative where the answer is wrong."""
     threshold = run.metrics[TRIPLES]["test"]["threshold"]
-    cases = [case for case in run.cases[TRIPLES] if case.answer["parsed"]]
+    found = []
+    for case in run.cases[TRIPLES]:
+        if case.answer["parsed"]:
+            above = margin(case.answer) - threshold
+            correct = (above > 0) == (case.answer["truth"] == [TRUE])
+            found.append((case, abs(above) if correct else -abs(above)))
+    return found
 
-    def correct(case: Case) -> bool:
-        return (margin(case.answer) > threshold) == (case.answer["truth"] == [TRUE])
 
-    def confidence(case: Case) -> float:
-        return abs(margin(case.answer) - threshold)
-
-    total = len(cases)
-    return [
-        pick("Most confident correct answer", "are correct; farthest from the threshold first",
-             [case for case in cases if correct(case)], confidence, count, total),
-        pick("Most confident wrong answer", "are wrong; farthest from the threshold first",
-             [case for case in cases if not correct(case)], confidence, count, total),
-        pick("Least confident answer", "were parsed; nearest to the threshold first",
-             cases, lambda case: -confidence(case), count, total),
-    ]  # fmt: skip
+def pick(valued: Sequence[tuple[Case, float]], sign: int, count: int) -> list[Case]:
+    """The ``count`` cases of the highest positive value (``sign`` 1) or the lowest negative one (-1)."""
+    order = sorted(valued, key=lambda item: -sign * item[1])
+    return [case for case, value in order if sign * value > 0][:count]
 
 
 # ---------------------------------------------------------------- printing
@@ -241,22 +191,16 @@ def exchange(case: Case) -> str:
 def link_case(case: Case, mean: bool) -> str:
     """A query: the ranks of its truth, prompt and answer, the candidates by score."""
     row, answer = case
-    listed = dict(zip(row["candidates"], listed_candidates(row), strict=True))
-    names = {name: candidate.name for name, candidate in listed.items()}
+    names = dict(zip(row["candidates"], row["candidate_names"], strict=True))
     truth, *others = answer["truth"]
     ranked = per_token(answer) if mean else answer
-    values = ranked["scores"] or [None] * len(answer["candidates"])
-    lines = [f"| by score | listed | candidate | codes | {'score per token' if mean else 'score'} | |",
-             "| ---: | ---: | --- | --- | ---: | --- |"]  # fmt: skip
-    order = sorted(range(len(values)), key=lambda i: math.inf if (value := values[i]) is None else -value)
+    scores = ranked["scores"] or [None] * len(answer["candidates"])
+    lines = [f"| by score | candidate | {'score per token' if mean else 'score'} | |", "| ---: | --- | ---: | --- |"]
+    order = sorted(range(len(scores)), key=lambda i: math.inf if (value := scores[i]) is None else -value)
     for place, i in enumerate(order, 1):
-        name, value = answer["candidates"][i], values[i]
-        at = str(row["candidates"].index(name) + 1) if name in listed else ""
-        codes = _CODES.fullmatch(listed[name].answer) if name in listed else None
-        shown_codes = f"`{short_codes(codes[0])[len(CODE) : -len(END_CODE)]}`" if codes else ""
-        score = "" if value is None else f"{value:.3f}"
+        name, score = answer["candidates"][i], "" if scores[i] is None else f"{scores[i]:.3f}"
         remark = "truth" if name == truth else "another correct answer, not counted" if name in others else ""
-        lines.append(f"| {place} | {at} | {plain(names.get(name, name))} | {shown_codes} | {score} | {remark} |")
+        lines.append(f"| {place} | {plain(names.get(name, name))} | {score} | {remark} |")
     before, after = known_rank(answer), rank_of(ranked)
     return (
         f"Truth: {plain(names.get(truth, truth))}. Rank by the candidate ranker: {rank_text(before)}, "
@@ -277,14 +221,20 @@ def page(run: Run, count: int) -> str:
     """The whole text. InputError if no task of Tables 8 to 10 was answered."""
     record, parts = run.record, []
     if LINKS in run.cases:
-        mean = by_mean(run)
-        parts += section(run, LINKS, pick_links(run, count), lambda case: link_case(case, mean))
+        mean, valued = by_mean(run), gains(run)
+        parts.append(
+            f"## Link prediction\n\n{answered(run, LINKS)}; for {len(valued):,} the LLM could choose the truth.\n"
+        )
+        for sign, title in ((1, "Rank improved most"), (-1, "Rank fell most")):
+            parts += section(title, pick(valued, sign, count), lambda case: link_case(case, mean))
     if TRIPLES in run.cases:
-        threshold = run.metrics[TRIPLES]["test"]["threshold"]
-        parts += section(run, TRIPLES, pick_triples(run, count), lambda case: triple_case(case, threshold))
+        threshold, valued = run.metrics[TRIPLES]["test"]["threshold"], confidences(run)
+        parts.append(f"## Triple classification\n\n{answered(run, TRIPLES)}.\n")
+        for sign, title in ((1, "Most confident correct answer"), (-1, "Most confident wrong answer")):
+            parts += section(title, pick(valued, sign, count), lambda case: triple_case(case, threshold))
     if not parts:
         raise InputError(f"--answers {run.path} contain no test row of {LINKS} or {TRIPLES}; make some: inference.py")
-    model = Path(str(record["model"].get("base_model"))).name
+    model = Path(str(record["model"])).name
     return (
         "# Case studies\n\n"
         f"From {plain(str(shown(run.path)))} (model {plain(model)}, {plain(record['device'])}, {record['finished']}, "
@@ -294,19 +244,19 @@ def page(run: Run, count: int) -> str:
     )
 
 
-def section(run: Run, task: str, picks: Sequence[Pick], show: Callable[[Case], str]) -> list[str]:
-    """One task: its counts, then every kind of case."""
+def answered(run: Run, task: str) -> str:
+    """How many rows of a task were answered."""
     answers = [case.answer for case in run.cases[task]]
     unparsed = sum(not answer["parsed"] for answer in answers)
-    text = f"## {HEADS[task]}\n\n{len(answers):,} test rows answered, {unparsed:,} could not be parsed"
-    if task == LINKS:
-        text += f"; for {sum(map(could_choose, answers)):,} the LLM could choose the truth"
-    parts = [f"{text}.\n"]
-    for kind in picks:
-        parts.append(f"### {kind.title}\n\nRule: {kind.rule}.\n" + ("" if kind.cases else "\nNone.\n"))
-        for case in kind.cases:
-            parts.append(f"#### {plain(question(case.row))}\n\nRow {plain(str(case.row['id']))}. {show(case)}")
-    return parts
+    return f"{len(answers):,} test rows answered, {unparsed:,} could not be parsed"
+
+
+def section(title: str, cases: Sequence[Case], show: Callable[[Case], str]) -> list[str]:
+    """One kind of case."""
+    parts = [f"### {title}\n" + ("" if cases else "\nNone.\n")]
+    return parts + [
+        f"#### {plain(question(case.row))}\n\nRow {plain(str(case.row['id']))}. {show(case)}" for case in cases
+    ]
 
 
 # ---------------------------------------------------------------- the command

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,8 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import load_codes, load_entities
-from Class.source import CODES_FOLDER, DEMO_FOLDER, check_recorded, dumped_codes, read_record
-from common.device import peak_memory_mb
+from Class.source import check_recorded, dumped_codes, read_record
 from common.errors import CommandParser, InputError, run_command
 from common.files import load_torch, write_json
 from tables.system import parameters_of, short_count
@@ -63,24 +60,15 @@ class CodeSet(NamedTuple):
     def flat_vectors(self) -> Tensor:
         """The decoded vectors [M, L * code_dim]; InputError if the file does not exist."""
         if self.vectors is None:
-            dataset = shlex.quote(str(self.record["args"].get("dataset")))
-            raise InputError(
-                f"{embeddings_path(self.path)} does not exist, the distances need it; write it: python run_rq.py "
-                f"--dataset {dataset} ... --restore"
-            )
+            raise InputError(f"{self.path}: no decoded vectors (_emd.pt) beside it; run run_rq.py again with --restore")
         return self.vectors.flatten(1)
-
-
-def embeddings_path(codes: Path) -> Path:
-    """The file of decoded vectors beside a codes file."""
-    return codes.with_name(f"{codes.stem}_emd.pt")
 
 
 def open_code_set(path: str | Path) -> CodeSet:
     """Read codes, names and, if saved, vectors. InputError if a file is not the one of its record."""
     path = Path(path)
     record = read_record(path)
-    names, vectors = path.with_suffix(".entities.txt"), embeddings_path(path)
+    names, vectors = path.with_suffix(".entities.txt"), path.with_name(f"{path.stem}_emd.pt")
     for file in (path, names, *([vectors] if vectors.is_file() else [])):
         check_recorded(file, record)
     entities, num_code = load_entities(names), int(record["args"]["num_code"])
@@ -93,24 +81,14 @@ def open_code_set(path: str | Path) -> CodeSet:
     return CodeSet(path, record, entities, codes, num_code, found)
 
 
-def pick_codes(given: Sequence[Path] | None) -> list[Path]:
-    """``--codes``, else all codes files of stage 1, newest first (the demo's if codes_new/ has none)."""
-    found = list(given or dumped_codes())
-    if not found:
-        raise InputError(
-            f"--codes: {CODES_FOLDER.name}/ and {DEMO_FOLDER.name}/ hold no codes; make some: python demo_complete.py"
-        )
-    return found
-
-
 # ---------------------------------------------------------------- nearest entities, Jaccard
 
 
-def nearest_entities(rows: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest other entities of each of ``rows`` [n] (ids), by squared distance of ``vectors`` [M, D].
+def nearest_entities(rows: Tensor, vectors: Tensor, k: int) -> Tensor:
+    """Ids [n, k] of the k nearest other entities of each of ``rows`` [n], by squared distance of ``vectors`` [M, D].
 
-    Returns (ids int64 [n, k], distances float32 [n, k]), nearest first, ties by id. Distances are computed in float64
-    and rounded to float32, so that equal vectors tie for any order of summation. Memory: 24 bytes * n * M.
+    Nearest first, ties by id. Distances are computed in float64 and rounded to float32, so that equal vectors tie for
+    any order of summation. Memory: 24 bytes * n * M.
     """
     import torch
 
@@ -121,8 +99,7 @@ def nearest_entities(rows: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Ten
     # the bits of a float32 >= 0 have the order of its values: above the id, they make one integer without ties
     keys = (squares.float() + 0.0).view(torch.int32).long() << 32
     keys |= torch.arange(len(vectors))
-    best = keys.topk(min(k, len(vectors) - 1), largest=False, sorted=True).values
-    return best & 0xFFFFFFFF, (best >> 32).int().view(torch.float32)
+    return keys.topk(min(k, len(vectors) - 1), largest=False, sorted=True).values & 0xFFFFFFFF
 
 
 def jaccard(codes: Tensor, rows: Tensor, others: Tensor) -> Tensor:
@@ -137,18 +114,13 @@ def jaccard(codes: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     return torch.from_numpy(1 - same / (2 * cells.shape[1] - same))
 
 
-def jaccard_by_k(codes: Tensor, vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[int, float]:
-    """k -> mean Jaccard distance to the k nearest entities. k above M - 1 is left out.
-
-    codes [M, L, Q]; vectors [M, D] define the neighbours; ``chunk`` entities at a time, which changes no result.
-    """
-    return jaccard_of([codes], vectors, ks, chunk)[0]
-
-
 def jaccard_of(
     variants: Sequence[Tensor], vectors: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK
 ) -> list[dict[int, float]]:
-    """``jaccard_by_k`` of several codes [M, L, Q] with the same neighbours, which are searched once."""
+    """For each of ``variants`` (codes [M, L, Q]): k -> mean Jaccard distance to the k nearest entities by ``vectors``.
+
+    A k above M - 1 is left out. ``chunk`` entities at a time, which changes no result.
+    """
     import torch
 
     M, wide = len(vectors), vectors.double()
@@ -158,7 +130,7 @@ def jaccard_of(
     last = torch.tensor(ks) - 1
     sums = torch.zeros(len(variants), len(ks), dtype=torch.float64)
     for rows in torch.arange(M).split(chunk):
-        others = nearest_entities(rows, wide, ks[-1])[0]
+        others = nearest_entities(rows, wide, ks[-1])
         for total, codes in zip(sums, variants, strict=True):
             total += jaccard(codes, rows, others).cumsum(1)[:, last].sum(0)
     means = sums / (torch.tensor(ks) * M)
@@ -173,7 +145,7 @@ def quality(found: CodeSet, ks: Sequence[int] = KS) -> dict[str, Any]:
     from model.RQCodebook import code_perplexity, collisions, entropy_bits
 
     M, L, Q = found.codes.shape
-    distances = None if found.vectors is None else jaccard_by_k(found.codes, found.flat_vectors(), ks)
+    distances = None if found.vectors is None else jaccard_of([found.codes], found.flat_vectors(), ks)[0]
     return {
         "codes": found.path.name,
         "dataset": found.record["dataset"],
@@ -228,15 +200,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = []
-    for path in pick_codes(args.codes):
-        start = time.perf_counter()
-        found = open_code_set(path)
-        row = quality(found, args.k)
+    paths = args.codes or dumped_codes()
+    if not paths:
+        raise InputError("--codes: codes_new/ and demo_output/ hold no codes; make some: python demo_complete.py")
+    for path in paths:
+        row = quality(open_code_set(path), args.k)
         print_quality(row)
         left_out = [k for k in args.k if k >= row["entities"]]
         if left_out:
             print(f"  left out    k = {', '.join(map(str, left_out))}: only {row['entities'] - 1} other entities")
-        print(f"  measured in {time.perf_counter() - start:.1f} s, peak memory {peak_memory_mb() / 1024:.2f} GiB")
         rows.append(row)
     if args.json:
         write_json(rows, args.json)

@@ -46,8 +46,6 @@ FIGURES = {
     "12": Figure(functools.partial(similarity.draw, number=12), "as figure 4, another sample"),
     "13": Figure(functools.partial(embeddings.draw, number=13), "as figure 8, further models"),
     "levels": Figure(runs.draw_levels, "MRR when only the first levels are decoded"),
-    "tokens": Figure(runs.draw_tokens, "MRR against code tokens per entity"),
-    "perplexity": Figure(runs.draw_perplexity, "perplexity of the codes of each level"),
     "pareto": Figure(runs.draw_pareto, "test MRR over the parameters behind the codes, ours and published"),
 }  # fmt: skip
 OUT = ROOT / "tables" / "out"
@@ -77,7 +75,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--tokenizer", metavar="DIR", help="its tokens are counted in prompts (default: an estimate)")
     add_record_flags(parser)
     group = parser.add_argument_group("drawing")
-    group.add_argument("--projection", choices=embeddings.PROJECTIONS, default="tsne", help="in figures 8 and 13")
     group.add_argument("--sample", type=int, default=2000, metavar="N", help="most entities in figures 2 and 9")
     group.add_argument("--seed", type=int, default=0, help="seed of samples, baselines and t-SNE")
     args = parser.parse_args(argv)
@@ -90,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     inputs = Inputs(
         codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
-        tokenizer=args.tokenizer, projection=args.projection, sample=args.sample, seed=args.seed,
+        tokenizer=args.tokenizer, sample=args.sample, seed=args.seed,
     )  # fmt: skip
     if "all" in args.figure:
         if not draw_all(inputs, args.out, list(FIGURES)):

@@ -2,7 +2,6 @@
 
     python tables/make_tables.py                                   all tables as Markdown on the terminal
     python tables/make_tables.py --table 2 --format latex --out table2.tex
-    python tables/make_tables.py --format csv --out tables.csv     one line per number, with all digits
     python tables/make_tables.py --reproduce docs/REPRODUCE.md     rewrite the numbers in that page from tables/records
 
 Paper and peers: tables/expected/*.json. Ours: tables/results.py. Table 6 is counted from the data folders. What was not
@@ -24,13 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, read_json, read_text, write_text
 from data.knowledge_graph import KnowledgeGraph
-from tables.results import CODES, KEPT, LINKS, TRIPLES, Group, Row, add_record_flags, groups, read_rows
+from tables.results import CODES, KEPT, LINKS, TRIPLES, Group, Row, add_record_flags, collect, groups
 from tables.rows import EXPECTED, commit_words, counts, dataset_name
 from tables.system import system_of
-from tables.table_formats import Cell, Column, Line, Table, to_csv, to_latex, to_markdown
+from tables.table_formats import Cell, Column, Line, Table, to_latex, to_markdown
 
 NUMBERS = (2, 3, 4, 5, 6)
-SUFFIXES = {"md": ".md", "latex": ".tex", "csv": ".csv"}
 OURS, BASELINE, CONTROL = "ours", "baseline", "control"  # a baseline answered the same queries without our model
 BUNDLED = ("family",)
 GRAPH_FILES = ("train.txt", "train2id.txt")
@@ -86,31 +84,27 @@ def our_lines(number: int, found: Iterable[Group], columns: Sequence[Column]) ->
     Controls and runs that answered only a part of the test split are never marked as the best.
     """
     by_setting: dict[tuple[str, str], list[Group]] = {}
-    datasets = {column.dataset for column in columns}
     for group in found:
         row = group.first
-        if row.task == CHOICES[number].task and row.dataset in datasets and CHOICES[number].shows(row):
+        if row.task == CHOICES[number].task and CHOICES[number].shows(row) and row_cells(group, columns):
             by_setting.setdefault((row.setting, row.variant), []).append(group)
     names = method_names([same[0].first for same in by_setting.values()])
     lines = []
     for (setting, variant), same in by_setting.items():
-        measured = [group for group in same if any(column_stat(group, column) for column in columns)]
-        cells = {
-            column: Cell(*value) for column in columns for group in measured if (value := column_stat(group, column))
-        }
-        if measured:
-            rows = [row for group in measured for row in group.rows]
-            control = variant.startswith(CONTROL) or rows[0].codes == "shuffled"
-            block = CONTROL if control else BASELINE if variant else OURS
-            method = ", ".join([names[setting], seed_words(measured)]) + (f" ({variant})" if variant else "")
-            competes = not control and not any(row.partial for row in rows)
-            lines.append(Line(block, method, cells, "; ".join(map(provenance, measured)), competes))
+        cells = {column: cell for group in same for column, cell in row_cells(group, columns).items()}
+        rows = [row for group in same for row in group.rows]
+        control = variant.startswith(CONTROL) or rows[0].codes == "shuffled"
+        block = CONTROL if control else BASELINE if variant else OURS
+        method = ", ".join([names[setting], seed_words(same)]) + (f" ({variant})" if variant else "")
+        competes = not control and not any(row.partial for row in rows)
+        lines.append(Line(block, method, cells, "; ".join(map(provenance, same)), competes))
     return sorted(lines, key=lambda line: (OURS, BASELINE, CONTROL).index(line.block))
 
 
-def column_stat(group: Group, column: Column) -> Any:
-    """The (mean, std, n) of a group in a column; None if it is of another data set or not measured."""
-    return group.stat(column.metric) if column.dataset == group.first.dataset else None
+def row_cells(group: Group, columns: Sequence[Column]) -> dict[Column, Cell]:
+    """The group's numbers in ``columns``; {} if it is of another data set or was not tested."""
+    stats = {column: group.stat(column.metric) for column in columns if column.dataset == group.first.dataset}
+    return {column: Cell(*stat) for column, stat in stats.items() if stat}
 
 
 def method_names(rows: Sequence[Row]) -> dict[str, str]:
@@ -132,28 +126,22 @@ def seed_words(found: Sequence[Group]) -> str:
 
 def provenance(group: Group) -> str:
     """Data set, seeds, minutes, perplexity by level, device, commits and records of the runs behind a line."""
+    records = [row.record for row in group.rows]
     seeds = ", ".join("none" if seed is None else str(seed) for seed in group.seeds)
     minutes = [row.minutes for row in group.rows]
     time = f"{min(minutes):.1f}" + (f" to {max(minutes):.1f}" if len(minutes) > 1 else "") + " min"
     parts = [f"{group.first.dataset}: seed{'s' * (len(minutes) > 1)} {seeds}", time]
-    if group.first.task == CODES and (perplexity := system_of(group.first.record).perplexity):
+    if group.first.task == CODES and (perplexity := system_of(records[0]).perplexity):
         parts.append("perplexity by level " + ", ".join(f"{value:,.0f}" for value in perplexity))
-    before = [
-        row.record["mrr_before_collision_pass"] for row in group.rows if "mrr_before_collision_pass" in row.record
-    ]
-    if before and all(isinstance(value, float) for value in before):
+    before = [value for record in records if isinstance(value := record.get("mrr_before_collision_pass"), float)]
+    if before:
         parts.append("MRR before the collision pass " + ", ".join(f"{value:.3f}" for value in before))
-    given = [digest for row in group.rows if (digest := given_codes(row))]
-    if given:
+    given = [str(codes["sha256"])[:6] for record in records if (codes := record.get("codes") or {}).get("sha256")]
+    if given:  # the codes file that an LLM was given
         parts.append(f"codes {unique(given)}")
     devices = unique(row.device for row in group.rows)
     commits = unique(commit_words(row.commit) for row in group.rows)
     return ", ".join([*parts, f"on {devices}", f"commit {commits}", unique(str(row.path) for row in group.rows)])
-
-
-def given_codes(row: Row) -> str:
-    """The first characters of the hash of the codes file that an LLM was given; "" without codes."""
-    return str((row.record.get("codes") or {}).get("sha256") or "")[:6]
 
 
 def unique(words: Iterable[str]) -> str:
@@ -207,7 +195,7 @@ def make_tables(
     numbers = list(numbers)
     found: list[Group] = []
     if any(number in CHOICES for number in numbers):
-        found = groups(read_rows(records, data))
+        found = groups(collect(records, data))
         report_untested(found)
     return [
         table
@@ -226,8 +214,6 @@ def report_untested(found: Iterable[Group]) -> None:
 
 def render(tables: list[Table], form: str) -> str:
     """All tables in one text."""
-    if form == "csv":
-        return to_csv(tables)
     return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in tables)
 
 
@@ -244,29 +230,13 @@ def reproduced(text: str, data: Path = ROOT / "data", name: object = "the page")
     return pattern.sub(lambda match: match[1] + "\n" + blocks[int(match[2])] + "\n" + match[3], text)
 
 
-def write(tables: list[Table], form: str, out: Path | None) -> None:
-    """To the terminal, one file, or one file per table number in a folder (a path without a suffix)."""
-    if out is None:
-        print(render(tables, form), end="")
-        return
-    files = {out: tables}
-    if out.is_dir() or not out.suffix:
-        numbers = dict.fromkeys(table.number for table in tables)
-        files = {out / f"table{n}{SUFFIXES[form]}": [table for table in tables if table.number == n] for n in numbers}
-    for path, chosen in files.items():
-        write_text(render(chosen, form), path)
-        print(f"wrote {path}")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_tables.py", description=__doc__.split("\n")[0])
     choices = [*map(str, NUMBERS), "all"]
     parser.add_argument("--table", choices=choices, default="all", help="the paper's number of the table")
-    parser.add_argument("--format", choices=list(SUFFIXES), default="md", help="Markdown, LaTeX (booktabs) or CSV")
+    parser.add_argument("--format", choices=("md", "latex"), default="md", help="Markdown or LaTeX (booktabs)")
     add_record_flags(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE|DIR", help="one file, or one per table in a folder (default: the terminal)"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there (default: the terminal)")
     parser.add_argument("--reproduce", type=Path, metavar="PAGE.md", help="rewrite this page's numbers instead")
     return parser.parse_args(argv)
 
@@ -280,7 +250,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {args.reproduce}")
         return
     numbers = NUMBERS if args.table == "all" else [int(args.table)]
-    write(make_tables(numbers, args.records, args.data), args.format, args.out)
+    text = render(make_tables(numbers, args.records, args.data), args.format)
+    if args.out is None:
+        print(text, end="")
+    else:
+        write_text(text, args.out)
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +24,11 @@ from common.files import ROOT, read_json, write_json
 from common.metrics import CLASSIFICATION, RANKING
 from tables.rows import CODES, LINKS, TRIPLES, Row, answered_data, lacks_record, rows_of, shown, training_record
 
-__all__ = ["CODES", "LINKS", "TRIPLES", "Collection", "Group", "Row", "Stat", "collect", "groups", "keep", "stat"]
+__all__ = ["CODES", "LINKS", "TRIPLES", "Group", "Row", "Stat", "collect", "groups", "keep"]
 
 KEPT = ROOT / "tables" / "records"
 FOLDERS = (KEPT, ROOT / "codes_new", ROOT / "lora_training" / "lora_outputs",
            ROOT / "lora_training" / "inference_results.json")  # fmt: skip
-
-
-class Collection(NamedTuple):
-    """The content of folders of records."""
-
-    rows: list[Row]
-    left_out: list[str]  # one line per file that holds metrics and no record
 
 
 class Stat(NamedTuple):
@@ -43,7 +36,6 @@ class Stat(NamedTuple):
 
     mean: float
     std: float | None  # sample standard deviation; None for a single run
-    n: int
 
 
 @dataclass(frozen=True)
@@ -62,15 +54,12 @@ class Group:
         return [row.seed for row in self.rows]
 
     def stat(self, metric: str, split: str = "test") -> Stat | None:
-        """Mean and standard deviation of a metric; None if no row has it."""
+        """Mean and sample standard deviation of a metric; None if no row has it."""
         chosen = [row.metrics if split == "test" else row.valid for row in self.rows]
         values = [metrics[metric] for metrics in chosen if metric in metrics]
-        return stat(values) if values else None
-
-
-def stat(values: Sequence[float]) -> Stat:
-    """Mean and sample standard deviation of one or more values."""
-    return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        if not values:
+            return None
+        return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
@@ -91,15 +80,14 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 # ---------------------------------------------------------------- reading
 
 
-def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "data") -> Collection:
-    """All rows of the records in ``places`` (folders with everything below them, or files), each run once.
+def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "data") -> list[Row]:
+    """All rows of the records in ``places`` (folders with everything below them, or files).
 
-    ``data``: folder of the graphs, used to check counts and hashes. Default places that do not exist are skipped.
-    Raises InputError for another place that does not exist, a named file that is no record, and a record that is
-    damaged or impossible.
+    ``data``: folder of the graphs, used to check counts and hashes. Default places that do not exist are skipped. A
+    file with metrics and without a record is left out with one line on stderr. Raises InputError for another place that
+    does not exist, a named file that is no record, and a record that is damaged or impossible.
     """
-    rows: dict[tuple[Any, ...], Row] = {}
-    left_out: list[str] = []
+    rows: list[Row] = []
     for place in map(Path, places):
         if not place.exists():
             if place in FOLDERS:
@@ -108,29 +96,21 @@ def collect(places: Iterable[str | Path] = FOLDERS, data: str | Path = ROOT / "d
         files = [place] if place.is_file() else filter(holds_object, sorted(place.rglob("*.json")))
         for path in files:
             content = read_json(path, "record")
-            reason = lacks_record(content)
+            reason, found = lacks_record(content), list[Row]()
             if reason and path != place:
-                left_out.append(f"{shown(path)} {reason}; only values that a run recorded become rows")
-                continue
-            found = [] if reason else rows_of(path, content, Path(data))
+                print(f"left out: {shown(path)} {reason}", file=sys.stderr)
+            elif not reason:
+                found = rows_of(path, content, Path(data))
             if path == place and not found:
-                reason = reason or "is no record of run_rq.py or inference.py"
-                raise InputError(f"--records {path} {reason}")
-            for row in found:
-                rows.setdefault(run_key(row), row)
-    return Collection(list(rows.values()), left_out)
+                raise InputError(f"--records {path} {reason or 'is no record of run_rq.py or inference.py'}")
+            rows += found
+    return rows
 
 
 def holds_object(path: Path) -> bool:
     """Whether a JSON file starts as an object: instruction data are arrays of up to gigabytes, records never are."""
     with open(path, "rb") as file:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"[", b'"')
-
-
-def run_key(row: Row) -> tuple[Any, ...]:
-    """Equal for copies of one run's record."""
-    seconds, metrics = row.record["wall_seconds"], tuple(row.metrics.values())
-    return row.task, row.dataset, row.setting, row.variant, row.seed, row.finished, seconds, metrics
 
 
 # ---------------------------------------------------------------- keeping
@@ -177,14 +157,6 @@ def add_record_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", default=ROOT / "data", help="folder of the graphs")
 
 
-def read_rows(places: Iterable[Path], data: Path) -> list[Row]:
-    """The rows of ``collect``; one line on stderr per file that was left out."""
-    found = collect(places, data)
-    for line in found.left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    return found.rows
-
-
 def print_groups(found: Iterable[Group]) -> None:
     """One line per group: task, data set, metrics, seeds, setting, record."""
     for group in found:
@@ -211,12 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep:
         target = keep(args.keep, data=args.data, name=args.name)
         print(f"wrote {target}")
-        print(
-            "next: python tables/make_tables.py --reproduce docs/REPRODUCE.md\n"
-            "      python tables/levels.py --page docs/MIGRATION.md"
-        )
+        print("next: python tables/make_tables.py --reproduce docs/REPRODUCE.md")
         return
-    rows = read_rows(args.records, args.data)
+    rows = collect(args.records, args.data)
     print_groups(groups(rows))
     if not rows:
         print("no run record found; make one: python run_rq.py --dataset data/family")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,11 +32,13 @@ from common.metrics import (
     share,
 )
 from data.knowledge_graph import KnowledgeGraph
-from lora_training.score_answers import Answer, report
 from tables.system import CONTROLS, control_name, flag_words, other_flags, system_of
 
 CODES, LINKS, TRIPLES = "codes", "link_prediction", "triple_classification"  # the tasks of Tables 2, 3 and 5, and 4
-RECORD_FIELDS = ("args", "seed", "git_commit", "device", "finished", "wall_seconds")
+RECORD_FIELDS: dict[str, tuple[type, ...]] = {  # of every run record, with their types
+    "args": (dict,), "seed": (int, NoneType), "git_commit": (str, NoneType), "device": (str,), "finished": (str,),
+    "wall_seconds": (int, float),
+}  # fmt: skip
 METRIC_FIELDS = ("mrr", "test", "valid", "metrics")
 SPLIT_FILES = ("train.txt", "valid.txt", "test.txt")
 TRAINING_IN_WORDS = {
@@ -47,7 +50,6 @@ ANSWER_BASELINES = {
     "candidate_model": "candidate ranker", "as_listed": "first candidate of the list", "random": "random choice",
 }  # fmt: skip
 EXPECTED = ROOT / "tables" / "expected"
-KEEP_FIRST = "give --keep before files are replaced, or repeat inference.py"
 
 Record = dict[str, Any]
 
@@ -113,37 +115,22 @@ def commit_words(commit: str | None) -> str:
 
 def common(path: Path, record: Record) -> dict[str, Any]:
     """The fields that every row takes from its record; InputError where one is of the wrong type."""
-    if not isinstance(record["args"], dict):
-        raise impossible(path, "args", f"is {type(record['args']).__name__}", "the flags by name")
-    for name in ("device", "finished"):
-        if not isinstance(record[name], str) or not record[name]:
-            raise impossible(path, name, f"is {record[name]!r}", "text")
-    if not isinstance(record["git_commit"] or "", str):
-        raise impossible(path, "git_commit", f"is {record['git_commit']!r}", "text, or null outside git")
-    if not isinstance(record.get("codes") or {}, dict):
-        raise impossible(path, "codes", f"is {type(record['codes']).__name__}", "facts about the codes, by name")
+    for name, types in RECORD_FIELDS.items():
+        if not isinstance(record[name], types):
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise impossible(path, name, f"is {record[name]!r}", expected)
     seconds = number(path, "wall_seconds", record["wall_seconds"])
     if seconds <= 0:
         raise impossible(path, "wall_seconds", f"is {seconds}", "more than 0")
     return {
-        "seed": seed_of(path, record), "commit": record["git_commit"], "device": record["device"],
+        "seed": record["seed"], "commit": record["git_commit"], "device": record["device"],
         "minutes": seconds / 60, "finished": record["finished"], "path": shown(path), "record": record,
     }  # fmt: skip
 
 
-def seed_of(path: Path, record: Record) -> int | None:
-    """The seed of a record; None for a run without random numbers."""
-    seed: int | None = record["seed"]
-    if seed is not None and type(seed) is not int:
-        raise impossible(path, "seed", f"is {seed!r}", "a whole number or null")
-    return seed
-
-
-def numbers(metrics: Any, names: Sequence[str]) -> dict[str, float]:
+def numbers(metrics: Any, names: Sequence[str] = RANKING) -> dict[str, float]:
     """The metrics of these names that are there."""
-    if not isinstance(metrics, dict):
-        return {}
-    return {name: float(metrics[name]) for name in names if metrics.get(name) is not None}
+    return {name: float(metrics[name]) for name in names if metrics and metrics.get(name) is not None}
 
 
 # ---------------------------------------------------------------- data sets
@@ -211,29 +198,22 @@ def stage1_rows(path: Path, record: Record, data: Path) -> list[Row]:
         "task": CODES, "dataset": dataset, "label": system_of(record).label, "flags": tuple(other_flags(record)),
         "codes": "with", **base,
     }  # fmt: skip
-    control = control_of(path, record)
+    control = control_name(record["args"])
+    if record.get("control") != control:
+        raise impossible(path, "control", f"is {record.get('control')!r}", f"{control!r}, which the flags give")
     variant = f"control: {CONTROLS.get(control, control)}" if control else ""
-    valid = numbers(record["valid"], RANKING)
-    rows = [Row(variant=variant, metrics=numbers(record.get("test"), RANKING), valid=valid, **what)]
+    rows = [Row(variant=variant, metrics=numbers(record.get("test")), valid=numbers(record["valid"]), **what)]
     if record.get("test_shuffled_codes"):
-        shuffled = numbers(record["test_shuffled_codes"], RANKING)
+        shuffled = numbers(record["test_shuffled_codes"])
         rows.append(Row(variant="control: codes shuffled", metrics=shuffled, valid={}, **what))
     return rows
-
-
-def control_of(path: Path, record: Record) -> str | None:
-    """The baseline that a run is, None for a run whose codes are its result; record and flags must agree."""
-    control, flag = record.get("control"), control_name(record["args"])
-    if control != flag:
-        raise impossible(path, "control", f"is {control!r}", f"{flag!r}, which the flags give")
-    return control
 
 
 def check_stage1(path: Path, record: Record, sizes: Mapping[str, int]) -> None:
     """The metrics are possible and the queries twice the split's triples (``sizes``, where known)."""
     for name in ("valid", "test", "test_shuffled_codes"):
         check_all_rankings(path, name, record.get(name))
-    if not numbers(record["valid"], RANKING):
+    if not numbers(record["valid"]):
         raise impossible(path, "valid", "holds no metrics", "those of the validation split")
     levels = record.get("valid_mrr_by_levels") or []
     for level, value in enumerate(levels):
@@ -257,7 +237,7 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
     training, data_set = training_record(path, record), answered_data(path, record)
     if training:
         seconds = number(path, "training", training["wall_seconds"])
-        base |= {"seed": seed_of(path, training), "minutes": base["minutes"] + seconds / 60}
+        base |= {"seed": training["seed"], "minutes": base["minutes"] + seconds / 60}
     codes = record.get("codes") or {"file": None}
     given = "without" if codes.get("file") is None else "shuffled" if codes.get("shuffled") else "with"
     limit = min((n for n in (record["args"].get("limit"), data_set["limit"]) if n), default=0)
@@ -266,18 +246,15 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         splits = record["metrics"].get(task)
         if not splits:
             continue
-        name = data_set["datasets"].get(task)
-        if not name:
-            raise impossible(path, "data.datasets", f"names no data set of {task}", "the one of its rows")
-        hashes = data_set.get("inputs") or {}
-        dataset = dataset_name(name, hashes, None, data) if hashes else name
-        test, sizes = splits.get("test", {}), known_counts(dataset, data)
-        check_answers(path, task, splits, limit, sizes)
-        check_scored(path, task, splits, record.get("answers"))
-        cut = 0 if answered_all(task, test, sizes) else limit
-        label, flags = answer_words(record, training, given, dataset, cut)
-        what = {"task": task, "dataset": dataset, "label": label, "flags": flags, "codes": given, "partial": bool(cut),
-                **base}  # fmt: skip
+        dataset, hashes = data_set["datasets"][task], data_set.get("inputs") or {}
+        dataset = dataset_name(dataset, hashes, None, data) if hashes else dataset
+        test = splits.get("test", {})
+        check_answers(path, task, splits, limit, known_counts(dataset, data))
+        label, flags = answer_words(record, training, given, dataset, limit)
+        if task == LINKS and (record.get("candidate_order") or {}).get("test") == "ranked":
+            label += ", ranked lists"
+        what = {"task": task, "dataset": dataset, "label": label, "flags": flags, "codes": given,
+                "partial": bool(limit), **base}  # fmt: skip
         valid = numbers(splits.get("validation"), names)
         rows.append(Row(variant="", metrics=numbers(test, names), valid=valid, **what))
         for part, variant in ANSWER_BASELINES.items():
@@ -312,15 +289,6 @@ def answer_words(
     return ", ".join(words), tuple(flags)
 
 
-def answered_all(task: str, test: Record, sizes: Mapping[str, int]) -> bool:
-    """Whether the whole test split was answered."""
-    if task == LINKS:
-        return "test" in sizes and test.get("count") == 2 * sizes["test"]
-    if "test negatives" in sizes:
-        return bool(test.get("count") == sizes["test"] + sizes["test negatives"])
-    return "test" in sizes and test.get("positives") == sizes["test"]  # sampled negatives, one or more for each
-
-
 def check_answers(path: Path, task: str, splits: Record, limit: int, sizes: Mapping[str, int]) -> None:
     """The metrics are possible; without --limit the test queries are as many as the data set has (``sizes``)."""
     for split, metrics in splits.items():
@@ -329,7 +297,6 @@ def check_answers(path: Path, task: str, splits: Record, limit: int, sizes: Mapp
             check_all_rankings(path, name, metrics)
         else:
             check_classification(path, name, metrics)
-            check_classification(path, f"{name}.at_zero", metrics.get("at_zero", metrics))
     test, name = splits.get("test"), f"metrics.{task}.test"
     if not test or not sizes:
         return
@@ -340,22 +307,6 @@ def check_answers(path: Path, task: str, splits: Record, limit: int, sizes: Mapp
         check_count(path, f"{name}.count", test.get("count"), 2 * sizes["test"], "2 x test")
     else:
         check_count(path, f"{name}.positives", test.get("positives"), sizes["test"], "test triples")
-        if "test negatives" in sizes:
-            both = sizes["test"] + sizes["test negatives"]
-            check_count(path, f"{name}.count", test.get("count"), both, "test triples and negatives")
-
-
-def check_scored(path: Path, task: str, splits: Record, answers: Sequence[Answer] | None) -> None:
-    """The metrics equal those of the record's own answers, scored again; kept records do not hold the answers."""
-    if not answers:
-        return
-    again = report(answer for answer in answers if answer["task_type"] == task).get(task, {})
-    for split in splits.keys() | again.keys():
-        for name in (*RANKING, *CLASSIFICATION):
-            old, new = (numbers(part.get(split), (name,)).get(name, math.nan) for part in (splits, again))
-            if not (math.isnan(old) and math.isnan(new)) and not abs(old - new) <= SLACK:
-                found = "is missing" if math.isnan(old) else f"is {old}"
-                raise impossible(path, f"metrics.{task}.{split}.{name}", found, f"{new}, the score of its answers")
 
 
 # ---------------------------------------------------------------- files that a record of answers refers to
@@ -371,30 +322,12 @@ def training_record(path: Path, record: Record) -> Record | None:
     digest = record["model"].get("run_record.json")
     if digest is None:
         return None
-    folder = record["args"].get("lora_adapter") or record["model"].get("base_model")
-    for _ in range(2):  # a merged model's record names the adapter
-        file = find_file(path, folder) / "run_record.json"
-        if not file.is_file() or (digest is not None and sha256_file(file) != digest):
-            problem = "belongs to another run" if file.is_file() else "does not exist"
-            raise InputError(f"{path}: the record of its adapter, {file}, {problem}; {KEEP_FIRST}")
-        found: Record = read_json(file, "adapter's record")
-        if "lora_r" in found["args"]:
-            return found
-        digest, folder = None, found["args"].get("lora_adapter")
-    raise InputError(f"{path}: {file} is no record of train_lora.py")
-
-
-def answered_rows(path: Path, record: Record, given: Path | None = None) -> Path:
-    """The file of test rows that were answered: ``given``, else the one that the record names.
-
-    Raises InputError if it is missing or, by its hash, another file.
-    """
-    named = record["args"].get("test_data")
-    rows = given or find_file(path, named)
-    if not rows.is_file() or sha256_file(rows) != record["inputs"].get(Path(str(named)).name):
-        problem = "has changed since" if rows.is_file() else "does not exist"
-        raise InputError(f"{path}: its file of rows {rows} {problem}; {KEEP_FIRST}")
-    return rows
+    folder = find_file(path, record["args"].get("lora_adapter") or record["model"].get("base_model"))
+    found = dict(read_json(unchanged(path, folder / "run_record.json", digest), "adapter's record"))
+    if "lora_r" in found["args"]:
+        return found
+    merged = find_file(path, found["args"]["lora_adapter"]) / "run_record.json"  # a merged model names its adapter
+    return dict(read_json(merged, "adapter's record"))
 
 
 def answered_data(path: Path, record: Record) -> dict[str, Any]:
@@ -404,14 +337,24 @@ def answered_data(path: Path, record: Record) -> dict[str, Any]:
     """
     if "data" in record:
         return dict(record["data"])
-    rows = answered_rows(path, record)
-    stats_file = rows.parent / "dataset_stats.json"
-    if not stats_file.is_file():
-        raise InputError(f"{path}: {stats_file} does not exist, so the data set is unknown; {KEEP_FIRST}")
-    stats = read_json(stats_file, "statistics")
+    stats = read_json(answered_rows(path, record).parent / "dataset_stats.json", "statistics")
     datasets = stats["datasets"] if "datasets" in stats else {stats["task"]: stats["dataset"]}
     hashes = {name: digest for name, digest in stats.get("inputs", {}).items() if name in SPLIT_FILES}
     return {"datasets": datasets, "limit": stats["args"].get("limit") or 0, "inputs": hashes}
+
+
+def answered_rows(path: Path, record: Record, given: Path | None = None) -> Path:
+    """The file of test rows that were answered: ``given``, else the one that the record names."""
+    named = record["args"].get("test_data")
+    return unchanged(path, given or find_file(path, named), record["inputs"].get(Path(str(named)).name))
+
+
+def unchanged(path: Path, file: Path, digest: Any) -> Path:
+    """A file that the record ``path`` names; InputError if it is missing or, by its hash, another one."""
+    if not file.is_file() or sha256_file(file) != digest:
+        problem = "has changed since" if file.is_file() else "does not exist"
+        raise InputError(f"{path}: {file} {problem}; give --keep before files are replaced, or repeat inference.py")
+    return file
 
 
 def find_file(path: Path, name: Any) -> Path:

@@ -82,8 +82,8 @@ def _from_root(path: Path) -> str:
     return str(full.relative_to(ROOT) if full.is_relative_to(ROOT) else full)
 
 
-def build_parser() -> CommandParser:
-    """The flags."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked flags."""
     parser = CommandParser(prog="tables/run_ablations.py", description=__doc__.split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the settings and stop")
     parser.add_argument("--config", type=Path, metavar="FILE", default=ROOT / "configs" / "FB15k-237_4x4_cpu.txt",
@@ -95,23 +95,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings")
     parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "codes_new" / "ablations",
                         help="folder for the runs and ablations.json")  # fmt: skip
-    parser.add_argument("--flags", default="", help="more flags of run_rq.py for every run, in quotes")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The checked flags."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     settings = grid(args.text_emb)
     for name in args.only or []:
         if name not in settings:
             more = "" if args.text_emb else " (settings with text need --text_emb)"
             parser.error(f"--only {name}: expected one of {', '.join(settings)}{more}")
-    try:
-        shlex.split(args.flags)
-    except ValueError as error:
-        parser.error(f"--flags {args.flags} cannot be split into flags: {error}")
     for path, flag in [(args.config, "--config"), (args.text_emb, "--text_emb")]:
         if path is not None and not path.is_file():
             parser.error(f"{flag} {path} does not exist; see configs/ and data/embed_text.py")
@@ -122,17 +111,9 @@ def step_of(args: argparse.Namespace, name: str, seed: int) -> Step:
     """The run of one setting and seed; an interrupted run continues from its checkpoint."""
     folder = args.out / f"{name}_seed{seed}"
     words = ["run_rq.py", "--config", _from_root(args.config), "--max_minutes", "0", "--epoch", str(args.epochs)]
-    words += [
-        "--eval_every",
-        "5",
-        "--split",
-        "valid",
-        "--seed",
-        str(seed),
-        *shlex.split(grid(args.text_emb)[name].flags),
-    ]
+    words += shlex.split(f"--eval_every 5 --split valid --seed {seed} {grid(args.text_emb)[name].flags}")
     words += ["--dataset", _from_root(args.dataset)] if args.dataset else []
-    words += [*shlex.split(args.flags), "--out_dir", _from_root(folder)]
+    words += ["--out_dir", _from_root(folder)]
     words += ["--checkpoint_dir", _from_root(folder / "checkpoints")]
 
     def restore() -> list[str]:
@@ -163,21 +144,19 @@ def results_in(out: Path, settings: dict[str, Setting]) -> list[dict[str, Any]]:
     """The entries of all finished runs in ``out``, in the order of the grid, also those of earlier calls."""
     found = []
     for name, setting in settings.items():
-        folders = [path for path in out.glob(f"{name}_seed*") if path.name.removeprefix(f"{name}_seed").isdecimal()]
-        for folder in sorted(folders, key=lambda path: int(path.name.removeprefix(f"{name}_seed"))):
-            found += [result(name, setting, path) for path in sorted(folder.glob("*.json"))[:1]]
+        entries = [result(name, setting, path) for path in out.glob(f"{name}_seed*/*.json")]
+        found += sorted(entries, key=lambda entry: int(entry["seed"]))
     return found
 
 
 def print_results(found: list[dict[str, Any]]) -> None:
     """The results as a table, best first within a group."""
-    print(f"\n{'group':16s} {'name':14s} seed tokens  bits  parameters  valid MRR  Hits@10  minutes")
+    print(f"\n{'group':16s} {'name':14s} seed  parameters  valid MRR  Hits@10  minutes")
     for entry in sorted(found, key=lambda entry: (entry["group"], -entry["mrr"])):
-        tokens, bits = (("" if entry[key] is None else f"{entry[key]:.0f}") for key in ("tokens", "bits"))
+        parameters = entry["parameters_behind_codes"] or 0
         print(
-            f"{entry['group']:16s} {entry['name']:14s} {entry['seed']:4d} {tokens:>6s} {bits:>5s}  "
-            f"{entry['parameters_behind_codes'] or 0:10,d}  {entry['mrr']:9.4f}  {entry['hits@10']:7.4f}  "
-            f"{entry['minutes']:7.1f}"
+            f"{entry['group']:16s} {entry['name']:14s} {entry['seed']:4d}  {parameters:10,d}  "
+            f"{entry['mrr']:9.4f}  {entry['hits@10']:7.4f}  {entry['minutes']:7.1f}"
         )
 
 

@@ -1,15 +1,12 @@
-"""One table of numbers as Markdown, LaTeX (booktabs) or CSV: cells in, text out.
+"""One table of numbers as Markdown or LaTeX (booktabs): cells in, text out.
 
-In Markdown and LaTeX, numbers are printed as in papers (no leading zero, then the standard deviation), the best of a
-column in bold. The CSV has one line per cell, its number with all digits.
+Numbers are printed as in papers (no leading zero, then the standard deviation), the best of a column in bold.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 NAMES = {
@@ -23,8 +20,6 @@ LATEX = {
 }  # fmt: skip
 MANY = 4  # more columns than this are printed smaller
 WIDE = 40  # longer method names (characters) are broken into lines
-FIELDS = ("table", "title", "dataset", "metric", "block", "method", "value", "std", "n", "decimals", "best", "competes",
-          "note")  # fmt: skip
 
 
 class Column(NamedTuple):
@@ -35,11 +30,10 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A number of one method: the mean of n runs and, with two or more, their sample standard deviation."""
+    """A number of one method: the mean of its runs and, with two or more, their sample standard deviation."""
 
     value: float
     std: float | None = None
-    n: int = 1
     decimals: int = 3
 
 
@@ -174,24 +168,3 @@ def to_latex(table: Table) -> str:
         rf"\begin{{tabular}}{{{first}{'r' * len(table.columns)}}}", r"\toprule", *latex_heads(table.columns), *rows,
         r"\bottomrule", r"\end{tabular}", *(rf"\par\footnotesize {note}" for note in notes), r"\end{table}", "",
     ])  # fmt: skip
-
-
-# ---------------------------------------------------------------- CSV
-
-
-def to_csv(tables: Iterable[Table]) -> str:
-    """One line per cell, blank ones too. Notes of whole tables have lines of their own."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for table in tables:
-        for line in table.lines:
-            for column in table.columns:
-                cell = line.cells.get(column)
-                value = ["", "", "", ""] if cell is None else [
-                    repr(cell.value), "" if cell.std is None else repr(cell.std), cell.n, cell.decimals]  # fmt: skip
-                writer.writerow([table.number, table.title, *column, line.block, line.method, *value,
-                                 int(is_best(table, line, column)), int(line.competes), line.note])  # fmt: skip
-        for note in table.notes:
-            writer.writerow([table.number, table.title, *[""] * (len(FIELDS) - 3), note])
-    return out.getvalue()

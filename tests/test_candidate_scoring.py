@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.files import ROOT, read_json
 from lora_training.candidate_scoring import (
     Branch,
     Prefix,
@@ -82,14 +78,6 @@ def test_twenty_candidates_behind_a_long_prompt() -> None:
     found = score_candidates(model, prompt, candidates, "packed")
     assert float((found - expected).abs().max()) < 1e-4
     assert found.argsort(stable=True).equal(expected.argsort(stable=True))
-
-
-@pytest.mark.slow
-def test_scoring_is_four_times_as_fast_as_full_passes(tmp_path: Path) -> None:
-    words = ["benchmarks/candidate_scoring.py", "--quick", "--json", str(tmp_path / "found.json")]
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-    rows = {row["way"]: row for row in read_json(tmp_path / "found.json", "benchmark")["rows"]}
-    assert rows["packed"]["ratio"] > 4 and rows["packed"]["error"] < 1e-4
 
 
 def test_a_shared_beginning_counts_and_rows_may_be_cut_anywhere() -> None:

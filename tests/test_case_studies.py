@@ -11,13 +11,13 @@ import pytest
 
 from Class import prompts
 from Class.codes import print_codes
-from Class.instructions import Row, make_row, write_rows
+from Class.rows import Row, make_row, write_rows
 from common.errors import InputError
 from common.files import read_json, sha256_file, write_json
 from lora_training.inference import answers_path, make_answer
 from lora_training.score_answers import Answer, report
 from tables import case_studies
-from tables.case_studies import Case, open_run, page, pick_links, pick_triples, short_codes
+from tables.case_studies import Case, confidences, gains, open_run, page, pick, short_codes
 from tables.rows import LINKS, TRIPLES
 
 NAMES = ["Ada | \\ `x`", "Bo*b*", "<b>Cy</b>", "Di", "Eve"]
@@ -118,16 +118,15 @@ def ids(cases: list[Case]) -> list[str]:
 
 
 def test_links_are_picked_by_gain(answers: Path) -> None:
-    better, worse, same = pick_links(open_run(answers), 9)
-    assert (ids(better.cases), ids(worse.cases), ids(same.cases)) == (["l-1", "l-0"], ["l-3", "l-2"], ["l-5", "l-6"])
-    assert all(pick.rule.startswith("2 of 6 ") for pick in (better, worse, same))
-    assert [ids(pick.cases) for pick in pick_links(open_run(answers), 1)] == [["l-1"], ["l-3"], ["l-5"]]
+    valued = gains(open_run(answers))
+    assert len(valued) == 6, "the truth of one query could not be chosen"
+    assert (ids(pick(valued, 1, 9)), ids(pick(valued, -1, 9))) == (["l-1", "l-0"], ["l-3", "l-2"])
+    assert ids(pick(valued, 1, 1)) == ["l-1"]
 
 
 def test_triples_are_picked_by_the_distance_from_the_threshold(answers: Path) -> None:
-    right, wrong, unsure = pick_triples(open_run(answers), 9)
-    assert ids(right.cases) == ["t-1", "t-0", "t-3"] and ids(wrong.cases) == ["t-2"]
-    assert ids(unsure.cases) == ["t-3", "t-2", "t-0", "t-1"]
+    valued = confidences(open_run(answers))
+    assert (ids(pick(valued, 1, 9)), ids(pick(valued, -1, 9))) == (["t-1", "t-0", "t-3"], ["t-2"])
 
 
 def test_the_threshold_is_the_one_of_validation(tmp_path: Path) -> None:
@@ -135,8 +134,8 @@ def test_the_threshold_is_the_one_of_validation(tmp_path: Path) -> None:
     tuning = [triple(10, "True", "validation"), triple(11, "False", "validation")]
     found = [classified(row, margin) for row, margin in zip([*tuning, *TRIPLE_ROWS], [2.9, 2.1, *MARGINS], strict=True)]
     run = open_run(leave(tmp_path, TRIPLE_ROWS, found))
-    right, wrong, _ = pick_triples(run, 9)
-    assert ids(wrong.cases) == ["t-3"] and ids(right.cases) == ["t-1", "t-0", "t-2"]
+    valued = confidences(run)
+    assert (ids(pick(valued, 1, 9)), ids(pick(valued, -1, 9))) == (["t-1", "t-0", "t-2"], ["t-3"])
     assert "threshold +2.500" in page(run, 1) and "Row t-10" not in page(run, 9)
 
 
@@ -147,7 +146,7 @@ def test_names_of_unequal_length_rank_as_the_metrics_do(tmp_path: Path) -> None:
     scores, lengths = [-2.0, -3.0, -9.0, -9.0, -9.0], [1, 3, 1, 1, 1]
     found = [ranked(row, list(scores), tokens=lengths) for row in (*rows, tuned)]
     run = open_run(leave(tmp_path, rows, found))
-    assert [ids(pick.cases) for pick in pick_links(run, 1)] == [["l-0"], [], []]
+    assert ids(pick(gains(run), 1, 1)) == ["l-0"]
     text = page(run, 1)
     assert "by the LLM: 1." in text and "| score per token |" in text and "| -1.000 | truth |" in text
 
@@ -157,16 +156,16 @@ def test_names_of_unequal_length_rank_as_the_metrics_do(tmp_path: Path) -> None:
 
 def test_a_case_shows_ranks_candidates_and_truth(answers: Path) -> None:
     text = page(open_run(answers), 1)
-    case = text[text.index("### Best improvement") : text.index("### Worst loss")]
+    case = text[text.index("### Rank improved most") : text.index("### Rank fell most")]
     assert "Query: (Head 1 \\| knows \\| ?)" in case and "Row l-1." in case
     assert "Truth: Bo\\*b\\*. Rank by the candidate ranker: 4, by the LLM: 1." in case
     table = [line for line in case.splitlines() if line.startswith("| ")][2:]
     assert table == [
-        "| 1 | 4 | Di | `Q0_3:Q1_1 …+2` | -1.000 | another correct answer, not counted |",
-        "| 2 | 2 | Bo\\*b\\* | `Q0_1:Q1_1 …+2` | -2.000 | truth |",
-        "| 3 | 1 | Ada \\| \\\\ \\`x\\` | `Q0_0:Q1_1 …+2` | -3.000 |  |",
-        "| 4 | 3 | \\<b\\>Cy\\</b\\> | `Q0_2:Q1_1 …+2` | -4.000 |  |",
-        "| 5 | 5 | Eve | `Q0_4:Q1_1 …+2` | -5.000 |  |",
+        "| 1 | Di | -1.000 | another correct answer, not counted |",
+        "| 2 | Bo\\*b\\* | -2.000 | truth |",
+        "| 3 | Ada \\| \\\\ \\`x\\` | -3.000 |  |",
+        "| 4 | \\<b\\>Cy\\</b\\> | -4.000 |  |",
+        "| 5 | Eve | -5.000 |  |",
     ]
     assert "1. <CODE>Q0_1:Q1_1 …+2</CODE>\n2. <CODE>Q0_0:Q1_1 …+2</CODE>" in case, "the answer, cut as the prompt is"
     assert "Answer: True, log P(True) - log P(False) = +2.000, threshold +0.000" in text
@@ -194,7 +193,7 @@ def test_a_truth_that_a_search_did_not_find_has_no_rank(tmp_path: Path) -> None:
     row = link(0, 2.0, ["e0"])
     found = make_answer(row, "constrained_all", candidates=["z9", "e3"], scores=[-1.0, -2.0], text="1. x")
     text = page(open_run(leave(tmp_path, [row], [found])), 1)
-    assert "by the LLM: not found" in text and "| 1 |  | z9 |  | -1.000 |  |" in text and "| 2 | 4 | Di |" in text
+    assert "by the LLM: not found" in text and "| 1 | z9 | -1.000 |  |" in text and "| 2 | Di |" in text
 
 
 # ---------------------------------------------------------------- refusals and the command
@@ -224,10 +223,6 @@ def test_answers_without_record_or_rows_are_refused(answers: Path, tmp_path: Pat
     answers.write_text("".join(lines[1:]))
     refused(answers, "inference_results.json")
     answers.write_text("".join(lines))
-    content = read_json(record, "record")
-    content["metrics"][LINKS]["test"]["hits@1"] = 1.0
-    write_json(content, record)
-    refused(answers, "metrics.link_prediction.test.hits@1")
     others: list[Any] = [{"metrics": {}, "args": {}}, []]
     for other in others:
         write_json(other, record)
@@ -237,9 +232,9 @@ def test_answers_without_record_or_rows_are_refused(answers: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("odd", [None, 3, "x", [1], {"a": 1}], ids=repr)
-@pytest.mark.parametrize("field", ["args", "inputs", "model", "metrics", "answers", "device", "git_commit", "seed"])
+@pytest.mark.parametrize("field", ["args", "inputs", "model", "answers", "device", "git_commit", "seed"])
 def test_a_damaged_record_is_one_line(answers: Path, field: str, odd: Any) -> None:
-    fits = {"git_commit": (None, "x"), "seed": (None, 3), "device": ("x",), "model": ({"a": 1},)}
+    fits = {"git_commit": (None, "x"), "seed": (None, 3), "device": ("x",)}
     path = answers.with_name("inference_results.json")
     write_json(read_json(path, "record") | {field: odd}, path)
     if odd in fits.get(field, ()):
@@ -251,8 +246,9 @@ def test_a_damaged_record_is_one_line(answers: Path, field: str, odd: Any) -> No
 def test_records_are_found_by_the_names_inference_gives(tmp_path: Path) -> None:
     for name in ("inference_results.json", "other.json"):
         assert case_studies.record_beside(answers_path(tmp_path / name)) == tmp_path / name
+    (tmp_path / "mine.jsonl").write_text("")
     with pytest.raises(InputError):
-        case_studies.record_beside(tmp_path / "mine.jsonl")
+        open_run(tmp_path / "mine.jsonl")
 
 
 def test_the_command(answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,7 +334,7 @@ def test_comparison_is_written_and_tables_pass_it_over(
     assert "±" in said and f"{WITH.row} - {VARIANTS[0].row}" in said
     (tmp_path / "alone").mkdir()
     (out / "comparison.json").rename(tmp_path / "alone" / "comparison.json")
-    assert collect([tmp_path / "alone"]) == ([], [])
+    assert collect([tmp_path / "alone"]) == []
     write_json({"data set": {}}, out / "plan.json")
     with pytest.raises(InputError, match="another data set"):
         compare_llm.main(words)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import InputError
 from common.files import ROOT
 from model.decoders import DECODERS
 from tests.pages import HISTORY, PAGES, check_command, help_of, page_commands, read_page
@@ -156,25 +155,7 @@ def test_a_command_at_a_files_head_exists(file: str, command: str) -> None:
     check_command(command)
 
 
-# ---------------------------------------------------------------- what pages say of levels and LLMs
-
-
-def test_the_levels_are_those_of_the_records() -> None:
-    from tables.levels import with_levels
-
-    page = read_page("docs/MIGRATION.md")
-    assert with_levels(page) == page, "out of date: python tables/levels.py --page docs/MIGRATION.md"
-
-
-def test_a_level_changed_by_hand_is_seen(tmp_path: Path) -> None:
-    from tables.levels import level_lines, with_levels
-
-    page = read_page("docs/MIGRATION.md")
-    changed = re.sub(r"(\| of \d+ |)\| \.\d\d\d \|", "| .999 |", page, count=1)
-    assert changed != page and with_levels(changed) == page
-    assert [line.count("|") for line in level_lines(tmp_path)] == [8] * 2  # no record: only the heads
-    with pytest.raises(InputError):
-        with_levels("# another page\n")
+# ---------------------------------------------------------------- what pages say of LLMs
 
 
 def other_llms() -> dict[str, Any]:

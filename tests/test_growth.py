@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import growth
-from benchmarks.growth import growth_exponents
 from benchmarks.random_graph import RELATION_EXPONENT, RELATIONS, random_kg, random_triples
 from common.files import read_json
 
@@ -56,18 +54,6 @@ def test_random_kg_splits_without_overlap() -> None:
     assert kg.num_entities == 500 and kg.num_relations == RELATIONS
 
 
-def test_growth_exponents_are_those_of_power_laws() -> None:
-    rows = [
-        {"entities": M, "loss": "sampled, N = 8", "epoch_seconds": 3 * M**1.2, "peak_gb": M**0.5, "s_encoder": M,
-         "ms_scorer": 7.0}
-        for M in (10, 100, 1000)
-    ]  # fmt: skip
-    exact = {**rows[0], "loss": "exact", "epoch_seconds": 1e9}
-    found = growth_exponents([exact, *rows])
-    assert found == pytest.approx({"epoch_seconds": 1.2, "peak_gb": 0.5, "s_encoder": 1.0, "ms_scorer": 0.0}, abs=1e-9)
-    assert growth_exponents([exact, rows[0]]) == {}
-
-
 def run_growth(words: str, result: Path, monkeypatch: pytest.MonkeyPatch) -> list[growth.Row]:
     monkeypatch.setattr("sys.argv", ["growth.py", *words.split(), "--json", str(result)])
     assert growth.main() == 0
@@ -78,16 +64,13 @@ def run_growth(words: str, result: Path, monkeypatch: pytest.MonkeyPatch) -> lis
 def test_rows_of_exact_and_sampled_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def here(args: argparse.Namespace, M: int, negatives: int) -> growth.Row:
-        return growth.measure(argparse.Namespace(**{**vars(args), "one": (M, negatives)}))
-
-    monkeypatch.setattr(growth, "in_own_process", here)
+    monkeypatch.setattr(growth, "in_own_process", growth.measure)
     words = "--sizes 300 --steps 4 --encoder_every 2 --num_negatives 20 --batch 32 --threads 1"
     exact, sampled = run_growth(words, tmp_path / "rows.json", monkeypatch)
     assert (exact["loss"], sampled["loss"]) == ("exact", "sampled, N = 20")
     for row in (exact, sampled):
         assert row["triples"] == 3000 and row["sampled_steps"] == 4 < row["steps"]
-        assert row["epoch_seconds"] > 0 and 0 < row["peak_gb"] <= row["peak_gb_ranked"]
+        assert row["epoch_seconds"] > 0 and row["peak_gb"] > 0
     assert exact["ratio"] == 1 and sampled["ratio"] == pytest.approx(exact["epoch_seconds"] / sampled["epoch_seconds"])
     assert "ratio" in capsys.readouterr().out
 
@@ -97,11 +80,3 @@ def test_each_row_has_a_process_and_its_own_peak(tmp_path: Path, monkeypatch: py
     words = "--sizes 300 40000 --steps 2 --encoder_every 2 --threads 1 --num_negatives 64"
     small, _, large, _ = run_growth(words, tmp_path / "rows.json", monkeypatch)
     assert large["peak_gb"] > small["peak_gb"] + 0.05
-
-
-def test_too_little_memory_leaves_a_size_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(growth, "available_gb", lambda: 15.9)
-    assert run_growth("--sizes 1000000", tmp_path / "rows.json", monkeypatch) == []
-    assert "1,000,000" in capsys.readouterr().out

@@ -48,7 +48,7 @@ def write_codes(
 
     ``dataset``: False as in a run without that flag.
     """
-    kg = KnowledgeGraph.load(graph, use_cache=False)
+    kg = KnowledgeGraph.load(graph)
     L, K, Q = shape
     files = code_files(out, code_stem(kg.name, L, K, Q, quantizer))
     codes = torch.randint(0, K, (kg.num_entities, L, Q), generator=torch.Generator().manual_seed(0))

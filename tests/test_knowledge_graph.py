@@ -11,7 +11,6 @@ import pytest
 
 from common.errors import InputError
 from common.files import ROOT
-from data import knowledge_graph
 from data.knowledge_graph import PUBLIC, KnowledgeGraph, with_inverse
 
 SMALL: dict[str, str] = {
@@ -272,73 +271,6 @@ def test_answers_and_csr_equal_brute_force(tmp_path: Path) -> None:
     assert np.array_equal(np.diff(graph.indptr), kg.degree)
 
 
-# ---------------------------------------------------------------- the cache
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(knowledge_graph, "CACHE_FOLDER", tmp_path / "cache")
-    monkeypatch.setattr(knowledge_graph, "CACHE_FROM_BYTES", 0)
-    return tmp_path / "cache"
-
-
-def test_cache_is_keyed_by_content_and_gives_the_same_graph(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = {"entity2label.txt": "a\tÄnne\n", "entity2definition.txt": "b\tétude\n", "test_neg.txt": "c\tlikes\tb\n"}
-    folder = write(tmp_path / "small", SMALL | names)
-    parsed = KnowledgeGraph.load(folder, use_cache=False)
-    assert not cache.exists()
-    same(parsed, KnowledgeGraph.load(folder))
-    (first,) = cache.iterdir()
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("parsed although a cache exists")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(knowledge_graph, "_Reader", refuse)
-        same(parsed, KnowledgeGraph.load(folder))
-        write(folder, {"entity2label.txt": "a\tHanne\n"})
-        with pytest.raises(AssertionError, match="parsed although"):
-            KnowledgeGraph.load(folder)
-    assert "Hanne" in KnowledgeGraph.load(folder).labels
-    (second,) = cache.iterdir()
-    assert second != first  # the stale one is gone
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "layout"])
-def test_a_damaged_cache_is_built_anew(tmp_path: Path, cache: Path, damage: str) -> None:
-    folder = write(tmp_path / "small", SMALL)
-    parsed = KnowledgeGraph.load(folder)
-    (file,) = cache.iterdir()
-    content = file.read_bytes()
-    position = content.index(b"b\nc\na\nd")
-    if damage == "layout":
-        np.savez(file, train=np.zeros((2, 2)))
-    else:
-        file.write_bytes(
-            {
-                "truncate": content[: len(content) // 2],
-                "flip": content[:position] + b"X" + content[position + 1 :],
-                "empty": b"",
-            }[damage]
-        )
-    same(parsed, KnowledgeGraph.load(folder))
-    same(parsed, KnowledgeGraph.load(folder))
-    assert file.stat().st_size == len(content)
-
-
-def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path, cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
-    assert KnowledgeGraph.load(write(tmp_path / "small", SMALL)).num_entities == 4
-
-
-def test_small_graphs_leave_no_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knowledge_graph, "CACHE_FROM_BYTES", 2**20)
-    KnowledgeGraph.load(write(tmp_path / "small", SMALL))
-    assert not cache.exists()
-
-
 # ---------------------------------------------------------------- the command, the real data
 
 
@@ -364,7 +296,7 @@ def test_public_data_sets(name: str) -> None:
     folder = ROOT / "data" / name
     if not folder.is_dir():
         pytest.skip(f"python data/download.py {name} has not been run")
-    kg = KnowledgeGraph.load(folder, use_cache=False)
+    kg = KnowledgeGraph.load(folder)
     sizes = (kg.num_entities, kg.num_relations, len(kg.train), len(kg.valid), len(kg.test), int(kg.unseen.sum()))
     assert sizes == COUNTS[name]
     assert kg.has_label.all()

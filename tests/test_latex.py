@@ -27,7 +27,7 @@ def odd_table() -> Table:
     columns = [Column("A_1&", "mrr"), Column("A_1&", "hits@10"), Column("B%", "mrr")]
     lines = [
         Line("peers", ODD, {columns[0]: Cell(0.25)}, ODD),
-        Line("ours", "x" * 80 + " " + ODD, {columns[2]: Cell(0.5, 0.1, 3)}),
+        Line("ours", "x" * 80 + " " + ODD, {columns[2]: Cell(0.5, 0.1)}),
     ]
     return Table(2, ODD, columns, lines, [ODD])
 

@@ -29,7 +29,6 @@ CPU_SIZED = [  # what runs as printed, in this order, from a fresh clone: minute
     "python tables/results.py",
     "python tables/make_tables.py --table 2 --format latex",
     "python tables/code_quality.py",
-    "python tables/make_report.py codes_new",
     "python tables/run_ablations.py --list",
     "python test_rq_simple.py",
 ]

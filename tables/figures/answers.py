@@ -61,4 +61,4 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             panel.set(title=title, xlabel="K, codes per codebook", ylabel="L")
         if len(found) > 1:
             panels[0].set_ylabel(f"{short(setting, 40)}\nL", fontsize=7)
-    return save(figure, out, f"figure_{number}", inputs.kinds)
+    return save(figure, out, f"figure_{number}")

@@ -6,25 +6,18 @@ Figure 8 shows the first model, figure 13 the others (such as the base next to t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import InputError, content_of
-from common.files import read_json
-from lora_training.adapters import RECORD, load_adapted, read_saved
-from lora_training.base_model import check_model_name, load_tokenizer, quiet_libraries
+from lora_training.base_model import quiet_libraries
+from lora_training.inference import check_model, load_model
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import COLOURS, MARKERS, new_figure, save, short
 
-if TYPE_CHECKING:
-    import torch
-
 WORDS, PER_LEVEL = 800, 200  # tokens drawn at most
-EMBEDDING = "embed_tokens.weight"
 SMALL: dict[str, Any] = {"s": 9, "linewidths": 0.3}
-PROJECTIONS = ("tsne", "pca")
 
 
 class Tokens(NamedTuple):
@@ -34,50 +27,17 @@ class Tokens(NamedTuple):
     codes: list[NDArray[np.float32]]  # by level [n, D]; [] for a model without codes
 
 
-def read_embedding(folder: Path) -> torch.Tensor:
-    """The input embedding [vocabulary, D] of a saved model, without the rest of its weights."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    files = {folder / "model.safetensors"}
-    if index.is_file():
-        with content_of(index, "index of weights", "fetch the model again"):
-            names = read_json(index, "index of weights")["weight_map"].items()
-            files = {folder / name for key, name in names if key.endswith(EMBEDDING)}
-    for file in files:
-        if file.is_file():
-            try:
-                with safe_open(str(file), "pt") as weights:
-                    for key in weights.keys():  # noqa: SIM118 - a file handle, no mapping
-                        if key.endswith(EMBEDDING):
-                            found: torch.Tensor = weights.get_tensor(key)
-                            return found.float()
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"--model {file} cannot be read as safetensors: {error}; make it again") from error
-    raise InputError(f"--model {folder} has no {EMBEDDING} in model.safetensors; merge it: python merge_adapter.py")
-
-
 def tokens_of(folder: Path, seed: int) -> Tokens:
     """A sample of the word and code tokens of an adapter, a merged model or a base model."""
     import torch
 
-    from lora_training.code_tokens import CodeShape, token_ids
+    from lora_training.code_tokens import token_ids
 
     quiet_libraries()
-    shape: CodeShape | None
-    if (folder / "adapter_config.json").is_file():
-        saved = read_saved(folder)
-        model: Any = load_adapted(saved, saved.record["base_model"], torch.float32).merge_and_unload()
-        weights, tokenizer, shape = model.get_input_embeddings().weight.detach(), saved.tokenizer, saved.shape
-    else:
-        check_model_name(str(folder))
-        weights = read_embedding(folder)
-        known = read_json(folder / RECORD, "record") if (folder / RECORD).is_file() else {}
-        if isinstance(known, dict) and "codes" in known:
-            saved = read_saved(folder, "config.json")
-            tokenizer, shape = saved.tokenizer, saved.shape
-        else:
-            tokenizer, shape = load_tokenizer(str(folder)), None
+    is_adapter = (folder / "adapter_config.json").is_file()
+    reader = check_model(None if is_adapter else str(folder), folder if is_adapter else None)
+    weights = load_model(reader, torch.device("cpu")).get_input_embeddings().weight.detach()
+    tokenizer, shape = reader.tokenizer, reader.saved.shape if reader.saved else None
     rng = np.random.default_rng(seed)
     ids = [] if shape is None else token_ids(tokenizer, shape)
     special = {*ids, *tokenizer.all_special_ids}
@@ -91,15 +51,11 @@ def tokens_of(folder: Path, seed: int) -> Tokens:
     return Tokens(rows(words, WORDS), [rows(level, PER_LEVEL) for level in by_level])
 
 
-def project(vectors: NDArray[np.float32], how: str, seed: int) -> NDArray[np.float64]:
-    """vectors [n, D] -> [n, 2]: the two principal components ("pca"), or t-SNE initialised with them."""
-    centred = vectors.astype(np.float64) - vectors.mean(0)
-    if how == "pca":
-        u, s, _ = np.linalg.svd(centred, full_matrices=False)
-        plane = u[:, :2] * s[:2]
-        return np.asarray(plane * np.where(plane[np.abs(plane).argmax(0), [0, 1]] < 0, -1, 1))  # a fixed sign
+def project(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
+    """vectors [n, D] -> [n, 2] by t-SNE, initialised with the two principal components."""
     from sklearn.manifold import TSNE
 
+    centred = vectors.astype(np.float64) - vectors.mean(0)
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(centred), np.float64)
 
@@ -115,15 +71,13 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
     for panel, folder in zip(axes[0], folders, strict=True):
         found = tokens_of(folder, inputs.seed)
         parts = [found.words, *found.codes]
-        plane = project(np.concatenate(parts), inputs.projection, inputs.seed)
+        plane = project(np.concatenate(parts), inputs.seed)
         labels = ["words", *(f"codes of level {level}" for level in range(len(found.codes)))]
         pieces = np.split(plane, np.cumsum([len(part) for part in parts])[:-1])
         for place, (points, label) in enumerate(zip(pieces, labels, strict=True)):
             colour = COLOURS[(place - 1) % len(COLOURS)] if place else "0.65"
             marker = MARKERS[(place - 1) % len(MARKERS)] if place else "."
             panel.scatter(*points.T, color=colour, marker=marker, label=f"{label} ({len(points)})", **SMALL)
-        panel.set(
-            xticks=[], yticks=[], title=f"{short(folder.name, 40)}: {'t-SNE' if inputs.projection == 'tsne' else 'PCA'}"
-        )
+        panel.set(xticks=[], yticks=[], title=f"{short(folder.name, 40)}: t-SNE")
         panel.legend(loc="best", fontsize=7, markerscale=1.5)
-    return save(figure, out, f"figure_{number}", inputs.kinds)
+    return save(figure, out, f"figure_{number}")

@@ -89,7 +89,7 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
     for panels, kg in zip(axes, graphs, strict=True):
         draw_graph(panels, kg, inputs, count)
     figure.supxlabel(f"Tokens: {how}", fontsize=7)
-    return save(figure, out, f"figure_{number}", inputs.kinds)
+    return save(figure, out, f"figure_{number}")
 
 
 def draw_graph(panels: list[Axes], kg: KnowledgeGraph, inputs: Inputs, count: Callable[[str], int]) -> None:

@@ -13,7 +13,6 @@ from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
 from tables.code_quality import CodeSet, open_code_set
-from tables.figures.style import KINDS
 from tables.results import FOLDERS, Row, collect
 
 LORA = ROOT / "lora_training"
@@ -34,10 +33,8 @@ class Inputs:
     datasets: Sequence[Path] | None = None
     models: Sequence[Path] | None = None
     tokenizer: str | None = None
-    projection: str = "tsne"
     sample: int = 2000
     seed: int = 0
-    kinds: Sequence[str] = tuple(KINDS)  # files of each figure
 
     @cached_property
     def code_sets(self) -> list[CodeSet]:
@@ -50,16 +47,12 @@ class Inputs:
     @cached_property
     def code_names(self) -> list[str]:
         """A name per codes file, no two equal."""
-        stems = [found.name for found in self.code_sets]
-        return [
-            stem if stems.count(stem) == 1 else f"{found.path.parent.name}/{stem}"
-            for stem, found in zip(stems, self.code_sets, strict=True)
-        ]
+        return distinct_names([found.path for found in self.code_sets])
 
     @cached_property
     def rows(self) -> list[Row]:
         """The checked rows of all records."""
-        return collect(self.records, self.data).rows
+        return collect(self.records, self.data)
 
     @cached_property
     def graphs(self) -> list[KnowledgeGraph]:
@@ -83,6 +76,12 @@ class Inputs:
                 "one: --model DIR"
             )
         return found
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The files' names without suffix, with their folder where two are equal."""
+    stems = [path.stem for path in paths]
+    return [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
 
 
 def display_names(kg: KnowledgeGraph) -> list[str]:

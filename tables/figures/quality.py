@@ -47,4 +47,4 @@ def draw_jaccard(inputs: Inputs, out: Path) -> list[Path]:
             panel.plot(list(curve), list(curve.values()), label=label, **line(number))
         panel.set(xlabel="k nearest entities", ylabel="mean Jaccard distance", title=short(name, 48))
         panel.legend(loc="best")
-    return save(figure, out, "figure_6", inputs.kinds)
+    return save(figure, out, "figure_6")

@@ -89,4 +89,4 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
     figure.colorbar(image, ax=axes[0], label="cosine similarity of decoded codes", shrink=0.8)
     facts = "\n".join(f"({short(kg.relation_labels[r], 40)}, {short(names[t])})" for r, t in sample.facts)
     figure.supxlabel(f"{kg.name}: the groups share\n{facts}", fontsize=6)  # a line each: one panel is narrow
-    return save(figure, out, f"figure_{number}", inputs.kinds)
+    return save(figure, out, f"figure_{number}")

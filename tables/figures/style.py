@@ -5,8 +5,6 @@ Lines differ in colour, marker and dash; heat maps use cividis, whose lightness 
 
 from __future__ import annotations
 
-import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 MAP = "cividis"
 KINDS = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # kind of file -> metadata that is left out
-FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "Microsoft YaHei",
-    "SimHei",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Arial Unicode MS",
-)  # for characters that DejaVu Sans lacks, if installed
+FONTS = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC")  # for Chinese, if installed
 LONGEST_NAME = 28  # characters of a name on an axis
 
 
@@ -71,26 +56,15 @@ def font_families() -> list[str]:
     return ["DejaVu Sans", *(name for name in FONTS if name in installed)]
 
 
-def save(figure: Figure, out: Path, name: str, kinds: Sequence[str] = tuple(KINDS)) -> list[Path]:
-    """``name``.png and ``name``.pdf (``kinds``) in ``out``, without dates: equal inputs give equal bytes.
-
-    Prints one line if no installed font has some character of a name.
-    """
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
+    """``name``.png and ``name``.pdf in ``out``, without dates: equal inputs give equal bytes."""
     import matplotlib.pyplot as plt
 
-    paths = []
-    with warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("always")
-        for kind in kinds:
-            path = out / f"{name}.{kind}"
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format=kind, metadata=KINDS[kind])
-            paths.append(path)
+    paths = [out / f"{name}.{kind}" for kind in KINDS]
+    for path, metadata in zip(paths, KINDS.values(), strict=True):
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)
     plt.close(figure)
-    missing = {chr(int(found[1])) for one in raised if (found := re.match(r"Glyph (\d+)", str(one.message)))}
-    if missing:
-        letters = " ".join(sorted(missing)[:5])
-        print(f"{name}: no installed font has {letters}; install one, as Noto Sans CJK: apt install fonts-noto-cjk")
     return paths
 
 
@@ -100,11 +74,6 @@ def line(number: int) -> dict[str, Any]:
         "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4,
         "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.4,
     }  # fmt: skip
-
-
-def from_zero(axes: Axes) -> None:
-    """Start the vertical axis at 0, with some room above the highest point."""
-    axes.set_ylim(0, 1.06 * max(float(np.max(np.asarray(line.get_ydata(), float))) for line in axes.lines))
 
 
 def whole_ticks(axes: Axes) -> None:

@@ -110,7 +110,6 @@ READERS = {
         {"answers/answers.jsonl": damage.ANSWERS},
     ),
     "quality": Reader(f"tables/code_quality.py --codes W/{CODES} --k 5", CODED),
-    "inspect": Reader(f"tables/inspect_codes.py --entity e1 --codes W/{CODES} --dataset W/data/ring", CODED),
 }
 
 

@@ -43,7 +43,6 @@ WRITERS = {
     "answer": f"lora_training/inference.py {ANSWER} --output OUT/results.json",
     "score": f"lora_training/score_answers.py {ANSWERS} --output OUT/metrics.json",
     "studies": f"tables/case_studies.py {ANSWERS} --rows W/rows/test_tasks.json --out OUT/cases.md",
-    "report": f"tables/make_report.py W/codes/{STEM}.json --out OUT/report.html --data W/data",
     "figure": f"tables/make_figures.py --figure 10 --codes W/{CODES} --out OUT/figures {RECORDS}",
 }
 
