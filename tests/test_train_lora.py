@@ -656,27 +656,6 @@ def test_bad_data(refused: Callable[..., str], data: Path, tmp_path: Path) -> No
     assert "the same token means another code" in refused(val_data=other / "validation.json")
 
 
-def test_an_answer_longer_than_max_length(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "long"
-    shutil.copytree(data, folder)
-    row = {"instruction": "a", "output": "Ada " * 300, "id": "x-7", "task_type": "t"}
-    (folder / "train.json").write_text(json.dumps(row) + "\n")
-    assert "row x-7 has" in (line := refused(folder, max_length=200)) and "its answer alone has 602" in line
-
-
-def test_a_gated_model_without_a_token(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    assert "meta-llama/Llama-2-7b-hf is gated: accept its licence" in refused(model_name="meta-llama/Llama-2-7b-hf")
-
-
-def test_rows_longer_than_the_models_context(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base, tmp_path / "short")
-    config = json.loads((tmp_path / "short" / "config.json").read_text())
-    write_json({**config, "max_position_embeddings": 128}, tmp_path / "short" / "config.json")
-    assert "has a row of 276 tokens" in refused(model_name=tmp_path / "short")
-
-
 def test_a_base_that_knows_other_codes(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
     tokenizer = hand_made_tokenizer()
     add_code_tokens(tokenizer, CodeShape(99, 3))
