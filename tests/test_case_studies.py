@@ -11,7 +11,7 @@ import pytest
 
 from Class import prompts
 from Class.codes import print_codes
-from Class.instructions import Row, make_row, write_rows
+from Class.rows import Row, make_row, write_rows
 from common.errors import InputError
 from common.files import read_json, sha256_file, write_json
 from lora_training.inference import answers_path, make_answer
