@@ -26,7 +26,7 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import parse_json, sha256_file, write_json
-from lora_training.paired import paired
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
@@ -403,14 +402,12 @@ def is_match(answer: Answer) -> bool:
 
 
 def score_texts(splits: Splits) -> dict[str, Metrics]:
-    """Exact matches and parse failures by split."""
-    found = {}
-    for split, answers in splits.items():
-        n = len(answers)
-        failures = sum(not answer["parsed"] for answer in answers)
-        found[split] = {"exact_match": sum(map(is_match, answers)) / n, "count": n,
-                        "parse_failures": failures, "parse_failure_rate": failures / n}  # fmt: skip
-    return found
+    """Exact matches by split."""
+    return {
+        split: {"exact_match": sum(map(is_match, answers)) / len(answers), "count": len(answers),
+                "parse_failures": sum(not answer["parsed"] for answer in answers)}
+        for split, answers in splits.items()
+    }  # fmt: skip
 
 
 def is_classification(row: Answer) -> bool:
@@ -481,6 +478,41 @@ def print_report(found: dict[str, dict[str, Metrics]]) -> None:
 
 
 # ---------------------------------------------------------------- paired differences
+
+
+class Difference(NamedTuple):
+    """Difference of two means over the same queries: of MRRs, accuracies, or shares of exact matches."""
+
+    mean: float
+    error: float | None  # standard error over queries; None for fewer than two
+    runs: list[float]  # the difference in each run (seed)
+    queries: int
+
+    def __str__(self) -> str:
+        spread = "" if self.error is None else f" (standard error {self.error:.4f})"
+        return f"{self.mean:+.4f}{spread}"
+
+
+def paired(first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]) -> Difference:
+    """first - second: one ``{query: value}`` per run, both with the same queries in every run.
+
+    A query in several runs is one observation, the mean of its differences: the standard error covers the choice of
+    the queries, not the variation between runs, which ``runs`` shows. Raises ValueError if the queries differ.
+    """
+    by_query: dict[str, list[float]] = {}
+    runs = []
+    for ours, theirs in zip(first, second, strict=True):
+        if ours.keys() != theirs.keys() or not ours:
+            alone = sorted(ours.keys() ^ theirs.keys())
+            shown = f"{len(alone)} are in one set only, such as {alone[0]}" if alone else "there are none"
+            raise ValueError(f"the queries differ: {shown}")
+        differences = {query: value - theirs[query] for query, value in ours.items()}
+        runs.append(float(np.mean(list(differences.values()))))
+        for query, difference in differences.items():
+            by_query.setdefault(query, []).append(difference)
+    values = np.array([np.mean(found) for found in by_query.values()])
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Difference(float(np.mean(runs)), error, runs, len(values))
 
 
 def query_of(answer: Answer) -> str:
