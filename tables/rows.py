@@ -276,6 +276,8 @@ def answer_rows(path: Path, record: Record, data: Path) -> list[Row]:
         check_scored(path, task, splits, record.get("answers"))
         cut = 0 if answered_all(task, test, sizes) else limit
         label, flags = answer_words(record, training, given, dataset, cut)
+        if task == LINKS and (record.get("candidate_order") or {}).get("test") == "ranked":
+            label += ", ranked lists"
         what = {"task": task, "dataset": dataset, "label": label, "flags": flags, "codes": given, "partial": bool(cut),
                 **base}  # fmt: skip
         valid = numbers(splits.get("validation"), names)
