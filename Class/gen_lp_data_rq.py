@@ -4,7 +4,7 @@
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates test.npz --split test
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz
     python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
-    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --without_lists    for --decode likelihood
+    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --without_lists
 
 The paper tunes twice: first on the queries of the training split (--from train, into a folder of its own), then on
 nine tenths of the valid split (--from valid); --from both tunes once on all of these. The last tenth is the validation
@@ -17,7 +17,7 @@ do. ``truth`` starts with the truth; other right answers follow that are listed 
 ranking ignores these.
 
 Lists are shuffled, seeded by the query, so that a model cannot answer by the order. --candidate_order ranked keeps the
-candidate model's order; a model that was trained on its queries ranks their truth first, so this is an error then.
+candidate model's order, with --from valid only: a model ranks the truth of its own training queries first.
 
 --without_lists writes a second folder, tail_prediction/, to tune on: each query without its candidates, answered by the
 codes of the truth (its name without codes). inference.py --decode likelihood ranks candidates by the likelihood of
@@ -163,8 +163,8 @@ class Plan(NamedTuple):
 
 
 def rows_of(
-    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, TrueTails], num_candidates: int, count: Count,
-    shuffle_seed: int | None,
+    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, TrueTails], num_candidates: int,
+    count: Count, shuffle_seed: int | None,
 ) -> Iterator[Row]:  # fmt: skip
     """The split's rows, one by one; adds to ``count``. ``shuffle_seed``: of the lists' order; None: ranked."""
     kg, R = source.kg, source.kg.num_relations
@@ -240,16 +240,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_flags(args, parser)
     if args.num_candidates < 2:
         parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
+    if args.candidate_order == "ranked" and args.tune_from != "valid":
+        parser.error(
+            "--candidate_order ranked needs --from valid: a model ranks the queries of its training split with the "
+            "truth first"
+        )
     beside = args.out_dir / PREDICTED
     if not args.without_lists and (beside / STATS).is_file():
-        parser.error(
-            f"--out_dir holds {beside}, whose rows belong to an earlier call; give --without_lists, or remove it"
-        )
+        parser.error(f"--out_dir holds {beside} of an earlier call; give --without_lists, or remove it")
     return args
 
 
 def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candidates) -> list[Plan]:
-    """The splits' queries with their lists. InputError where a query has none, or ranked lists would leak."""
+    """The splits' queries with their lists. InputError where a query has none."""
     parts = disjoint_parts(kg, args.seed)
     both = np.concatenate([parts.train, parts.tuning])
     train = {"train": parts.train, "valid": parts.tuning, "both": both}[args.tune_from]
@@ -265,12 +268,6 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
         if (rows < 0).any():
             missing.append(f"{int((rows < 0).sum()):,} of {len(queries):,} {name} queries ({split})")
             continue
-        memorised = args.tune_from != "valid" and split == "train" and not candidates.held_out[rows].all()
-        if args.candidate_order == "ranked" and memorised:
-            raise InputError(
-                "--candidate_order ranked: the lists of training queries come from a model that was trained on them "
-                'and puts the truth first; leave the flag out, or give lists from K folds ("folds": K in their info)'
-            )
         plans.append(Plan(split, queries, rows, args.drop_unlisted and split == "train"))
     if missing:
         raise InputError(

@@ -13,14 +13,14 @@ import torch
 
 from Class import check_leaks, gen_lp_data_rq
 from Class.candidates import Candidates, find_rows, read_candidates, write_candidates
-from Class.codes import load_codes, parse_codes, parse_entity
+from Class.codes import load_codes, parse_codes
 from Class.gen_lp_data_rq import disjoint_parts, make_lists
 from Class.rows import FILE_STEMS, read_rows, write_rows
 from common.errors import InputError
 from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.export import top_of_scores
-from tests.test_instructions import FAMILY, write_codes, write_graph
+from tests.test_instructions import FAMILY, parse_entity, write_codes, write_graph
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -150,12 +150,12 @@ def test_what_a_row_says(family: KnowledgeGraph, ranked: tuple[Path, Rows], code
         word = word if row["direction"] == "tail" else f"inverse of {word}"
         lines = row["instruction"].split("\n")
         assert lines[1] == f"Query: ({family.labels[row_of[given]]} | {word} | ?)"
-        shown = [parse_entity(line, 4, 3, 64) for line in lines[4:-1]]
-        assert [entity.name for entity in shown] == [family.labels[row_of[name]] for name in row["candidates"]]
-        for entity, name in zip(shown, row["candidates"], strict=True):
-            assert np.array_equal(entity.codes, numbers[row_of[name]])
+        shown = [parse_entity(line) for line in lines[4:-1]]
+        assert [name for name, _ in shown] == [family.labels[row_of[name]] for name in row["candidates"]]
+        for (_, own), name in zip(shown, row["candidates"], strict=True):
+            assert np.array_equal(own, numbers[row_of[name]])
         assert lines[4].count(":") == 0, "compact by default: 21 entities must fit"
-        answers = [parse_codes(line.split(" ", 1)[1], 4, 3, 64) for line in row["output"].split("\n")]
+        answers = [parse_codes(line.split(" ", 1)[1]) for line in row["output"].split("\n")]
         best = [truth, *(name for name in row["candidates"] if name != truth)][:3]
         assert row["truth"][0] == truth and len(row["candidates"]) == 20
         assert [answer.tolist() for answer in answers] == [numbers[row_of[name]].tolist() for name in best]
@@ -198,19 +198,15 @@ def test_predicted_rows_are_the_query_and_the_truth(
 
 
 def test_ranked_lists_of_a_model_that_knows_the_queries_are_refused(
-    tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path], codes: Path, first: tuple[Path, Rows]
+    tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path], first: tuple[Path, Rows]
 ) -> None:
     known = read_candidates([lists["train"]], family)
     assert (known.ids[:, 0] == known.truth).mean() > 0.99, "the premise: the truth leads the ranked lists"
     at = Counter(row["candidates"].index(row["truth"][0]) for row in first[1]["train"])
     assert check_leaks.chi_square_z([at[i] for i in range(20)]) < 4
-    words: list[str | Path] = ["--codes", codes, "--from", "train", "--candidate_order", "ranked", "--candidates"]
-    with pytest.raises(InputError, match="give lists from K folds"):
-        generate(tmp_path / "a", *words, *lists.values())
-    folds = lists["train"].with_name("folds.npz")
-    write_candidates(folds, known, family, split="train", folds=5)
-    found = generate(tmp_path / "b", *words, folds, lists["valid"], lists["test"])["train"]
-    assert sum(row["candidates"][0] == row["truth"][0] for row in found) > 0.99 * len(found)
+    with pytest.raises(SystemExit) as end:
+        generate(tmp_path, "--from", "train", "--candidate_order", "ranked", "--candidates", *lists.values())
+    assert end.value.code == 2
 
 
 def test_ranks_are_read_off_lists_that_state_none(family: KnowledgeGraph) -> None:
@@ -287,7 +283,11 @@ def test_lists_that_hold_nothing_but_known_answers_are_refused(
     for h, r, t in with_inverse(family.train, 16).tolist():
         known.setdefault((h, r), []).append(t)
     rows = [
-        {"query": [h, r % 16], "direction": "tail" if r < 16 else "head", "candidates": known.get((h, r), [0])[:3]}
+        {
+            "query": [family.entities[h], family.relations[r % 16]],
+            "direction": "tail" if r < 16 else "head",
+            "candidates": [family.entities[e] for e in known.get((h, r), [0])[:3]],
+        }
         for h, r in np.unique(with_inverse(np.concatenate([family.valid, family.test]), 16)[:, :2], axis=0).tolist()
     ]
     (tmp_path / "known.json").write_text(json.dumps({"rows": rows}))
@@ -354,7 +354,7 @@ def test_every_query_of_fb15k_237(tmp_path: Path) -> None:
         queries = with_inverse(kg.split(split), kg.num_relations)
         ids = (np.arange(len(queries))[:, None] + np.arange(40)) % kg.num_entities
         lists = Candidates(
-            queries[:, :2], queries[:, 2], ids, None, np.full(len(queries), 99.0), np.ones(len(queries), bool),
+            queries[:, :2], queries[:, 2], ids, None, np.full(len(queries), 99.0),
             {"split": split},
         )  # fmt: skip
         write_candidates(paths[-1], lists, kg)

@@ -254,8 +254,7 @@ def lists_for(kg: KnowledgeGraph, folder: Path) -> list[str]:
         queries = with_inverse(kg.split(split), kg.num_relations)
         ids = np.tile(np.arange(kg.num_entities), (len(queries), 1))
         n = len(queries)
-        lists = Candidates(queries[:, :2], queries[:, 2], ids, None, np.full(n, np.nan), np.ones(n, dtype=bool),
-                           {"split": split})  # fmt: skip
+        lists = Candidates(queries[:, :2], queries[:, 2], ids, None, np.full(n, np.nan), {"split": split})
         write_candidates(folder / f"{split}.npz", lists, kg)
         paths.append(str(folder / f"{split}.npz"))
     return paths
