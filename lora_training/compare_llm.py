@@ -2,10 +2,10 @@
 
     python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out lora_training/lora_outputs/comparison
 
-candidate ranker             stage 1 on the facts that the LLMs are tuned on; its lists are re-ranked, so this is also the
-                             baseline that copies the first candidate
+candidate ranker             stage 1 on the facts that the LLMs are tuned on; its lists are re-ranked, so this is also
+                             the baseline that copies the first candidate
 stage-1 decoder of the codes another stage-1 run on the same facts, whose codes the LLMs read: its own decoder ranks
-                             the same lists; the baseline of the LLM with codes
+                             all entities; the baseline of the LLM with codes
 LLM without codes            names only
 LLM with shuffled codes      control: every entity has the codes of another one, in training and test alike
 LLM with codes               the result
@@ -63,7 +63,6 @@ from lora_training.score_answers import (
     known_rank,
     paired,
     query_of,
-    rank_of,
     ranking_metrics,
     values_by_query,
 )
@@ -100,7 +99,6 @@ VARIANTS = (WITHOUT, SHUFFLED, WITH)
 RANKER, DECODER = "candidate ranker", "stage-1 decoder of the codes"
 ROWS = (RANKER, DECODER, *(variant.row for variant in VARIANTS))
 COMPARED = (WITHOUT.row, SHUFFLED.row, DECODER, RANKER)  # MRR of the LLM with codes minus theirs, same queries
-RESCORED = 1000  # entities that the stage-1 decoder lists: nearly all that a prompt may contain
 RESULTS = "inference_results.json"
 REPEAT = "remove it and repeat the command: its step runs again"
 
@@ -151,10 +149,10 @@ class Stage1(NamedTuple):
     checkpoint: Path
     ranking: list[str]  # words that rank from its codes
 
-    def export(self, places: Places, name: str, split: str, *more: str) -> Step:
+    def export(self, places: Places, name: str, split: str) -> Step:
         """Candidates of a split."""
         path = places.candidates(name)
-        words = [*self.ranking, "--export_candidates", str(path), "--split", split, *more]
+        words = [*self.ranking, "--export_candidates", str(path), "--split", split]
         return places.step(f"lists_{name}", words, [path])
 
 
@@ -174,13 +172,12 @@ def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, r
     model, base = recipe["stage1"], places.root / "tiny_base"
     ranker = stage1(places, "refit", "refit", refit, model, seed)
     coded = stage1(places, "codes", "codes", refit, model | recipe["codes"], seed)
-    top = ("--top", str(min(kg.num_entities, RESCORED)))
     make_base = ["lora_training/make_tiny_base.py", "--dataset", str(dataset), "--out", str(base)]
     return [
         ranker.train,
         *(ranker.export(places, split, split) for split in ("train", "valid", "test")),
         coded.train,
-        coded.export(places, "coded_test", "test", *top),
+        coded.export(places, "coded_test", "test"),
         places.step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
         *(step for variant in VARIANTS for step in llm_steps(variant, dataset, coded, base, places, recipe, seed)),
     ]
@@ -192,15 +189,9 @@ def llm_steps(
     """Data, tuning and answers of one LLM, which reads the codes of ``coded``."""
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in ("train", "valid", "test")]
-    data = [
-        "Class/gen_lp_data_rq.py",
-        "--dataset",
-        str(dataset),
-        *variant.flags,
-        "--without_lists",
-        *flags(recipe["data"]),
-    ]
-    data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(coded.codes)])]
+    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, *flags(recipe["data"])]
+    data += ["--seed", str(seed), "--without_lists"]
+    data += [] if variant is WITHOUT else ["--codes", str(coded.codes)]
     data += ["--candidates", *lists, "--from", "both", "--out_dir", str(folder / "data")]
     tuned, task = folder / "tuned", places.rows(variant)
     train, validation = (split_path(folder / "data" / PREDICTED, split) for split in ("train", "validation"))
@@ -243,8 +234,8 @@ def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
 # ---------------------------------------------------------------- rows
 
 
-def read_scores(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str, dict[str, float]]:
-    """Scores by raw name in the list of each row's query, by the row's id. InputError if the file lacks some."""
+def read_ranks(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str, float]:
+    """Filtered rank of the truth among all entities for each row's query, by the row's id. InputError if one lacks."""
     found, entity = read_candidates([path], kg), {name: i for i, name in enumerate(kg.entities)}
     relation = {name: i for i, name in enumerate(kg.relations)}
     queries = np.empty((len(rows), 3), dtype=np.int64)
@@ -252,17 +243,10 @@ def read_scores(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str
         h, r, t = entity[row["triple"][0]], relation[row["triple"][1]], entity[row["triple"][2]]
         queries[i] = (h, r, t) if row["direction"] == "tail" else (t, r + kg.num_relations, h)
     at = find_rows(found, queries, kg)
-    if found.scores is None or (at < 0).any():
-        raise InputError(f"candidates file {path} lacks lists or scores; write it again: run_rq.py --export_candidates")
-    pairs = zip(found.ids[at].tolist(), found.scores[at].tolist(), strict=True)
-    by_row = [{kg.entities[e]: score for e, score in zip(*pair, strict=True) if e >= 0} for pair in pairs]
-    return dict(zip((row["id"] for row in rows), by_row, strict=True))
-
-
-def rescored(answer: Answer, scores: Mapping[str, float]) -> Answer:
-    """The answer with the scores of a candidates file; a candidate that its list lacks is below all others."""
-    lowest = min(scores.values()) - 1
-    return answer | {"scores": [scores.get(name, lowest) for name in answer["candidates"]], "tokens": None}
+    ranks = np.where(at >= 0, found.rank[at], np.nan)
+    if np.isnan(ranks).any():
+        raise InputError(f"candidates file {path} lacks lists or ranks; write it again: run_rq.py --export_candidates")
+    return dict(zip((row["id"] for row in rows), ranks.tolist(), strict=True))
 
 
 class RowResult(NamedTuple):
@@ -297,14 +281,13 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, coded_record: Path)
     answers = read_links(places)
     test = {answer["id"]: answer for answer in answers[WITH] if answer["split"] == "test"}
     rows = [row for row in read_rows(split_path(places.rows(WITH), "test")) if row["id"] in test]
-    scores = read_scores(places.candidates("coded_test"), rows, kg)
-    if scores.keys() != test.keys():
+    ranks = read_ranks(places.candidates("coded_test"), rows, kg)
+    if ranks.keys() != test.keys():
         folder = places.rows(WITH)
         raise InputError(f"{folder} has other rows than were answered; remove {folder.parent} and repeat the command")
-    decoder = [rescored(answer, scores[name]) for name, answer in test.items()]
     values = {
         RANKER: (places.results(WITH), {query_of(answer): 1 / known_rank(answer) for answer in test.values()}),
-        DECODER: (coded_record, {query_of(answer): 1 / rank_of(answer) for answer in decoder}),
+        DECODER: (coded_record, {query_of(answer): 1 / ranks[name] for name, answer in test.items()}),
     }
     for variant in VARIANTS:
         of_split = values_by_query(by_task(answers[variant])[TASK])

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import parse_json, sha256_file, write_json
 
 Answer = dict[str, Any]
@@ -50,7 +50,6 @@ NAMES = ("mrr", "hits@1", "hits@3", "hits@10", "accuracy", "precision", "recall"
 BASELINES = {
     "candidate_model": "candidate model", "as_listed": "copy the first candidate", "random": "random choice",
 }  # fmt: skip
-LARGEST = sys.float_info.max  # JSON may contain larger integers
 CLASSIFICATIONS = ("triple_classification", "validate_triple")  # in other tasks an entity may be named True
 SEARCHED = "constrained_all"  # --decode whose candidates are the results of a search over all entities
 LIKELIHOOD = ("likelihood", "predict")  # --decode likelihood; "predict" in answers of earlier versions
@@ -84,69 +83,24 @@ def read_answers(path: str | Path) -> AnswerFile:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
-            answer = _parse_answer(line, f"{path}:{number}")
-            key = (answer["split"], answer["id"])
-            if key in seen:
-                raise InputError(f"{path}:{number}: {key[1]} of {key[0]} is answered twice")
+            with content_of(f"{path}:{number}", "answer", "run inference.py again"):
+                answer = parse_json(line)
+                key = (answer["split"], answer["id"])
+                missing = [field for field in FIELDS if field not in answer]
+                lists = [answer[name] for name in ("candidates", "scores", "tokens") if answer.get(name)]
+                numbers = (value for values in lists[1:] for value in values)
+                if missing:
+                    raise ValueError(f"it lacks {', '.join(missing)}")
+                if key in seen:
+                    raise ValueError(f"{key[1]} of {key[0]} is answered twice")
+                if not isinstance(answer["truth"], list) or len(set(map(len, lists))) > 1:
+                    raise ValueError("truth is no list, or candidates, scores and tokens differ in length")
+                if not all(value is None or math.isfinite(value) for value in numbers):
+                    raise ValueError("scores or tokens are not finite")
             seen.add(key)
             answers.append(answer)
             end += len(line)
     return AnswerFile(answers, end)
-
-
-def _parse_answer(line: bytes, place: str) -> Answer:
-    """One line as an answer; InputError with ``place`` if it is none."""
-    try:
-        answer = parse_json(line)
-    except ValueError as error:
-        raise InputError(f"{place}: expected one JSON answer per line ({error})") from error
-    if not isinstance(answer, dict):
-        raise InputError(f"{place}: expected an answer, found {type(answer).__name__}; run inference.py again")
-    missing = [field for field in FIELDS if field not in answer]
-    if missing:
-        raise InputError(f"{place}: the answer lacks {', '.join(missing)}; run inference.py again")
-    wrong = _wrong_field(answer)
-    if wrong:
-        raise InputError(f"{place}: {wrong} is not valid for this answer; run inference.py again")
-    return answer
-
-
-def _is_names(value: Any, least: int = 0) -> bool:
-    return isinstance(value, list) and len(value) >= least and all(isinstance(name, str) for name in value)
-
-
-def _is_numbers(value: Any, size: int, optional: bool = False) -> bool:
-    """Whether ``value`` is a list of ``size`` numbers (``optional``: or None)."""
-    return isinstance(value, list) and len(value) == size and all(
-        (optional and item is None) or (type(item) in (int, float) and abs(item) <= LARGEST) for item in value
-    )  # fmt: skip
-
-
-def _wrong_field(answer: Answer) -> str | None:
-    """The first field with an invalid value, or one that contradicts the others."""
-    candidates, scores, tokens, rank = (answer[key] for key in ("candidates", "scores", "tokens", "candidate_rank"))
-    permuted, size = answer.get("permuted"), len(candidates) if _is_names(candidates) else -1
-    valid = {key: isinstance(answer[key], str) for key in ("task_type", "split", "decode", "text", "expected")} | {
-        "id": type(answer["id"]) in (str, int),
-        "direction": answer["direction"] in (None, "head", "tail"),
-        "parsed": type(answer["parsed"]) is bool,
-        "truth": _is_names(answer["truth"], 1),
-        "candidates": candidates is None or size >= 0,
-        "scores": scores is None or _is_numbers(scores, size, optional=True),
-        "tokens": tokens is None or (_is_numbers(tokens, size) and all(n > 0 for n in tokens)),
-        "candidate_rank": rank is None or (_is_numbers([rank], 1) and rank >= 1),
-        "triple": answer.get("triple") is None or (_is_names(answer["triple"]) and len(answer["triple"]) == 3),
-        "candidate_order": isinstance(answer.get("candidate_order"), str | None),
-        "permuted": permuted is None or (isinstance(permuted, list) and all(
-            other is None or _is_numbers(other, size, optional=True) for other in permuted)),
-    }  # fmt: skip
-    if valid["truth"] and is_ranking(answer):
-        valid["candidates"] = size >= 0
-        valid["scores"] = valid["scores"] and (scores is not None or not answer["parsed"])
-    elif valid["truth"] and is_classification(answer) and answer["parsed"]:
-        valid["candidates"] = size == 2 and set(candidates) == {TRUE, FALSE}
-        valid["scores"] = _is_numbers(scores, size)
-    return next((key for key, fits in valid.items() if not fits), None)
 
 
 # ---------------------------------------------------------------- link prediction
@@ -579,7 +533,8 @@ def main(argv: list[str] | None = None) -> None:
     if not answers:
         raise InputError(f"answers file {args.answers} contains no complete answer; continue inference.py")
     others = {path: read_answers(path).answers for path in args.against}
-    found = report(answers)
+    with content_of(args.answers, "file of answers", "run inference.py again"):
+        found = report(answers)
     print_report(found)
     against = {str(path): differences(answers, theirs, path) for path, theirs in others.items()}
     if args.output:

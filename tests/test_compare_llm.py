@@ -33,8 +33,8 @@ from lora_training.compare_llm import (
     WITH,
     Places,
     RowResult,
+    read_ranks,
     read_recipe,
-    read_scores,
     resume_tuning,
     seed_rows,
     seed_steps,
@@ -88,18 +88,11 @@ def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
     return {"answers": answers, "metrics": report(answers)}
 
 
-def export(kg: KnowledgeGraph, path: Path, split: str, place: int, rank: float = 9.0) -> None:
-    """Lists with the candidates of ``rows_of``, the truth at ``place``, where it has the rank ``rank``.
-
-    The queries come in reverse order.
-    """
-    queries = both_directions(kg.test if split == "test" else kg.valid, kg.num_relations)[::-1]
-    entity = {name: i for i, name in enumerate(kg.entities)}
-    ids = np.array([[entity[name] for name in row["candidates"]] for row in rows_of(kg, split)])[::-1]
-    order = np.argsort(-np.array(scores_at(place)))
-    n = len(ids)
-    scores = np.tile(np.array(scores_at(place))[order], (n, 1))
-    lists = Candidates(queries[:, :2], queries[:, 2], ids[:, order], scores, np.full(n, rank), np.full(n, True), {})
+def export(kg: KnowledgeGraph, path: Path, rank: float) -> None:
+    """Lists of the test queries, in reverse order, whose truths have this ``rank``."""
+    queries = both_directions(kg.test, kg.num_relations)[::-1]
+    n = len(queries)
+    lists = Candidates(queries[:, :2], queries[:, 2], np.tile([1, 0], (n, 1)), None, np.full(n, rank), {})
     write_candidates(path, lists, kg)
 
 
@@ -109,7 +102,7 @@ def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
     for level, variant in enumerate(VARIANTS):
         write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
     write_rows(split_path(places.rows(WITH), "test"), rows)
-    export(kg, places.candidates("coded_test"), "test", 2)
+    export(kg, places.candidates("coded_test"), 2)
 
 
 def test_rows_come_from_the_answers_and_the_codes_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -179,19 +172,17 @@ def test_lists_follow_the_rows(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     rows, queries = rows_of(ring_kg), both_directions(ring_kg.test, ring_kg.num_relations)
     n = len(queries)
     ranks, order = np.arange(1.0, n + 1), np.random.default_rng(0).permutation(n)
-    ids, scores = np.tile([1, 0, -1], (n, 1)), np.tile([2.0, 1.0, 0.0], (n, 1))
-    lists = Candidates(queries[order, :2], queries[order, 2], ids, scores, ranks[order], np.full(n, True), {})
-    scores[:, 0] = 2.0 + order
+    ids = np.tile([1, 0], (n, 1))
+    lists = Candidates(queries[order, :2], queries[order, 2], ids, None, ranks[order], {})
     write_candidates(tmp_path / "all.npz", lists, ring_kg)
-    found = read_scores(tmp_path / "all.npz", rows[3:9], ring_kg)
-    assert list(found) == [row["id"] for row in rows[3:9]]
-    assert [one["e1"] for one in found.values()] == [2.0 + i for i in range(3, 9)]
-    write_candidates(tmp_path / "bare.npz", lists._replace(scores=None), ring_kg)
-    few = Candidates(lists.queries[:5], lists.truth[:5], ids[:5], scores[:5], lists.rank[:5], lists.held_out[:5], {})
+    found = read_ranks(tmp_path / "all.npz", rows[3:9], ring_kg)
+    assert found == {row["id"]: rank for row, rank in zip(rows[3:9], ranks[3:9].tolist(), strict=True)}
+    write_candidates(tmp_path / "bare.npz", lists._replace(rank=np.full(n, np.nan)), ring_kg)
+    few = Candidates(lists.queries[:5], lists.truth[:5], ids[:5], None, lists.rank[:5], {})
     write_candidates(tmp_path / "few.npz", few, ring_kg)
     for name in ("bare", "few"):
         with pytest.raises(InputError, match=rf"{name}\.npz"):
-            read_scores(tmp_path / f"{name}.npz", rows, ring_kg)
+            read_ranks(tmp_path / f"{name}.npz", rows, ring_kg)
 
 
 # ---------------------------------------------------------------- steps
