@@ -72,7 +72,6 @@ def template_texts() -> list[str]:
         prompts.link_prediction(query),
         prompts.predict_tail("", "", "", True),
         prompts.validate_triple("", "", "", "", "", True),
-        prompts.codes_to_description(""),
     ]
     return [prompt_text({"instruction": text}) + f"{prompts.TRUE}\n{prompts.FALSE}" for text in made]
 

@@ -181,7 +181,7 @@ def test_rows_show_names_and_codes_of_their_triple(tmp_path: Path) -> None:
             for line, entity in ((lines[2], h), (lines[3], t)):
                 name, code = line.split("</ENT> ")
                 assert name.endswith(f"<ENT>{kg.labels[entity]}")
-                assert np.array_equal(parse_codes(code, 2, 3, 30), codes[entity])
+                assert np.array_equal(parse_codes(code), codes[entity])
             assert row["truth"] == [row["output"]] and row["input"] == "" and row["candidates"] is None
     without = generate(tmp_path / "no", "--dataset", FAMILY, "--no_codes", *words)
     plain = [(row["id"], row["triple"], row["output"]) for row in without["test"]]

@@ -286,7 +286,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 @pytest.mark.parametrize("with_codes", [True, False])
 def test_candidates_are_predicted_from_the_query_alone(world: World, tmp_path: Path, with_codes: bool) -> None:
-    """--decode likelihood: log P(answer, end | the prompt of tail_prediction rows) of each candidate, by full passes."""
+    """--decode likelihood: log P(answer, end | prompt of tail_prediction rows) of each candidate, by full passes."""
     data = world.mix if with_codes else world.named
     adapter = world.adapter if with_codes else world.named_adapter
     answers = of(run(world, tmp_path / "told", "--decode", "likelihood", data=data, adapter=adapter), "link_prediction")
