@@ -104,9 +104,9 @@ class RandomCodes(Schedule):
         return FROZEN
 
 
-SCHEDULES = {"rq": Schedule, "vq": Schedule, "random": RandomCodes, "posthoc": PostHoc, "none": Unquantized}
+SCHEDULES = {"random": RandomCodes, "posthoc": PostHoc, "none": Unquantized}  # every other quantizer: Schedule
 
 
 def schedule_of(config: Config) -> Schedule:
     """The schedule of ``--quantizer``."""
-    return SCHEDULES[config.quantizer](config)
+    return SCHEDULES.get(config.quantizer, Schedule)(config)
