@@ -9,6 +9,8 @@ LLaMA. It knows no language: get_base.py writes a small pretrained model.
 One document per entity: its name, its description and its training triples in both directions, in random order. No
 triple of valid or test is read. The tokenizer is like LLaMA's: BPE with byte fallback, no merges across words, single
 digits; each fixed beginning and end of a prompt is one token, which makes rows shorter.
+It has never seen the answers True and False, whose rows in the head are nearly equal: tune it on such tasks with
+train_lora.py --train_rows all.
 
 Initial weights have the standard deviation 1 / sqrt(width), from which small models learn faster than from .02; query
 and key weights a tenth of it, so attention starts nearly uniform.
@@ -74,22 +76,6 @@ def template_texts() -> list[str]:
         prompts.validate_triple("", "", "", "", "", True),
     ]
     return [prompt_text({"instruction": text}) + f"{prompts.TRUE}\n{prompts.FALSE}" for text in made]
-
-
-def with_prompt_words(texts: list[str], every: int) -> list[str]:
-    """The texts, and after every ``every``-th one a prompt with empty names, answered True and False in turn.
-
-    Words that never occur in training get nearly equal rows in the head. LoRA does not change these rows by default, so
-    the model could not learn to answer with one of these words.
-    """
-    prompt = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
-    words = [f"{prompt} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # with the space of encode_answer
-    found = []
-    for place, text in enumerate(texts, 1):
-        found.append(text)
-        if place % every == 0:
-            found.append(words[place // every % len(words)])
-    return found
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -222,8 +208,6 @@ def make_base(args: argparse.Namespace) -> None:
     texts = list(documents(kg, args.seed))
     # repeated so often that the words of the prompts become whole tokens
     tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size)
-    if args.prompt_words:
-        texts = with_prompt_words(texts, args.prompt_words)
     stream = token_stream(texts, tokenizer)
     model = build_model(args, len(tokenizer))
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -253,8 +237,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
-    parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="add a prompt with an answer after "
-                        "every Nth text, so that the model has seen True and False (0: off)")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
@@ -279,8 +261,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.seed, args.prompt_words) < 0 or args.seed >= 2**63:
-        parser.error("--steps, --prompt_words and --seed must be 0 or more, and --seed less than 2**63")
+    if min(args.steps, args.seed) < 0 or args.seed >= 2**63:
+        parser.error("--steps and --seed must be 0 or more, and --seed less than 2**63")
     return args
 
 
