@@ -52,7 +52,6 @@ BASELINES = {
 }  # fmt: skip
 CLASSIFICATIONS = ("triple_classification", "validate_triple")  # in other tasks an entity may be named True
 SEARCHED = "constrained_all"  # --decode whose candidates are the results of a search over all entities
-LIKELIHOOD = ("likelihood", "predict")  # --decode likelihood; "predict" in answers of earlier versions
 # every line of answers.jsonl has these; newer ones also triple, candidate_order and permuted
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
           "candidate_rank", "text", "expected", "parsed")  # fmt: skip
@@ -372,11 +371,6 @@ def is_classification(row: Answer) -> bool:
 def is_ranking(row: Answer) -> bool:
     """Whether a row or an answer ranks candidates."""
     return row["task_type"] == "link_prediction"
-
-
-def is_likelihood(answer: Answer) -> bool:
-    """Whether candidates were scored as answers to the query alone, without their list."""
-    return answer["decode"] in LIKELIHOOD
 
 
 def by_task(answers: Iterable[Answer]) -> dict[str, Splits]:

@@ -670,7 +670,7 @@ def test_rows_that_no_example_has_keep_their_start(
 ) -> None:
     """In the embedding; the rows of tokens in the data changed from there."""
     more = {"code_init": checkpoint} if from_codebooks else {}
-    train_lora.main(words(base, data, tmp_path, max_steps=2, weight_decay=0, **more))
+    train_lora.main(words(base, data, tmp_path, max_steps=2, **more))
     saved = read_saved(tmp_path / "lora_adapters")
     used = {number for row in encoded(base) for number in row.input_ids}
     codes = code_tokens.token_ids(saved.tokenizer, SHAPE)[4:]
