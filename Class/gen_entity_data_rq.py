@@ -169,7 +169,7 @@ def judged_triples(kg: KnowledgeGraph, parts: Parts, seed: int) -> dict[str, tup
     """
     found = {}
     kept = {"train": parts.train, "validation": parts.validation, "test": parts.test}
-    for split, rows in make_splits(kg, 1, "range", seed).items():
+    for split, rows in make_splits(kg, 1, seed).items():
         triples, labels = rows.rows
         true, false = np.flatnonzero(labels), np.flatnonzero(~labels)
         own = np.isin(triple_keys(triples[true], kg), triple_keys(kept[split], kg))

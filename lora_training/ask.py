@@ -30,7 +30,7 @@ from data.knowledge_graph import find_name, show_names
 from lora_training.adapters import ADAPTER
 from lora_training.base_model import load_config
 from lora_training.code_tokens import refuse_other_codes
-from lora_training.inference import Reader, add_model_flags, check_model, load_model, memory_advice
+from lora_training.inference import add_model_flags, check_model, load_model, memory_advice
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt, encode_texts
 
@@ -86,6 +86,8 @@ def mark_entity(text: str, source: Source) -> tuple[str, int | None]:
 
 def open_codes(info: dict[str, Any], codes: Path | None, dataset: Path | None) -> Source:
     """The data set and codes that ``info`` (``read_codes_info``) names; InputError if they are not found."""
+    if dataset is None and info.get("file") is None:
+        raise InputError("the model was tuned without codes; give --dataset DIR, the entities that it may answer with")
     recorded = Path(str(info.get("record", ""))).with_suffix(".pt") if info.get("record") else None
     source = open_source(
         argparse.Namespace(
@@ -186,33 +188,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_window(base_model: str) -> None:
-    """InputError for a model with a sliding window: all beams share the prompt's cache, which it drops."""
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     from transformers import DynamicCache
 
-    if any(DynamicCache(config=load_config(base_model)).is_sliding):
-        raise InputError(f"{base_model} has a sliding window, which this search does not support; use inference.py")
-
-
-def open_source_of(reader: Reader, args: argparse.Namespace) -> Source:
-    """The entities that the model was tuned on; InputError if they are not found."""
+    if args.base_model is None and args.lora_adapter is None and ADAPTER.is_dir():
+        args.lora_adapter = ADAPTER
+    reader = check_model(args.base_model, args.lora_adapter)
     if reader.saved is None:
         raise InputError(
             f"--base_model {reader.base_model} is neither an adapter nor a merged model, so its entities are unknown; "
             "give --lora_adapter DIR, or a model by merge_adapter.py"
         )
-    if args.dataset is None and reader.codes.get("file") is None:
-        raise InputError("the model was tuned without codes; give --dataset DIR, the entities that it may answer with")
-    return open_codes(reader.codes, args.codes, args.dataset)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.base_model is None and args.lora_adapter is None and ADAPTER.is_dir():
-        args.lora_adapter = ADAPTER
-    reader = check_model(args.base_model, args.lora_adapter)
-    check_window(reader.base_model)
-    source = open_source_of(reader, args)
+    if any(DynamicCache(config=load_config(reader.base_model)).is_sliding):  # the prompt's cache would lose its start
+        raise InputError(f"{reader.base_model} has a sliding window, which this search does not support")
+    source = open_codes(reader.codes, args.codes, args.dataset)
     query = None if args.head is None else find_query(args.head, args.relation, source)
     about = None if args.question is None else mark_entity(args.question, source)[1]
     device = find_device(args.device)

@@ -352,17 +352,6 @@ def print_differences(found: Sequence[Mapping[str, Any]]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def check_data(out: Path, hashes: Mapping[str, str]) -> None:
-    """InputError if OUT was started with another data set; the first run writes its hashes there."""
-    path = out / "plan.json"
-    if not path.is_file():
-        write_json({"data set": dict(hashes)}, path)
-        return
-    before = read_json(path, "plan")
-    if not isinstance(before, dict) or before.get("data set") != hashes:
-        raise InputError(f"--out {out} was started with another data set; give another folder")
-
-
 def read_recipe(path: Path | None) -> Recipe:
     """RECIPE, with the flags of a file in it. InputError for a part that does not exist."""
     if path is None:
@@ -411,7 +400,6 @@ def compare(
     args: argparse.Namespace, kg: KnowledgeGraph, dataset: Path, out: Path, recipe: Recipe, started: float
 ) -> None:
     """Run the steps of all seeds that are not done, and write the rows. ``started``: monotonic seconds."""
-    check_data(out, kg.input_hashes)
     steps: dict[int, list[Step]] = {}
     for seed in args.seeds:
         places = Places(out / f"seed_{seed}")

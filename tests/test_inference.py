@@ -114,7 +114,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, ring: Path, ring_kg: Knowled
     for out, words in ((mix, ["--codes", str(codes)]), (named, ["--no_codes"])):
         words = [*words, "--dataset", str(ring), "--out_dir", str(out)]
         gen_lp_data_rq.main([*words, "--candidates", str(lists["valid"]), str(lists["test"])])
-        gen_fb_data_rq.main([*words, "--neg_ratio", "1", "--task_only"])
+        gen_fb_data_rq.main([*words, "--neg_ratio", "1"])
         gen_entity_data_rq.main(words)
         build_mix.main(["--out_dir", str(out)])
     texts = [prompt_text(row) + row["output"] for row in read_rows(named / "train.json")]
