@@ -78,10 +78,9 @@ def eval_codes(config: Config) -> None:
             f"  with an entity unseen in training ({metrics['unseen']['count']} queries): "
             f"{format_metrics(metrics['unseen'])}"
         )
-    if config.out_dir:
-        path = config.out_dir / f"{config.eval_codes.stem}_{config.split}{'_shuffled' * config.shuffle_codes}.json"
-        write_json(metrics, path)
-        print(f"wrote {path}")
+    if config.metrics_out:
+        write_json(metrics, config.metrics_out)
+        print(f"wrote {config.metrics_out}")
 
 
 def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> None:
