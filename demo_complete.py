@@ -52,10 +52,7 @@ STAGE1 = (
     "--config /dev/null --seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 "
     "--encoder_every 2"
 )
-BASE = (
-    "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003 --prompt_tokens "
-    "--init_std 0.125 --attention_std 0.0125"
-)
+BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003"
 LORA = (
     "--batch_size 32 --learning_rate 0.002 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 --lora_dropout 0 "
     "--logging_steps 100 --eval_batch_size 128 --overwrite"
@@ -93,8 +90,8 @@ def steps(out: Path, size: Size) -> list[Step]:
         *exports,
         step(f"write instruction data: queries with {CANDIDATES} candidates in random order, and queries without",
              "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists.values(),
-             "--from train --candidate_order shuffled --code_format compact", f"--num_candidates {CANDIDATES}",
-             f"--predict --limit {size.rows} --out_dir", out / "lora_data",
+             "--from train --code_format compact", f"--num_candidates {CANDIDATES}",
+             f"--without_lists --limit {size.rows} --out_dir", out / "lora_data",
              made=[predicted / "train.json", predicted / "validation.json", rows / "test_tasks.json"]),
         step("check the instruction data for leaks", "Class/check_leaks.py", out / "lora_data"),
         step("pretrain a small LLM on the training split in words (on a GPU: LLaMA2 instead)",

@@ -165,8 +165,8 @@ class Config:
                                     resume=FREE)  # fmt: skip
     predict: tuple[str, str] | None = flag(None, RANKING, "print the top tails; '~RELATION', quoted: the top heads",
                                            metavar=("HEAD", "RELATION"), resume=FREE)  # fmt: skip
-    export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split: .json or .npz",
-                                          metavar="FILE", resume=FREE)  # fmt: skip
+    export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split",
+                                          metavar="FILE.npz", resume=FREE)  # fmt: skip
     top: int = flag(20, RANKING, "candidates of --predict and --export_candidates", low=1, resume=FREE)
 
     def as_plain(self) -> dict[str, Any]:

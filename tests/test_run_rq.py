@@ -412,9 +412,10 @@ def test_metrics_go_to_a_json_file_alone(rq: Command, ring_run: Run, more: list[
 
 def test_lists_say_whether_codes_were_shuffled(rq: Command, ring_run: Run, tmp_path: Path) -> None:
     for more in ([], ["--shuffle_codes"]):
-        out = tmp_path / "lists.json"
+        out = tmp_path / "lists.npz"
         assert rq(*ring_run.scored(None, None, "--export_candidates", str(out), "--top", "3", *more)).code == 0
-        assert json.loads(out.read_text())["info"]["shuffled_codes"] == bool(more)
+        info = json.loads(str(np.load(out)["info"]))
+        assert info["shuffled_codes"] == bool(more)
 
 
 # ---------------------------------------------------------------- continue, overwrite, refuse

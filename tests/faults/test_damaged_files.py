@@ -103,7 +103,7 @@ READERS = {
     "merge": Reader(f"lora_training/merge_adapter.py {MERGE} --output_dir OUT/merged", ADAPTED | CONFIG),
     "answer": Reader(
         f"lora_training/inference.py {ANSWER} --output OUT/results.json",
-        {"rows/test_tasks.json": without(damage.ROWS, "cut", "no rows"), **ADAPTED},
+        {"rows/test_tasks.json": without(damage.ROWS, "no rows"), **ADAPTED},
     ),
     "score": Reader(
         "lora_training/score_answers.py --answers W/answers/answers.jsonl --output OUT/metrics.json",

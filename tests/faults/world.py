@@ -47,7 +47,7 @@ MAKE = [
     f"run_rq.py {RANK} --split valid --top 6 --export_candidates W/lists/valid.npz",
     f"run_rq.py {RANK} --split test --top 6 --export_candidates W/lists/test.npz",
     f"Class/gen_lp_data_rq.py {ROWS} --out_dir W/rows --candidates W/lists/valid.npz W/lists/test.npz",
-    f"Class/gen_fb_data_rq.py {ROWS} --out_dir W/rows --neg_ratio 1 --task_only",
+    f"Class/gen_fb_data_rq.py {ROWS} --out_dir W/rows --neg_ratio 1",
     "Class/build_mix.py --out_dir W/rows",
     f"lora_training/make_tiny_base.py {BASE} --out W/base",
     f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir W/tuned",
