@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import write_json
-from data.knowledge_graph import Answers, KnowledgeGraph, with_inverse
+from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
 from lora_training.score_answers import best_threshold, classification_metrics, ranking_metrics
 from tables.audit_formats import NO_ENTITY, READERS, Contents, Query, Row, Triple, name_key, read_contents
 
@@ -137,7 +137,7 @@ class Audit:
         return Finding(name, len(rows), of, examples, change, note)
 
 
-def _answers_of(answers: Answers, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], set[int]]:
+def _answers_of(answers: TrueTails, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], set[int]]:
     """The known answers of each (h, r)."""
     array = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     indptr, ids = answers.of(array[:, 0], array[:, 1])

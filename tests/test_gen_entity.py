@@ -259,7 +259,7 @@ def test_no_leaks_apart_and_mixed(made: tuple[Path, dict[str, Rows]]) -> None:
 @pytest.mark.parametrize("plant", ["answer", "fact", "label", "twice"])
 def test_planted_leaks_are_found(tmp_path: Path, made: tuple[Path, dict[str, Rows]], plant: str) -> None:
     task = "question_answering" if plant in ("answer", "twice") else "knowledge_reasoning"
-    rows = read_task(made[0], task)
+    rows = {split: part[:600] for split, part in read_task(made[0], task).items()}
     if plant == "answer":
         one = rows["train"][5]
         one["instruction"] += f"\n{one['output']}"

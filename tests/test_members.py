@@ -97,7 +97,7 @@ def test_each_member_learns_by_its_own_loss(trainer_of: TrainerMaker, negatives:
     model, batch = trainer.model.train(), torch.arange(0, 40, 3)
     assert isinstance(model.scorer.W_q, MemberLinear)
     with torch.no_grad():
-        model.scorer.W_q.weight *= 10  # scores far from uniform: the two losses are not alike
+        model.scorer.W_q.weight.mul_(10)  # scores far from uniform: the two losses are not alike
     trainer._start_epoch(WARM_UP)
     assert trainer.z is not None
     structure = trainer._scorer_step(batch, WARM_UP)[0]

@@ -466,7 +466,7 @@ def test_statistics_by_hand() -> None:
     [("rq", {"num_codes": 0}), ("rq", {"num_quantizers": 0}), ("rq", {"latent_dim": 0}), ("vq", {"num_quantizers": 2})],
 )
 def test_bad_sizes_are_rejected(name: str, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(ValueError):
         QUANTIZERS[name](**{"num_codes": K, "latent_dim": D, **options})
 
 

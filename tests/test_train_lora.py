@@ -620,7 +620,7 @@ def test_bad_data(refused: Callable[..., str], data: Path, tmp_path: Path) -> No
     (empty / "train.json").write_text("[]\n")
     assert "train.json cannot be used: it has no rows" in refused(empty)
     (empty / "train.json").write_text("{}\n")
-    assert "train.json:1: a row needs instruction, output" in refused(empty)
+    assert "train.json:1: a row needs instruction and output" in refused(empty)
     shutil.copy(data / "train.json", empty / "train.json")
     assert "24 rows are all longer than --max_length 10" in refused(empty, max_length=10, skip_long=True)
     (empty / "dataset_stats.json").unlink()

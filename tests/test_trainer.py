@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -581,10 +580,14 @@ def test_integers_are_decided_in_full_precision(trainer_of: TrainerMaker, monkey
     seen: list[str] = []
     codebook, assign, validate = trainer.model.rq_codebook, trainer.model.rq_codebook.cal_codes, trainer._validate
 
-    def noted(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda given: (seen.append(torch.get_float32_matmul_precision()), function(given))[1]
+    def noted(function: Any) -> Any:
+        def call(given: Any) -> Any:
+            seen.append(torch.get_float32_matmul_precision())
+            return function(given)
 
-    codebook.cal_codes = noted(assign)  # type: ignore[method-assign]
-    trainer._validate = noted(validate)  # type: ignore[method-assign]
+        return call
+
+    monkeypatch.setattr(codebook, "cal_codes", noted(assign))
+    monkeypatch.setattr(trainer, "_validate", noted(validate))
     trainer.fit()
     assert len(seen) > 2 and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "highest"
