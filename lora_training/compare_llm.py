@@ -295,8 +295,8 @@ def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, coded_record: Path)
     found = {}
     for name in ROWS:
         path, by_query = values[name]
-        ranks = [1 / value if value else np.inf for value in by_query.values()]
-        metrics = ranking_metrics(ranks) | {"count": len(by_query)}
+        ranks_of_row = [1 / value if value else np.inf for value in by_query.values()]
+        metrics = ranking_metrics(ranks_of_row) | {"count": len(by_query)}
         check_ranking(path, name, metrics)
         found[name] = RowResult(str(path.relative_to(out)), metrics, by_query)
     return found

@@ -114,7 +114,7 @@ def test_splits_that_share_triples_are_cut_apart(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory, lists: dict[str, Path], codes: Path) -> tuple[Path, Rows]:
     out = tmp_path_factory.mktemp("ranked")
-    words = ["--codes", codes, "--candidates", lists["valid"], lists["test"]]
+    words: list[str | Path] = ["--codes", codes, "--candidates", lists["valid"], lists["test"]]
     return out, generate(out, *words, "--candidate_order", "ranked")
 
 
