@@ -19,7 +19,7 @@ from tests.pages import HISTORY, PAGES, page_commands, read_page
 README, CHINESE = read_page("README.md"), read_page("README.zh.md")
 BYTES = 12_288
 CPU_SIZED = [  # what runs as printed, in this order, from a fresh clone: minutes each, nothing is downloaded
-    "python demo_complete.py --quick --out_dir demo_output/quick",
+    "python demo_complete.py",
     "python run_rq.py --dataset data/family",
     "python Class/gen_fb_data_rq.py",
     "python Class/gen_entity_data_rq.py",
@@ -27,8 +27,7 @@ CPU_SIZED = [  # what runs as printed, in this order, from a fresh clone: minute
     "python Class/check_leaks.py",
     "cd lora_training && python test_lora_simple.py",
     "python tables/results.py",
-    "python tables/make_tables.py --table 2 --format latex",
-    "python tables/code_quality.py",
+    "python tables/make_tables.py",
     "python tables/run_ablations.py --list",
     "python test_rq_simple.py",
 ]
