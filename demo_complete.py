@@ -23,7 +23,7 @@ GRAPH = "data/family"
 STEM = "family_4_256_4_rq"
 TASK, PREDICTED = "link_prediction", "tail_prediction"
 SUMMARY, RECORD = "PROJECT_SUMMARY.md", "demo.json"
-RANKED, SHUFFLED = f"ranked/{STEM}_test.json", f"ranked/{STEM}_test_shuffled.json"
+RANKED, SHUFFLED = "ranked.json", "ranked_shuffled.json"
 COLUMNS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
 CANDIDATES = 8  # per query of the LLM
 
@@ -46,16 +46,13 @@ FULL = Size(
     figures="2 4 6 8 10 levels",
 )
 QUICK = FULL._replace(
-    stage1="--epoch 12 --eval_every 6", rows=320, base="--epochs 0.3", figures="6 10 levels"
+    stage1="--epoch 8 --eval_every 8 --encoder_every 8", rows=320, base="--epochs 0.3", figures="6 10 levels"
 )
 STAGE1 = (
     "--config /dev/null --seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 "
     "--encoder_every 2"
 )
-BASE = (
-    "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003 --prompt_tokens "
-    "--init_std 0.125 --attention_std 0.0125"
-)
+BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003"
 LORA = (
     "--batch_size 32 --learning_rate 0.002 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 --lora_dropout 0 "
     "--logging_steps 100 --eval_batch_size 128 --overwrite"
@@ -86,15 +83,15 @@ def steps(out: Path, size: Size) -> list[Step]:
              *stage1, STAGE1, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent, "--overwrite",
              made=[codes, codes.with_suffix(".json"), checkpoint]),
         step("rank the test split from the dumped integers alone, without an encoder",
-             *ranking, "--out_dir", out / "ranked", made=[out / RANKED]),
+             *ranking, "--metrics_out", out / RANKED, made=[out / RANKED]),
         step("control: give every entity the codes of another one and rank again",
-             *ranking, "--shuffle_codes --out_dir", out / "ranked", made=[out / SHUFFLED]),
+             *ranking, "--shuffle_codes --metrics_out", out / SHUFFLED, made=[out / SHUFFLED]),
         step("predict one tail from the codes", *ranking, "--predict ada_ashley mother --top 3"),
         *exports,
         step(f"write instruction data: queries with {CANDIDATES} candidates in random order, and queries without",
              "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists.values(),
-             "--from train --candidate_order shuffled --code_format compact", f"--num_candidates {CANDIDATES}",
-             f"--predict --limit {size.rows} --out_dir", out / "lora_data",
+             "--from train --code_format compact", f"--num_candidates {CANDIDATES}",
+             f"--without_lists --limit {size.rows} --out_dir", out / "lora_data",
              made=[predicted / "train.json", predicted / "validation.json", rows / "test_tasks.json"]),
         step("check the instruction data for leaks", "Class/check_leaks.py", out / "lora_data"),
         step("pretrain a small LLM on the training split in words (on a GPU: LLaMA2 instead)",

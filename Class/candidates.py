@@ -2,13 +2,13 @@
 
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates FILE.npz --split valid
 
-One row per query, from stage 1 or from any other model, in either of two forms of file. Entities and relations are
-given by raw name (text) or by id (integers: the rows of the data set); JSON may mix both.
+One row per query. Stage 1 writes FILE.npz, with the ids of entities and relations (rows of the data set); the lists of
+another model come as FILE.json, with raw names.
 
 FILE.json    {"info": {...}, "rows": [{"query": ["ada_ashley", "father"], "direction": "tail", "truth": "max_ashley",
-             "candidates": ["max_ashley", 17, ...], "scores": [9.1, 8.7, ...], "rank": 1.5}, ...]}
-FILE.npz     query [n, 2], direction [n] ("tail" or "head"), candidates [n, C], and where known truth [n],
-             scores [n, C], rank [n], info (JSON text); shorter lists end in -1 (names: in ""), an unknown rank is NaN
+             "candidates": ["max_ashley", "tom_ford", ...], "scores": [9.1, 8.7, ...], "rank": 1.5}, ...]}
+FILE.npz     query [n, 2], direction [n] ("tail" or "head"), candidates [n, C], info (JSON text), and where known
+             truth [n], scores [n, C], rank [n]; shorter lists end in -1, an unknown rank is NaN
 
 query        the entity that is given, and the relation in the data set's own direction
 direction    the end that is to be predicted: "tail" is (query[0], query[1], ?), "head" is (?, query[1], query[0])
@@ -17,10 +17,8 @@ truth        (optional) the answer that this list is for: only other known answe
              without it serves every triple of its query; whatever is known of them is filtered by the reader
 scores       (optional) higher is better, not rising along the list
 rank         (optional) of the truth among all entities, filtered by the answers of all splits, ties at their mean
-info         (optional) the origin: dataset, split, model, filter, ... Four keys have an effect: with "folds": 2 or
-             more, or "split": "valid" or "test", the model was not trained on the triples of its queries.
-             "entities_sha256" (written here) identifies the order of entities that ids refer to; a graph whose
-             entities are named by numbers needs it for integers. "shuffled_codes": true marks a control
+info         (optional in JSON) the origin: dataset, split, model, filter, ... "entities_sha256" (written here)
+             identifies the order of entities that ids refer to. "shuffled_codes": true marks a control
 """
 
 from __future__ import annotations
@@ -40,18 +38,15 @@ from numpy.typing import ArrayLike, NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import InputError
-from common.files import atomic_path, parse_json, read_json, write_text
+from common.files import atomic_path, parse_json, read_json
 from data.knowledge_graph import KnowledgeGraph, TrueTails
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-ENDINGS = (".npz", ".json")
 LARGEST = sys.float_info.max  # JSON may hold whole numbers beyond it
 DIRECTIONS = ("tail", "head")
-HELD_OUT_SPLITS = ("valid", "test")
-UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 100  # an archive beyond both was made to fill the memory
 
 
 class Candidates(NamedTuple):
@@ -62,16 +57,7 @@ class Candidates(NamedTuple):
     ids: Ints  # [n, C], best first, ending in -1
     scores: Floats | None  # [n, C], NaN where ids are -1
     rank: Floats  # [n], NaN where unknown
-    held_out: Bools  # [n], the model was not trained on the query's triple
     info: dict[str, Any]
-
-
-def check_ending(path: str | Path) -> Path:
-    """InputError unless the file name ends in .npz or .json."""
-    path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise InputError(f"candidates file {path} must end in {' or '.join(ENDINGS)}")
-    return path
 
 
 def entities_hash(kg: KnowledgeGraph) -> str:
@@ -79,69 +65,38 @@ def entities_hash(kg: KnowledgeGraph) -> str:
     return hashlib.sha256("\n".join([*kg.entities, "", *kg.relations]).encode()).hexdigest()
 
 
-def is_held_out(info: dict[str, Any]) -> bool:
-    """Whether, by ``info``, the model was not trained on the triples of its queries."""
-    folds = info.get("folds")
-    return info.get("split") in HELD_OUT_SPLITS or (isinstance(folds, int) and folds >= 2)
-
-
 # ---------------------------------------------------------------- write
 
 
 def write_candidates(path: str | Path, candidates: Candidates, kg: KnowledgeGraph, **info: Any) -> None:
-    """Write either form by the file's ending, ids in ``.npz`` and names in ``.json``; ``info`` adds to the lists' own.
-
-    Raises InputError for another ending or a folder that cannot be written.
-    """
-    path = check_ending(path)
-    info = candidates.info | info | {"entities_sha256": entities_hash(kg)}
-    entity, relation = candidates.queries.T
+    """Write an .npz file; ``info`` adds to the lists' own. InputError for a folder that cannot be written."""
+    relation = candidates.queries[:, 1]
     is_head = relation >= kg.num_relations
-    relation = relation % kg.num_relations
-    if path.suffix == ".npz":
-        arrays: dict[str, Any] = {
-            "query": np.stack([entity, relation], axis=1).astype(np.int32),
-            "direction": np.array(DIRECTIONS)[is_head.astype(np.int64)],
-            "truth": candidates.truth.astype(np.int32),
-            "candidates": candidates.ids.astype(np.int32),
-            "rank": candidates.rank,
-            "info": np.array(json.dumps(info)),
-        }
-        if candidates.scores is not None:
-            arrays["scores"] = candidates.scores.astype(np.float32)
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        return
-    lines = []
-    for i in range(len(entity)):
-        ids = candidates.ids[i][candidates.ids[i] >= 0].tolist()
-        row: dict[str, Any] = {
-            "query": [kg.entities[entity[i]], kg.relations[relation[i]]],
-            "direction": DIRECTIONS[int(is_head[i])],
-            "candidates": [kg.entities[e] for e in ids],
-        }
-        if candidates.truth[i] >= 0:
-            row["truth"] = kg.entities[candidates.truth[i]]
-        if candidates.scores is not None:
-            row["scores"] = candidates.scores[i, : len(ids)].tolist()
-        if not np.isnan(candidates.rank[i]):
-            row["rank"] = float(candidates.rank[i])
-        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
-    head = json.dumps(info, ensure_ascii=False, allow_nan=False)
-    write_text(f'{{"info": {head},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n", path)
+    arrays: dict[str, Any] = {
+        "query": np.stack([candidates.queries[:, 0], relation % kg.num_relations], axis=1).astype(np.int32),
+        "direction": np.array(DIRECTIONS)[is_head.astype(np.int64)],
+        "truth": candidates.truth.astype(np.int32),
+        "candidates": candidates.ids.astype(np.int32),
+        "rank": candidates.rank,
+        "info": np.array(json.dumps(candidates.info | info | {"entities_sha256": entities_hash(kg)})),
+    }
+    if candidates.scores is not None:
+        arrays["scores"] = candidates.scores.astype(np.float32)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 # ---------------------------------------------------------------- read
 
 
 def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidates:
-    """The lists of one or several files (of different splits or folds), checked against ``kg``.
+    """The lists of one or several files (of different splits), checked against ``kg``.
 
     ``info`` is that of the first file, with ``files``: the names of all. Raises InputError with file and row: unknown
     name or id, ids of another data set, repeated candidate, rising scores, rank below 1, a query of two
     lists (the same list twice counts once).
     """
-    parts = [_read(check_ending(path), kg) for path in paths]
+    parts = [_read(Path(path), kg) for path in paths]
     C = max(part.ids.shape[1] for part in parts)
     scored = all(part.scores is not None for part in parts)
 
@@ -154,7 +109,6 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
         np.concatenate([wide(part.ids, -1) for part in parts]),
         np.concatenate([wide(part.scores, np.nan) for part in parts if part.scores is not None]) if scored else None,
         np.concatenate([part.rank for part in parts]),
-        np.concatenate([part.held_out for part in parts]),
         parts[0].info | {"files": [Path(path).name for path in paths]},
     )
     # a triple that a data set repeats has its list as often
@@ -168,12 +122,14 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
             f"--candidates {' '.join(map(str, paths))}: {int(other.sum())} queries have two lists; give each one once"
         )
     first.sort()
-    queries, truth, ids, scores, rank, held_out, info = merged
+    queries, truth, ids, scores, rank, info = merged
     kept = None if scores is None else scores[first]
-    return Candidates(queries[first], truth[first], ids[first], kept, rank[first], held_out[first], info)
+    return Candidates(queries[first], truth[first], ids[first], kept, rank[first], info)
 
 
 def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
+    if path.suffix not in (".npz", ".json"):
+        raise InputError(f"candidates file {path} must end in .npz or .json")
     if not path.exists():
         raise InputError(
             f"candidates file {path} does not exist; stage 1 writes one: python run_rq.py --eval_codes CODES.pt "
@@ -201,33 +157,6 @@ def _refuse(path: Path, rows: ArrayLike, problem: str) -> None:
         raise InputError(f"candidates file {path}: row {int(bad.argmax())} {problem} ({int(bad.sum())} such rows)")
 
 
-def _check_info(path: Path, info: Any, kg: KnowledgeGraph, by_id: bool) -> dict[str, Any]:
-    """``info``, if ids (``by_id``) can refer to ``kg``. Raises InputError where they are ambiguous, or of others."""
-    if not isinstance(info, dict):
-        raise InputError(f"candidates file {path}: info is a {type(info).__name__}, expected an object")
-    written = info.get("entities_sha256")
-    if by_id and written is not None and written != entities_hash(kg):
-        raise InputError(
-            f"candidates file {path} has ids of {info.get('dataset')}, whose entities and relations are not those of "
-            f"{kg.name} ({kg.num_entities} and {kg.num_relations}) in the same order; export them from {kg.name}"
-        )
-    if by_id and written is None:
-        other = next((i for i, name in enumerate(kg.entities) if name.isdecimal() and name != str(i)), None)
-        if other is not None:
-            raise InputError(
-                f"candidates file {path} has integers, and {kg.name} has entities named by numbers (row {other} is "
-                f"{kg.entities[other]!r}): they may be names or rows; write names as text"
-            )
-    return info
-
-
-def _unknown(path: Path, row: int, what: str, value: Any, size: int, kg: KnowledgeGraph) -> InputError:
-    return InputError(
-        f"candidates file {path}: row {row}: {what} {value!r} is none of {kg.name}, expected a raw name or an id in "
-        f"0..{size - 1}"
-    )
-
-
 def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an archive with their shapes and types checked. Raises InputError."""
     try:
@@ -235,28 +164,23 @@ def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with loaded as archive:
-            assert archive.zip is not None
-            unpacked = sum(part.file_size for part in archive.zip.infolist())
-            if unpacked > UNPACKED_BYTES and unpacked > UNPACKED_RATIO * path.stat().st_size:
-                raise ValueError(f"{unpacked:,} bytes when unpacked")
             arrays = {name: archive[name] for name in archive.files}
     except (
         OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"candidates file {path} cannot be read as an .npz archive: {reason}") from error
-    missing = [name for name in ("query", "direction", "candidates") if name not in arrays]
+    missing = [name for name in ("query", "direction", "candidates", "info") if name not in arrays]
     if missing:
         raise InputError(
             f"candidates file {path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}"
         )
     n = len(arrays["query"]) if arrays["query"].ndim else 0
     C = arrays["candidates"].shape[1] if arrays["candidates"].ndim == 2 else 0
-    ids_or_names = "ids or names"
-    kinds = {ids_or_names: "iuU", "text": "U", "numbers": "fiu"}
+    kinds = {"ids": "iu", "text": "U", "numbers": "fiu"}
     for name, shape, kind in (
-        ("query", (n, 2), ids_or_names), ("direction", (n,), "text"), ("candidates", (n, C), ids_or_names),
-        ("truth", (n,), ids_or_names), ("scores", (n, C), "numbers"), ("rank", (n,), "numbers"), ("info", (), "text"),
+        ("query", (n, 2), "ids"), ("direction", (n,), "text"), ("candidates", (n, C), "ids"),
+        ("truth", (n,), "ids"), ("scores", (n, C), "numbers"), ("rank", (n,), "numbers"), ("info", (), "text"),
     ):  # fmt: skip
         if name in arrays and (arrays[name].shape != shape or arrays[name].dtype.kind not in kinds[kind]):
             raise InputError(
@@ -268,40 +192,29 @@ def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 def _read_npz(path: Path, kg: KnowledgeGraph) -> Candidates:
     arrays = _load_npz(path)
-    n = len(arrays["query"])
-    by_id = arrays["query"].dtype.kind != "U" or arrays["candidates"].dtype.kind != "U"
+    n, M = len(arrays["query"]), kg.num_entities
     try:
-        info = parse_json(str(arrays["info"])) if "info" in arrays else {}
+        info = parse_json(str(arrays["info"]))
     except ValueError as error:
         raise InputError(f"candidates file {path}: info is no JSON: {str(error).splitlines()[0]}") from error
-    info = _check_info(path, info, kg, by_id)
-    wrong = ~np.isin(arrays["direction"], DIRECTIONS)
-    _refuse(path, wrong, f"has another direction than {' or '.join(DIRECTIONS)}")
-
-    def ids(array: NDArray[Any], names: list[str], what: str, gaps: bool) -> Ints:
-        if array.dtype.kind == "U":
-            distinct, inverse = np.unique(array, return_inverse=True)
-            row = {name: i for i, name in enumerate(names)} | ({"": -1} if gaps else {})
-            found = np.array([row.get(name, -2) for name in distinct.tolist()], dtype=np.int64)
-            result: Ints = found[inverse].reshape(array.shape)
-        else:
-            result = array.astype(np.int64)
-        bad = (result < (-1 if gaps else 0)) | (result >= len(names))
-        if bad.any():
-            at = np.argwhere(bad)[0]
-            raise _unknown(path, int(at[0]), what, array[tuple(at)].item(), len(names), kg)
-        return result
-
-    entity = ids(arrays["query"][:, 0], kg.entities, "query entity", False)
-    relation = ids(arrays["query"][:, 1], kg.relations, "query relation", False)
-    relation = relation + kg.num_relations * (arrays["direction"] == "head")
+    if not isinstance(info, dict) or info.get("entities_sha256") != entities_hash(kg):
+        origin = info.get("dataset") if isinstance(info, dict) else None
+        raise InputError(
+            f"candidates file {path} has ids of {origin}, whose entities and relations are not those of {kg.name} "
+            f"({M} and {kg.num_relations}) in the same order; export them from {kg.name}"
+        )
+    _refuse(path, ~np.isin(arrays["direction"], DIRECTIONS), f"has another direction than {' or '.join(DIRECTIONS)}")
+    query, ids = arrays["query"].astype(np.int64), arrays["candidates"].astype(np.int64)
+    truth = arrays["truth"].astype(np.int64) if "truth" in arrays else np.full(n, -1)
+    wrong = (query < 0).any(axis=1) | (query >= [M, kg.num_relations]).any(axis=1) | (truth < -1) | (truth >= M)
+    _refuse(path, wrong | (ids < -1).any(axis=1) | (ids >= M).any(axis=1), f"has an id outside 0..{M - 1}")
+    query[:, 1] += kg.num_relations * (arrays["direction"] == "head")
     return Candidates(
-        np.stack([entity, relation], axis=1),
-        ids(arrays["truth"], kg.entities, "truth", True) if "truth" in arrays else np.full(n, -1),
-        ids(arrays["candidates"], kg.entities, "candidate", True),
+        query,
+        truth,
+        ids,
         arrays["scores"].astype(np.float64) if "scores" in arrays else None,
         arrays["rank"].astype(np.float64) if "rank" in arrays else np.full(n, np.nan),
-        np.full(n, is_held_out(info)),
         info,
     )
 
@@ -333,16 +246,18 @@ def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
     rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise InputError(f'candidates file {path} holds no {{"rows": [...]}}')
-    by_id = False
+    info = content.get("info", {})
+    if not isinstance(info, dict):
+        raise InputError(f"candidates file {path}: info is a {type(info).__name__}, expected an object")
     entity_row = {name: i for i, name in enumerate(kg.entities)}
     relation_row = {name: i for i, name in enumerate(kg.relations)}
 
-    def row_of(number: int, value: Any, names: dict[str, int], what: str) -> int:
-        nonlocal by_id
-        found = names.get(value, -1) if isinstance(value, str) else value if type(value) is int else -1
-        by_id |= not isinstance(value, str)
-        if not 0 <= found < len(names):
-            raise _unknown(path, number, what, value, len(names), kg)
+    def row_of(number: int, name: Any, names: dict[str, int], what: str) -> int:
+        found = names.get(name) if isinstance(name, str) else None
+        if found is None:
+            raise InputError(
+                f"candidates file {path}: row {number}: {what} {name!r} is no name of {kg.name}; write names as text"
+            )
         return found
 
     queries, truths, lists = [], [], []
@@ -356,7 +271,6 @@ def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
         queries.append([row_of(number, entity, entity_row, "query entity"), relation])
         truths.append(-1 if row.get("truth") is None else row_of(number, row["truth"], entity_row, "truth"))
         lists.append([row_of(number, value, entity_row, "candidate") for value in row["candidates"]])
-    info = _check_info(path, content.get("info", {}), kg, by_id)
     n, C = len(rows), max(map(len, lists), default=0)
     scored = all(row.get("scores") is not None for row in rows)
     padded = [row["scores"] + [np.nan] * (C - len(row["scores"])) for row in rows] if scored else []
@@ -366,7 +280,6 @@ def _read_json(path: Path, kg: KnowledgeGraph) -> Candidates:
         np.array([ids + [-1] * (C - len(ids)) for ids in lists], dtype=np.int64).reshape(n, C),
         np.array(padded, dtype=np.float64).reshape(n, C) if scored else None,
         np.array([np.nan if row.get("rank") is None else row["rank"] for row in rows], dtype=np.float64),
-        np.full(n, is_held_out(info)),
         info,
     )
 

@@ -7,14 +7,13 @@ Files, as stage 1 leaves them:
 ..._rq.entities.txt               one raw entity name per row, so that codes map to another data set's ids
 ..._rq.json                       the run record
 
-Text of one entity, in two forms that every parser here reads (L = 2 positions, Q = 3 levels):
+Text of one entity, in two forms that ``parse_codes`` reads (L = 2 positions, Q = 3 levels):
 spec      <ENT>name</ENT> <CODE>Q0_5:Q1_9:Q2_0|Q0_7:Q1_1:Q2_3</CODE>     about 2*L*Q tokens
 compact   <ENT>name</ENT> <CODE>Q0_5Q1_9Q2_0Q0_7Q1_1Q2_3</CODE>          L*Q + 2 tokens: level 0 opens a position
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -119,22 +118,6 @@ _TOKEN = re.compile(r"Q(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})")
 _LIKE_TOKEN = re.compile(r"(</?(?:ENT|CODE)|Q[0-9]+)(\\*)(?=>|_[0-9])")
 
 
-class CodeTextError(ValueError):
-    """Code text that is malformed or incomplete; ``position`` is the offset of the fault in the given string."""
-
-    def __init__(self, text: str, position: int, problem: str) -> None:
-        self.position, self.problem = position, problem
-        found = repr(text[position : position + 24]) if position < len(text) else "the end of the text"
-        super().__init__(f"at character {position}: {problem}, found {found}")
-
-
-class EntityText(NamedTuple):
-    """A parsed ``<ENT>name</ENT> <CODE>...</CODE>``."""
-
-    name: str
-    codes: NDArray[np.int64]  # [L, Q]
-
-
 def code_tokens(num_code: int, num_quantizers: int) -> list[str]:
     """Every token that the codes add to a tokenizer: the four marks, then Q{level}_{index} by level and index.
 
@@ -167,31 +150,20 @@ def _joined(row: list[list[int]], code_format: str) -> str:
     return f"{CODE}{between_positions.join(positions)}{END_CODE}"
 
 
-def parse_codes(
-    text: str, seq_len: int | None = None, num_quantizers: int | None = None, num_code: int | None = None
-) -> NDArray[np.int64]:
+def parse_codes(text: str) -> NDArray[np.int64]:
     """The codes [L, Q] of a ``<CODE>...</CODE>`` in either format: the exact inverse of ``print_codes``.
 
-    ``seq_len``, ``num_quantizers``, ``num_code``: the shape and range that the text must have, where known.
-    Raises CodeTextError with the first character that differs from the text of the codes that were found.
+    ValueError for any other text.
     """
     rows: list[list[int]] = []
     for token in _TOKEN.finditer(text):
         if int(token[1]) == 0:
             rows.append([])
         if not rows or int(token[1]) != len(rows[-1]):
-            raise CodeTextError(text, token.start(), "expected another level")
+            raise ValueError(f"expected another level at character {token.start()} of {text[:60]!r}")
         rows[-1].append(int(token[2]))
-    printed = [_joined(rows, code_format) for code_format in CODE_FORMATS]
-    if text not in printed or not rows:
-        at = max(sum(itertools.takewhile(bool, map(str.__eq__, text, one))) for one in printed)
-        raise CodeTextError(text, at, "expected <CODE>, codes such as Q0_5, </CODE>")
-    sizes = {len(row) for row in rows}
-    if len(sizes) > 1 or num_quantizers not in (None, *sizes) or seq_len not in (None, len(rows)):
-        wanted = f"{seq_len or len(rows)} positions of {num_quantizers or len(rows[0])} levels"
-        raise CodeTextError(text, 0, f"expected {wanted}, got {[len(row) for row in rows]} levels")
-    if num_code is not None and max(map(max, rows)) >= num_code:
-        raise CodeTextError(text, 0, f"expected indices in 0..{num_code - 1}")
+    if not rows or len({len(row) for row in rows}) > 1 or text not in [_joined(rows, form) for form in CODE_FORMATS]:
+        raise ValueError(f"expected <CODE>, codes such as Q0_5 at equal levels, </CODE>, found {text[:60]!r}")
     return np.array(rows, dtype=np.int64)
 
 
@@ -199,14 +171,9 @@ def escape_name(name: str) -> str:
     """The name with a backslash inside whatever a tokenizer would read as one of our tokens.
 
     ``</ENT>`` becomes ``</ENT\\>`` and ``Q1_20`` becomes ``Q1\\_20``; where there are backslashes already, one more
-    is added, so that ``unescape_name`` restores every name. Other names are unchanged.
+    is added, so that no two names become equal. Other names are unchanged.
     """
     return _LIKE_TOKEN.sub(r"\1\2\\", name)
-
-
-def unescape_name(text: str) -> str:
-    """The inverse of ``escape_name``."""
-    return _LIKE_TOKEN.sub(lambda match: match[1] + match[2][:-1], text)
 
 
 def entity_text(name: str, codes: ArrayLike | None, code_format: str = "spec") -> str:
@@ -214,25 +181,6 @@ def entity_text(name: str, codes: ArrayLike | None, code_format: str = "spec") -
     if codes is None:
         return escape_name(name)
     return f"{ENT}{escape_name(name)}{END_ENT} {print_codes(codes, code_format)}"
-
-
-def parse_entity(
-    text: str, seq_len: int | None = None, num_quantizers: int | None = None, num_code: int | None = None
-) -> EntityText:
-    """The inverse of ``entity_text`` with codes; shape arguments and errors as in ``parse_codes``."""
-    if not text.startswith(ENT):
-        raise CodeTextError(text, 0, f"expected {ENT}")
-    end = text.find(END_ENT)
-    if end < 0:
-        raise CodeTextError(text, len(text), f"expected {END_ENT}")
-    start = end + len(END_ENT)
-    if not text.startswith(" ", start):
-        raise CodeTextError(text, start, f"expected a space between {END_ENT} and {CODE}")
-    try:
-        codes = parse_codes(text[start + 1 :], seq_len, num_quantizers, num_code)
-    except CodeTextError as error:
-        raise CodeTextError(text, start + 1 + error.position, error.problem) from error
-    return EntityText(unescape_name(text[len(ENT) : end]), codes)
 
 
 # ---------------------------------------------------------------- names

@@ -3,16 +3,15 @@
     python Class/gen_entity_data_rq.py                                        all four, with the newest codes
     python Class/gen_entity_data_rq.py --tasks knowledge_reasoning question_answering --no_codes
 
-entity_representation  name -> codes, codes -> name, codes -> description, both -> description
+entity_representation  name -> codes, codes -> name, both -> description
 knowledge_reasoning    predict a tail, complete a triple (head or relation), validate a triple: as many True as False
-code_understanding     which of two is nearer, levels shared at a position, a hidden code: computed from the codes
-question_answering     questions over one and two relations in words, answered by all known answers
+code_understanding     levels shared at a position, a hidden code: computed from the codes
+question_answering     questions over one relation in words, answered by all known answers
 
 The first and the third hold out entities, a tenth each for validation and test (a mix shows their names and codes in
 prompts of other tasks). The others hold out facts: a training row rests on training triples only, one of validation or
-test on triples of its split only, and a question of validation or test is made only where every known answer, and
-every fact on the way, is of its split. Codes of an unseen name can hardly be predicted: the statistics say what
-guessing reaches.
+test on triples of its split only, and a question of validation or test is made only where every known answer is of its
+split.
 
 A row whose prompt holds its answer by chance (equal names, a loop) is left out and counted.
 """
@@ -25,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +41,7 @@ from data.knowledge_graph import KnowledgeGraph, TrueTails, true_tails
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each
+MAX_ANSWERS = 20  # of a question
 
 Draft = Row | None  # None: there is no such row for this item
 Maker = Callable[[int, np.random.Generator], Draft]
@@ -118,24 +118,9 @@ def entity_kinds(source: Source, part: Ints) -> list[Kind]:
         Kind("name_to_codes", part, lambda e, _: row(e, prompts.name_to_codes(names[e]), source.code_texts[e])),
         Kind("codes_to_name", part[alone[part]],
              lambda e, _: row(e, prompts.codes_to_name(source.code_texts[e]), names[e])),
-        Kind("codes_to_description", part[(alone & described)[part]],
-             lambda e, _: row(e, prompts.codes_to_description(source.code_texts[e]), descriptions[e])),
         Kind("explain_codes", part[described[part]],
              lambda e, _: row(e, prompts.explain_codes(names[e], source.entity_texts[e]), descriptions[e])),
     ]  # fmt: skip
-
-
-def guessing_control(codes: Ints, parts: dict[str, Ints], num_code: int) -> dict[str, Any]:
-    """Share of the codes [M, L, Q] of held-out entities that a guess gets right which does not use the name.
-
-    The guess is the commonest code of each position and level among the training entities.
-    """
-    train = codes[parts["train"]].reshape(len(parts["train"]), -1)
-    guess = np.array([np.bincount(column).argmax() for column in train.T])
-    found = {
-        split: round(float((codes[parts[split]].reshape(-1, len(guess)) == guess).mean()), 4) for split in SPLITS[1:]
-    }
-    return {"uniform_guess": round(1 / num_code, 6), "commonest_code": found}
 
 
 # ---------------------------------------------------------------- facts
@@ -184,7 +169,7 @@ def judged_triples(kg: KnowledgeGraph, parts: Parts, seed: int) -> dict[str, tup
     """
     found = {}
     kept = {"train": parts.train, "validation": parts.validation, "test": parts.test}
-    for split, rows in make_splits(kg, 1, "range", seed).items():
+    for split, rows in make_splits(kg, 1, seed).items():
         triples, labels = rows.rows
         true, false = np.flatnonzero(labels), np.flatnonzero(~labels)
         own = np.isin(triple_keys(triples[true], kg), triple_keys(kept[split], kg))
@@ -201,30 +186,9 @@ def judged_triples(kg: KnowledgeGraph, parts: Parts, seed: int) -> dict[str, tup
 def code_kinds(source: Source, part: Ints) -> list[Kind]:
     """Questions about the codes of the entities of ``part``; other entities in them are of ``part`` too."""
     assert source.codes is not None
-    codes, kg = source.codes, source.kg
+    codes = source.codes
     L, Q = codes.shape[1:]
     own = codes[part]
-
-    def nearer(e: int, rng: np.random.Generator) -> Draft:
-        others = np.unique(part[rng.integers(0, len(part), 32)])
-        others = others[others != e]
-        shared = (codes[others] == codes[e]).sum(axis=(1, 2))
-        farther = others[shared < shared.max(initial=0)]
-        if not len(farther):
-            return None
-        near = int(others[shared.argmax()])
-        pair = rng.permutation([near, rng.choice(farther)]).tolist()
-        return {
-            "instruction": prompts.nearer_entity(
-                source.entity_texts[e], [source.entity_texts[other] for other in pair]
-            ),
-            "output": source.shown[near],
-            "answers": [],  # it is among the candidates
-            "candidates": [kg.entities[other] for other in pair],
-            "candidate_names": [source.shown[other] for other in pair],
-            "candidate_codes": [source.code_texts[other] for other in pair],
-            "truth": [kg.entities[near]],
-        }
 
     def prefix(e: int, rng: np.random.Generator) -> Draft:
         position = int(rng.integers(L))
@@ -248,7 +212,6 @@ def code_kinds(source: Source, part: Ints) -> list[Kind]:
         return {"instruction": prompts.hidden_level(masked), "output": token, "truth": [token]}
 
     return [
-        Kind("nearer_entity", part, nearer),
         Kind("shared_prefix", part, prefix),
         Kind("hidden_level", part, hidden),
     ]
@@ -257,83 +220,37 @@ def code_kinds(source: Source, part: Ints) -> list[Kind]:
 # ---------------------------------------------------------------- questions
 
 
-class Hop(NamedTuple):
-    """All answers of one query, as ids, and the facts that give them, in the data set's own direction."""
+def question_kinds(source: Source, own: TrueTails, known: TrueTails) -> list[Kind]:
+    """Questions over one relation whose answers are all ``own``; items are rows of ``own``.
 
-    answers: list[int]
-    facts: list[tuple[int, int, int]]
-
-
-def take_hop(answers: TrueTails, h: int, row: int, r: int) -> Hop:
-    """The answers of ``answers``' row ``row``, which is the query (h, r); none for row -1."""
-    R = answers.num_relations
-    tails = answers.targets[answers.indptr[row] : answers.indptr[row + 1]].tolist() if row >= 0 else []
-    return Hop(tails, [(h, r, t) if r < R else (t, r - R, h) for t in tails])
-
-
-def question_kinds(source: Source, own: TrueTails, known: TrueTails, max_answers: int) -> list[Kind]:
-    """Questions over one and two relations whose answers and facts are all ``own``.
-
-    ``known``: all answers; a query with more of them than ``own`` has is left out. Items are rows of ``own``.
+    ``known``: all answers; a query with more of them than ``own`` has is left out.
     """
     kg, R = source.kg, source.kg.num_relations
-    heads = own.keys // (2 * R)
-    relation = own.keys % (2 * R)
-    sizes = np.diff(own.indptr)
-    complete = sizes == _sizes(known, heads, relation)
-    usable = np.flatnonzero(complete & (sizes <= max_answers))
-    first_of = np.searchsorted(heads, np.arange(kg.num_entities + 1))  # an entity's queries are rows of own
+    heads, relation = own.keys // (2 * R), own.keys % (2 * R)
+    sizes, rows = np.diff(own.indptr), known.rows(heads, relation)
+    complete = sizes == np.where(rows >= 0, np.diff(known.indptr)[rows], 0)
 
-    def made(h: int, path: list[int], facts: set[tuple[int, int, int]], answers: list[int], wording: int) -> Row:
-        words = [prompts.relation_text(source.relations[r % R], "tail" if r < R else "head") for r in path]
-        names = [source.shown[answer] for answer in answers]
+    def question(row: int, rng: np.random.Generator) -> Draft:
+        h, r = int(heads[row]), int(relation[row])
+        tails = own.targets[own.indptr[row] : own.indptr[row + 1]].tolist()
+        facts = sorted((h, r, t) if r < R else (t, r - R, h) for t in tails)
+        words = prompts.relation_text(source.relations[r % R], "tail" if r < R else "head")
+        names = [source.shown[tail] for tail in tails]
         return {
-            "instruction": prompts.question(source.entity_texts[h], words, wording),
+            "instruction": prompts.question(source.entity_texts[h], words, int(rng.integers(len(prompts.QUESTIONS)))),
             "output": "\n".join(names),
             "answers": names,
-            "triple": [name for fact in sorted(facts) for name in source.raw_triple(*fact)],
-            "truth": [kg.entities[answer] for answer in answers],
+            "triple": [name for fact in facts for name in source.raw_triple(*fact)],
+            "truth": [kg.entities[tail] for tail in tails],
         }
 
-    def one_hop(row: int, rng: np.random.Generator) -> Draft:
-        h, r = int(heads[row]), int(relation[row])
-        hop = take_hop(own, h, row, r)
-        return made(h, [r], set(hop.facts), hop.answers, int(rng.integers(len(prompts.ONE_HOP))))
-
-    def two_hop(row: int, rng: np.random.Generator) -> Draft:
-        h, r = int(heads[row]), int(relation[row])
-        hop = take_hop(own, h, row, r)
-        middle = hop.answers[int(rng.integers(len(hop.answers)))]
-        # back along the same relation the answer would be h
-        choices = [p for p in relation[first_of[middle] : first_of[middle + 1]].tolist() if p != (r + R) % (2 * R)]
-        if not choices:
-            return None
-        then = choices[int(rng.integers(len(choices)))]
-        ends, facts = set(), set(hop.facts)
-        rows = own.rows(hop.answers, [then] * len(hop.answers))
-        if (np.where(rows >= 0, sizes[rows], 0) != _sizes(known, hop.answers, [then] * len(hop.answers))).any():
-            return None
-        for entity, place in zip(hop.answers, rows.tolist(), strict=True):
-            second = take_hop(own, entity, place, then)
-            ends.update(second.answers)
-            facts.update(second.facts)
-        if not 0 < len(ends) <= max_answers:
-            return None
-        return made(h, [r, then], facts, sorted(ends), int(rng.integers(len(prompts.TWO_HOP))))
-
-    return [Kind("one_hop_question", usable, one_hop), Kind("two_hop_question", usable, two_hop)]
-
-
-def _sizes(answers: TrueTails, h: Any, r: Any) -> Ints:
-    """How many known tails each query (h, r) has."""
-    rows = answers.rows(h, r)
-    return np.where(rows >= 0, answers.indptr[rows + 1] - answers.indptr[rows], 0)  # not all sizes: called per row
+    return [Kind("one_hop_question", np.flatnonzero(complete & (sizes <= MAX_ANSWERS)), question)]
 
 
 # ---------------------------------------------------------------- command
 
 
-def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callable[[], dict[str, list[Kind]]]]:
+def make_tasks(source: Source, seed: int) -> dict[str, Callable[[], dict[str, list[Kind]]]]:
     """Per task, a function that makes its kinds of each split."""
     kg = source.kg
     entities, facts = entity_parts(kg.num_entities, seed), disjoint_parts(kg, seed)
@@ -347,7 +264,7 @@ def make_tasks(source: Source, max_answers: int, seed: int) -> dict[str, Callabl
         own = {split: true_tails(triples[split], kg.num_entities, kg.num_relations) for split in SPLITS}
         # training uses its own triples only; in the others, a query with answers in another split is left out
         known = {"train": own["train"], "validation": kg.answers(), "test": kg.answers()}
-        return {split: question_kinds(source, own[split], known[split], max_answers) for split in SPLITS}
+        return {split: question_kinds(source, own[split], known[split]) for split in SPLITS}
 
     return {
         "entity_representation": lambda: {split: entity_kinds(source, entities[split]) for split in SPLITS},
@@ -366,11 +283,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser)
     group = parser.add_argument_group("tasks")
     group.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to write")
-    group.add_argument("--max_answers", type=int, default=20, help="leave out questions with more answers")
     args = parser.parse_args(argv)
     check_flags(args, parser)
-    if args.max_answers < 1:
-        parser.error(f"--max_answers must be 1 or more, got {args.max_answers}")
     if args.no_codes and set(args.tasks) <= set(NEED_CODES):
         parser.error(f"--no_codes: {', '.join(args.tasks)} need codes; leave out --no_codes")
     return args
@@ -379,7 +293,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     source = open_source(args)
-    tasks = make_tasks(source, args.max_answers, args.seed)
+    tasks = make_tasks(source, args.seed)
     for task in args.tasks:
         if args.no_codes and task in NEED_CODES:
             print(f"{task}: left out, it is about codes (--no_codes)")
@@ -387,22 +301,10 @@ def main(argv: list[str] | None = None) -> None:
         print(task)
         kinds = tasks[task]()
         counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-        notes: dict[str, Any] = {}
-        if task == "entity_representation":
-            assert source.codes is not None
-            control = guessing_control(source.codes, entity_parts(source.kg.num_entities, args.seed), source.num_code)
-            notes["name_to_codes_control"] = control
-            print(
-                "  control, codes of unseen names: the commonest code of each position and level is right for "
-                f"{control['commonest_code']['test']:.1%} of test codes, a uniform guess for "
-                f"{control['uniform_guess']:.2%}"
-            )
-        if task == "code_understanding":
-            notes["candidate_order"] = dict.fromkeys(SPLITS, "shuffled")
         write_task(
             args.out_dir / task, task, args, source,
             {split: rows_of(task, split, kinds[split], args.seed, counts[split]) for split in SPLITS},
-            lambda counts=counts, notes=notes: {"left_out": {s: dict(c) for s, c in counts.items()}, **notes},  # type: ignore[misc]
+            lambda counts=counts: {"left_out": {split: dict(count) for split, count in counts.items()}},  # type: ignore[misc]
         )  # fmt: skip
         for split, count in counts.items():
             for what, number in sorted(count.items()):

@@ -1,15 +1,15 @@
 """Triple classification: is (h, r, t) true? Rows of the paper's Table 7, answered by True or False.
 
     python Class/gen_fb_data_rq.py                                   with the newest codes of codes_new/
-    python Class/gen_fb_data_rq.py --dataset data/FB15k-237N --neg_sampling uniform --no_codes
+    python Class/gen_fb_data_rq.py --dataset data/FB15k-237N --no_codes
 
 Training: every training triple, and --neg_ratio sampled negatives for each. Validation and test: the triples of
 valid.txt and test.txt, and the negatives of valid_neg.txt and test_neg.txt as they are, repeated lines included;
 a data set without these files gets one sampled negative per triple.
 
 Negatives of FB15k-237N are adversarial: their entities occur with the relation in training more often than those of
-the positives. Uniform negatives teach the opposite, so by default the replaced end is drawn from the relation's
-training range: the entities at that end of its training triples.
+the positives. Uniform negatives teach the opposite, so the replaced end is drawn from the relation's training range:
+the entities at that end of its training triples. Where that gives none, it is drawn from all entities.
 """
 
 from __future__ import annotations
@@ -90,24 +90,24 @@ def sample_negatives(
     ratio: int,
     known: Ints,
     kg: KnowledgeGraph,
-    ranges: tuple[Ranges, Ranges] | None,
+    ranges: tuple[Ranges, Ranges],
     rng: np.random.Generator,
 ) -> tuple[Ints, int]:
     """``ratio`` negatives [n * ratio, 3] of each positive [n, 3]: head or tail replaced, with equal probability.
 
-    ``known``: sorted keys (``triple_keys``) that are never drawn, those of the positives among them. ``ranges``: draw
-    the new end from the relation's training range (None: from all entities). Also returns how many negatives found
-    none there and came from all entities. Raises InputError where a positive has no negative at all.
+    ``known``: sorted keys (``triple_keys``) that are never drawn, those of the positives among them. ``ranges``: of
+    ``training_ranges``. Also returns how many negatives found none there and came from all entities. Raises InputError
+    where a positive has no negative at all.
     """
     M = kg.num_entities
     negatives = np.repeat(positives, ratio, axis=0)
     todo, outside = np.arange(len(negatives)), 0
     for turn in range(ROUNDS):
-        if turn == RANGE_ROUNDS and ranges is not None:
-            ranges, outside = None, len(todo)
+        if turn == RANGE_ROUNDS:
+            outside = len(todo)
         drawn = positives[todo // ratio]
         at_tail = rng.random(len(todo)) < 0.5
-        if ranges is None:
+        if turn >= RANGE_ROUNDS:
             new = rng.integers(0, M, len(todo))
         else:
             new = np.empty(len(todo), dtype=np.int64)
@@ -130,13 +130,13 @@ def sample_negatives(
     )
 
 
-def make_splits(kg: KnowledgeGraph, ratio: int, neg_sampling: str, seed: int) -> dict[str, Split]:
+def make_splits(kg: KnowledgeGraph, ratio: int, seed: int) -> dict[str, Split]:
     """The labelled triples of train (shuffled), validation and test (in the files' order, True and False in turn).
 
     Training negatives avoid training triples only: avoiding those of valid and test too would leak which they are.
     Sampled validation and test negatives are in no split, and in no sampled training negative.
     """
-    ranges = training_ranges(kg) if neg_sampling == "range" else None
+    ranges = training_ranges(kg)
     rng = np.random.default_rng([seed, 0])
     negatives, outside = sample_negatives(kg.train, ratio, np.sort(triple_keys(kg.train, kg)), kg, ranges, rng)
     triples = np.concatenate([kg.train, negatives])
@@ -214,13 +214,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser)
     group = parser.add_argument_group("negatives")
     group.add_argument("--neg_ratio", type=int, default=16, help="sampled negatives per training triple")
-    group.add_argument(
-        "--neg_sampling", choices=["range", "uniform"], default="range",
-        help="the replaced end comes from the relation's training range, or from all entities",
-    )  # fmt: skip
-    parser.add_argument(
-        "--task_only", action="store_true", help="do not write train, validation and test_tasks files in OUT_DIR itself"
-    )
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.neg_ratio < 1:
@@ -232,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     source = open_source(args, preferred=PREFERRED)
     kg = source.kg
-    splits = make_splits(kg, args.neg_ratio, args.neg_sampling, args.seed)
+    splits = make_splits(kg, args.neg_ratio, args.seed)
     counts, controls = negative_counts(kg, splits), range_controls(kg, splits)
     folder = args.out_dir / TASK
     write_task(
@@ -251,8 +244,6 @@ def main(argv: list[str] | None = None) -> None:
             f"{control['accuracy_in_range_is_false']:.3f} (in range: {control['positives_in_range']:.1%} of positives, "
             f"{control['negatives_in_range']:.1%} of negatives)"
         )
-    if args.task_only:
-        return
     if fill_top(folder, args.out_dir):
         print(f"wrote this task to {args.out_dir}/train.json, validation.json, test_tasks.json too")
         print(f"next: {train_command(args.out_dir)} (or mix tasks first: python Class/build_mix.py)")

@@ -4,7 +4,7 @@
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --export_candidates test.npz --split test
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz
     python Class/gen_lp_data_rq.py --codes C.pt --candidates train.npz valid.npz test.npz --from train --out_dir DIR
-    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --predict    for --decode predict
+    python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --without_lists
 
 The paper tunes twice: first on the queries of the training split (--from train, into a folder of its own), then on
 nine tenths of the valid split (--from valid); --from both tunes once on all of these. The last tenth is the validation
@@ -16,11 +16,12 @@ in the candidate model, also where the truth is not listed. Training may drop su
 do. ``truth`` starts with the truth; other right answers follow that are listed because only the test split has them:
 ranking ignores these.
 
---predict writes a second folder, tail_prediction/, to tune on: each query without its candidates, answered by the codes
-of the truth (its name without codes). inference.py --decode predict ranks candidates by the likelihood of their answer
-to such a query.
+Lists are shuffled, seeded by the query, so that a model cannot answer by the order. --candidate_order ranked keeps the
+candidate model's order, with --from valid only: a model ranks the truth of its own training queries first.
 
-A model that was trained on its queries ranks their truth first: such lists are shuffled.
+--without_lists writes a second folder, tail_prediction/, to tune on: each query without its candidates, answered by the
+codes of the truth (its name without codes). inference.py --decode likelihood ranks candidates by the likelihood of
+their answer to such a query.
 """
 
 from __future__ import annotations
@@ -153,22 +154,20 @@ class Count:
 
 
 class Plan(NamedTuple):
-    """One split: its queries, the rows of their lists, and how prompts list them."""
+    """One split: its queries and the rows of their lists."""
 
     split: str
     queries: Ints  # [n, 3]
     rows: Ints  # [n]
-    shuffle: bool
     drop_unlisted: bool
 
 
 def rows_of(
-    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, TrueTails], num_candidates: int, seed: int,
-    count: Count,
+    source: Source, candidates: Candidates, plan: Plan, answers: dict[str, TrueTails], num_candidates: int,
+    count: Count, shuffle_seed: int | None,
 ) -> Iterator[Row]:  # fmt: skip
-    """The split's rows, one by one; adds to ``count``."""
+    """The split's rows, one by one; adds to ``count``. ``shuffle_seed``: of the lists' order; None: ranked."""
     kg, R = source.kg, source.kg.num_relations
-    rng = np.random.default_rng([seed, 1 + ["train", "validation", "test"].index(plan.split)])
     for start in range(0, len(plan.queries), CHUNK):
         queries, rows = plan.queries[start : start + CHUNK], plan.rows[start : start + CHUNK]
         lists = make_lists(candidates, rows, queries, kg, answers["tuning"], answers["known"], num_candidates)
@@ -188,7 +187,9 @@ def rows_of(
                     f"--candidates: the list of the {plan.split} query {triple} holds other right answers only; "
                     "give longer lists"
                 )
-            shown = [ranked[i] for i in rng.permutation(len(ranked))] if plan.shuffle else ranked
+            shown = ranked
+            if shuffle_seed is not None:
+                shown = np.random.default_rng([shuffle_seed, h, r, t]).permutation(ranked).tolist()
             best = [t, *(entity for entity in ranked if entity != t)][:ANSWERS]
             fields = source.query_fields(h, r, shown)
             yield make_row(
@@ -230,24 +231,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--from", dest="tune_from", choices=["train", "valid", "both"], default="valid",
                        help="training rows: queries of the training split, of nine tenths of valid, or "
                        "both")  # fmt: skip
-    group.add_argument("--candidate_order", choices=ORDERS, help="order in prompts (default: ranked; shuffled for "
-                       "lists of a model that was trained on their queries)")  # fmt: skip
+    group.add_argument("--candidate_order", choices=ORDERS, default="shuffled", help="order of lists in prompts")
     group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
                        help="leave out training queries whose truth is not listed")  # fmt: skip
-    group.add_argument("--predict", action="store_true", help="also write tail_prediction/: the queries without "
+    group.add_argument("--without_lists", action="store_true", help="also write tail_prediction/: the queries without "
                        "candidates, answered by the truth's codes (its name without codes)")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
     if args.num_candidates < 2:
         parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
+    if args.candidate_order == "ranked" and args.tune_from != "valid":
+        parser.error(
+            "--candidate_order ranked needs --from valid: a model ranks the queries of its training split with the "
+            "truth first"
+        )
     beside = args.out_dir / PREDICTED
-    if not args.predict and (beside / STATS).is_file():
-        parser.error(f"--out_dir holds {beside}, whose rows belong to an earlier call; give --predict, or remove it")
+    if not args.without_lists and (beside / STATS).is_file():
+        parser.error(f"--out_dir holds {beside} of an earlier call; give --without_lists, or remove it")
     return args
 
 
 def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candidates) -> list[Plan]:
-    """The splits' queries with their lists. InputError where a query has none, or ranked lists would leak."""
+    """The splits' queries with their lists. InputError where a query has none."""
     parts = disjoint_parts(kg, args.seed)
     both = np.concatenate([parts.train, parts.tuning])
     train = {"train": parts.train, "valid": parts.tuning, "both": both}[args.tune_from]
@@ -263,14 +268,7 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
         if (rows < 0).any():
             missing.append(f"{int((rows < 0).sum()):,} of {len(queries):,} {name} queries ({split})")
             continue
-        memorised = args.tune_from != "valid" and split == "train" and not candidates.held_out[rows].all()
-        if memorised and args.candidate_order == "ranked":
-            raise InputError(
-                "--candidate_order ranked: the lists of training queries come from a model that was trained on them "
-                'and puts the truth first; leave the flag out, or give lists from K folds ("folds": K in their info)'
-            )
-        shuffle = args.candidate_order == "shuffled" or (memorised and args.candidate_order is None)
-        plans.append(Plan(split, queries, rows, shuffle, args.drop_unlisted and split == "train"))
+        plans.append(Plan(split, queries, rows, args.drop_unlisted and split == "train"))
     if missing:
         raise InputError(
             f"--candidates {' '.join(map(str, args.candidates))} has no list for {' and '.join(missing)}; make them: "
@@ -288,9 +286,10 @@ def main(argv: list[str] | None = None) -> None:
     plans = make_plans(args, kg, candidates)
     answers = {"tuning": kg.answers("train", "valid"), "known": kg.answers()}
     counts = {plan.split: Count() for plan in plans}
-    orders = {plan.split: ORDERS[plan.shuffle] for plan in plans}
+    orders = {plan.split: args.candidate_order for plan in plans}
+    seed = args.seed if args.candidate_order == "shuffled" else None
     rows = {
-        plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, args.seed, counts[plan.split])
+        plan.split: rows_of(source, candidates, plan, answers, args.num_candidates, counts[plan.split], seed)
         for plan in plans
     }
     write_task(
@@ -301,10 +300,10 @@ def main(argv: list[str] | None = None) -> None:
             "queries": {split: count.summary() for split, count in counts.items()},
         },
     )  # fmt: skip
-    if args.predict:
+    if args.without_lists:
         alone = {
             plan.split: predicted(
-                rows_of(source, candidates, plan._replace(drop_unlisted=False), answers, 2, args.seed, Count()), source
+                rows_of(source, candidates, plan._replace(drop_unlisted=False), answers, 2, Count(), None), source
             )
             for plan in plans
         }
@@ -315,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         model = "  ".join(f"{key} {value:.4f}" for key, value in summary["candidate_model"].items())
         print(
             f"  {split:10} truth listed for {summary['truth_listed']:,} of {summary['queries']:,} queries, "
-            f"{orders[split]}; {summary['dropped']:,} dropped; candidate model: {model}"
+            f"{args.candidate_order}; {summary['dropped']:,} dropped; candidate model: {model}"
         )
         if summary["candidate_rank_unknown"]:
             unknown = summary["candidate_rank_unknown"]

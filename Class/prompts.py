@@ -85,11 +85,6 @@ def codes_to_name(code_text: str) -> str:
     return f"Name the entity with this quantized representation:\n{code_text}"
 
 
-def codes_to_description(code_text: str) -> str:
-    """Codes -> description, the name left out."""
-    return f"Describe the entity with this quantized representation:\n{code_text}"
-
-
 def explain_codes(name: str, entity_text: str) -> str:
     """Name and codes -> description."""
     return f"Explain the quantized representation of entity '{name}':\n{entity_text}"
@@ -137,14 +132,6 @@ def validate_triple(head: str, relation: str, tail: str, head_text: str, tail_te
 # ---------------------------------------------------------------- code understanding
 
 
-def nearer_entity(anchor_text: str, option_texts: Sequence[str]) -> str:
-    """Which of the options shares more codes with the anchor?"""
-    return (
-        "Code understanding: two entities are nearer, the more codes (same position, same level) they share.\n"
-        f"Entity: {anchor_text}\nCandidates:\n" + "\n".join(option_texts) + "\nName the candidate that is nearer to it."
-    )
-
-
 def shared_prefix(first_text: str, second_text: str, position: int) -> str:
     """How many levels two entities share at a position, from level 0 on."""
     return (
@@ -164,22 +151,16 @@ def hidden_level(masked_text: str) -> str:
 
 # ---------------------------------------------------------------- question answering
 
-ONE_HOP = (
+QUESTIONS = (
     'What is {entity} linked to by "{relation}"?',
     'Starting at {entity} and following "{relation}", where do we arrive?',
     'Whom or what does "{relation}" give for {entity}?',
 )
-TWO_HOP = (
-    'What is {entity} linked to by "{relation}" followed by "{then}"?',
-    'Starting at {entity}, we follow "{relation}" and from there "{then}": where do we arrive?',
-    'Take whatever "{relation}" gives for {entity}: whom or what does "{then}" give for it?',
-)
 
 
-def question(entity_text: str, relations: Sequence[str], wording: int) -> str:
-    """A question over one or two relations (``relation_text``), in one of three wordings."""
-    templates = ONE_HOP if len(relations) == 1 else TWO_HOP
-    return asked(templates[wording].format(entity=entity_text, relation=relations[0], then=relations[-1]))
+def question(entity_text: str, relation: str, wording: int) -> str:
+    """A question over one relation (``relation_text``), in one of three wordings."""
+    return asked(QUESTIONS[wording].format(entity=entity_text, relation=relation))
 
 
 def asked(words: str) -> str:

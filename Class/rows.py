@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,12 +119,11 @@ def write_rows(
     """Stream rows into a JSON array, or JSON Lines (.jsonl), one row per line; ``limit`` 0 means all.
 
     The file appears when it is complete; ``ready`` is called just before. Returns counts: rows, bytes, rows per task
-    type, labels of rows that judge a triple, longest and mean prompt and output in characters.
+    type, and labels of rows that judge a triple.
     """
     array = path.suffix == ".json"
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     count = 0
-    prompts, outputs = Lengths(), Lengths()
     task_types: Counter[str] = Counter()
     judged: Counter[str] = Counter()
     with atomic_path(path) as temporary:
@@ -133,8 +131,6 @@ def write_rows(
             for row in itertools.islice(rows, limit or None):
                 file.write(("[\n" if count == 0 else ",\n") + encode(row) if array else encode(row) + "\n")
                 count += 1
-                prompts.add(len(row["instruction"]) + len(row.get("input") or ""))
-                outputs.add(len(row["output"]))
                 task_types[row["task_type"]] += 1
                 if row.get("truth") in (["True"], ["False"]):
                     judged[row["output"]] += 1
@@ -145,24 +141,7 @@ def write_rows(
     stats: dict[str, Any] = {"file": path.name, "rows": count, "bytes": size, "task_types": dict(task_types)}
     if judged:
         stats["judged"] = dict(judged)
-    if count:
-        stats |= {"prompt_characters": prompts.summary(count), "output_characters": outputs.summary(count)}
     return stats
-
-
-@dataclass
-class Lengths:
-    """Sum and maximum of text lengths."""
-
-    sum: int = 0
-    max: int = 0
-
-    def add(self, length: int) -> None:
-        self.sum += length
-        self.max = max(self.max, length)
-
-    def summary(self, count: int) -> dict[str, float]:
-        return {"mean": round(self.sum / count, 1), "max": self.max}
 
 
 def parse_line(line: str, path: Path, number: int, plain: bool = False) -> Row | None:

@@ -77,8 +77,8 @@ class Config:
     dataset: Path | None = flag(None, DATA, "graph folder", unset="data/FB15k-237", metavar="DIR", names=["--data"],
                                 resume=FREE)  # fmt: skip
     name: str | None = flag(None, DATA, "name of the run and of its checkpoint", unset="the stem of the codes file")
-    out_dir: Path | None = flag(None, DATA, "folder for codes and records; with --eval_codes, metrics", metavar="DIR",
-                                unset="codes_new; metrics are printed only", resume=FREE)  # fmt: skip
+    out_dir: Path | None = flag(None, DATA, "folder for codes and records", unset="codes_new", metavar="DIR",
+                                resume=FREE)  # fmt: skip
     checkpoint_dir: Path | None = flag(None, DATA, "folder for {name}.pt", unset="checkpoints", metavar="DIR",
                                        resume=FREE)  # fmt: skip
     text_emb: Path | None = flag(None, DATA, "text embeddings [M, T], one row per entity id, for Eq. 8 and --inputs",
@@ -87,9 +87,10 @@ class Config:
     quantizer: str = flag("rq", CODES, "rq: residual levels; vq: one level, as in SSQR. Baselines that leave a record "
                           "and no codes: random (codes drawn once), posthoc (rq by k-means after training without "
                           "codes), none (no codes)", choices=["rq", "vq", "random", "posthoc", "none"])  # fmt: skip
-    seq_len: int = flag(16, CODES, "L, code positions per entity", low=1)
+    seq_len: int = flag(16, CODES, "L, code positions per entity", low=1, auto=True)
     num_code: int = flag(1024, CODES, "K, codes per codebook", low=1, auto=True)
-    num_quantizers: int = flag(4, CODES, "Q, residual levels (vq has one)", low=1, high=1024, metavar="Q")
+    num_quantizers: int = flag(4, CODES, "Q, residual levels (vq has one)", low=1, high=1024, auto=True,
+                               metavar="Q")  # fmt: skip
     code_dim: int = flag(32, CODES, "width of a code vector", low=1, auto=True)
     vq_weight: float = flag(1.0, CODES, "weight of the quantization loss in Eq. 9", low=0)
     # ------------------------------------------------------------ encoder and decoder
@@ -120,9 +121,9 @@ class Config:
     max_minutes: float = flag(0.0, TRAINING, "stop at the end of the epoch in which this time is over, with the "
                               "schedules fitted to it (0: off)", low=0, resume=LIMIT)  # fmt: skip
     batch: int = flag(1024, TRAINING, "B, distinct (h, r) queries per step", low=2, auto=True)
-    optimizer: str = flag("adam", TRAINING, "adam with a cosine schedule, or adagrad at a constant rate (0.1 suits "
-                          "tables scored without maps)", choices=["adam", "adagrad"])  # fmt: skip
-    lr: float = flag(0.0005, TRAINING, "learning rate", above=0)
+    optimizer: str = flag("adam", TRAINING, "adam with a cosine schedule, or adagrad at a constant rate",
+                          choices=["adam", "adagrad", "auto"])  # fmt: skip
+    lr: float = flag(0.0005, TRAINING, "learning rate", above=0, auto=True)
     l2: float = flag(1e-8, TRAINING, "weight decay", low=0)
     loss: str = flag("ce", TRAINING, "1-N loss: softmax or binary cross-entropy", choices=["ce", "bce"])
     num_negatives: int = flag(0, TRAINING, "entities drawn per step for a sampled softmax, on large graphs (0: exact)",
@@ -160,10 +161,12 @@ class Config:
     checkpoint: Path | None = flag(None, RANKING, "codebooks, relations and decoder for --eval_codes", metavar="CK.pt",
                                    resume=FREE)  # fmt: skip
     shuffle_codes: bool = flag(False, RANKING, "control: give every entity another one's codes", resume=FREE)
+    metrics_out: Path | None = flag(None, RANKING, "also write the metrics to this file", metavar="FILE.json",
+                                    resume=FREE)  # fmt: skip
     predict: tuple[str, str] | None = flag(None, RANKING, "print the top tails; '~RELATION', quoted: the top heads",
                                            metavar=("HEAD", "RELATION"), resume=FREE)  # fmt: skip
-    export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split: .json or .npz",
-                                          metavar="FILE", resume=FREE)  # fmt: skip
+    export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split",
+                                          metavar="FILE.npz", resume=FREE)  # fmt: skip
     top: int = flag(20, RANKING, "candidates of --predict and --export_candidates", low=1, resume=FREE)
 
     def as_plain(self) -> dict[str, Any]:
@@ -327,7 +330,11 @@ def _conflict(config: Config) -> str | None:
         return "--restore continues a run and --overwrite replaces it: give one of them"
     if config.eval_codes and not config.checkpoint:
         return "--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes"
-    for name in ("checkpoint", "predict", "shuffle_codes", "export_candidates"):
+    for name in ("checkpoint", "metrics_out", "predict", "shuffle_codes", "export_candidates"):
         if getattr(config, name) and not config.eval_codes:
             return f"--{name} needs --eval_codes CODES.pt and --checkpoint CK.pt"
+    if config.metrics_out and (config.predict or config.export_candidates):
+        return "--metrics_out writes what a ranking finds: leave --predict and --export_candidates out"
+    if config.metrics_out and config.metrics_out.suffix != ".json":
+        return f"--metrics_out {config.metrics_out} must end with .json"
     return None

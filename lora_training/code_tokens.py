@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CODE_FORMATS, MARKS, code_tokens
-from Class.instructions import STATS, codes_key
+from Class.rows import STATS
+from Class.source import codes_key
 from common.errors import InputError
 from common.files import load_torch, read_json
 from lora_training.base_model import load_saved_tokenizer

@@ -1,18 +1,14 @@
 """Do codes help the LLM? Rows on the same test queries, over seeds, with mean and standard deviation.
 
     python lora_training/compare_llm.py --dataset data/family --seeds 0 1 2 --out lora_training/lora_outputs/comparison
-    python lora_training/compare_llm.py --dataset data/family --seeds 0 --out lora_training/lora_outputs/quick --quick
 
-candidate ranker (train)     stage 1 trained on train; all entities ranked by its scores
-candidate ranker (train + 90% of valid)   the same flags, on the facts that the LLMs are tuned on; its lists are
-                             re-ranked, and it is the baseline of the LLM without codes
-copy the first candidate     these lists as they are
+candidate ranker             stage 1 on the facts that the LLMs are tuned on; its lists are re-ranked, so this is also
+                             the baseline that copies the first candidate
 stage-1 decoder of the codes another stage-1 run on the same facts, whose codes the LLMs read: its own decoder ranks
-                             the same lists; with the order, the baseline of the LLM with codes
+                             all entities; the baseline of the LLM with codes
 LLM without codes            names only
 LLM with shuffled codes      control: every entity has the codes of another one, in training and test alike
 LLM with codes               the result
-... + list order             score and position in the list combined by two weights fitted on validation
 
 As in the paper, lists and codes come from two models: codes of the ranker itself would repeat its order. The ranker is
 small on purpose, for all rows alike: a full one has MRR .98 on the bundled graph, which leaves nothing to improve.
@@ -21,7 +17,7 @@ are trained in all three LLMs: with only the new tokens trained, the LLM without
 
 The LLMs are tuned on tail_prediction rows and answer by likelihood scoring: given (h, r, ?), an LLM generates the codes
 of the tail (its name in data without codes), and candidates are ranked by their log-likelihood as the answer to the
-query alone. Lists are not part of the prompts, so a base as small as RECIPE's need not learn to copy from them.
+query alone. Lists are not part of the prompts, so their order has no effect.
 
 Everything is drawn anew for each seed: stage 1, the split of valid, the base model (one for the three LLMs), the
 tuning. The LLMs are tuned once, on train and 90 % of valid, the facts of codes and lists. Validation is the rest of
@@ -29,18 +25,17 @@ valid.
 
 Every step is a command of another script with a mark in OUT/seed_N/done: the same command continues an interrupted run.
 OUT/comparison.json gets the rows, with the records they come from (python tables/make_tables.py --records OUT), and the
-differences of MRR with their standard errors over queries (paired.py).
+differences of MRR with their standard errors over queries.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
-from Class.rows import PREDICTED, Row, existing_split, read_rows, split_path
+from Class.rows import PREDICTED, Row, read_rows, split_path
 from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import ROOT, exclusive_lock, read_json, write_json, write_text
 from common.metrics import RANKING, check_ranking
@@ -60,19 +55,16 @@ from common.record import make_record
 from common.steps import Step, run_steps
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.checkpoints import SECONDS
-from lora_training.paired import paired
 from lora_training.score_answers import (
     Answer,
     Metrics,
     by_task,
-    choose_lengths,
     is_ranking,
     known_rank,
-    listed_rank,
-    normalized,
+    paired,
     query_of,
-    rank_of,
     ranking_metrics,
+    values_by_query,
 )
 
 Recipe = dict[str, dict[str, Any]]
@@ -83,22 +75,13 @@ RECIPE: Recipe = {
                "lr": 0.005, "batch": 256, "encoder_every": 2, "eval_every": 5},
     "codes": {"seq_len": 1, "num_code": 128, "num_quantizers": 4, "code_dim": 128},
     "base": {"width": 64, "layers": 2, "heads": 4, "vocab_size": 1600, "block": 192, "batch": 16, "epochs": 1,
-             "lr": 3e-3, "prompt_tokens": True, "init_std": 0.125, "attention_std": 0.0125},
+             "lr": 3e-3},
     "data": {"num_candidates": 20},
     "tuning": {"epochs": 9, "batch_size": 32, "learning_rate": 2e-3, "adam_beta2": 0.99, "lora_r": 64,
                "lora_alpha": 64, "lora_dropout": 0, "train_rows": "all",
                "eval_steps": 1000, "eval_batch_size": 128, "logging_steps": 100},
     "answers": {},
 }  # fmt: skip
-# a few minutes: shows that every step runs; its numbers mean nothing
-QUICK: Recipe = RECIPE | {
-    "stage1": RECIPE["stage1"] | {"epoch": 4, "eval_every": 4},
-    "codes": RECIPE["codes"] | {"epoch": 4, "eval_every": 4},
-    "base": RECIPE["base"] | {"width": 32, "layers": 2, "heads": 2, "epochs": 0.2},
-    "data": RECIPE["data"] | {"limit": 240},
-    "answers": {"limit": 200},
-    "tuning": RECIPE["tuning"] | {"epochs": 4, "eval_steps": 4, "batch_size": 16, "logging_steps": 5},
-}
 
 
 class Variant(NamedTuple):
@@ -113,20 +96,9 @@ WITHOUT = Variant("without_codes", "LLM without codes", ("--no_codes",))
 SHUFFLED = Variant("shuffled_codes", "LLM with shuffled codes", ("--shuffle_codes",))
 WITH = Variant("with_codes", "LLM with codes", ())
 VARIANTS = (WITHOUT, SHUFFLED, WITH)
-RANKER = "candidate ranker (train)"
-REFITTED = "candidate ranker (train + 90% of valid)"
-COPIED = "copy the first candidate"
-DECODER = "stage-1 decoder of the codes"
-ORDERED = "{} + list order"
-SCORED = (DECODER, *(variant.row for variant in VARIANTS))
-ROWS = (RANKER, REFITTED, COPIED, *SCORED, *map(ORDERED.format, SCORED))
-# (row, minus row): differences of MRR over the same queries
-DIFFERENCES = (
-    *((WITH.row, other) for other in (WITHOUT.row, SHUFFLED.row, DECODER)),
-    *((ORDERED.format(WITH.row), other)
-      for other in (RANKER, REFITTED, *map(ORDERED.format, (WITHOUT.row, SHUFFLED.row, DECODER)))),
-)  # fmt: skip
-RESCORED = 1000  # entities that the stage-1 decoder lists: nearly all that a prompt may contain
+RANKER, DECODER = "candidate ranker", "stage-1 decoder of the codes"
+ROWS = (RANKER, DECODER, *(variant.row for variant in VARIANTS))
+COMPARED = (WITHOUT.row, SHUFFLED.row, DECODER, RANKER)  # MRR of the LLM with codes minus theirs, same queries
 RESULTS = "inference_results.json"
 REPEAT = "remove it and repeat the command: its step runs again"
 
@@ -177,10 +149,10 @@ class Stage1(NamedTuple):
     checkpoint: Path
     ranking: list[str]  # words that rank from its codes
 
-    def export(self, places: Places, name: str, split: str, *more: str) -> Step:
+    def export(self, places: Places, name: str, split: str) -> Step:
         """Candidates of a split."""
         path = places.candidates(name)
-        words = [*self.ranking, "--export_candidates", str(path), "--split", split, *more]
+        words = [*self.ranking, "--export_candidates", str(path), "--split", split]
         return places.step(f"lists_{name}", words, [path])
 
 
@@ -198,18 +170,14 @@ def stage1(places: Places, name: str, folder: str, dataset: Path, values: Mappin
 def seed_steps(kg: KnowledgeGraph, dataset: Path, refit: Path, places: Places, recipe: Recipe, seed: int) -> list[Step]:
     """All steps of one seed, in order. ``refit``: the folder of ``write_refit``."""
     model, base = recipe["stage1"], places.root / "tiny_base"
-    plain = stage1(places, "stage1", "candidate_model", dataset, model, seed)
     ranker = stage1(places, "refit", "refit", refit, model, seed)
     coded = stage1(places, "codes", "codes", refit, model | recipe["codes"], seed)
-    top = ("--top", str(min(kg.num_entities, RESCORED)))
     make_base = ["lora_training/make_tiny_base.py", "--dataset", str(dataset), "--out", str(base)]
     return [
-        plain.train,
-        plain.export(places, "plain", "test"),
         ranker.train,
         *(ranker.export(places, split, split) for split in ("train", "valid", "test")),
         coded.train,
-        *(coded.export(places, f"coded_{split}", split, *top) for split in ("valid", "test")),
+        coded.export(places, "coded_test", "test"),
         places.step("base", [*make_base, *flags(recipe["base"]), "--seed", str(seed)], [base / "config.json"]),
         *(step for variant in VARIANTS for step in llm_steps(variant, dataset, coded, base, places, recipe, seed)),
     ]
@@ -221,8 +189,9 @@ def llm_steps(
     """Data, tuning and answers of one LLM, which reads the codes of ``coded``."""
     folder, name = places.root / variant.name, variant.name
     lists = [str(places.candidates(split)) for split in ("train", "valid", "test")]
-    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, "--predict", *flags(recipe["data"])]
-    data += ["--seed", str(seed), *([] if variant is WITHOUT else ["--codes", str(coded.codes)])]
+    data = ["Class/gen_lp_data_rq.py", "--dataset", str(dataset), *variant.flags, *flags(recipe["data"])]
+    data += ["--seed", str(seed), "--without_lists"]
+    data += [] if variant is WITHOUT else ["--codes", str(coded.codes)]
     data += ["--candidates", *lists, "--from", "both", "--out_dir", str(folder / "data")]
     tuned, task = folder / "tuned", places.rows(variant)
     train, validation = (split_path(folder / "data" / PREDICTED, split) for split in ("train", "validation"))
@@ -262,18 +231,11 @@ def write_refit(kg: KnowledgeGraph, folder: Path, seed: int) -> None:
         write_text("".join(f"{i}\t{value}\n" for i, value in enumerate(values)), folder / f"{name}.dict")
 
 
-# ---------------------------------------------------------------- candidate lists
+# ---------------------------------------------------------------- rows
 
 
-class RankedList(NamedTuple):
-    """The candidates of one query in the order of a candidates file."""
-
-    scores: dict[str, float]  # by raw name, best first
-    rank: float  # of the truth among all entities
-
-
-def read_lists(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str, RankedList]:
-    """The list of each row's query, by the row's id. InputError if the file has none, or no rank or scores."""
+def read_ranks(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str, float]:
+    """Filtered rank of the truth among all entities for each row's query, by the row's id. InputError if one lacks."""
     found, entity = read_candidates([path], kg), {name: i for i, name in enumerate(kg.entities)}
     relation = {name: i for i, name in enumerate(kg.relations)}
     queries = np.empty((len(rows), 3), dtype=np.int64)
@@ -281,84 +243,10 @@ def read_lists(path: Path, rows: Sequence[Row], kg: KnowledgeGraph) -> dict[str,
         h, r, t = entity[row["triple"][0]], relation[row["triple"][1]], entity[row["triple"][2]]
         queries[i] = (h, r, t) if row["direction"] == "tail" else (t, r + kg.num_relations, h)
     at = find_rows(found, queries, kg)
-    ranks = np.where((at >= 0) & (found.truth[at] == queries[:, 2]), found.rank[at], np.nan)
-    if found.scores is None or np.isnan(ranks).any():
-        lacks = "scores" if found.scores is None else f"list with a rank for {int(np.isnan(ranks).sum())} queries"
-        raise InputError(f"candidates file {path} has no {lacks}; write it again: run_rq.py --export_candidates")
-    lists = {}
-    for row, ids, scores, rank in zip(rows, found.ids[at], found.scores[at], ranks.tolist(), strict=True):
-        pairs = zip(ids.tolist(), scores.tolist(), strict=True)
-        lists[row["id"]] = RankedList({kg.entities[e]: score for e, score in pairs if e >= 0}, rank)
-    return lists
-
-
-def in_list_order(answer: Answer, ranked: RankedList) -> Answer:
-    """The answer to a shuffled list with its candidates in the order of the candidates file."""
-    place, names = {name: k for k, name in enumerate(ranked.scores)}, answer["candidates"]
-    order = sorted(range(len(names)), key=lambda i: place.get(names[i], len(place)))
-    parts = {key: [answer[key][i] for i in order] for key in ("candidates", "scores", "tokens") if answer[key]}
-    return answer | parts | {"candidate_order": "ranked"}
-
-
-def rescored(answer: Answer, ranked: RankedList) -> Answer:
-    """The answer with the scores of a candidates file; a candidate that its list lacks is below all others."""
-    lowest = min(ranked.scores.values()) - 1
-    return answer | {"scores": [ranked.scores.get(name, lowest) for name in answer["candidates"]], "tokens": None}
-
-
-class Weights(NamedTuple):
-    """Candidates are ranked by ``score * own score - place * log(position in the list)``; neither is negative."""
-
-    score: float
-    place: float
-
-
-def order_weights(answers: Iterable[Answer]) -> Weights | None:
-    """The weights that maximize the likelihood of the truths, each list being one choice (softmax over its scores).
-
-    A conditional logit with a ridge of 0.01, by Newton's method (the objective is concave). A negative weight, which
-    means that its input misleads on validation, becomes 0 and the other 1. None if no list has all scores and its
-    truth.
-    """
-    inputs, right = [], []
-    for answer in answers:
-        scores, truth = answer["scores"], answer["truth"][0]
-        if answer["parsed"] and scores and None not in scores and truth in answer["candidates"]:
-            inputs.append(np.array([[score, -math.log(place)] for place, score in enumerate(scores, 1)]))
-            right.append(answer["candidates"].index(truth))
-    if not inputs:
-        return None
-    weights = np.zeros(2)
-    for _ in range(50):
-        slope, curve = -0.01 * weights, -0.01 * np.eye(2)
-        for features, at in zip(inputs, right, strict=True):
-            scores = features @ weights
-            chances = np.exp(scores - scores.max())
-            chances /= chances.sum()
-            mean = chances @ features
-            slope += features[at] - mean
-            curve -= (features - mean).T * chances @ (features - mean)
-        step = np.linalg.solve(curve, slope)
-        weights = weights - step
-        if np.abs(step).max() < 1e-9:
-            break
-    if weights.min() >= 0:
-        return Weights(float(weights[0]), float(weights[1]))
-    return Weights(0.0, 1.0) if weights[0] < weights[1] else Weights(1.0, 0.0)
-
-
-def with_order(answer: Answer, weights: Weights) -> Answer:
-    """The answer with scores that include the candidates' positions in the list."""
-    if answer["scores"] is None:
-        return answer
-    scores = [
-        None if score is None else weights.score * score - weights.place * math.log(place)
-        for place, score in enumerate(answer["scores"], 1)
-    ]
-    return answer | {"scores": scores}
-
-
-# ---------------------------------------------------------------- rows
+    ranks = np.where(at >= 0, found.rank[at], np.nan)
+    if np.isnan(ranks).any():
+        raise InputError(f"candidates file {path} lacks lists or ranks; write it again: run_rq.py --export_candidates")
+    return dict(zip((row["id"] for row in rows), ranks.tolist(), strict=True))
 
 
 class RowResult(NamedTuple):
@@ -377,10 +265,7 @@ def read_links(places: Places) -> dict[Variant, list[Answer]]:
         record = read_json(path, "answers' record")
         with content_of(path, "answers' record", REPEAT):
             found[variant] = [answer for answer in record["answers"] if is_ranking(answer)]
-            queries[variant] = sorted(
-                (answer["id"], answer["truth"][0], answer["direction"], answer["candidate_rank"])
-                for answer in found[variant] if answer["split"] == "test"
-            )  # fmt: skip
+            queries[variant] = sorted(query_of(answer) for answer in found[variant] if answer["split"] == "test")
             if not queries[variant]:
                 raise ValueError("it has no test answers")
         if queries[variant] != queries[WITHOUT]:
@@ -391,75 +276,40 @@ def read_links(places: Places) -> dict[Variant, list[Answer]]:
     return found
 
 
-def read_answered(places: Places, answers: Iterable[Answer]) -> dict[str, list[Row]]:
-    """The rows of the answers by split. InputError if they are not the rows that were answered."""
-    wanted = {(answer["split"], answer["id"]): answer["truth"][0] for answer in answers}
-    rows = {}
-    for split in ("validation", "test"):
-        path = existing_split(places.rows(WITH), split)
-        rows[split] = [row for row in read_rows(path) if (split, row["id"]) in wanted] if path else []
-    if {(split, row["id"]): row["truth"][0] for split, some in rows.items() for row in some} != wanted:
+def seed_rows(places: Places, kg: KnowledgeGraph, out: Path, coded_record: Path) -> dict[str, RowResult]:
+    """All rows of one seed. ``coded_record``: of the stage-1 run of the codes."""
+    answers = read_links(places)
+    test = {answer["id"]: answer for answer in answers[WITH] if answer["split"] == "test"}
+    rows = [row for row in read_rows(split_path(places.rows(WITH), "test")) if row["id"] in test]
+    ranks = read_ranks(places.candidates("coded_test"), rows, kg)
+    if ranks.keys() != test.keys():
         folder = places.rows(WITH)
         raise InputError(f"{folder} has other rows than were answered; remove {folder.parent} and repeat the command")
-    return rows
-
-
-def seed_rows(
-    places: Places, kg: KnowledgeGraph, out: Path, plain_record: Path, coded_record: Path
-) -> dict[str, RowResult]:
-    """All rows of one seed. ``plain_record``, ``coded_record``: of the ranker (train) and of the model of the codes."""
-    answers = read_links(places)
-    rows = read_answered(places, answers[WITH])
-    plain = read_lists(places.candidates("plain"), rows["test"], kg)
-    ranker, coded = (
-        {id: ranked for split, name in (("validation", "valid"), ("test", "test")) if rows[split]
-         for id, ranked in read_lists(places.candidates(lists + name), rows[split], kg).items()}
-        for lists in ("", "coded_")
-    )  # fmt: skip
-    results: dict[str, tuple[Path, list[Answer]]] = {}
-    for variant in VARIANTS:
-        with content_of(places.results(variant), "answers' record", REPEAT):
-            ordered = [in_list_order(answer, ranker[answer["id"]]) for answer in answers[variant]]
-        results[variant.row] = (places.results(variant), ordered)
-    path, ordered = results[WITH.row]
-    results[DECODER] = (coded_record, [rescored(answer, coded[answer["id"]]) for answer in ordered])
-    test = [answer for answer in ordered if answer["split"] == "test"]
-    ranks = {
-        RANKER: (plain_record, {query_of(answer): plain[answer["id"]].rank for answer in test}),
-        REFITTED: (path, {query_of(answer): known_rank(answer) for answer in test}),
-        COPIED: (path, {query_of(answer): listed_rank(answer) for answer in test}),
+    values = {
+        RANKER: (places.results(WITH), {query_of(answer): 1 / known_rank(answer) for answer in test.values()}),
+        DECODER: (coded_record, {query_of(answer): 1 / ranks[name] for name, answer in test.items()}),
     }
-    for name, (path, ordered) in results.items():
-        splits = by_task(ordered)[TASK]
-        lengths = choose_lengths(splits)
-        weights = order_weights(normalized(splits.get("validation", []), lengths))
-        if weights is None:
-            raise InputError(
-                f"{path}: no validation list contains its truth, so the weights of score and order are unknown; give "
-                "more num_candidates, or a larger valid split"
-            )
-        own = normalized(splits["test"], lengths)
-        ranks[name] = (path, {query_of(answer): rank_of(answer) for answer in own})
-        both = {query_of(answer): rank_of(with_order(answer, weights)) for answer in own}
-        ranks[ORDERED.format(name)] = (path, both)
+    for variant in VARIANTS:
+        of_split = values_by_query(by_task(answers[variant])[TASK])
+        values[variant.row] = (places.results(variant), of_split["test"])
     found = {}
     for name in ROWS:
-        path, by_query = ranks[name]
-        metrics = ranking_metrics(list(by_query.values())) | {"count": len(by_query)}
+        path, by_query = values[name]
+        ranks_of_row = [1 / value if value else np.inf for value in by_query.values()]
+        metrics = ranking_metrics(ranks_of_row) | {"count": len(by_query)}
         check_ranking(path, name, metrics)
-        values = {query: 1 / rank for query, rank in by_query.items()}
-        found[name] = RowResult(str(path.relative_to(out)), metrics, values)
+        found[name] = RowResult(str(path.relative_to(out)), metrics, by_query)
     return found
 
 
 def differences(by_seed: Mapping[int, Mapping[str, RowResult]]) -> list[dict[str, Any]]:
-    """The paired differences of DIFFERENCES over all seeds."""
+    """The paired differences of the LLM with codes to COMPARED, over all seeds."""
     found = []
-    for row, other in DIFFERENCES:
-        ours, theirs = ([rows[name].values for rows in by_seed.values()] for name in (row, other))
+    for other in COMPARED:
+        ours, theirs = ([rows[name].values for rows in by_seed.values()] for name in (WITH.row, other))
         difference = paired(ours, theirs)
         runs = dict(zip(map(str, by_seed), difference.runs, strict=True))
-        found.append({"row": row, "minus": other} | difference._asdict() | {"runs": runs})
+        found.append({"row": WITH.row, "minus": other} | difference._asdict() | {"runs": runs})
     return found
 
 
@@ -481,50 +331,38 @@ def summary(by_seed: Mapping[int, Mapping[str, RowResult]]) -> list[dict[str, An
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line per row: mean, and standard deviation if there are several seeds."""
-    print(f"\n{'test, filtered, both directions':60}" + "".join(f"{name:>16}" for name in RANKING))
+    print(f"\n{'test, filtered, both directions':32}" + "".join(f"{name:>16}" for name in RANKING))
     for row in rows:
         cells = []
         for name in RANKING:
             spread = row["std"][name]
             cells.append(f"{row['mean'][name]:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
-        print(f"{row['row']:60}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"{row['row']:32}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def print_differences(found: Sequence[Mapping[str, Any]]) -> None:
     """One line per difference."""
-    print(f"\n{'differences of MRR over the same queries':112}{'mean':>8}{'error':>8}  by seed")
+    print(f"\n{'differences of MRR over the same queries':60}{'mean':>8}{'error':>8}  by seed")
     for one in found:
         error = "" if one["error"] is None else f"{one['error']:.4f}"
         runs = " ".join(f"{value:+.4f}" for value in one["runs"].values())
-        print(f"{one['row'] + ' - ' + one['minus']:112}{one['mean']:+8.4f}{error:>8}  {runs}")
+        print(f"{one['row'] + ' - ' + one['minus']:60}{one['mean']:+8.4f}{error:>8}  {runs}")
 
 
 # ---------------------------------------------------------------- the command
 
 
-def check_data(out: Path, hashes: Mapping[str, str]) -> None:
-    """InputError if OUT was started with another data set; the first run writes its hashes there."""
-    path = out / "plan.json"
-    if not path.is_file():
-        write_json({"data set": dict(hashes)}, path)
-        return
-    before = read_json(path, "plan")
-    if not isinstance(before, dict) or before.get("data set") != hashes:
-        raise InputError(f"--out {out} was started with another data set; give another folder")
-
-
-def read_recipe(path: Path | None, quick: bool) -> Recipe:
-    """RECIPE or QUICK with the flags of a file. InputError for a part that does not exist."""
-    recipe = QUICK if quick else RECIPE
+def read_recipe(path: Path | None) -> Recipe:
+    """RECIPE, with the flags of a file in it. InputError for a part that does not exist."""
     if path is None:
-        return recipe
+        return RECIPE
     given = read_json(path, "recipe")
     if not isinstance(given, dict) or not all(isinstance(part, dict) for part in given.values()):
         raise InputError(f"--recipe {path} must contain flags by part: {', '.join(RECIPE)}")
     unknown = sorted(given.keys() - RECIPE.keys())
     if unknown:
         raise InputError(f"--recipe {path} has a part {unknown[0]!r}; expected {', '.join(RECIPE)}")
-    merged = {part: values | given.get(part, {}) for part, values in recipe.items()}
+    merged = {part: values | given.get(part, {}) for part, values in RECIPE.items()}
     if merged["stage1"] | merged["codes"] == merged["stage1"]:
         raise InputError(f"--recipe {path}: the part codes does not differ from stage1, so the two models are one")
     return merged
@@ -536,7 +374,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each seed repeats all steps")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="steps that run side by side")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; an interrupted run continues")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that every step runs")
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE.json", help='flags that replace RECIPE\'s: {"base": {...}}'
     )
@@ -551,7 +388,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
-    recipe = read_recipe(args.recipe, args.quick)
+    recipe = read_recipe(args.recipe)
     dataset, out = args.dataset.resolve(), args.out.resolve()
     kg = KnowledgeGraph.load(dataset)
     with exclusive_lock(out.with_name(f"{out.name}.lock"), "--out"):
@@ -563,7 +400,6 @@ def compare(
     args: argparse.Namespace, kg: KnowledgeGraph, dataset: Path, out: Path, recipe: Recipe, started: float
 ) -> None:
     """Run the steps of all seeds that are not done, and write the rows. ``started``: monotonic seconds."""
-    check_data(out, kg.input_hashes)
     steps: dict[int, list[Step]] = {}
     for seed in args.seeds:
         places = Places(out / f"seed_{seed}")
@@ -573,9 +409,8 @@ def compare(
     seconds = run_steps([step for seed in args.seeds for step in steps[seed]], out, args.jobs)
     by_seed = {}
     for seed in args.seeds:
-        plain, coded = (next(step.outputs[1] for step in steps[seed] if step.name.endswith(f"/{name}"))
-                        for name in ("stage1", "codes"))  # fmt: skip
-        by_seed[seed] = seed_rows(Places(out / f"seed_{seed}"), kg, out, plain, coded)
+        coded = next(step.outputs[1] for step in steps[seed] if step.name.endswith("/codes"))
+        by_seed[seed] = seed_rows(Places(out / f"seed_{seed}"), kg, out, coded)
     rows, compared = summary(by_seed), differences(by_seed)
     record = make_record(
         vars(args) | {"seed": None}, kg.input_hashes, time.monotonic() - started, dataset=kg.name, recipe=recipe,

@@ -30,6 +30,7 @@ import re
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.codes import CodeTextError, parse_codes, parse_entity
 from Class.prompts import FALSE, TRUE, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, existing_split, need_fields, read_rows
 from common.device import find_device
@@ -121,25 +121,6 @@ def read_numbered(text: str, listed: Sequence[Listed]) -> list[float | None] | N
         for i in matches:
             scores[i] = -float(number) if scores[i] is None else scores[i]
     return scores
-
-
-_FORMS = (re.compile(r"Q\d+_\d+"), re.compile(r"\d+ of \d+"))
-
-
-def has_form_of(row: Row, text: str) -> bool:
-    """Whether ``text`` has the form of the row's output: codes, entity, one code, a count, a candidate, or words."""
-    expected, text = row["output"], text.strip()
-    try:
-        if expected.startswith("<CODE>"):
-            return parse_codes(text, *parse_codes(expected).shape) is not None
-        if expected.startswith("<ENT>"):
-            return parse_entity(text, *parse_entity(expected).codes.shape) is not None
-    except CodeTextError:
-        return False
-    if row.get("candidate_names"):
-        return text in row["candidate_names"]
-    form = next((form for form in _FORMS if form.fullmatch(expected)), None)
-    return bool(text) if form is None else form.fullmatch(text) is not None
 
 
 # ---------------------------------------------------------------- the model
@@ -289,7 +270,7 @@ class Answerer:
             pair = {TRUE: [0.0, -1.0], FALSE: [-1.0, 0.0]}.get(text.strip())
             parsed = pair is not None
             return make_answer(row, "free", candidates=[TRUE, FALSE], scores=pair, text=text, parsed=parsed)
-        return make_answer(row, "free", text=text, parsed=has_form_of(row, text))
+        return make_answer(row, "free", text=text, parsed=bool(text.strip()))
 
     def _orders(self, row: Row) -> int:
         """How many other orders of the row's list are answered."""
@@ -371,10 +352,9 @@ def candidate_order(data: Path, split: str) -> str | None:
 
 
 def decides(row: Row, with_codes: bool, decode: str) -> bool:
-    """Whether a validation row is needed: for a threshold, to choose between sum and mean for unequal lengths, or for
-    compare_llm.py's weights of score and position."""
-    lists = decode == "likelihood" or (decode == "score" and not with_codes)
-    return is_classification(row) or (is_ranking(row) and lists)
+    """Whether a validation row is needed: for a threshold, or to choose between sum and mean for names, which differ in
+    length."""
+    return is_classification(row) or (is_ranking(row) and decode != "free" and not with_codes)
 
 
 def batches(rows: Iterator[Row], settings: Settings) -> Iterator[list[Row]]:
@@ -396,9 +376,12 @@ class Survey(NamedTuple):
 
 
 def survey(parts: Sequence[Part], settings: Settings) -> Survey:
-    """Count the rows and check each. InputError, with the row's id, if one lacks what its answer needs."""
+    """Count the rows and check each. InputError, with the row's id, if one lacks what its answer needs, or if a file is
+    damaged or was cut off after the rows to answer."""
     count, lists, longest, seen = 0, 0, dict[str, Row](), set[tuple[str, str]]()
     for part in parts:
+        if part.limit:
+            deque(read_rows(part.path), maxlen=0)
         for row in part.rows():
             count += 1
             if not row.get("truth") or "split" not in row:
@@ -417,10 +400,9 @@ def survey(parts: Sequence[Part], settings: Settings) -> Survey:
 
 
 def check_list(row: Row, path: Path, settings: Settings) -> None:
-    """InputError if the row's candidates, or the prompt that is to be permuted, are not as the scripts write them."""
-    names = (row.get(key) or row.get("candidates") or () for key in LISTED)
-    if len({len(part) for part in names}) > 1 or not listed_candidates(row):
-        raise InputError(f"{path}: the fields {', '.join(LISTED)} of row {row['id']} differ in length, or are empty")
+    """InputError if the row has no candidates, or if the prompt to be permuted is not as the scripts write it."""
+    if not listed_candidates(row):
+        raise InputError(f"{path}: row {row['id']} has no candidates; write the data again")
     if settings.decode == "likelihood" or settings.permute:
         need_fields(row, "head", "relation")
     if settings.permute and link_prediction(row) != row["instruction"]:

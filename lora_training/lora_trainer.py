@@ -9,14 +9,12 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -88,23 +86,6 @@ def recomputation() -> dict[str, Any]:
     """Settings of torch's checkpoint. DeepSpeed up to 0.19.2 releases frozen weights while a layer is recomputed (its
     pull request 8148), which fails with the non-reentrant form and not with the reentrant one."""
     return {"use_reentrant": sharding() == "zero3"}
-
-
-@contextmanager
-def half_precision_inputs(model: torch.nn.Module, half: bool) -> Iterator[None]:
-    """While autocast is on, let LoRA's pairs read a half-precision input as it is.
-
-    PEFT converts it to float32, the type of the pair's weights, and autocast converts it back: the same products with
-    more memory. (PEFT's own ``disable_input_dtype_casting`` fails on models with trained token rows.)
-    """
-    layers: list[Any] = [module for module in model.modules() if half and isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.cast_input_dtype_enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cast_input_dtype_enabled = True
 
 
 def check_ranks(model: torch.nn.Module) -> None:
@@ -258,13 +239,6 @@ class CodeTrainer(Trainer):
     def __init__(self, collate: Collate, plain: PlainText, rows_lr: float | None, **more: Any) -> None:
         super().__init__(data_collator=collate, compute_loss_func=mean_loss, **more)
         self.collate, self.plain, self.rows_lr = collate, plain, rows_lr
-
-    def train(self, *words: Any, **more: Any) -> Any:
-        # DeepSpeed and FSDP convert inputs themselves
-        half = (self.args.bf16 or self.args.fp16) and sharding() == "ddp"
-        model: Any = self.model
-        with half_precision_inputs(model, half):
-            return super().train(*words, **more)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's optimizer; with ``rows_lr`` the trained token rows are a group with this learning rate."""

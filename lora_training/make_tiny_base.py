@@ -8,7 +8,12 @@ LLaMA. It knows no language: get_base.py writes a small pretrained model.
 
 One document per entity: its name, its description and its training triples in both directions, in random order. No
 triple of valid or test is read. The tokenizer is like LLaMA's: BPE with byte fallback, no merges across words, single
-digits.
+digits; each fixed beginning and end of a prompt is one token, which makes rows shorter.
+It has never seen the answers True and False, whose rows in the head are nearly equal: tune it on such tasks with
+train_lora.py --train_rows all.
+
+Initial weights have the standard deviation 1 / sqrt(width), from which small models learn faster than from .02; query
+and key weights a tenth of it, so attention starts nearly uniform.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class import prompts
 from Class.codes import escape_name, unique_names
-from Class.instructions import Source
+from Class.source import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, exclusive_lock, write_json, written_whole
@@ -69,25 +74,8 @@ def template_texts() -> list[str]:
         prompts.link_prediction(query),
         prompts.predict_tail("", "", "", True),
         prompts.validate_triple("", "", "", "", "", True),
-        prompts.codes_to_description(""),
     ]
     return [prompt_text({"instruction": text}) + f"{prompts.TRUE}\n{prompts.FALSE}" for text in made]
-
-
-def with_prompt_words(texts: list[str], every: int) -> list[str]:
-    """The texts, and after every ``every``-th one a prompt with empty names, answered True and False in turn.
-
-    Words that never occur in training get nearly equal rows in the head. LoRA does not change these rows by default, so
-    the model could not learn to answer with one of these words.
-    """
-    prompt = prompt_text({"instruction": prompts.classification("", "", "", "", "", True)})
-    words = [f"{prompt} {answer}" for answer in (prompts.TRUE, prompts.FALSE)]  # with the space of encode_answer
-    found = []
-    for place, text in enumerate(texts, 1):
-        found.append(text)
-        if place % every == 0:
-            found.append(words[place // every % len(words)])
-    return found
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -95,10 +83,10 @@ def with_prompt_words(texts: list[str], every: int) -> list[str]:
 PROMPT_TOKENS = (INSTRUCTION, f"\n\n{RESPONSE}", prompts.PREDICT)
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()) -> LlamaTokenizer:
+def train_tokenizer(texts: list[str], vocab_size: int) -> LlamaTokenizer:
     """BPE of at most ``vocab_size`` tokens: <unk>, <s>, </s>, 256 bytes, then pieces of the texts.
 
-    ``whole``: texts that become one token each, in addition to ``vocab_size``.
+    The texts PROMPT_TOKENS are added to them.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import AddedToken, LlamaTokenizer
@@ -117,7 +105,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, whole: Sequence[str] = ()
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     made = LlamaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], legacy=False)
-    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
+    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in PROMPT_TOKENS])
     return made
 
 
@@ -138,17 +126,17 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    inner = args.inner or 64 * math.ceil(args.width * 8 / 3 / 64)
+    inner, std = 64 * math.ceil(args.width * 8 / 3 / 64), args.width**-0.5
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size, hidden_size=args.width, intermediate_size=inner, num_hidden_layers=args.layers,
-            num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.context,
-            initializer_range=args.init_std, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=True,
+            num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=4096,
+            initializer_range=std, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=True,
         )
     )  # fmt: skip
-    for layer in model.model.layers if args.attention_std else ():
+    for layer in model.model.layers:
         for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            torch.nn.init.normal_(part.weight, std=args.attention_std)
+            torch.nn.init.normal_(part.weight, std=std / 10)
     return model
 
 
@@ -219,10 +207,7 @@ def make_base(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     texts = list(documents(kg, args.seed))
     # repeated so often that the words of the prompts become whole tokens
-    whole = PROMPT_TOKENS if args.prompt_tokens else ()
-    tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size, whole)
-    if args.prompt_words:
-        texts = with_prompt_words(texts, args.prompt_words)
+    tokenizer = train_tokenizer([*texts, *template_texts() * (1 + len(texts) // 10)], args.vocab_size)
     stream = token_stream(texts, tokenizer)
     model = build_model(args, len(tokenizer))
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -252,33 +237,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
-    parser.add_argument("--prompt_words", type=int, default=0, metavar="N", help="add a prompt with an answer after "
-                        "every Nth text, so that the model has seen True and False (0: off)")  # fmt: skip
-    parser.add_argument("--prompt_tokens", action="store_true", help="one token for each fixed beginning and "
-                        "end of a prompt: shorter rows")  # fmt: skip
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--inner", type=int, default=0, help="feed-forward width (0: 8/3 of --width)")
-    parser.add_argument("--context", type=int, default=4096, help="longest sequence in the model's configuration")
     parser.add_argument("--block", type=int, default=512, help="tokens per training row")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=float, default=4.0, help="passes over the corpus")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--init_std", type=float, default=0.02, help="standard deviation of the initial weights; "
-                        "small models learn faster from 1 / sqrt(width)")  # fmt: skip
-    parser.add_argument("--attention_std", type=float, default=0.0, metavar="STD", help="the same for query and key "
-                        "weights; a small value starts from nearly uniform attention (0: --init_std)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     args = parser.parse_args(argv)
-    for name in ("width", "layers", "heads", "context", "batch", "lr", "epochs", "init_std"):
+    for name in ("width", "layers", "heads", "batch", "lr", "epochs"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
-    for name in ("init_std", "attention_std"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must be at most 1, and not below 0, got {getattr(args, name)}")
     if args.block < 2:
         parser.error(f"--block must be 2 or more: a token and the next one, got {args.block}")
     if args.out.exists() and not args.out.is_dir():
@@ -289,10 +261,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.inner, args.seed, args.prompt_words) < 0:
-        parser.error("--steps, --inner, --prompt_words and --seed must be 0 or more")
-    if args.seed >= 2**63:
-        parser.error(f"--seed {args.seed} is out of range, expected less than 2**63")
+    if min(args.steps, args.seed) < 0 or args.seed >= 2**63:
+        parser.error("--steps and --seed must be 0 or more, and --seed less than 2**63")
     return args
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.instructions import answer_command
+from Class.rows import answer_command
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import exclusive_lock, sha256_file, write_json, written_whole

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from Class.instructions import read_rows
+from Class.rows import read_rows
 from common.errors import InputError
 from common.files import read_json, read_text
 from lora_training.adapters import RECORD, adapter_config, check_base, read_saved

@@ -26,7 +26,7 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +35,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import parse_json, sha256_file, write_json
-from lora_training.paired import paired
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
@@ -51,10 +50,8 @@ NAMES = ("mrr", "hits@1", "hits@3", "hits@10", "accuracy", "precision", "recall"
 BASELINES = {
     "candidate_model": "candidate model", "as_listed": "copy the first candidate", "random": "random choice",
 }  # fmt: skip
-LARGEST = sys.float_info.max  # JSON may contain larger integers
 CLASSIFICATIONS = ("triple_classification", "validate_triple")  # in other tasks an entity may be named True
 SEARCHED = "constrained_all"  # --decode whose candidates are the results of a search over all entities
-LIKELIHOOD = ("likelihood", "predict")  # --decode likelihood; "predict" in answers of earlier versions
 # every line of answers.jsonl has these; newer ones also triple, candidate_order and permuted
 FIELDS = ("id", "task_type", "split", "direction", "decode", "candidates", "scores", "tokens", "truth",
           "candidate_rank", "text", "expected", "parsed")  # fmt: skip
@@ -85,69 +82,24 @@ def read_answers(path: str | Path) -> AnswerFile:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
-            answer = _parse_answer(line, f"{path}:{number}")
-            key = (answer["split"], answer["id"])
-            if key in seen:
-                raise InputError(f"{path}:{number}: {key[1]} of {key[0]} is answered twice")
+            with content_of(f"{path}:{number}", "answer", "run inference.py again"):
+                answer = parse_json(line)
+                key = (answer["split"], answer["id"])
+                missing = [field for field in FIELDS if field not in answer]
+                lists = [answer[name] for name in ("candidates", "scores", "tokens") if answer.get(name)]
+                numbers = (value for values in lists[1:] for value in values)
+                if missing:
+                    raise ValueError(f"it lacks {', '.join(missing)}")
+                if key in seen:
+                    raise ValueError(f"{key[1]} of {key[0]} is answered twice")
+                if not isinstance(answer["truth"], list) or len(set(map(len, lists))) > 1:
+                    raise ValueError("truth is no list, or candidates, scores and tokens differ in length")
+                if not all(value is None or math.isfinite(value) for value in numbers):
+                    raise ValueError("scores or tokens are not finite")
             seen.add(key)
             answers.append(answer)
             end += len(line)
     return AnswerFile(answers, end)
-
-
-def _parse_answer(line: bytes, place: str) -> Answer:
-    """One line as an answer; InputError with ``place`` if it is none."""
-    try:
-        answer = parse_json(line)
-    except ValueError as error:
-        raise InputError(f"{place}: expected one JSON answer per line ({error})") from error
-    if not isinstance(answer, dict):
-        raise InputError(f"{place}: expected an answer, found {type(answer).__name__}; run inference.py again")
-    missing = [field for field in FIELDS if field not in answer]
-    if missing:
-        raise InputError(f"{place}: the answer lacks {', '.join(missing)}; run inference.py again")
-    wrong = _wrong_field(answer)
-    if wrong:
-        raise InputError(f"{place}: {wrong} is not valid for this answer; run inference.py again")
-    return answer
-
-
-def _is_names(value: Any, least: int = 0) -> bool:
-    return isinstance(value, list) and len(value) >= least and all(isinstance(name, str) for name in value)
-
-
-def _is_numbers(value: Any, size: int, optional: bool = False) -> bool:
-    """Whether ``value`` is a list of ``size`` numbers (``optional``: or None)."""
-    return isinstance(value, list) and len(value) == size and all(
-        (optional and item is None) or (type(item) in (int, float) and abs(item) <= LARGEST) for item in value
-    )  # fmt: skip
-
-
-def _wrong_field(answer: Answer) -> str | None:
-    """The first field with an invalid value, or one that contradicts the others."""
-    candidates, scores, tokens, rank = (answer[key] for key in ("candidates", "scores", "tokens", "candidate_rank"))
-    permuted, size = answer.get("permuted"), len(candidates) if _is_names(candidates) else -1
-    valid = {key: isinstance(answer[key], str) for key in ("task_type", "split", "decode", "text", "expected")} | {
-        "id": type(answer["id"]) in (str, int),
-        "direction": answer["direction"] in (None, "head", "tail"),
-        "parsed": type(answer["parsed"]) is bool,
-        "truth": _is_names(answer["truth"], 1),
-        "candidates": candidates is None or size >= 0,
-        "scores": scores is None or _is_numbers(scores, size, optional=True),
-        "tokens": tokens is None or (_is_numbers(tokens, size) and all(n > 0 for n in tokens)),
-        "candidate_rank": rank is None or (_is_numbers([rank], 1) and rank >= 1),
-        "triple": answer.get("triple") is None or (_is_names(answer["triple"]) and len(answer["triple"]) == 3),
-        "candidate_order": isinstance(answer.get("candidate_order"), str | None),
-        "permuted": permuted is None or (isinstance(permuted, list) and all(
-            other is None or _is_numbers(other, size, optional=True) for other in permuted)),
-    }  # fmt: skip
-    if valid["truth"] and is_ranking(answer):
-        valid["candidates"] = size >= 0
-        valid["scores"] = valid["scores"] and (scores is not None or not answer["parsed"])
-    elif valid["truth"] and is_classification(answer) and answer["parsed"]:
-        valid["candidates"] = size == 2 and set(candidates) == {TRUE, FALSE}
-        valid["scores"] = _is_numbers(scores, size)
-    return next((key for key, fits in valid.items() if not fits), None)
 
 
 # ---------------------------------------------------------------- link prediction
@@ -403,14 +355,12 @@ def is_match(answer: Answer) -> bool:
 
 
 def score_texts(splits: Splits) -> dict[str, Metrics]:
-    """Exact matches and parse failures by split."""
-    found = {}
-    for split, answers in splits.items():
-        n = len(answers)
-        failures = sum(not answer["parsed"] for answer in answers)
-        found[split] = {"exact_match": sum(map(is_match, answers)) / n, "count": n,
-                        "parse_failures": failures, "parse_failure_rate": failures / n}  # fmt: skip
-    return found
+    """Exact matches by split."""
+    return {
+        split: {"exact_match": sum(map(is_match, answers)) / len(answers), "count": len(answers),
+                "parse_failures": sum(not answer["parsed"] for answer in answers)}
+        for split, answers in splits.items()
+    }  # fmt: skip
 
 
 def is_classification(row: Answer) -> bool:
@@ -421,11 +371,6 @@ def is_classification(row: Answer) -> bool:
 def is_ranking(row: Answer) -> bool:
     """Whether a row or an answer ranks candidates."""
     return row["task_type"] == "link_prediction"
-
-
-def is_likelihood(answer: Answer) -> bool:
-    """Whether candidates were scored as answers to the query alone, without their list."""
-    return answer["decode"] in LIKELIHOOD
 
 
 def by_task(answers: Iterable[Answer]) -> dict[str, Splits]:
@@ -481,6 +426,41 @@ def print_report(found: dict[str, dict[str, Metrics]]) -> None:
 
 
 # ---------------------------------------------------------------- paired differences
+
+
+class Difference(NamedTuple):
+    """Difference of two means over the same queries: of MRRs, accuracies, or shares of exact matches."""
+
+    mean: float
+    error: float | None  # standard error over queries; None for fewer than two
+    runs: list[float]  # the difference in each run (seed)
+    queries: int
+
+    def __str__(self) -> str:
+        spread = "" if self.error is None else f" (standard error {self.error:.4f})"
+        return f"{self.mean:+.4f}{spread}"
+
+
+def paired(first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]) -> Difference:
+    """first - second: one ``{query: value}`` per run, both with the same queries in every run.
+
+    A query in several runs is one observation, the mean of its differences: the standard error covers the choice of
+    the queries, not the variation between runs, which ``runs`` shows. Raises ValueError if the queries differ.
+    """
+    by_query: dict[str, list[float]] = {}
+    runs = []
+    for ours, theirs in zip(first, second, strict=True):
+        if ours.keys() != theirs.keys() or not ours:
+            alone = sorted(ours.keys() ^ theirs.keys())
+            shown = f"{len(alone)} are in one set only, such as {alone[0]}" if alone else "there are none"
+            raise ValueError(f"the queries differ: {shown}")
+        differences = {query: value - theirs[query] for query, value in ours.items()}
+        runs.append(float(np.mean(list(differences.values()))))
+        for query, difference in differences.items():
+            by_query.setdefault(query, []).append(difference)
+    values = np.array([np.mean(found) for found in by_query.values()])
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Difference(float(np.mean(runs)), error, runs, len(values))
 
 
 def query_of(answer: Answer) -> str:
@@ -547,7 +527,8 @@ def main(argv: list[str] | None = None) -> None:
     if not answers:
         raise InputError(f"answers file {args.answers} contains no complete answer; continue inference.py")
     others = {path: read_answers(path).answers for path in args.against}
-    found = report(answers)
+    with content_of(args.answers, "file of answers", "run inference.py again"):
+        found = report(answers)
     print_report(found)
     against = {str(path): differences(answers, theirs, path) for path, theirs in others.items()}
     if args.output:

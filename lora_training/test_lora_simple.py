@@ -60,7 +60,7 @@ def token_round_trips(setup: Setup) -> str:
     for text in (print_codes(CODES[0]), print_codes(CODES[1], "compact"), entity_text("a </s> b", CODES[0])):
         assert decode_answer(encode_answer(text, setup.tokenizer), setup.tokenizer) == text
     text = decode_answer(encode_answer(print_codes(CODES[0], "compact"), setup.tokenizer), setup.tokenizer)
-    assert parse_codes(text, num_quantizers=3).tolist() == CODES[0]
+    assert parse_codes(text).tolist() == CODES[0]
     plain = load_tokenizer(setup.folder)
     before, after = (len(encode_answer(print_codes(CODES[0]), one)) for one in (plain, setup.tokenizer))
     assert after == 2 + 6 + 5 + 1 < before  # marks, codes, separators, end

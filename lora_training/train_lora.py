@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.instructions import answer_command
+from Class.rows import answer_command
 from common.device import memory_wanted
 from common.errors import CommandParser, InputError, is_disk_full, run_command
 from common.files import exclusive_lock, sha256_file
@@ -104,7 +104,7 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
         output_dir=str(args.output_dir / CHECKPOINTS), num_train_epochs=args.epochs, max_steps=args.max_steps or -1,
         per_device_train_batch_size=plan.micro_batch, gradient_accumulation_steps=passes,
         per_device_eval_batch_size=args.eval_batch_size or plan.micro_batch, learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=args.warmup_ratio, weight_decay=args.weight_decay, max_grad_norm=1.0,
+        lr_scheduler_type="cosine", warmup_steps=args.warmup_ratio, weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch", adam_beta2=args.adam_beta2, bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
         activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs=recomputation(),
         ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
@@ -371,7 +371,6 @@ def build_parser() -> CommandParser:
     flag("--rows_lr", type=float, metavar="LR", help="peak for the token rows, if not --learning_rate")
     flag("--adam_beta2", type=float, default=0.999, help="decay rate of Adam's second moment")
     flag("--warmup_ratio", type=float, default=0.03, help="share of the steps with rising learning rate")
-    flag("--weight_decay", type=float, default=0.0, help="of all trained parameters")
     flag("--max_length", type=int, default=2048, help="tokens per row; longer rows are an error, not cut")
     flag("--skip_long", action="store_true", help="leave longer rows out instead")
     flag("--eval_steps", type=int, default=0, help="steps between validations and checkpoints (0: every epoch)")
@@ -403,8 +402,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ranges: dict[str, tuple[Callable[[float], bool], list[str]]] = {
         "1 or more": (lambda value: value >= 1, ["batch_size", "gradient_accumulation", "lora_r", "lora_alpha",
                                                  "max_length", "logging_steps"]),
-        "0 or more": (lambda value: value >= 0, ["max_steps", "micro_batch_size", "eval_batch_size", "eval_steps",
-                                                 "weight_decay"]),
+        "0 or more": (lambda value: value >= 0, ["max_steps", "micro_batch_size", "eval_batch_size", "eval_steps"]),
         "in [0, 1)": (lambda value: 0 <= value < 1, ["warmup_ratio", "lora_dropout", "adam_beta2"]),
         "above 0 and finite": (lambda value: 0 < value < math.inf, ["epochs", "learning_rate", "rows_lr"]),
         "from 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, ["seed"]),

@@ -17,7 +17,7 @@ from common.config import Config
 from model.CompGCN import CompGCN
 from model.decoders import JointDecoder, make_decoder
 from model.entity_inputs import LEARNED, TEXT, EntityInputs, sources_of
-from model.members import linear
+from model.members import MemberLinear, linear
 from model.quantizers import QUANTIZERS, Quantizer
 from model.relational_graph import RelationalGraph
 
@@ -87,11 +87,11 @@ class CodeScorer(nn.Module):
         self.dim = dim
         self.rq_codebook = QUANTIZERS[quantizer](num_code, code_dim, num_quantizers)
         # the code vectors are learned; a learned map after them moves all entities at once, which costs accuracy
-        self.W_q: nn.Module = nn.Identity()
+        self.W_q: nn.Identity | nn.Linear | MemberLinear = nn.Identity()
         if seq_len * code_dim != dim:
             self.W_q = linear(ensemble, seq_len * code_dim, dim, bias=False)
             # z has unit variance: entries of q_e near 0.1 keep the first scores small, whatever the decoder's queries
-            nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)  # type: ignore[arg-type]
+            nn.init.normal_(self.W_q.weight, std=0.1 / (seq_len * code_dim // ensemble) ** 0.5)
         decoders = [make_decoder(decoder, dim // ensemble, dropout=decoder_drop) for _ in range(ensemble)]
         self.decoder = decoders[0] if ensemble == 1 else JointDecoder(decoders)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from Class.candidates import Candidates, is_held_out
+from Class.candidates import Candidates
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.ranking import rank_scores
 
@@ -92,6 +92,4 @@ def top_of_scores(
         found = values[rows[:, None], listed.clamp(min=0)].double()
         scores[members] = found.masked_fill(listed < 0, torch.nan).cpu().numpy()
     info = {"dataset": kg.name, "split": split, "filter": list(filter_splits), "count": C}
-    return Candidates(
-        triples[:, :2].copy(), triples[:, 2].copy(), ids, scores, ranks, np.full(len(triples), is_held_out(info)), info
-    )
+    return Candidates(triples[:, :2].copy(), triples[:, 2].copy(), ids, scores, ranks, info)

@@ -78,10 +78,9 @@ def eval_codes(config: Config) -> None:
             f"  with an entity unseen in training ({metrics['unseen']['count']} queries): "
             f"{format_metrics(metrics['unseen'])}"
         )
-    if config.out_dir:
-        path = config.out_dir / f"{config.eval_codes.stem}_{config.split}{'_shuffled' * config.shuffle_codes}.json"
-        write_json(metrics, path)
-        print(f"wrote {path}")
+    if config.metrics_out:
+        write_json(metrics, config.metrics_out)
+        print(f"wrote {config.metrics_out}")
 
 
 def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> None:
@@ -90,12 +89,13 @@ def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> Non
     Other answers known from train and valid are left out of the lists; the rank of the true tail filters all splits.
     The file's header names checkpoint, codes and split, and says whether the codes were shuffled.
     """
-    from Class.candidates import check_ending, write_candidates
+    from Class.candidates import write_candidates
     from model.export import top_candidates
 
     assert config.export_candidates is not None and config.eval_codes is not None and config.checkpoint is not None
     path = config.export_candidates
-    check_ending(path)
+    if path.suffix != ".npz":
+        raise InputError(f"--export_candidates {path} must end in .npz")
     found = top_candidates(*scored, kg, config.split, count=config.top, filter_splits=("train", "valid"))
     write_candidates(
         path, found, kg, model=config.checkpoint.name, codes=config.eval_codes.name, split=config.split,

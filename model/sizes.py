@@ -16,47 +16,62 @@ EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minu
 SAMPLED = 4096  # entities drawn per step there
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
+LARGE = 5_000  # entities, from which on Adam and 2 x 8 codes were better (docs/DEFAULTS.md)
 STEPS = 4000  # of a run on a small graph: half before the codes are assigned, half after
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200
+RATES = {"adagrad": 0.1, "adam": 0.003}
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
-    """Settings for a graph of M entities, R relations and E training triples: flag -> number (docs/DEFAULTS.md).
+    """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md).
 
-    - width D: 256
+    - width D: 256; codes: 4 positions x 4 levels, from 5,000 entities on 2 x 8
     - K: the power of two at or above M, from 8 to 1,024
+    - optimizer: Adagrad at 0.1; from 5,000 entities on Adam at 0.003
     - B: 256 queries of at most 4 tails each (``--tails_at_once``): about 500 triples
     - epochs: about 4,000 steps, but at least 24 epochs and at most 200
     - above 100,000 entities, the softmax is over 4,096 sampled entities and the encoder passes over the graph rarely
     """
-    large = entities > EXACT_UP_TO
-    batch = 256
+    large, sampled, batch = entities >= LARGE, entities > EXACT_UP_TO, 256
     steps = max(1, triples // batch)  # per epoch: 2 E queries with their tails, two tails per entry on average
     return {
         "init_dim": WIDTH,
         "gcn_dim": WIDTH,
+        "seq_len": 2 if large else 4,
+        "num_quantizers": 8 if large else 4,
         "num_code": min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length())),
+        "optimizer": "adam" if large else "adagrad",
         "batch": batch,
         "epoch": min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(STEPS / steps))),
-        "num_negatives": SAMPLED if large else 0,
-        "encoder_every": encoder_pace(entities) if large else 1,
+        "num_negatives": SAMPLED if sampled else 0,
+        "encoder_every": encoder_pace(entities) if sampled else 1,
     }
 
 
+def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
+    """``sizes_for``, adapted to given settings: one level has 16 positions; weights that all entities share are trained
+    by Adam; each optimizer has its own rate."""
+    if config.quantizer == "vq":
+        found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
+    if config.gcn_layers or config.tf_layers:
+        found = found | {"optimizer": "adam"}
+    return found | {"lr": RATES[found["optimizer"] if config.optimizer == "auto" else config.optimizer]}
+
+
 def with_sizes(config: Config, entities: int, relations: int, triples: int) -> Config:
-    """``config`` with a number in place of every "auto"; one line says which.
+    """``config`` with a value in place of every "auto"; one line says which.
 
     ``code_dim``, where it is "auto", shares D out among the L positions. Raises InputError where widths do not fit.
     """
-    found = sizes_for(entities, relations, triples)
-    chosen: dict[str, Any] = {name: value for name, value in found.items() if getattr(config, name) == AUTO}
+    found = adapted(sizes_for(entities, relations, triples), config)
+    chosen: dict[str, Any] = {name: value for name, value in found.items() if getattr(config, name) in (AUTO, "auto")}
     sized = dataclasses.replace(config, **chosen)
     if config.loss != "ce":
         sized = dataclasses.replace(sized, num_negatives=0, tails_at_once=0)  # those of SOFTMAX_ONLY
     if config.code_dim == AUTO:
         width = sized.gcn_dim if sized.gcn_layers else sized.init_dim
         step = sized.att_head if sized.tf_layers else 1
-        chosen["code_dim"] = max(8 * step, width // sized.seq_len // step * step)
+        chosen["code_dim"] = max(8, width // sized.seq_len // step * step)
         sized = dataclasses.replace(sized, code_dim=chosen["code_dim"])
     if chosen:
         flags = " ".join(f"--{name} {value}" for name, value in chosen.items())

@@ -182,12 +182,12 @@ def family_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def ranked(
     rq: Command, run: Run, folder: Path, *more: str, codes: Path | None = None, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    """What --eval_codes writes into ``folder``."""
-    outcome = rq(*run.scored(codes, checkpoint, "--out_dir", str(folder), *more))
+    """What --eval_codes writes to a --metrics_out in ``folder``, which it prints too."""
+    path = folder / "metrics.json"
+    outcome = rq(*run.scored(codes, checkpoint, "--metrics_out", str(path), *more))
     assert outcome.code == 0, outcome.err
-    path = Path(outcome.out.splitlines()[-1].removeprefix("wrote "))
     found: dict[str, Any] = json.loads(path.read_text())
-    assert path.parent == folder and f"mrr {found['mrr']:.4f}" in outcome.out
+    assert f"mrr {found['mrr']:.4f}" in outcome.out and f"wrote {path}" in outcome.out
     return found
 
 

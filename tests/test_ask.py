@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, find_name
 from lora_training import ask
 from lora_training.adapters import load_adapted, read_saved
-from lora_training.ask import Asker, Query, find_query, interact, mark_entity, open_codes
-from tests.test_gen_lp import export
+from lora_training.ask import Asker, Query, find_query, mark_entity, open_codes
 from tests.test_inference import World, likelihoods, world  # noqa: F401
 from tests.test_instructions import write_graph
 
@@ -81,29 +79,24 @@ def test_the_longest_name_in_a_question_gets_its_codes(namesakes: Source, asker:
 
 
 def test_a_query_ranks_all_entities_by_their_likelihood(asker: Asker) -> None:
+    """log P of each entity's codes after the prompt of tail_prediction rows; known answers are marked."""
     source, R = asker.source, asker.source.kg.num_relations
-    how, found = asker.query(Query(7, 1))
-    prompt = prompts.predict_tail(source.shown[7], source.relations[1], source.entity_texts[7], True)
-    expected = likelihoods(asker.model, asker.tokenizer, {"instruction": prompt}, source.entity_texts, end=True)
-    assert len(found) == source.kg.num_entities
-    assert np.allclose([answer.score for answer in sorted(found)], expected, atol=1e-3)
-    scores = [answer.score for answer in found]
-    assert scores == sorted(scores, reverse=True) and "43 entities searched" in how
-    tail = next(t for h, r, t in source.kg.train.tolist() if h == 7)
-    relation = next(r for h, r, t in source.kg.train.tolist() if h == 7 and t == tail)
-    known = {answer.entity: answer.known for answer in asker.query(Query(7, relation))[1]}
-    assert known[tail] == "train" and sum(map(bool, known.values())) < 6
-    backwards = asker.query(Query(tail, relation + R))[1]
-    assert {answer.entity: answer.known for answer in backwards}[7] == "train"
-    prompt = prompts.complete_head(source.relations[relation], source.shown[tail], source.entity_texts[tail], True)
-    best = source.entity_texts[backwards[0].entity]
-    expected = likelihoods(asker.model, asker.tokenizer, {"instruction": prompt}, [best], end=True)
-    assert abs(backwards[0].score - expected[0]) < 1e-3
+    h, r, t = source.kg.train[0].tolist()
+    for query, other in ((Query(h, r), t), (Query(t, r + R), h)):
+        found = asker.query(query)
+        row = {"instruction": prompts.prediction(source.query_fields(*query))}
+        expected = likelihoods(asker.model, asker.tokenizer, row, source.code_texts, end=True)
+        assert [answer.entity for answer in sorted(found)] == list(range(source.kg.num_entities))
+        assert np.allclose([answer.score for answer in sorted(found)], expected, atol=1e-3)
+        scores = [answer.score for answer in found]
+        assert scores == sorted(scores, reverse=True)
+        known = {answer.entity: answer.known for answer in found}
+        assert known[other] == "train" and sum(map(bool, known.values())) < 6
 
 
 def test_a_question_adds_both_ends_of_a_name(asker: Asker) -> None:
-    how, found = asker.question("What is next to Entity 3?")
-    assert how.startswith("about Entity 3;") and len(found) == asker.source.kg.num_entities
+    found = asker.question("What is next to Entity 3?")
+    assert len(found) == asker.source.kg.num_entities
     text = f"Question: What is next to {asker.source.entity_texts[asker.source.kg.labels.index('Entity 3')]}?"
     row = {"instruction": f"{text}\nName all answers, one per line."}
     lines, ended = (
@@ -112,55 +105,6 @@ def test_a_question_adds_both_ends_of_a_name(asker: Asker) -> None:
     )
     assert np.allclose([answer.score for answer in sorted(found)], np.logaddexp(lines, ended), atol=1e-3)
     assert [answer.score for answer in found] == sorted((answer.score for answer in found), reverse=True)
-
-
-def test_candidates_are_asked_as_in_link_prediction(
-    asker: Asker, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
-) -> None:  # fmt: skip
-    from Class.candidates import read_candidates
-
-    lists = read_candidates([export(world.kg, tmp_path, count=6)["test"]], world.kg)
-    with_lists = Asker(asker.model, asker.tokenizer, asker.source, lists, asker.beams, shuffle=False)
-    query = Query(*lists.queries[0].tolist())
-    how, found = with_lists.query(query)
-    assert how == "6 candidates scored (ranked list)" and {answer.entity for answer in found} == set(
-        lists.ids[0].tolist()
-    )
-    source = asker.source
-    row = {"instruction": prompts.link_prediction(source.query_fields(*query, lists.ids[0].tolist()))}
-    lines = [f"1. {source.code_texts[answer.entity]}" for answer in found]
-    assert np.allclose(likelihoods(asker.model, asker.tokenizer, row, lines), [a.score for a in found], atol=1e-3)
-    how, shuffled = Asker(asker.model, asker.tokenizer, asker.source, lists, asker.beams).query(query)
-    assert how == "6 candidates scored (shuffled list)" and {a.entity for a in shuffled} == {a.entity for a in found}
-    assert [a.score for a in shuffled] != [a.score for a in found], "another prompt"
-    empty = lists._replace(ids=np.full_like(lists.ids, -1))
-    assert "searched" in Asker(asker.model, asker.tokenizer, asker.source, empty, asker.beams).query(query)[0]
-    everyone = set(range(world.kg.num_entities)) - set(lists.queries[:, 0].tolist())
-    assert "searched" in with_lists.query(Query(everyone.pop(), 0))[0]
-
-
-def test_a_prediction_is_asked_and_scored_as_it_is_tuned(
-    asker: Asker, world: World, tmp_path: Path  # noqa: F811
-) -> None:  # fmt: skip
-    """The very prompts of tail_prediction, each entity's codes as answer, listed and over all entities alike."""
-    from Class.candidates import read_candidates
-    from Class.gen_lp_data_rq import Count, Plan, predicted, rows_of
-
-    kg = world.kg
-    lists = read_candidates([export(kg, tmp_path, count=6)["test"]], kg)
-    queries = np.concatenate([lists.queries, lists.truth[:, None]], axis=1)
-    everything = {"tuning": kg.answers("train"), "known": kg.answers()}
-    plan = Plan("test", queries[:3], np.arange(3), False, False)
-    rows = list(predicted(rows_of(asker.source, lists, plan, everything, 6, 0, Count()), asker.source))
-    for row, query, ids in zip(rows, queries.tolist(), lists.ids.tolist(), strict=False):
-        expected = likelihoods(asker.model, asker.tokenizer, row, asker.source.code_texts, end=True)
-        for candidates, entities in ((lists, ids), (None, range(kg.num_entities))):
-            own = Asker(asker.model, asker.tokenizer, asker.source, candidates, asker.beams, likelihood=True)
-            found = {answer.entity: answer.score for answer in own.query(Query(*query[:2]))[1]}
-            assert found.keys() == set(entities)
-            with pytest.raises(InputError, match="leave it out for a question in words"):
-                ask.ask(own, 3, None, None, "Who is next?")
-            assert np.allclose([found[e] for e in found], [expected[e] for e in found], atol=1e-3)
 
 
 # ---------------------------------------------------------------- the command
@@ -174,11 +118,12 @@ def test_the_command_prints_ranked_answers(
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("(Entity 7 | next | ?)"))
     assert [line.split(".")[0].strip() for line in lines[start + 1 :]] == ["1", "2", "3"]
-    ask.main([str(word) for word in (*base, "--head", "Entity 7", "--relation", "next", "--likelihood")])
-    assert capsys.readouterr().out.splitlines()[-3:] != lines[start + 1 :], "another question has other scores"
+    ask.main([str(word) for word in (*base, "--question", "What is next to Entity 7?")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-4] == "What is next to Entity 7?  (about Entity 7)" and out[-3:] != lines[start + 1 :]
     for words, message in (
-        (["--head", "Entity 7"], "go together"), (["--question", "x", "--head", "a", "--relation", "b"], "not both"),
-        (["--question", "x", "--likelihood"], "leave it out for a --question"),
+        (["--head", "Entity 7"], "go together"), ([], "or --question"),
+        (["--question", "x", "--head", "a", "--relation", "b"], "or --question"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             ask.main([str(word) for word in (*base, *words)])
@@ -205,23 +150,6 @@ def test_names_are_checked_before_the_weights(
         ([*base, "--head", "entity 7", "--relation", "beside"], "no relation is called 'beside'"),
         (["--base_model", world.base, "--head", "a", "--relation", "b"], "neither an adapter nor a merged model"),
         (["--lora_adapter", world.named_adapter, "--head", "a", "--relation", "b"], "without codes; give --dataset"),
-        ([*base, "--candidates", "none.npz"], "none.npz does not exist"),
     ):
         with pytest.raises(InputError, match=message):
             ask.main([str(word) for word in words])
-
-
-def test_interactive_goes_on_after_a_mistake(asker: Asker, capsys: pytest.CaptureFixture[str]) -> None:
-    lines: Iterator[str] = iter(["Entity 1 | nowhere", "Entity 1 | next", "What is next to Entity 5?"])
-
-    def read(_: str) -> str:
-        line = next(lines, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    interact(asker, 2, read)
-    out = capsys.readouterr().out
-    assert "error: no relation is called 'nowhere'" in out and "(Entity 1 | next | ?)" in out
-    assert "What is next to Entity 5?  (about Entity 5" in out and out.count("  2. ") == 2
-    interact(asker, 2, lambda _: "")

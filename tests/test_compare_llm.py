@@ -24,31 +24,24 @@ from data.knowledge_graph import KnowledgeGraph
 from lora_training import ask, compare_llm, inference, make_tiny_base, train_lora
 from lora_training.code_tokens import refuse_other_codes
 from lora_training.compare_llm import (
-    COPIED,
     DECODER,
-    ORDERED,
-    QUICK,
     RANKER,
     RECIPE,
-    REFITTED,
     ROWS,
     SHUFFLED,
     VARIANTS,
     WITH,
     Places,
     RowResult,
-    Weights,
-    order_weights,
-    read_lists,
+    read_ranks,
     read_recipe,
     resume_tuning,
     seed_rows,
     seed_steps,
     summary,
-    with_order,
     write_refit,
 )
-from lora_training.score_answers import Answer, report
+from lora_training.score_answers import report
 from tables.results import collect
 from tests.test_instructions import write_codes
 
@@ -95,48 +88,34 @@ def answered(rows: list[Row], place: Callable[[int], int]) -> dict[str, Any]:
     return {"answers": answers, "metrics": report(answers)}
 
 
-def export(kg: KnowledgeGraph, path: Path, split: str, place: int, rank: float = 9.0) -> None:
-    """Lists with the candidates of ``rows_of``, the truth at ``place``, where it has the rank ``rank``.
-
-    The queries come in reverse order.
-    """
-    queries = both_directions(kg.test if split == "test" else kg.valid, kg.num_relations)[::-1]
-    entity = {name: i for i, name in enumerate(kg.entities)}
-    ids = np.array([[entity[name] for name in row["candidates"]] for row in rows_of(kg, split)])[::-1]
-    order = np.argsort(-np.array(scores_at(place)))
-    n = len(ids)
-    scores = np.tile(np.array(scores_at(place))[order], (n, 1))
-    lists = Candidates(queries[:, :2], queries[:, 2], ids[:, order], scores, np.full(n, rank), np.full(n, True), {})
+def export(kg: KnowledgeGraph, path: Path, rank: float) -> None:
+    """Lists of the test queries, in reverse order, whose truths have this ``rank``."""
+    queries = both_directions(kg.test, kg.num_relations)[::-1]
+    n = len(queries)
+    lists = Candidates(queries[:, :2], queries[:, 2], np.tile([1, 0], (n, 1)), None, np.full(n, rank), {})
     write_candidates(path, lists, kg)
 
 
 def fill(kg: KnowledgeGraph, places: Places, better: int = 0) -> None:
     """What the steps of one seed leave, as far as rows need it: the truth of LLM v is at N - 1 - v for most rows."""
-    rows = [*rows_of(kg), *rows_of(kg, "validation")]
+    rows = rows_of(kg)
     for level, variant in enumerate(VARIANTS):
         write_json(answered(rows, lambda i, v=level: 1 if i < better else N - 1 - v), places.results(variant))  # type: ignore[misc]
-    for split, lists in (("validation", "valid"), ("test", "test")):
-        write_rows(split_path(places.rows(WITH), split), rows_of(kg, split))
-        export(kg, places.candidates(lists), split, N)
-        export(kg, places.candidates(f"coded_{lists}"), split, 1 if split == "validation" else 2)
-    export(kg, places.candidates("plain"), "test", N, rank=8.0)
+    write_rows(split_path(places.rows(WITH), "test"), rows)
+    export(kg, places.candidates("coded_test"), 2)
 
 
-def test_rows_come_from_the_answers_and_the_plain_models_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+def test_rows_come_from_the_answers_and_the_codes_lists(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     places = Places(tmp_path / "seed_0")
     fill(ring_kg, places)
-    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "x.json", tmp_path / "seed_0" / "y.json")
+    found = seed_rows(places, ring_kg, tmp_path, tmp_path / "seed_0" / "y.json")
     assert tuple(found) == ROWS
-    mrr = {name: one.metrics["mrr"] for name, one in found.items()}
-    expected = {RANKER: 1 / 8, REFITTED: 1 / 4, COPIED: 1 / 4, DECODER: 1 / 2}
+    expected = {RANKER: 1 / N, DECODER: 1 / 2}
     expected |= {variant.row: 1 / (N - 1 - level) for level, variant in enumerate(VARIANTS)}
-    alone = {name: mrr.pop(ORDERED.format(name)) for name in (DECODER, *(variant.row for variant in VARIANTS))}
-    assert mrr == pytest.approx(expected)
-    assert alone == pytest.approx({name: expected[name] for name in alone}), "validation says: the order misleads"
+    assert {name: one.metrics["mrr"] for name, one in found.items()} == pytest.approx(expected)
     assert {one.metrics["count"] for one in found.values()} == {2 * len(ring_kg.test)}
-    assert found[RANKER].record == "seed_0/x.json" and found[DECODER].record == "seed_0/y.json"
-    record = "seed_0/with_codes/inference_results.json"
-    assert record == found[WITH.row].record == found[COPIED].record == found[REFITTED].record
+    assert found[DECODER].record == "seed_0/y.json"
+    assert found[WITH.row].record == found[RANKER].record == "seed_0/with_codes/inference_results.json"
 
 
 def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
@@ -144,21 +123,11 @@ def test_other_queries_are_refused(ring_kg: KnowledgeGraph, tmp_path: Path) -> N
     fill(ring_kg, places)
     write_json(answered(rows_of(ring_kg)[1:], lambda i: 1), places.results(SHUFFLED))
     with pytest.raises(InputError, match="other queries"):
-        seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json", tmp_path / "y.json")
-
-
-def test_no_weights_without_a_truth_in_validation(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
-    places = Places(tmp_path)
+        seed_rows(places, ring_kg, tmp_path, tmp_path / "y.json")
     fill(ring_kg, places)
-    for variant in VARIANTS:
-        record = read_json(places.results(variant), "record")
-        unlisted = [
-            one | {"candidates": ["nobody", *one["candidates"][1:]]} if one["split"] == "validation" else one
-            for one in record["answers"]
-        ]
-        write_json({"answers": unlisted, "metrics": report(unlisted)}, places.results(variant))
-    with pytest.raises(InputError, match="no validation list contains its truth"):
-        seed_rows(places, ring_kg, tmp_path, tmp_path / "x.json", tmp_path / "y.json")
+    write_rows(split_path(places.rows(WITH), "test"), rows_of(ring_kg)[1:])
+    with pytest.raises(InputError, match="other rows"):
+        seed_rows(places, ring_kg, tmp_path, tmp_path / "y.json")
 
 
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
@@ -203,59 +172,29 @@ def test_lists_follow_the_rows(ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
     rows, queries = rows_of(ring_kg), both_directions(ring_kg.test, ring_kg.num_relations)
     n = len(queries)
     ranks, order = np.arange(1.0, n + 1), np.random.default_rng(0).permutation(n)
-    ids, scores = np.tile([1, 0, -1], (n, 1)), np.tile([2.0, 1.0, 0.0], (n, 1))
-    lists = Candidates(queries[order, :2], queries[order, 2], ids, scores, ranks[order], np.full(n, True), {})
+    ids = np.tile([1, 0], (n, 1))
+    lists = Candidates(queries[order, :2], queries[order, 2], ids, None, ranks[order], {})
     write_candidates(tmp_path / "all.npz", lists, ring_kg)
-    found = read_lists(tmp_path / "all.npz", rows[3:9], ring_kg)
-    assert [found[row["id"]].rank for row in rows[3:9]] == ranks[3:9].tolist() and len(found) == 6
-    assert list(found[rows[3]["id"]].scores.items()) == [("e1", 2.0), ("e0", 1.0)]
-    lists.rank[0] = np.nan
-    write_candidates(tmp_path / "gap.npz", lists, ring_kg)
-    write_candidates(tmp_path / "bare.npz", lists._replace(scores=None), ring_kg)
-    for name, lacks in (("gap", "a rank for 1 "), ("bare", "scores")):
-        with pytest.raises(InputError, match=rf"{name}\.npz has no .*{lacks}"):
-            read_lists(tmp_path / f"{name}.npz", rows, ring_kg)
-
-
-# ---------------------------------------------------------------- score and order of the list
-
-
-def drawn(strength: float, place: float, count: int = 3000) -> list[Answer]:
-    """Answers whose truths are drawn from softmax(strength * score - place * log(position in the list))."""
-    rng, names = np.random.default_rng(5), ["a", "b", "c", "d"]
-    own = rng.normal(0, 2, (count, 4))
-    noisy = strength * own - place * np.log(np.arange(1, 5)) + rng.gumbel(size=own.shape)
-    return [{"parsed": True, "candidates": names, "scores": scores, "truth": [names[truth]]}
-            for scores, truth in zip(own.tolist(), noisy.argmax(1).tolist(), strict=True)]  # fmt: skip
-
-
-def test_weights_of_score_and_order_are_recovered() -> None:
-    answers = drawn(0.7, 1.5)
-    assert order_weights(answers) == pytest.approx((0.7, 1.5), abs=0.1)
-    assert order_weights(drawn(0.0, -1.0, 400)) == Weights(1.0, 0.0), "an order that misleads is not used"
-    assert order_weights(drawn(-1.0, 1.0, 400)) == Weights(0.0, 1.0), "nor are scores"
-    assert order_weights([one | {"truth": ["x"]} for one in answers]) is None
-    certain = order_weights(drawn(50.0, 0.0, 40))
-    assert certain is not None and np.isfinite(certain).all(), "separable data have finite weights"
-    unlisted = {"parsed": True, "candidates": ["a", "b"], "scores": [0.0, 9.0], "truth": ["x"]}
-    assert order_weights([*answers, unlisted]) == order_weights(answers)
-    combined = with_order(answers[0] | {"scores": [0.0, 1.0, None]}, Weights(1.0, 2.0))["scores"]
-    assert combined == [0.0, pytest.approx(1 - 2 * np.log(2)), None]
+    found = read_ranks(tmp_path / "all.npz", rows[3:9], ring_kg)
+    assert found == {row["id"]: rank for row, rank in zip(rows[3:9], ranks[3:9].tolist(), strict=True)}
+    write_candidates(tmp_path / "bare.npz", lists._replace(rank=np.full(n, np.nan)), ring_kg)
+    few = Candidates(lists.queries[:5], lists.truth[:5], ids[:5], None, lists.rank[:5], {})
+    write_candidates(tmp_path / "few.npz", few, ring_kg)
+    for name in ("bare", "few"):
+        with pytest.raises(InputError, match=rf"{name}\.npz"):
+            read_ranks(tmp_path / f"{name}.npz", rows, ring_kg)
 
 
 # ---------------------------------------------------------------- steps
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, QUICK])
-def test_every_step_has_flags_that_its_script_knows(
-    ring: Path, ring_kg: KnowledgeGraph, tmp_path: Path, recipe: compare_llm.Recipe
-) -> None:
-    parsers: dict[str, Callable[[list[str]], argparse.Namespace]] = {
+def test_every_step_has_flags_that_its_script_knows(ring: Path, ring_kg: KnowledgeGraph, tmp_path: Path) -> None:
+    parsers: dict[str, Callable[[list[str]], Any]] = {
         "run_rq.py": run_rq.parse_config, "Class/gen_lp_data_rq.py": gen_lp_data_rq.parse_args,
         "lora_training/make_tiny_base.py": make_tiny_base.parse_args,
         "lora_training/train_lora.py": train_lora.parse_args, "lora_training/inference.py": inference.parse_args,
     }  # fmt: skip
-    steps = seed_steps(ring_kg, ring, tmp_path / "ring_refit", Places(tmp_path), recipe, seed=5)
+    steps = seed_steps(ring_kg, ring, tmp_path / "ring_refit", Places(tmp_path), RECIPE, seed=5)
     by_name = {one.name.split("/")[-1]: one for one in steps}
     assert len(by_name) == len(steps)
     made = {path for one in steps for path in one.outputs}
@@ -314,7 +253,7 @@ def test_comparison_is_written_and_tables_pass_it_over(
         fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
     words = ["--dataset", str(ring), "--seeds", "0", "2", "--jobs", "5", "--out", str(out)]
     compare_llm.main(words)
-    assert asked == [2 * 19, 5], "every step of both seeds, five side by side"
+    assert asked == [2 * 16, 5], "every step of both seeds, five side by side"
     found = read_json(out / "comparison.json", "comparison")
     assert [row["row"] for row in found["rows"]] == list(ROWS) and found["dataset"] == "ring"
     by_row = {row["row"]: row for row in found["rows"]}
@@ -335,20 +274,17 @@ def test_comparison_is_written_and_tables_pass_it_over(
     (tmp_path / "alone").mkdir()
     (out / "comparison.json").rename(tmp_path / "alone" / "comparison.json")
     assert collect([tmp_path / "alone"]) == []
-    write_json({"data set": {}}, out / "plan.json")
-    with pytest.raises(InputError, match="another data set"):
-        compare_llm.main(words)
 
 
 def test_a_recipe_file_replaces_single_flags(tmp_path: Path) -> None:
     write_json({"tuning": {"epochs": 2}}, tmp_path / "r.json")
-    recipe = read_recipe(tmp_path / "r.json", quick=False)
+    recipe = read_recipe(tmp_path / "r.json")
     assert recipe["tuning"] == RECIPE["tuning"] | {"epochs": 2} and recipe["base"] == RECIPE["base"]
     assert compare_llm.flags({"lr": 0.1, "on": True, "off": False}) == ["--lr", "0.1", "--on"]
     assert compare_llm.stem_of("ring", {"seq_len": 2, "num_code": 8, "quantizer": "vq"}) == "ring_2_8"
     write_json({"third": {}}, tmp_path / "r.json")
     with pytest.raises(InputError, match="part 'third'"):
-        read_recipe(tmp_path / "r.json", quick=False)
+        read_recipe(tmp_path / "r.json")
 
 
 def test_shuffled_codes_are_found_again_by_their_seed(ring: Path, tmp_path: Path) -> None:

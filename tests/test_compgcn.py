@@ -9,7 +9,7 @@ from torch import Tensor
 from common.errors import InputError
 from model.CompGCN import CompGCN, CompGCNLayer
 from model.relational_graph import RelationalGraph
-from tests.test_message_passing import BACKENDS, INSTALLED, random_edges, relative
+from tests.test_message_passing import BACKENDS, random_edges, relative
 
 M, R, E, D = 30, 4, 120, 6
 
@@ -21,10 +21,6 @@ def small_graph() -> tuple[list[list[int]], RelationalGraph]:
 
 def layers_of(encoder: CompGCN) -> list[CompGCNLayer]:
     return [layer for layer in encoder.layers if isinstance(layer, CompGCNLayer)]
-
-
-def gradients(module: torch.nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
 def equation_1(layer: CompGCNLayer, x: Tensor, v: Tensor, triples: list[list[int]]) -> Tensor:
@@ -64,28 +60,6 @@ def test_layer_is_equation_1_and_2(backend: str, composition: str) -> None:
     for name, a, b in zip(leaves, our_grads, their_grads, strict=True):
         # batch norm removes what all rows share: the gradient of `sub`'s v_loop is zero, so the bound is absolute
         assert (a - b).norm() <= 1e-10 * max(1.0, float(b.norm())), name
-
-
-@pytest.mark.parametrize("composition", ["mult", "sub"])
-def test_backends_agree_in_float32(composition: str) -> None:
-    """Two layers, equal parameters: outputs and every parameter's gradient to 1e-5."""
-    _, graph = small_graph()
-    torch.manual_seed(0)
-    x, v, direction = torch.randn(M, D), torch.randn(2 * R, D), torch.randn(M, D)
-    encoder = CompGCN(2, D, 9, D, R, composition=composition, dropout=0.0)
-    found = {}
-    for backend in INSTALLED:
-        for layer in layers_of(encoder):
-            layer.backend = backend
-        encoder.zero_grad()
-        out = encoder(x, v, graph)
-        ((out.x * direction).sum() + out.v.square().sum()).backward()
-        found[backend] = [out.x.detach(), out.v.detach(), *gradients(encoder)]
-    assert "torch" in found
-    for backend, tensors in found.items():
-        for ours, theirs in zip(tensors, found["torch"], strict=True):
-            # absolute for small norms: under batch norm the gradient of `sub`'s v_loop is only rounding error
-            assert (ours - theirs).norm() <= 1e-5 * max(1.0, float(theirs.norm())), backend
 
 
 def test_zero_layers_are_the_identity_and_widths_are_checked() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 import demo_complete as demo
-from common.errors import InputError
-from common.files import ROOT, read_json
+from common import steps
+from common.errors import InputError, run_command
+from common.files import read_json
 from lora_training.score_answers import read_answers, report
 from tests.pages import check_command
 
@@ -29,13 +33,33 @@ class Done(NamedTuple):
     printed: str
 
 
+class InProcess:
+    """In place of subprocess.Popen: runs the script in this process, since fourteen imports of torch take long."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        script, *words = command[1:]
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        self.returncode = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *words])
+            patch.chdir(cwd)
+            try:
+                run_command(module.main)
+            except SystemExit as end:
+                self.returncode = int(end.code or 0)
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    out = tmp_path_factory.mktemp("demo") / "a folder"  # with a blank: commands must quote it
-    command = [sys.executable, "demo_complete.py", "--quick", "--out_dir", str(out)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    return Done(out, found.stdout)
+    out, printed = tmp_path_factory.mktemp("demo") / "a folder", io.StringIO()  # with a blank: commands must quote it
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["demo_complete.py", "--quick", "--out_dir", str(out)])
+        patch.setattr(steps, "subprocess", SimpleNamespace(Popen=InProcess))
+        assert demo.main() == 0, printed.getvalue()[-3000:]
+    return Done(out, printed.getvalue())
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -106,7 +130,6 @@ def test_the_summary_holds_the_table_the_commands_and_the_files(done: Done) -> N
 def test_a_score_that_is_not_the_codes_is_a_fault(
     done: Done, tmp_path: Path, file: str, change: Any, words: str
 ) -> None:
-    (tmp_path / "ranked").mkdir()
     for name in RECORDS:
         shutil.copy(done.out / name, tmp_path / name)
     assert demo.fault(demo.table(tmp_path)) is None

@@ -104,7 +104,7 @@ def test_a_member_without_text_neither_sees_nor_predicts_it(ring_kg: KnowledgeGr
 
 
 def test_a_text_is_needed_where_a_member_starts_from_it(ring_kg: KnowledgeGraph) -> None:
-    with pytest.raises(ValueError, match="text_dim"):
+    with pytest.raises(ValueError):
         RQGCN(M, R, **(SHAPE | {"inputs": "learned+neighbours"}))
     with pytest.raises(ValueError):
         model_of("neighbours").encode(RelationalGraph.from_triples(ring_kg.train, M, R))

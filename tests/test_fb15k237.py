@@ -43,10 +43,10 @@ def test_the_dump_scores_as_recorded_and_shuffled_codes_do_not(run: Path) -> Non
     assert record["test_shuffled_codes"]["mrr"] < 0.1 * record["test"]["mrr"]
     assert record["valid_mrr_by_levels"] == sorted(record["valid_mrr_by_levels"])
     flags = ["--dataset", str(FOLDER), "--eval_codes", str(run / f"{STEM}.pt"),
-             "--checkpoint", str(run / "checkpoints" / f"{STEM}.pt"), "--out_dir", str(run / "again"),
-             "--device", "cpu"]  # fmt: skip
+             "--checkpoint", str(run / "checkpoints" / f"{STEM}.pt"), "--device", "cpu",
+             "--metrics_out", str(run / "again.json")]  # fmt: skip
     run_rq.eval_codes(run_rq.parse_config(flags))
-    again = json.loads((run / "again" / f"{STEM}_test.json").read_text())
+    again = json.loads((run / "again.json").read_text())
     assert again["mrr"] == pytest.approx(record["test"]["mrr"], abs=1e-6)
 
 

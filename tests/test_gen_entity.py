@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from Class import build_mix, check_leaks, gen_entity_data_rq
-from Class.codes import load_codes, parse_codes, parse_entity
-from Class.gen_entity_data_rq import TASKS, entity_parts, guessing_control, holds_answer
+from Class.codes import load_codes, parse_codes
+from Class.gen_entity_data_rq import TASKS, entity_parts, holds_answer
 from Class.gen_lp_data_rq import disjoint_parts
 from Class.rows import FILE_STEMS, read_rows, row_triples, write_rows
 from common.errors import InputError
 from common.files import read_json
 from data.knowledge_graph import KnowledgeGraph
-from tests.test_instructions import FAMILY, write_codes, write_graph
+from tests.test_instructions import FAMILY, parse_entity, write_codes, write_graph
 
 Rows = dict[str, list[dict[str, Any]]]
 SHAPE = (4, 16, 3)  # few codes, so that entities share some
@@ -87,7 +87,7 @@ def test_names_codes_and_descriptions_belong_together(
             assert name == family.labels[i] and np.array_equal(shown, numbers[i])
         else:
             assert np.array_equal(parse_codes(text), numbers[i]) and family.labels[i] not in prompt
-    assert counts == dict.fromkeys(("name_to_codes", "codes_to_name", "codes_to_description", "explain_codes"), 100)
+    assert counts == dict.fromkeys(("name_to_codes", "codes_to_name", "explain_codes"), 100)
 
 
 def test_codes_that_two_entities_share_are_not_asked_for(tmp_path: Path) -> None:
@@ -103,15 +103,6 @@ def test_codes_that_two_entities_share_are_not_asked_for(tmp_path: Path) -> None
     counts = np.bincount(numbers, minlength=8)
     assert kinds["codes_to_name"].tolist() == [i for i in range(61) if counts[numbers[i]] == 1]
     assert len(kinds["name_to_codes"]) == 61
-
-
-def test_the_control_is_the_best_constant_guess() -> None:
-    codes = np.zeros((10, 2, 2), dtype=np.int64)
-    codes[8:, 0, 0] = 1  # held out: one of four codes differs from the commonest
-    parts = {"train": np.arange(6), "validation": np.array([6, 7]), "test": np.array([8, 9])}
-    assert guessing_control(codes, parts, 4) == {
-        "uniform_guess": 0.25, "commonest_code": {"validation": 1.0, "test": 0.75},
-    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- facts
@@ -171,35 +162,27 @@ def test_true_and_false_are_even(made: tuple[Path, dict[str, Rows]]) -> None:
 def test_answers_about_codes_are_computed_from_them(
     family: KnowledgeGraph, codes: Path, made: tuple[Path, dict[str, Rows]]
 ) -> None:
-    numbers, row_of = load_codes(codes).numpy(), {name: i for i, name in enumerate(family.entities)}
+    numbers = load_codes(codes).numpy()
     counts: Counter[str] = Counter()
     for row in made[1]["code_understanding"]["train"]:
         lines, kind = row["instruction"].split("\n"), row["task_type"]
         texts = [line.removeprefix("Entity: ") for line in lines if "<ENT>" in line]
         if kind == "hidden_level":
             name, text = re.fullmatch(r"<ENT>(.*)</ENT> (.*)", texts[0]).groups()  # type: ignore[union-attr]
-            filled = parse_codes(text.replace("?", row["output"]), 4, 3, 16)
+            filled = parse_codes(text.replace("?", row["output"]))
             assert np.array_equal(filled, numbers[family.labels.index(name)]) and not holds_answer(
                 text, [row["output"]]
             )
             counts["level " + row["output"][1]] += 1
             continue
-        found = [parse_entity(text, 4, 3, 16) for text in texts]
+        found = [parse_entity(text) for text in texts]
         for name, shown in found:
             assert np.array_equal(shown, numbers[family.labels.index(name)])
-        if kind == "shared_prefix":
-            position = int(lines[3].split(": ")[1])
-            same = (found[0].codes[position] == found[1].codes[position]).tolist()
-            assert row["output"] == f"{[*same, False].index(False)} of 3"
-            counts[row["output"]] += 1
-        else:
-            near = [int((entity.codes == found[0].codes).sum()) for entity in found[1:]]
-            assert near[0] != near[1] and row["output"] == found[1 + int(near[1] > near[0])].name
-            assert row["truth"] == [row["candidates"][int(near[1] > near[0])]]
-            assert [row_of[name] for name in row["candidates"]] == [family.labels.index(e.name) for e in found[1:]]
-            counts[f"near {near[1] > near[0]}"] += 1
+        position = int(lines[3].split(": ")[1])
+        same = (found[0][1][position] == found[1][1][position]).tolist()
+        assert row["output"] == f"{[*same, False].index(False)} of 3"
+        counts[row["output"]] += 1
     assert all(counts[f"{n} of 3"] > 100 for n in range(3)) and all(counts[f"level {q}"] > 100 for q in range(3))
-    assert abs(counts["near True"] - counts["near False"]) < 120
 
 
 # ---------------------------------------------------------------- questions
@@ -219,28 +202,23 @@ def test_answer_sets_are_complete(family: KnowledgeGraph, made: tuple[Path, dict
     words = {f"{way}{text}": f"{mark}{raw}" for raw, text in zip(family.relations, family.relation_labels, strict=True)
              for way, mark in (("", ""), ("inverse of ", "~"))}  # fmt: skip
     rows = made[1]["question_answering"][split]
-    hops: Counter[int] = Counter()
+    assert len(rows) > 10
     for row in rows[:150]:
-        path = [words[text] for text in re.findall(r'"([^"]*)"', row["instruction"])]
+        relation = words[re.search(r'"([^"]*)"', row["instruction"])[1]]  # type: ignore[index]
         start = label[re.search(r"<ENT>(.*?)</ENT>", row["instruction"])[1]]  # type: ignore[index]
-        ends = {start}
-        for relation in path:
-            ends = follow(facts, ends, relation)
+        ends = follow(facts, {start}, relation)
         assert set(row["truth"]) == ends and len(row["truth"]) == len(ends) <= 20 and start not in ends
         assert row["output"].split("\n") == [family.labels[family.entities.index(name)] for name in row["truth"]]
-        hops[len(path)] += 1
-    assert hops[1] > 10 and (hops[2] > 5 or split == "validation")
 
 
-def test_all_answers_or_no_question(tmp_path: Path) -> None:
-    """a has three r, one of them known to test alone; b has one r; the limit is two answers."""
+def test_all_answers_or_no_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a has two r, one of them known to test alone; b has one r; the limit is two answers."""
     graph = write_graph(
         tmp_path / "data" / "g", train=["a r c", "b r c", "d s c", "d s b", "d s a"], valid=["e r d"],
         test=["a r d", "e s c"],
     )  # fmt: skip
-    rows = generate(
-        tmp_path / "out", "--no_codes", "--dataset", graph, "--tasks", "question_answering", "--max_answers", "2"
-    )
+    monkeypatch.setattr(gen_entity_data_rq, "MAX_ANSWERS", 2)
+    rows = generate(tmp_path / "out", "--no_codes", "--dataset", graph, "--tasks", "question_answering")
     asked = {
         split: {
             (tuple(sorted(row_triples(row))), tuple(row["truth"]))
@@ -281,7 +259,7 @@ def test_no_leaks_apart_and_mixed(made: tuple[Path, dict[str, Rows]]) -> None:
 @pytest.mark.parametrize("plant", ["answer", "fact", "label", "twice"])
 def test_planted_leaks_are_found(tmp_path: Path, made: tuple[Path, dict[str, Rows]], plant: str) -> None:
     task = "question_answering" if plant in ("answer", "twice") else "knowledge_reasoning"
-    rows = read_task(made[0], task)
+    rows = {split: part[:600] for split, part in read_task(made[0], task).items()}
     if plant == "answer":
         one = rows["train"][5]
         one["instruction"] += f"\n{one['output']}"

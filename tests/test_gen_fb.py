@@ -31,11 +31,9 @@ def as_set(triples: np.ndarray) -> set[tuple[int, ...]]:
     return set(map(tuple, triples.tolist()))
 
 
-@pytest.mark.parametrize("neg_sampling", ["uniform", "range"])
 @pytest.mark.parametrize("ratio", [1, 5])
-def test_sampled_negatives(family: KnowledgeGraph, neg_sampling: str, ratio: int) -> None:
-    ranges = training_ranges(family) if neg_sampling == "range" else None
-    known = np.sort(triple_keys(family.train, family))
+def test_sampled_negatives(family: KnowledgeGraph, ratio: int) -> None:
+    ranges, known = training_ranges(family), np.sort(triple_keys(family.train, family))
     negatives, outside = sample_negatives(family.train, ratio, known, family, ranges, np.random.default_rng(0))
     assert negatives.shape == (len(family.train) * ratio, 3)
     assert not as_set(negatives) & as_set(family.train), "no training triple is called false"
@@ -43,18 +41,16 @@ def test_sampled_negatives(family: KnowledgeGraph, neg_sampling: str, ratio: int
     assert not changed[:, 1].any() and (changed[:, [0, 2]].sum(axis=1) == 1).all(), "exactly one end is replaced"
     # redrawing until the negative is new flips the coin again, which pulls the share towards the side with more room
     assert 0.45 < changed[:, 2].mean() < 0.55
-    inside = in_range(negatives, family, training_ranges(family))
-    if ranges is not None:
-        assert inside.sum() >= len(negatives) - outside and outside < 0.01 * len(negatives)
-    else:
-        assert outside == 0 and inside.mean() < 0.9
+    inside = in_range(negatives, family, ranges)
+    assert inside.sum() >= len(negatives) - outside and outside < 0.01 * len(negatives)
 
 
-def test_uniform_draws_are_uniform() -> None:
-    """One triple among 50 entities: each of the 49 new tails and the 49 new heads equally often."""
-    kg = graph_of([[0, 0, 1]], 50, 1)
-    known = triple_keys(kg.train, kg)
-    negatives, _ = sample_negatives(kg.train, 98_000, known, kg, None, np.random.default_rng(1))
+def test_draws_are_uniform_over_the_range() -> None:
+    """One triple between two ranges of 50 entities: each of the 49 new tails and the 49 new heads equally often."""
+    kg = graph_of([[e, 0, 50 + e] for e in range(50)], 100, 1)
+    known = np.sort(triple_keys(kg.train, kg))
+    ranges = training_ranges(kg)
+    negatives, _ = sample_negatives(kg.train[:1], 98_000, known, kg, ranges, np.random.default_rng(1))
     counts = Counter(map(tuple, negatives.tolist()))
     assert len(counts) == 98 and abs(check_leaks.chi_square_z(list(counts.values()))) < 4
 
@@ -87,14 +83,14 @@ def test_where_the_range_is_full_all_entities_serve() -> None:
     everything = graph_of([[h, 0, t] for h in range(3) for t in range(3)], 3, 1)
     with pytest.raises(InputError, match=r"no negative found for \(0, r0, 0\) of g"):
         sample_negatives(
-            everything.train, 1, np.sort(triple_keys(everything.train, everything)), everything, None,
-            np.random.default_rng(0),
+            everything.train, 1, np.sort(triple_keys(everything.train, everything)), everything,
+            training_ranges(everything), np.random.default_rng(0),
         )  # fmt: skip
 
 
 def test_a_relation_that_training_lacks_is_sampled_from_all_entities() -> None:
     kg = graph_of([[0, 0, 1], [1, 0, 2]], 5, 2, valid=[[0, 1, 1]], test=[[3, 1, 4]])
-    splits = make_splits(kg, 2, "range", 0)
+    splits = make_splits(kg, 2, 0)
     assert splits["test"].outside == 1 and splits["test"].rows.labels.tolist() == [True, False]
 
 
@@ -106,7 +102,7 @@ def test_member_agrees_with_sets() -> None:
 
 
 def test_evaluation_negatives_are_false_and_new(family: KnowledgeGraph) -> None:
-    splits = make_splits(family, 4, "range", 0)
+    splits = make_splits(family, 4, 0)
     facts = as_set(np.concatenate([family.train, family.valid, family.test]))
     negatives = {name: as_set(split.rows.triples[~split.rows.labels]) for name, split in splits.items()}
     assert not negatives["validation"] & facts and not negatives["test"] & facts
@@ -122,7 +118,7 @@ def test_training_negatives_do_not_look_at_valid_and_test(family: KnowledgeGraph
     """The sampler gives the same negatives whatever the held-out splits are: it cannot tell them apart."""
     other = KnowledgeGraph.load(FAMILY)
     other.valid, other.test = other.test[:5], other.valid[:5]
-    first, second = make_splits(family, 3, "range", 7)["train"], make_splits(other, 3, "range", 7)["train"]
+    first, second = make_splits(family, 3, 7)["train"], make_splits(other, 3, 7)["train"]
     assert np.array_equal(first.rows.triples, second.rows.triples)
     sampled = as_set(first.rows.triples[~first.rows.labels])
     assert sampled & as_set(np.concatenate([family.valid, family.test])), "held-out facts are among them, as they must"
@@ -181,7 +177,7 @@ def test_rows_show_names_and_codes_of_their_triple(tmp_path: Path) -> None:
             for line, entity in ((lines[2], h), (lines[3], t)):
                 name, code = line.split("</ENT> ")
                 assert name.endswith(f"<ENT>{kg.labels[entity]}")
-                assert np.array_equal(parse_codes(code, 2, 3, 30), codes[entity])
+                assert np.array_equal(parse_codes(code), codes[entity])
             assert row["truth"] == [row["output"]] and row["input"] == "" and row["candidates"] is None
     without = generate(tmp_path / "no", "--dataset", FAMILY, "--no_codes", *words)
     plain = [(row["id"], row["triple"], row["output"]) for row in without["test"]]
@@ -202,11 +198,9 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
 
 
 def test_the_bundled_graph_has_no_leaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for neg_sampling in ("range", "uniform"):
-        out = tmp_path / neg_sampling
-        codes = write_codes(FAMILY, tmp_path / "codes")
-        generate(out, "--codes", codes, "--neg_sampling", neg_sampling, "--neg_ratio", "4")
-        assert check_leaks.check(out) == [], capsys.readouterr().out
+    codes = write_codes(FAMILY, tmp_path / "codes")
+    generate(tmp_path / "out", "--codes", codes, "--neg_ratio", "4")
+    assert check_leaks.check(tmp_path / "out") == [], capsys.readouterr().out
 
 
 def test_started_alone_without_codes_it_names_the_command(

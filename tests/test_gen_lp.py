@@ -13,14 +13,14 @@ import torch
 
 from Class import check_leaks, gen_lp_data_rq
 from Class.candidates import Candidates, find_rows, read_candidates, write_candidates
-from Class.codes import load_codes, parse_codes, parse_entity
+from Class.codes import load_codes, parse_codes
 from Class.gen_lp_data_rq import disjoint_parts, make_lists
 from Class.rows import FILE_STEMS, read_rows, write_rows
 from common.errors import InputError
 from common.files import ROOT, read_json
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.export import top_of_scores
-from tests.test_instructions import FAMILY, write_codes, write_graph
+from tests.test_instructions import FAMILY, parse_entity, write_codes, write_graph
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -111,23 +111,52 @@ def test_splits_that_share_triples_are_cut_apart(tmp_path: Path) -> None:
     assert any({("a", "r", "d"), ("d", "r", "a")} <= part for part in valid)
 
 
-def test_what_a_row_says(family: KnowledgeGraph, tuned: tuple[Path, Rows], codes: Path) -> None:
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory, lists: dict[str, Path], codes: Path) -> tuple[Path, Rows]:
+    out = tmp_path_factory.mktemp("ranked")
+    words: list[str | Path] = ["--codes", codes, "--candidates", lists["valid"], lists["test"]]
+    return out, generate(out, *words, "--candidate_order", "ranked")
+
+
+def test_lists_are_shuffled_unless_they_are_to_be_ranked(
+    tuned: tuple[Path, Rows], ranked: tuple[Path, Rows], lists: dict[str, Path], family: KnowledgeGraph
+) -> None:
+    order = {"tuned": "shuffled", "ranked": "ranked"}
+    for name, folder in (("tuned", tuned[0]), ("ranked", ranked[0])):
+        stats = read_json(folder / "link_prediction" / "dataset_stats.json", "stats")
+        assert stats["candidate_order"] == dict.fromkeys(("train", "validation", "test"), order[name])
+    assert check_leaks.check(ranked[0]) == []
+    for split in ("train", "validation", "test"):
+        changed = 0
+        for one, row in zip(tuned[1][split], ranked[1][split], strict=True):
+            assert sorted(one["candidates"]) == sorted(row["candidates"]) and one["output"] == row["output"]
+            changed += one["candidates"] != row["candidates"]
+        at = Counter(row["candidates"].index(row["truth"][0]) for row in tuned[1][split]
+                     if row["truth"][0] in row["candidates"])  # fmt: skip
+        assert changed == len(tuned[1][split]) and check_leaks.chi_square_z([at[i] for i in range(20)]) < 4
+    given = read_candidates([lists["test"]], family)
+    rows = find_rows(given, with_inverse(family.test, 16).reshape(2, -1, 3).swapaxes(0, 1).reshape(-1, 3), family)
+    best = [family.entities[given.ids[row, 0]] for row in rows]
+    assert [row["candidates"][0] for row in ranked[1]["test"]] == best, "the candidate model's order"
+
+
+def test_what_a_row_says(family: KnowledgeGraph, ranked: tuple[Path, Rows], codes: Path) -> None:
     numbers = load_codes(codes).numpy()
     row_of = {name: i for i, name in enumerate(family.entities)}
-    for row in tuned[1]["train"][:200] + tuned[1]["test"][:200]:
+    for row in ranked[1]["train"][:200] + ranked[1]["test"][:200]:
         head, relation, tail = row["triple"]
         given, truth = (head, tail) if row["direction"] == "tail" else (tail, head)
         word = family.relation_labels[family.relations.index(relation)]
         word = word if row["direction"] == "tail" else f"inverse of {word}"
         lines = row["instruction"].split("\n")
         assert lines[1] == f"Query: ({family.labels[row_of[given]]} | {word} | ?)"
-        shown = [parse_entity(line, 4, 3, 64) for line in lines[4:-1]]
-        assert [entity.name for entity in shown] == [family.labels[row_of[name]] for name in row["candidates"]]
-        for entity, name in zip(shown, row["candidates"], strict=True):
-            assert np.array_equal(entity.codes, numbers[row_of[name]])
+        shown = [parse_entity(line) for line in lines[4:-1]]
+        assert [name for name, _ in shown] == [family.labels[row_of[name]] for name in row["candidates"]]
+        for (_, own), name in zip(shown, row["candidates"], strict=True):
+            assert np.array_equal(own, numbers[row_of[name]])
         assert lines[4].count(":") == 0, "compact by default: 21 entities must fit"
-        answers = [parse_codes(line.split(" ", 1)[1], 4, 3, 64) for line in row["output"].split("\n")]
-        best = [truth, *(name for name in row["candidates"] if name != truth)][:3]  # valid lists are shown as ranked
+        answers = [parse_codes(line.split(" ", 1)[1]) for line in row["output"].split("\n")]
+        best = [truth, *(name for name in row["candidates"] if name != truth)][:3]
         assert row["truth"][0] == truth and len(row["candidates"]) == 20
         assert [answer.tolist() for answer in answers] == [numbers[row_of[name]].tolist() for name in best]
 
@@ -136,12 +165,12 @@ def test_what_a_row_says(family: KnowledgeGraph, tuned: tuple[Path, Rows], codes
 def test_predicted_rows_are_the_query_and_the_truth(
     lists: dict[str, Path], codes: Path, tmp_path: Path, with_codes: bool
 ) -> None:
-    """--predict adds what the lists' rows ask without their lists, answered by the truth alone."""
+    """--without_lists adds what the lists' rows ask without their lists, answered by the truth alone."""
     which: list[str | Path] = ["--codes", codes] if with_codes else ["--no_codes", "--dataset", FAMILY]
     words = [*which, "--candidates", *lists.values(), "--num_candidates", "4"]
     parts = {
         source: (generate(tmp_path / source, *words, "--from", source, "--no-drop_unlisted"),
-                 generate(tmp_path / f"{source}_more", *words, "--from", source, "--predict"),
+                 generate(tmp_path / f"{source}_more", *words, "--from", source, "--without_lists"),
                  written(tmp_path / f"{source}_more", "tail_prediction"))
         for source in (("train", "valid", "both") if with_codes else ("valid",))
     }  # fmt: skip
@@ -168,23 +197,16 @@ def test_predicted_rows_are_the_query_and_the_truth(
     assert parts["both"][2]["validation"] == parts["valid"][2]["validation"]
 
 
-def test_lists_of_a_model_that_knows_the_queries_are_shuffled(
-    tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path], codes: Path, first: tuple[Path, Rows]
+def test_ranked_lists_of_a_model_that_knows_the_queries_are_refused(
+    tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path], first: tuple[Path, Rows]
 ) -> None:
-    ranked = read_candidates([lists["train"]], family)
-    assert (ranked.ids[:, 0] == ranked.truth).mean() > 0.99, "the premise: the truth leads the ranked lists"
-    rows = first[1]["train"]
-    at = Counter(row["candidates"].index(row["truth"][0]) for row in rows)
+    known = read_candidates([lists["train"]], family)
+    assert (known.ids[:, 0] == known.truth).mean() > 0.99, "the premise: the truth leads the ranked lists"
+    at = Counter(row["candidates"].index(row["truth"][0]) for row in first[1]["train"])
     assert check_leaks.chi_square_z([at[i] for i in range(20)]) < 4
-    stats = read_json(first[0] / "link_prediction" / "dataset_stats.json", "stats")
-    assert stats["candidate_order"] == {"train": "shuffled", "validation": "ranked", "test": "ranked"}
-    words: list[str | Path] = ["--codes", codes, "--from", "train", "--candidate_order", "ranked", "--candidates"]
-    with pytest.raises(InputError, match="give lists from K folds"):
-        generate(tmp_path / "a", *words, *lists.values())
-    write_candidates(lists["train"].with_name("folds.npz"), ranked, family, split="train", folds=5)
-    folds = lists["train"].with_name("folds.npz")
-    found = generate(tmp_path / "b", *words, folds, lists["valid"], lists["test"])["train"]
-    assert sum(row["candidates"][0] == row["truth"][0] for row in found) > 0.99 * len(found)
+    with pytest.raises(SystemExit) as end:
+        generate(tmp_path, "--from", "train", "--candidate_order", "ranked", "--candidates", *lists.values())
+    assert end.value.code == 2
 
 
 def test_ranks_are_read_off_lists_that_state_none(family: KnowledgeGraph) -> None:
@@ -223,7 +245,7 @@ def test_same_seed_same_bytes(tmp_path: Path, lists: dict[str, Path], codes: Pat
         return (tmp_path / name / "link_prediction" / "train.json").read_bytes()
 
     assert data("a") == data("b") != data("c", "--seed", "1")
-    assert data("d", "--candidate_order", "shuffled") != data("a")
+    assert data("d", "--candidate_order", "ranked") != data("a")
 
 
 def test_without_codes(tmp_path: Path, family: KnowledgeGraph, lists: dict[str, Path]) -> None:
@@ -261,7 +283,11 @@ def test_lists_that_hold_nothing_but_known_answers_are_refused(
     for h, r, t in with_inverse(family.train, 16).tolist():
         known.setdefault((h, r), []).append(t)
     rows = [
-        {"query": [h, r % 16], "direction": "tail" if r < 16 else "head", "candidates": known.get((h, r), [0])[:3]}
+        {
+            "query": [family.entities[h], family.relations[r % 16]],
+            "direction": "tail" if r < 16 else "head",
+            "candidates": [family.entities[e] for e in known.get((h, r), [0])[:3]],
+        }
         for h, r in np.unique(with_inverse(np.concatenate([family.valid, family.test]), 16)[:, :2], axis=0).tolist()
     ]
     (tmp_path / "known.json").write_text(json.dumps({"rows": rows}))
@@ -328,7 +354,7 @@ def test_every_query_of_fb15k_237(tmp_path: Path) -> None:
         queries = with_inverse(kg.split(split), kg.num_relations)
         ids = (np.arange(len(queries))[:, None] + np.arange(40)) % kg.num_entities
         lists = Candidates(
-            queries[:, :2], queries[:, 2], ids, None, np.full(len(queries), 99.0), np.ones(len(queries), bool),
+            queries[:, :2], queries[:, 2], ids, None, np.full(len(queries), 99.0),
             {"split": split},
         )  # fmt: skip
         write_candidates(paths[-1], lists, kg)

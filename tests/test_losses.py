@@ -79,18 +79,6 @@ def test_extreme_scores_stay_finite(name: str) -> None:
     assert 1e3 < float(LOSSES[name](-query.detach(), torch.eye(M), targets, 0.0)) < 1e5
 
 
-def test_reduced_precision_moves_the_gradients_by_its_rounding_alone() -> None:
-    """With "medium" products the probabilities are bfloat16 (8 bits) where the processor has them; never the loss."""
-    wide = batch()
-    query, q_all = (x.detach().float().requires_grad_() for x in (wide.query, wide.q_all))
-    data = Batch(query, q_all, wide.targets, wide.labels)
-    exact = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
-    with matmul_precision("medium"):
-        fast = data.value_and_gradients(softmax_cross_entropy(*data[:3], 0.1))
-    for ours, theirs in zip(fast, exact, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-6 * float(theirs.abs().max()))
-
-
 @pytest.mark.parametrize("certainty", [2.0, 9.0, 60.0])
 def test_reduced_precision_rounds_what_is_left_to_learn(monkeypatch: pytest.MonkeyPatch, certainty: float) -> None:
     """The error is bounded by the rounding of P - labels alone, so it vanishes with the gradient of a perfect model."""

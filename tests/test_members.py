@@ -74,6 +74,7 @@ def test_the_score_is_the_sum_of_the_members(positions: int, width: int) -> None
     scorer = CodeScorer(positions, K, Q, width, D, "complex", ensemble=G).eval()
     codes, relation = torch.randint(K, (M, positions, Q)), torch.randn(5, D)
     size = positions * width // G
+    assert isinstance(scorer.W_q, MemberLinear)
     with torch.no_grad():
         e = scorer.entity_vectors_from_codes(codes)
         found, expected = scorer.scores(e[:5], relation, e), torch.zeros(5, M)
@@ -94,8 +95,9 @@ def test_each_member_learns_by_its_own_loss(trainer_of: TrainerMaker, negatives:
     """The loss is the mean of the members' cross-entropies, not the cross-entropy of the sum of their scores."""
     trainer = trainer_of(FLAT | {"decoder_drop": 0.0}, num_negatives=negatives, lbl_smooth=0.1)
     model, batch = trainer.model.train(), torch.arange(0, 40, 3)
+    assert isinstance(model.scorer.W_q, MemberLinear)
     with torch.no_grad():
-        model.scorer.W_q.weight *= 10  # scores far from uniform: the two losses are not alike
+        model.scorer.W_q.weight.mul_(10)  # scores far from uniform: the two losses are not alike
     trainer._start_epoch(WARM_UP)
     assert trainer.z is not None
     structure = trainer._scorer_step(batch, WARM_UP)[0]

@@ -1,12 +1,11 @@
-"""Byte-level BPE as LLaMA 3 and Qwen2 have it: code tokens, masks, a training step, reload and merge.
+"""Byte-level BPE as in LLaMA 3 and Qwen2: code tokens and masks (training with them: test_any_base.py).
 
-Tokenizers are trained here on a few sentences with these families' own splitting patterns; weights are random.
+Tokenizers are trained here on a few sentences with the splitting patterns of these families; weights are random.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,11 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers.utils import logging
 
-from lora_training import merge_adapter, train_lora
-from lora_training.adapters import read_saved
-from lora_training.base_model import load_base, load_tokenizer
+from lora_training.base_model import load_tokenizer
 from lora_training.code_tokens import add_code_tokens, reload_check
 from lora_training.prompts import IGNORED, decode_answer, encode_answer, encode_examples, encode_prompt
 from tests.test_prompts_tokens import SHAPE, TEXT, rows
-from tests.test_train_lora import adapter, record, words, write_data
 
 # what both families split text by; LLaMA 3 takes up to three digits together, Qwen2 one
 PATTERN = (
@@ -98,14 +93,6 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save_base(request.param, tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(autouse=True)
-def libraries() -> Iterator[None]:
-    """train_lora.py silences transformers for its own process."""
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-
-
 def test_every_code_is_one_token_and_text_comes_back(base: Path) -> None:
     tokenizer = load_tokenizer(str(base))
     size = len(tokenizer)
@@ -131,25 +118,3 @@ def test_prompts_are_masked_and_begin_as_the_family_does(base: Path) -> None:
         assert example.input_ids == prompt + answer and example.labels == [IGNORED] * len(prompt) + answer
         assert (prompt[0] == tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
         assert prompt.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
-
-
-def test_training_reload_and_merge(base: Path, tmp_path: Path) -> None:
-    """The adapter reloads to the bit, or train_lora.py fails; old rows keep their bits; the merged model stands."""
-    data = write_data(tmp_path / "data")
-    train_lora.main(words(base, data, tmp_path / "out", max_steps=2, eval_steps=2))
-    saved = read_saved(tmp_path / "out" / "lora_adapters")
-    before = load_base(str(base), torch.float32)
-    old = len(load_tokenizer(str(base)))
-    tied = before.config.tie_word_embeddings
-    assert sum("trainable_tokens" in name for name in adapter(tmp_path / "out")) == (1 if tied else 2)
-    assert record(tmp_path / "out")["reload_difference"] == 0.0
-    merge_adapter.main(
-        ["--lora_adapter", str(saved.folder), "--output_dir", str(tmp_path / "merged"), "--base_model", str(base)]
-    )
-    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
-    rows_before, rows_after = (model.get_parameter("model.embed_tokens.weight") for model in (before, merged))
-    assert len(rows_after) == max(len(rows_before), len(saved.tokenizer))
-    assert torch.equal(rows_after[:old], rows_before[:old])
-    if len(rows_before) >= len(saved.tokenizer):  # rows that were there: what the data hold has moved
-        assert not torch.equal(rows_after[old:], rows_before[old:])
-    assert torch.equal(rows_after, merged.get_output_embeddings().weight) == tied

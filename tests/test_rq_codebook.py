@@ -92,34 +92,25 @@ def test_lower_index_wins_exact_ties() -> None:
     assert codes.max() < K // 2 and len(codes.unique()) > K // 4
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 199])
-def test_chunk_size_changes_no_code(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    book, z = codebook(), vectors(200, seed=5)
-    expected = book.cal_codes(z)
-    monkeypatch.setitem(search.ROWS_AT_ONCE, "cpu", size)
-    assert torch.equal(book.cal_codes(z), expected)
-
-
-def test_codes_depend_neither_on_other_rows_nor_on_threads() -> None:
-    book, z = codebook(), vectors(300, seed=6)
+def test_codes_depend_neither_on_chunks_nor_other_rows_nor_threads_nor_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book, z = codebook().eval(), vectors(300, seed=6)
     expected = book.cal_codes(z)
     order = torch.randperm(300, generator=generator())
     assert torch.equal(book.cal_codes(z[order]), expected[order])
     assert torch.equal(torch.cat([book.cal_codes(z[i : i + 1]) for i in range(60)]), expected[:60])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(book(z).all_indices, expected)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         assert torch.equal(book.cal_codes(z), expected)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_search_ignores_autocast() -> None:
-    book, z = codebook().eval(), vectors(200)
-    expected = book.cal_codes(z)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    for size in (1, 7, 64, 299):
+        monkeypatch.setitem(search.ROWS_AT_ONCE, "cpu", size)
         assert torch.equal(book.cal_codes(z), expected)
-        assert torch.equal(book(z).all_indices, expected)
 
 
 def test_search_is_exact_under_reduced_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,14 +251,6 @@ def test_gradients_equal_their_closed_forms(beta: float) -> None:
         sums = torch.zeros(K, D).double().index_add_(0, index.flatten(), residual.view(-1, D))
         torch.testing.assert_close(weight.grad, -scale * sums)
     torch.testing.assert_close(z.grad, direction + beta * scale * left)
-
-
-def test_straight_through_gradient_is_the_identity() -> None:
-    book, z = codebook(), vectors().requires_grad_()
-    gradient = torch.randn(B, L, D, generator=generator(4))
-    book(z).z_q.backward(gradient)
-    assert torch.equal(z.grad, gradient)  # type: ignore[arg-type]
-    assert all(w.grad is None or not w.grad.any() for w in weights(book))
 
 
 def test_z_without_gradient_and_in_bfloat16() -> None:
@@ -483,7 +466,7 @@ def test_statistics_by_hand() -> None:
     [("rq", {"num_codes": 0}), ("rq", {"num_quantizers": 0}), ("rq", {"latent_dim": 0}), ("vq", {"num_quantizers": 2})],
 )
 def test_bad_sizes_are_rejected(name: str, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(ValueError):
         QUANTIZERS[name](**{"num_codes": K, "latent_dim": D, **options})
 
 

@@ -153,17 +153,6 @@ def test_backends_give_the_same_vectors_and_codes(
         assert torch.equal(other.cal_allent_codes(graph), codes)
 
 
-def test_semantic_loss_by_hand(ring_kg: KnowledgeGraph) -> None:
-    model = make_model(ring_kg, text_dim=5)
-    q, text = torch.randn(7, D), torch.randn(7, 5)
-    assert model.W_s is not None and model.W_s.bias is not None
-    mapped = q @ model.W_s.weight.T + model.W_s.bias
-    expected = sum(float(((mapped[i] - text[i]) ** 2).sum().detach()) for i in range(7)) / 7
-    assert float(model.semantic_loss(q, text).detach()) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError):
-        make_model(ring_kg).semantic_loss(q, text)
-
-
 def test_shuffled_is_a_permutation_that_the_seed_decides() -> None:
     codes = torch.arange(M * L * Q).view(M, L, Q)
     mixed = shuffled(codes, 3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.files import load_torch, read_json
+from common.files import read_json
 from model import evaluation
 from model.evaluation import evaluate_vectors
 from model.losses import (
@@ -168,28 +168,6 @@ def test_training_with_few_negatives_learns(ring: Any, tmp_path: Any, rq: Any) -
     record = read_json(next((tmp_path / "codes").glob("*.json")), "record")
     losses = [row["structure"] for row in record["history"]]
     assert record["args"]["num_negatives"] == 8 and losses[-1] < losses[0]
-
-
-def test_the_draws_resume(trainer_of: TrainerMaker) -> None:
-    """A run that is interrupted while it ranks its third epoch ends like one that is not."""
-    whole = trainer_of(num_negatives=8, epoch=5)
-    whole.fit()
-    stopped = trainer_of(num_negatives=8, epoch=5)
-    validate = stopped._validate
-
-    def stop_at_third(phase: Phase) -> dict[str, Any]:
-        if stopped.epoch == 3:
-            raise KeyboardInterrupt
-        return validate(phase)
-
-    stopped._validate = stop_at_third  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    resumed = trainer_of(num_negatives=8, epoch=5)
-    resumed.restore(load_torch(stopped.checkpoint, "checkpoint"))
-    assert resumed.epoch == 2
-    resumed.fit()
-    assert [row["structure"] for row in resumed.history] == [row["structure"] for row in whole.history]
 
 
 def test_negatives_need_the_softmax(ring: Any, tmp_path: Any, rq: Any) -> None:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,32 +139,6 @@ def test_all_rows_train_where_they_are_to(base: Path, data: Path, tmp_path: Path
         for matrix in ("model.embed_tokens.weight", "lm_head.weight"):
             moved = int((after[matrix][:446] != before[matrix]).any(1).sum())
             assert moved > 5 if which == "all" else moved == 0
-
-
-def test_half_precision_inputs_are_read_as_they_are_to_the_same_weights(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In bfloat16, with code tokens, without dropout: pairs see bfloat16, not float32, and end with PEFT's own bits."""
-    from peft.tuners.lora.layer import Linear
-
-    seen: dict[str, set[torch.dtype]] = {"ours": set(), "peft": set()}
-    run, cast = "ours", Linear._cast_input_dtype
-
-    def watched(self: Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        found = cast(self, x, dtype)
-        if self.training:
-            seen[run].add(found.dtype)
-        return found
-
-    monkeypatch.setattr(Linear, "_cast_input_dtype", watched)
-    half = {"bf16": True, "lora_dropout": 0, "max_steps": 3, "lora_r": 2}
-    train_lora.main(words(base, data, tmp_path / "ours", **half))
-    run = "peft"
-    monkeypatch.setattr(lora_trainer, "half_precision_inputs", lambda *_: nullcontext())
-    train_lora.main(words(base, data, tmp_path / "peft", **half))
-    assert seen == {"ours": {torch.bfloat16}, "peft": {torch.float32}}
-    ours, theirs = adapter(tmp_path / "ours"), adapter(tmp_path / "peft")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_code_rows_move_in_both_matrices_and_nothing_else_of_the_base(base: Path, trained: Path) -> None:
@@ -647,34 +620,13 @@ def test_bad_data(refused: Callable[..., str], data: Path, tmp_path: Path) -> No
     (empty / "train.json").write_text("[]\n")
     assert "train.json cannot be used: it has no rows" in refused(empty)
     (empty / "train.json").write_text("{}\n")
-    assert "train.json:1: a row needs instruction, output" in refused(empty)
+    assert "train.json:1: a row needs instruction and output" in refused(empty)
     shutil.copy(data / "train.json", empty / "train.json")
     assert "24 rows are all longer than --max_length 10" in refused(empty, max_length=10, skip_long=True)
     (empty / "dataset_stats.json").unlink()
     assert "has no dataset_stats.json beside it" in refused(empty)
     other = write_data(tmp_path / "other", codes={**CODES, "sha256": "b" * 64})
     assert "the same token means another code" in refused(val_data=other / "validation.json")
-
-
-def test_an_answer_longer_than_max_length(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "long"
-    shutil.copytree(data, folder)
-    row = {"instruction": "a", "output": "Ada " * 300, "id": "x-7", "task_type": "t"}
-    (folder / "train.json").write_text(json.dumps(row) + "\n")
-    assert "row x-7 has" in (line := refused(folder, max_length=200)) and "its answer alone has 602" in line
-
-
-def test_a_gated_model_without_a_token(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    assert "meta-llama/Llama-2-7b-hf is gated: accept its licence" in refused(model_name="meta-llama/Llama-2-7b-hf")
-
-
-def test_rows_longer_than_the_models_context(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base, tmp_path / "short")
-    config = json.loads((tmp_path / "short" / "config.json").read_text())
-    write_json({**config, "max_position_embeddings": 128}, tmp_path / "short" / "config.json")
-    assert "has a row of 276 tokens" in refused(model_name=tmp_path / "short")
 
 
 def test_a_base_that_knows_other_codes(refused: Callable[..., str], base: Path, tmp_path: Path) -> None:
@@ -691,7 +643,7 @@ def test_rows_that_no_example_has_keep_their_start(
 ) -> None:
     """In the embedding; the rows of tokens in the data changed from there."""
     more = {"code_init": checkpoint} if from_codebooks else {}
-    train_lora.main(words(base, data, tmp_path, max_steps=2, weight_decay=0, **more))
+    train_lora.main(words(base, data, tmp_path, max_steps=2, **more))
     saved = read_saved(tmp_path / "lora_adapters")
     used = {number for row in encoded(base) for number in row.input_ids}
     codes = code_tokens.token_ids(saved.tokenizer, SHAPE)[4:]

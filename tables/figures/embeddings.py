@@ -36,7 +36,7 @@ def tokens_of(folder: Path, seed: int) -> Tokens:
     quiet_libraries()
     is_adapter = (folder / "adapter_config.json").is_file()
     reader = check_model(None if is_adapter else str(folder), folder if is_adapter else None)
-    weights = load_model(reader, torch.device("cpu")).get_input_embeddings().weight.detach()
+    weights: Any = load_model(reader, torch.device("cpu")).get_input_embeddings().weight.data  # [V, D]
     tokenizer, shape = reader.tokenizer, reader.saved.shape if reader.saved else None
     rng = np.random.default_rng(seed)
     ids = [] if shape is None else token_ids(tokenizer, shape)

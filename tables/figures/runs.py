@@ -181,6 +181,8 @@ def draw_levels(inputs: Inputs, out: Path) -> list[Path]:
 
 # ---------------------------------------------------------------- pareto
 
+FEWEST_POINTS = 3  # of a panel, where any data set has so many
+
 
 def series_of(group: Group) -> str:
     """The name of the series that a group belongs to in "pareto"."""
@@ -203,6 +205,8 @@ def draw_pareto(inputs: Inputs, out: Path) -> list[Path]:
                 points.append((parameters / 1e6, mrr.mean))
     if not found:
         raise Missing("needs records of stage 1 with test metrics; make one: python demo_complete.py")
+    compared = {dataset: series for dataset, series in found.items() if sum(map(len, series.values())) >= FEWEST_POINTS}
+    found = compared or found
     published = read_json(EXPECTED / "pareto.json", "published results")["points"]
     figure, axes = new_figure(1, len(found), 5.0, 3.6)
     for panel, (dataset, series) in zip(axes[0], found.items(), strict=True):

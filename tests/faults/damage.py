@@ -99,7 +99,10 @@ def with_flag(text: str) -> Damage:
 DICT = OPTIONAL_TEXT | {
     f"id {value[:20].decode()!r}": with_id(value) for value in (b"-1", b"1.0", b"", b"x", b"9" * 5000, b"0x1", b"0")
 }
-ENTITIES = TEXT | {"two rows exchanged": lambda content: content.replace(b"e0\ne1\n", b"e1\ne0\n")}
+ENTITIES = TEXT | {
+    "two rows exchanged": lambda content: content.replace(b"e0\ne1\n", b"e1\ne0\n"),
+    "a space behind a name": edit_line(lambda line: line + b" "),
+}
 ENTITIES = {name: damage for name, damage in ENTITIES.items() if name != "missing"}
 FLAGS = TEXT | {
     f"holds {text[:24]}": with_flag(text)
@@ -230,8 +233,22 @@ PT_CHECKPOINT = PT | {
     "no best epoch": edit_checkpoint(lambda stored: stored.pop("best")),
     "no last epoch": edit_checkpoint(lambda stored: stored.pop("last")),
     "a best epoch of 3": edit_checkpoint(lambda stored: stored.update(best=3)),
+    "a best epoch of a list": edit_checkpoint(lambda stored: stored.update(best=[1])),
     "a last epoch of tensors": edit_checkpoint(lambda stored: stored.update(last=torch.zeros(2, 3))),
+    "no scorer": edit_checkpoint(lambda stored: stored["best"].update(model={})),
+    "no relations": edit_checkpoint(lambda stored: stored["best"].pop("relations")),
+    "relations of NaN": edit_checkpoint(lambda stored: stored["best"]["relations"].fill_(torch.nan)),
 }
+PT_SCORER = (
+    PT_CHECKPOINT
+    | {  # a run is continued without these
+        "no best": edit_checkpoint(lambda stored: stored.update(best=None)),
+        "narrow relations": edit_checkpoint(
+            lambda stored: stored["best"].update(relations=stored["best"]["relations"][:, 1:])
+        ),
+        "another K": edit_checkpoint(lambda stored: stored["model"].update(num_code=9)),
+    }
+)
 
 # ---------------------------------------------------------------- .npy and .npz
 
@@ -252,7 +269,15 @@ def edit_array(change: Callable[[Any], Any]) -> Damage:
     return lambda content: npy(change(np.load(io.BytesIO(content))))
 
 
+def npz(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, array)
+    return buffer.getvalue()
+
+
 NPY = BINARY | {
+    "an archive": lambda content: npz(np.load(io.BytesIO(content))),
+    "a broken archive": always(b"PK\x03\x04" + bytes(50)),
     "integers": edit_array(lambda a: a.astype(np.int32)),
     "text": edit_array(lambda a: a.astype(str)),
     "transposed": edit_array(lambda a: a.T),

@@ -1,6 +1,7 @@
 """A damaged file is refused: exit code 2, one line that names it, no traceback, within seconds, nothing written.
 
-By default one damage of every file runs, drawn with a fixed seed; all of them run with ``-m slow``.
+By default all damages of what stage 1 reads as tensors run, and one of every other file, drawn with a fixed seed; all
+of them run with ``-m slow``.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ READERS = {
     "resume": Reader(f"run_rq.py {STAGE1} --restore", {CHECKPOINT: damage.PT_CHECKPOINT}),
     "rank": Reader(
         f"run_rq.py {RANK}",
-        {CODES: damage.PT_CODES, CHECKPOINT: damage.PT_CHECKPOINT, f"codes/{STEM}.entities.txt": damage.ENTITIES},
+        {CODES: damage.PT_CODES, CHECKPOINT: damage.PT_SCORER, f"codes/{STEM}.entities.txt": damage.ENTITIES},
     ),
     "triples": Reader(f"Class/gen_fb_data_rq.py {ROWS} --out_dir OUT/rows", CODED | GRAPH),
     "entities": Reader(f"Class/gen_entity_data_rq.py {ROWS} --out_dir OUT/rows", CODED),
@@ -102,7 +103,7 @@ READERS = {
     "merge": Reader(f"lora_training/merge_adapter.py {MERGE} --output_dir OUT/merged", ADAPTED | CONFIG),
     "answer": Reader(
         f"lora_training/inference.py {ANSWER} --output OUT/results.json",
-        {"rows/test_tasks.json": without(damage.ROWS, "cut", "no rows"), **ADAPTED},
+        {"rows/test_tasks.json": without(damage.ROWS, "no rows"), **ADAPTED},
     ),
     "score": Reader(
         "lora_training/score_answers.py --answers W/answers/answers.jsonl --output OUT/metrics.json",
@@ -118,15 +119,19 @@ class Case(NamedTuple):
     damage: Damage
 
 
+TENSORS = (CODES, CHECKPOINT, "text.npy")
+
+
 def all_cases() -> list[Any]:
-    """Every damage of every file of every command; all but one per file, drawn by a seed, are slow."""
+    """Every damage of every file of every command; for most files all but one, drawn by a seed, are slow."""
     rng = random.Random(8)
     cases: list[Any] = []
     for name, reader in READERS.items():
         for file, damages in reader.files.items():
             chosen = rng.choice(sorted(damages))
+            whole = name in ("train", "resume", "rank") and file in TENSORS
             for kind, each in damages.items():
-                marks = [] if kind == chosen else [pytest.mark.slow]
+                marks = [] if whole or kind == chosen else [pytest.mark.slow]
                 cases.append(pytest.param(Case(reader, file, each), marks=marks, id=f"{name}-{Path(file).name}-{kind}"))
     return cases
 

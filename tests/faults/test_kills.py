@@ -93,22 +93,6 @@ def test_stage_one_killed_at_any_moment_goes_on_to_the_same_bits(
     assert_same_run(whole_run, tmp_path)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stage_one_that_is_asked_to_stop_saves_the_epoch(
-    pristine: Path, tmp_path: Path, whole_run: Path, number: int, code: int
-) -> None:
-    process = start(TRAIN, pristine, tmp_path)
-    wait_for(lambda: last_epoch(tmp_path), process)
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    process.join()
-    text = (tmp_path / "log.txt").read_text()
-    assert process.exitcode == code and "Traceback" not in text, text
-    assert "--restore" in text.splitlines()[-1] and f"epoch {last_epoch(tmp_path)} " in text.splitlines()[-1], text
-    finish(f"{TRAIN} --restore", pristine, tmp_path)
-    assert_same_run(whole_run, tmp_path)
-
-
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
 def test_a_killed_dump_leaves_the_codes_before_it_or_its_own(pristine: Path, tmp_path: Path, seed: int) -> None:
     world = Path(shutil.copytree(pristine, tmp_path / "world"))

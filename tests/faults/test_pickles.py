@@ -14,6 +14,7 @@ import pytest
 
 from common.errors import InputError
 from common.files import ROOT, load_torch
+from tests.conftest import M
 from tests.faults.damage import WITNESS, Attack, npy, zip_parts, zipped
 from tests.faults.world import (
     CHECKPOINT,
@@ -23,7 +24,6 @@ from tests.faults.world import (
     SMALL,
     STAGE1,
     TUNE,
-    M,
     assert_one_line,
     call,
     snapshot,

@@ -22,8 +22,9 @@ from common.files import ROOT
 from tests.pages import entries_of, help_of
 
 REQUIREMENTS = [
-    line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if line.split("#")[0].strip()
+    line for name in ("requirements.txt", "requirements-dev.txt")
+    for line in (text.split("#")[0].strip() for text in (ROOT / name).read_text().splitlines())
+    if line and not line.startswith("-r ")
 ]  # fmt: skip
 DOCUMENT = (ROOT / "docs" / "ROBUSTNESS.md").read_text(encoding="utf-8")
 ABSENT = {"fused_gpu.py"} if importlib.util.find_spec("triton") is None else set()  # it comes with torch for GPUs

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-M = 43  # entities
-STEM = "ring_3_8_2_rq"
+from tests.conftest import RING, M, Outcome, write_graph
+
+STEM = RING
 CODES, CHECKPOINT = f"codes/{STEM}.pt", f"checkpoints/{STEM}.pt"
 MEMORY = 2 * 2**30  # bytes that a script may take beyond what the process has
 
@@ -47,7 +47,7 @@ MAKE = [
     f"run_rq.py {RANK} --split valid --top 6 --export_candidates W/lists/valid.npz",
     f"run_rq.py {RANK} --split test --top 6 --export_candidates W/lists/test.npz",
     f"Class/gen_lp_data_rq.py {ROWS} --out_dir W/rows --candidates W/lists/valid.npz W/lists/test.npz",
-    f"Class/gen_fb_data_rq.py {ROWS} --out_dir W/rows --neg_ratio 1 --task_only",
+    f"Class/gen_fb_data_rq.py {ROWS} --out_dir W/rows --neg_ratio 1",
     "Class/build_mix.py --out_dir W/rows",
     f"lora_training/make_tiny_base.py {BASE} --out W/base",
     f"lora_training/train_lora.py {TUNE} --max_steps 1 --output_dir W/tuned",
@@ -55,31 +55,9 @@ MAKE = [
 ]
 
 
-class Outcome(NamedTuple):
-    """How a script ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def write_ring(folder: Path) -> None:
-    """43 entities on a ring: next (+1), over (+2), class (to the first five)."""
-    folder.mkdir(parents=True)
-    rows = [(i, "next", (i + 1) % M) for i in range(M)] + [(i, "over", (i + 2) % M) for i in range(M)]
-    rows += [(i, "class", i % 5) for i in range(5, M)]
-    lines = [f"e{h}\t{r}\te{t}\n" for h, r, t in rows]
-    lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
-    for split, part in {"valid": lines[:12], "test": lines[12:24], "train": lines[24:]}.items():
-        (folder / f"{split}.txt").write_text("".join(part))
-    (folder / "entities.dict").write_text("".join(f"{i}\te{i}\n" for i in range(M)))
-    (folder / "relations.dict").write_text("0\tnext\n1\tover\n2\tclass\n")
-    (folder / "entity2label.txt").write_text("".join(f"e{i}\tEntity {i}\n" for i in range(M)))
-
-
 def make_world(folder: Path) -> None:
     """Run every command of MAKE in ``folder``. About six seconds on one core."""
-    write_ring(folder / "data" / "ring")
+    write_graph(folder / "data" / "ring")
     np.save(folder / "text.npy", np.random.default_rng(0).standard_normal((M, 6)).astype(np.float32))
     flags = SMALL.replace(" --", "\n--")
     (folder / "flags.txt").write_text(f"# a small run\n{flags}\n")
