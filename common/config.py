@@ -129,7 +129,7 @@ class Config:
     num_negatives: int = flag(0, TRAINING, "entities drawn per step for a sampled softmax, on large graphs (0: exact)",
                               low=0, auto=True)  # fmt: skip
     tails_at_once: int = flag(0, TRAINING, "high-degree queries are split: at most N tails per batch entry (0: all)",
-                              low=0, metavar="N")  # fmt: skip
+                              low=0, auto=True, metavar="N")  # fmt: skip
     lbl_smooth: float = flag(0.1, TRAINING, "label smoothing", low=0, below=1)
     text_weight: float = flag(1.0, TRAINING, "weight of the semantic loss of Eq. 8", low=0, unused_without="text_emb")
     warmup_epochs: float = flag(1.0, TRAINING, "epochs before the codebooks are initialised; below 1: part of the run",

@@ -16,36 +16,26 @@ EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minu
 SAMPLED = 4096  # entities drawn per step there
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
-LARGE = 5_000  # entities, from which on Adam and 2 x 8 codes were better (docs/DEFAULTS.md)
-STEPS = 4000  # of a run on a small graph: half before the codes are assigned, half after
-FEWEST_EPOCHS, MOST_EPOCHS = 24, 200
-RATES = {"adagrad": 0.1, "adam": 0.003}
+LARGE = 5_000  # entities, from which on other optimizers, batches and codes were better (docs/DEFAULTS.md)
+STEPS = 4000  # of a run on a small graph
+FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
+RATES = {"adagrad": 0.1, "adam": 0.005}
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
-    """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md).
-
-    - width D: 256; codes: 4 positions x 4 levels, from 5,000 entities on 2 x 8
-    - K: the power of two at or above M, from 8 to 1,024
-    - optimizer: Adagrad at 0.1; from 5,000 entities on Adam at 0.003
-    - B: 256 queries of at most 4 tails each (``--tails_at_once``): about 500 triples
-    - epochs: about 4,000 steps, but at least 24 epochs and at most 200
-    - above 100,000 entities, the softmax is over 4,096 sampled entities and the encoder passes over the graph rarely
-    """
-    large, sampled, batch = entities >= LARGE, entities > EXACT_UP_TO, 256
-    steps = max(1, triples // batch)  # per epoch: 2 E queries with their tails, two tails per entry on average
-    return {
-        "init_dim": WIDTH,
-        "gcn_dim": WIDTH,
-        "seq_len": 2 if large else 4,
-        "num_quantizers": 8 if large else 4,
-        "num_code": min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length())),
-        "optimizer": "adam" if large else "adagrad",
-        "batch": batch,
-        "epoch": min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(STEPS / steps))),
-        "num_negatives": SAMPLED if sampled else 0,
-        "encoder_every": encoder_pace(entities) if sampled else 1,
-    }
+    """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md)."""
+    codes = min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length()))
+    found = {"init_dim": WIDTH, "gcn_dim": WIDTH, "num_code": codes, "num_negatives": 0, "encoder_every": 1}
+    if entities > EXACT_UP_TO:
+        found |= {"num_negatives": SAMPLED, "encoder_every": encoder_pace(entities)}
+    if entities < LARGE:  # many passes over few triples
+        steps = max(1, triples // 256)  # per epoch: two tails per batch entry on average
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(STEPS / steps)))
+        return found | {"seq_len": 4, "num_quantizers": 4, "optimizer": "adagrad", "batch": 256, "tails_at_once": 4,
+                        "epoch": epochs}  # fmt: skip
+    epochs = max(5, min(50, 50 * 500_000 // triples))
+    return found | {"seq_len": 2, "num_quantizers": 8, "optimizer": "adam", "batch": 1024, "tails_at_once": 64,
+                    "epoch": epochs}  # fmt: skip
 
 
 def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
