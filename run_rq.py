@@ -3,6 +3,7 @@
     python run_rq.py --dataset data/FB15k-237            train, dump codes_new/FB15k-237_4_1024_4_rq.pt, score the dump
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt           rank from the dumped integers alone
     python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --predict HEAD RELATION       top tails by name
+    python run_rq.py --dataset D --eval_codes C.pt --checkpoint CK.pt --encode NEW.txt --encoded OUT.pt    new entities
 
 The flags are in common/config.py, the encoder of Eq. 1-3 in model/RQGCN.py, the quantizer of Eq. 3 and 5 in
 model/RQCodebook.py, one training step of Eq. 9 in model/trainer.py.
@@ -226,7 +227,12 @@ def main() -> None:
         train(config)
     elif os.environ.get("RANK", "0") == "0":  # ranking from codes is one process's work, under torchrun too
         with explain_oom(config):
-            eval_codes(config)
+            if config.encode:
+                from model.encode import encode
+
+                encode(config)
+            else:
+                eval_codes(config)
 
 
 if __name__ == "__main__":

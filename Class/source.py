@@ -301,6 +301,8 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
         "dataset": record["dataset"], "seq_len": wanted[1], "num_code": num_code, "num_quantizers": wanted[2],
         "origin": f"learned on {kg.name}'s own training split",
     }  # fmt: skip
+    if "extends" in record:
+        info["extends"] = str(record["extends"])
     if names != kg.entities:
         row = {name: i for i, name in enumerate(names)}
         absent = [name for name in kg.entities if name not in row]
@@ -355,6 +357,7 @@ def shared_triples(other: KnowledgeGraph, kg: KnowledgeGraph) -> dict[str, int]:
 
 
 def codes_key(info: Mapping[str, Any]) -> tuple[str | None, bool, int]:
-    """What identifies the ``codes`` of statistics or records: the file's sha256, and how it was shuffled."""
+    """What identifies the ``codes`` of statistics or records: the file's sha256 (of codes with entities that came
+    later, that of the file they extend: a code means the same in both), and how it was shuffled."""
     shuffled = bool(info.get("shuffled"))
-    return info.get("sha256"), shuffled, info.get("shuffle_seed", 0) if shuffled else 0
+    return info.get("extends") or info.get("sha256"), shuffled, info.get("shuffle_seed", 0) if shuffled else 0

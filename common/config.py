@@ -167,6 +167,10 @@ class Config:
                                            metavar=("HEAD", "RELATION"), resume=FREE)  # fmt: skip
     export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split",
                                           metavar="FILE.npz", resume=FREE)  # fmt: skip
+    encode: Path | None = flag(None, RANKING, "triples of new entities, which get codes without training",
+                               metavar="NEW.txt", resume=FREE)  # fmt: skip
+    encoded: Path | None = flag(None, RANKING, "write the codes of --eval_codes and of the new entities",
+                                metavar="OUT.pt", resume=FREE)  # fmt: skip
     top: int = flag(20, RANKING, "candidates of --predict and --export_candidates", low=1, resume=FREE)
 
     def as_plain(self) -> dict[str, Any]:
@@ -330,7 +334,9 @@ def _conflict(config: Config) -> str | None:
         return "--restore continues a run and --overwrite replaces it: give one of them"
     if config.eval_codes and not config.checkpoint:
         return "--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes"
-    for name in ("checkpoint", "metrics_out", "predict", "shuffle_codes", "export_candidates"):
+    if bool(config.encode) != bool(config.encoded):
+        return "--encode NEW.txt and --encoded OUT.pt need each other"
+    for name in ("checkpoint", "metrics_out", "predict", "shuffle_codes", "export_candidates", "encode"):
         if getattr(config, name) and not config.eval_codes:
             return f"--{name} needs --eval_codes CODES.pt and --checkpoint CK.pt"
     if config.metrics_out and (config.predict or config.export_candidates):

@@ -129,10 +129,15 @@ class KnowledgeGraph:
     degree: Ints = field(init=False)  # [M] training edges, both directions
     unseen: Bools = field(init=False)  # [M] in no training triple
 
-    def train_digest(self) -> str:
-        """Hex digest of the training triples and all names; equal for both forms of files."""
-        names = "\n".join([*self.entities, "", *self.relations]).encode()
-        return hashlib.sha256(names + self.train.astype(np.int64).tobytes()).hexdigest()
+    def train_digest(self, entities: int | None = None) -> str:
+        """Hex digest of the training triples and all names; equal for both forms of files.
+
+        ``entities``: of the graph of the first so many entities and of the triples among them (default: all).
+        """
+        count = self.num_entities if entities is None else entities
+        names = "\n".join([*self.entities[:count], "", *self.relations]).encode()
+        among = self.train[(self.train[:, [0, 2]] < count).all(1)]
+        return hashlib.sha256(names + among.astype(np.int64).tobytes()).hexdigest()
 
     def __post_init__(self) -> None:
         ends = self.train[:, [0, 2]].ravel()

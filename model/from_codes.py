@@ -10,7 +10,7 @@ from Class.codes import load_codes
 from common.config import Config
 from common.errors import InputError
 from common.files import write_json
-from model.inputs import check_entities, choose_device, load_graph, load_scorer
+from model.inputs import choose_device, load_graph, load_scorer, order_of_entities
 
 if TYPE_CHECKING:
     import torch
@@ -41,17 +41,39 @@ def load_scored_codes(checkpoint: Path, codes_file: Path, kg: KnowledgeGraph, de
 
     loaded = load_scorer(checkpoint, kg, device)
     codebook = loaded.scorer.rq_codebook
-    codes = load_codes(codes_file, kg.num_entities, codebook.num_codes)
+    order = order_of_entities(codes_file, kg)
+    codes = load_codes(codes_file, kg.num_entities if order is None else None, codebook.num_codes)
     wanted = [loaded.seq_len, codebook.num_quantizers]
     if list(codes.shape[1:]) != wanted:
         raise InputError(
             f"--eval_codes {codes_file} has [L, Q] = {list(codes.shape[1:])}, the checkpoint {checkpoint.name} "
             f"expects {wanted}"
         )
-    check_entities(codes_file, kg)
-    if codes_hash(codes) != loaded.codes_sha256:
+    if order is not None:
+        codes = codes[order]
+    if kg.num_entities > loaded.num_entities:
+        check_triples_of_new(codes_file, kg)
+    if codes_hash(codes[: loaded.num_entities]) != loaded.codes_sha256:
         print(f"warning: {codes_file} are not the codes of the best epoch of {checkpoint}", file=sys.stderr)
     return Scored(loaded.scorer, loaded.relations, codes.to(device))
+
+
+def check_triples_of_new(codes_file: Path, kg: KnowledgeGraph) -> None:
+    """InputError where new entities were encoded (--encode) from triples that are test triples of ``kg``."""
+    from Class.source import shared_triples
+    from data.knowledge_graph import KnowledgeGraph, train_hash
+
+    folder = codes_file.with_suffix("")
+    if not folder.is_dir():
+        return
+    graph = KnowledgeGraph.load(folder)
+    if train_hash(graph.input_hashes) != train_hash(kg.input_hashes):
+        shared = shared_triples(graph, kg)["test_triples"]
+        if shared:
+            raise InputError(
+                f"--eval_codes {codes_file} was encoded from the training triples of {folder}, which hold {shared} of "
+                f"the {len(kg.test)} test triples of {kg.name}; give --dataset {folder}"
+            )
 
 
 def eval_codes(config: Config) -> None:

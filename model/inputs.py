@@ -101,13 +101,23 @@ def load_text(path: Path | None, num_entities: int, entities: Sequence[str] | No
     return text
 
 
-def check_entities(codes: Path, kg: KnowledgeGraph) -> None:
-    """InputError where the names beside the codes are not the graph's entities."""
-    names = codes.with_suffix(".entities.txt")
-    if names.exists() and load_entities(names) != kg.entities:
+def order_of_entities(codes: Path, kg: KnowledgeGraph) -> list[int] | None:
+    """The row of each entity of ``kg`` by the names beside the codes; None without names, or where these are the same.
+
+    InputError where an entity of ``kg`` has no row.
+    """
+    file = codes.with_suffix(".entities.txt")
+    names = load_entities(file) if file.exists() else kg.entities
+    if names == kg.entities:
+        return None
+    row = {name: i for i, name in enumerate(names)}
+    absent = [name for name in kg.entities if name not in row]
+    if absent:
         raise InputError(
-            f"{names} lists other entities than --dataset {kg.name}; take the data set of the codes' record"
+            f"{file} lists other entities than --dataset {kg.name} ({len(absent)} are missing, such as {absent[0]!r}); "
+            "take the data set of the codes' record"
         )
+    return [row[name] for name in kg.entities]
 
 
 class LoadedScorer(NamedTuple):
@@ -116,6 +126,7 @@ class LoadedScorer(NamedTuple):
     scorer: CodeScorer
     relations: torch.Tensor  # [2R, D]
     seq_len: int
+    num_entities: int  # M of its graph; a graph with more entities has those of it first
     codes_sha256: str | None  # of the codes that it was scored with
 
 
@@ -137,10 +148,12 @@ def load_scorer(path: Path, kg: KnowledgeGraph, device: torch.device) -> LoadedS
         raise InputError(f"--checkpoint {path} holds damaged relation vectors {list(relations.shape)}")
     if len(relations) != 2 * kg.num_relations:
         raise InputError(f"--checkpoint {path} has {len(relations) // 2} relations, {kg.name} has {kg.num_relations}")
-    if stored.get("trained_on") != kg.train_digest():
+    codes = stored["best"].get("codes")
+    known = kg.num_entities if codes is None else min(len(codes), kg.num_entities)
+    if stored.get("trained_on") != kg.train_digest(known):
         file = next((name for name in TRAIN_FILES if name in kg.input_hashes), TRAIN_FILES[0])
         raise InputError(
             f"--checkpoint {path} was trained on other triples than {kg.name} has ({file}, with entities.dict and "
             "relations.dict), which may be test triples here; give the data set of its run"
         )
-    return LoadedScorer(scorer, relations, seq_len, stored["best"].get("codes_sha256"))
+    return LoadedScorer(scorer, relations, seq_len, known, stored["best"].get("codes_sha256"))
