@@ -54,8 +54,8 @@ STAGE1 = (
 )
 BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003"
 LORA = (
-    "--batch_size 32 --learning_rate 0.002 --rows_lr 0.006 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 --lora_dropout 0 "
-    "--logging_steps 100 --eval_batch_size 128 --overwrite"
+    "--batch_size 32 --learning_rate 0.002 --rows_lr 0.006 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 "
+    "--lora_dropout 0 --logging_steps 100 --eval_batch_size 128 --overwrite"
 )
 
 
