@@ -364,7 +364,7 @@ class Part:
     def read(self, number: int) -> Array | None:
         """A finished batch; None where its file is absent or damaged."""
         try:
-            return np.load(self.folder / f"{number}.npy")
+            return np.load(self.folder / f"{number}.npy", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
 
