@@ -22,6 +22,7 @@ from tables import make_figures
 from tables.code_quality import CodeSet
 from tables.figures import answers, embeddings, graph, quality, runs, similarity, style
 from tables.figures.inputs import Inputs, Missing
+from tables.figures.style import new_figure, save
 from tests.test_code_quality import stage1
 from tests.test_instructions import write_graph
 
@@ -131,6 +132,16 @@ def test_dollar_signs_in_names_are_no_formulas(swept: Path, inputs: Inputs, tmp_
 
 
 # ---------------------------------------------------------------- 2, 9
+
+
+@pytest.mark.parametrize(("title", "said"), [("知识图谱", True), ("graph", False)])
+def test_characters_without_a_font_are_reported(
+    title: str, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure, axes = new_figure(1, 1, 2.0, 2.0)
+    axes[0][0].set_title(title, fontfamily="DejaVu Sans")
+    save(figure, tmp_path, "names")
+    assert ("fonts-noto-cjk" in capsys.readouterr().out) == said
 
 
 def test_neighbourhoods_are_those_of_a_walk(ring_kg: KnowledgeGraph) -> None:

@@ -5,6 +5,7 @@ Lines differ in colour, marker and dash; heat maps use cividis, whose lightness 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +58,20 @@ def font_families() -> list[str]:
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """``name``.png and ``name``.pdf in ``out``, without dates: equal inputs give equal bytes."""
+    """``name``.png and ``name``.pdf in ``out``, without dates: equal inputs give equal bytes.
+
+    One line names a font to install where none that is installed has a character.
+    """
     import matplotlib.pyplot as plt
 
     paths = [out / f"{name}.{kind}" for kind in KINDS]
-    for path, metadata in zip(paths, KINDS.values(), strict=True):
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for path, metadata in zip(paths, KINDS.values(), strict=True):
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)
+    if any("missing from" in str(warning.message) for warning in caught):
+        print(f"note: figure {name} has characters that no installed font has; install one, as in fonts-noto-cjk")
     plt.close(figure)
     return paths
 
