@@ -120,7 +120,7 @@ def test_encode_appends_distinct_codes_and_keeps_the_known_ones(rq: Command, run
     assert len(after) == M + 100 == len(after.flatten(1).unique(dim=0))
     names = load_entities(out.with_suffix(".entities.txt"))
     assert names == KnowledgeGraph.load(run.dataset / "part_with_new").entities
-    assert torch.load(tmp_path / "grown_emd.pt").shape[0] == len(names)
+    assert torch.load(tmp_path / "grown_emd.pt", weights_only=True).shape[0] == len(names)
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["extends"] == run.record["outputs"][run.codes.name]
     assert record["encoded"]["new_entities"] == 100 and record["encoded"]["triples"] == len(triples_of(new))
