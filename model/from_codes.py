@@ -35,8 +35,15 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     )
 
 
-def load_scored_codes(checkpoint: Path, codes_file: Path, kg: KnowledgeGraph, device: torch.device) -> Scored:
-    """The scorer of a checkpoint and the codes to rank from; InputError where they or the graph do not fit."""
+def load_scored_codes(
+    checkpoint: Path, codes_file: Path, kg: KnowledgeGraph, device: torch.device, *, flag: str = "--eval_codes",
+    own_codes: bool = False,
+) -> Scored:  # fmt: skip
+    """The scorer of a checkpoint and the codes to rank from; InputError where they or the graph do not fit.
+
+    ``flag``: the one that names ``codes_file``; ``own_codes``: InputError, not a warning, where the (known) entities'
+    codes are not those of the checkpoint's best epoch.
+    """
     from model.trainer import codes_hash
 
     loaded = load_scorer(checkpoint, kg, device)
@@ -46,7 +53,7 @@ def load_scored_codes(checkpoint: Path, codes_file: Path, kg: KnowledgeGraph, de
     wanted = [loaded.seq_len, codebook.num_quantizers]
     if list(codes.shape[1:]) != wanted:
         raise InputError(
-            f"--eval_codes {codes_file} has [L, Q] = {list(codes.shape[1:])}, the checkpoint {checkpoint.name} "
+            f"{flag} {codes_file} has [L, Q] = {list(codes.shape[1:])}, the checkpoint {checkpoint.name} "
             f"expects {wanted}"
         )
     if order is not None:
@@ -54,7 +61,10 @@ def load_scored_codes(checkpoint: Path, codes_file: Path, kg: KnowledgeGraph, de
     if kg.num_entities > loaded.num_entities:
         check_triples_of_new(codes_file, kg)
     if codes_hash(codes[: loaded.num_entities]) != loaded.codes_sha256:
-        print(f"warning: {codes_file} are not the codes of the best epoch of {checkpoint}", file=sys.stderr)
+        fault = f"{codes_file} are not the codes of the best epoch of {checkpoint}"
+        if own_codes:
+            raise InputError(f"{flag} {fault}; give both files of one finished run")
+        print(f"warning: {fault}", file=sys.stderr)
     return Scored(loaded.scorer, loaded.relations, codes.to(device))
 
 
