@@ -2,7 +2,7 @@
 
     python tables/export.py --codes codes_new/family_4_1024_4_rq.pt --checkpoint checkpoints/family_4_1024_4_rq.pt --out family_codes
 
-The folder's load.py (tables/exported/load.py) needs torch and safetensors only. Its scores are compared with the
+The folder's load.py (tables/load.py) needs torch and safetensors only. Its scores are compared with the
 checkpoint's before the folder gets its name. Nothing is uploaded. docs/EXPORT.md lists the files.
 """  # noqa: E501 (a command on one line)
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lora_training.adapters import Saved
 
-LOADER = Path(__file__).resolve().parent / "exported" / "load.py"
+LOADER = Path(__file__).resolve().parent / "load.py"
 RECORD = "record.json"
 BOUND = 1e-6  # largest difference of scores, relative to the largest score if that is above 1
 PROBES = 64  # test queries whose scores are compared
@@ -158,7 +158,7 @@ def compare_scores(folder: Path, contents: Contents) -> float:
     score if that is above 1. InputError if it is above BOUND, or load.py has no such decoder."""
     import torch
 
-    from tables.exported.load import Codes
+    from tables.load import Codes
 
     scored, kg = contents.scored, contents.kg
     triples = torch.from_numpy(with_inverse(kg.test, kg.num_relations)[:: max(1, 2 * len(kg.test) // PROBES)])
@@ -184,7 +184,7 @@ def compare_scores(folder: Path, contents: Contents) -> float:
 
 def example_of(folder: Path, kg: KnowledgeGraph) -> Example:
     """The first test triple as a query, with the answers of load.py."""
-    from tables.exported.load import Codes
+    from tables.load import Codes
 
     h, r, _ = kg.test[0].tolist()
     loaded = Codes(folder)

@@ -1,4 +1,4 @@
-"""From the codes in this folder to vectors and scores. Needs torch, safetensors and the files beside this one.
+"""load.py of an exported folder: codes -> vectors -> scores. Needs torch, safetensors and the files beside it there.
 
 python load.py HEAD RELATION    prints the ten best tails with their scores; with "~RELATION", the ten best heads
 """
