@@ -239,11 +239,14 @@ def main(argv: list[str] | None = None) -> None:
     contents = read_contents(args)
     part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
     with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
-        shutil.rmtree(part, ignore_errors=True)
-        with written_whole(part):
-            difference = write_folder(args, contents, part, started)
-        shutil.rmtree(args.out, ignore_errors=True)
-        part.rename(args.out)
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        try:
+            with written_whole(part):
+                difference = write_folder(args, contents, part, started)
+            shutil.rmtree(args.out, ignore_errors=True)
+            part.rename(args.out)
+        finally:  # Ctrl-C
+            shutil.rmtree(part, ignore_errors=True)
     print(f"wrote {args.out}; the scores of its load.py differ by {difference:.1e} from the checkpoint's")
     card, repository = args.out / "card.md", f"hf upload USER/{args.codes.stem}"
     print(

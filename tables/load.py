@@ -37,9 +37,8 @@ class Decoder(dict[str, Tensor]):
         return torch.relu(self.norm(F.linear(x, self["project.weight"], self["project.bias"]), "hidden_norm"))
 
     def mlp(self, h: Tensor, r: Tensor) -> Tensor:
-        x = F.linear(torch.cat([h, r, h * r], dim=1), self["expand.weight"], self["expand.bias"])
-        x = torch.relu(self.norm(x, "hidden_norm"))
-        return F.linear(x, self["project.weight"], self["project.bias"]) + h * r
+        x = self.norm(F.linear(torch.cat([h, r, h * r], 1), self["expand.weight"], self["expand.bias"]), "hidden_norm")
+        return F.linear(torch.relu(x), self["project.weight"], self["project.bias"]) + h * r
 
 
 class Codes:
@@ -51,8 +50,7 @@ class Codes:
         weights = load_file(Path(folder, "scorer.safetensors"))
         self.relations, self.W_q = weights.pop("relations"), weights.pop("W_q", None)
         self.members = [Decoder() for _ in range(self.config["members"])]
-        for key, value in weights.items():
-            member, name = key.split(".", 1)
+        for (member, name), value in ((key.split(".", 1), value) for key, value in weights.items()):
             self.members[int(member)][name] = value
         self.vectors = self.decode(self.codes)
 
@@ -76,5 +74,7 @@ class Codes:
 
 
 if __name__ == "__main__":
-    ranked = Codes().rank(sys.argv[1], sys.argv[2]) if len(sys.argv) == 3 else sys.exit(__doc__)
-    print("\n".join(f"{score:9.4f}  {name}" for name, score in ranked))
+    kg, words = Codes(), sys.argv[1:]
+    if len(words) != 2 or words[0] not in kg.names["entity_rows"] or words[1] not in kg.names["relation_rows"]:
+        sys.exit(f"{__doc__}\nHEAD and RELATION are names or ids of names.json; found {' '.join(words) or 'none'}")
+    print("\n".join(f"{score:9.4f}  {name}" for name, score in kg.rank(words[0], words[1])))

@@ -29,7 +29,7 @@ from model.quantizers import QUANTIZERS
 from model.ranking import filtered_ranks, summarize
 from model.RQGCN import CodeScorer
 from tables import export
-from tables.card import data_terms
+from tables.card import data_terms, metrics
 from tables.load import Decoder
 from tests.conftest import Command, Outcome, Run, assert_refused, finished, ranked, write_graph
 from tests.test_train_lora import base, data, libraries, trained  # noqa: F401
@@ -228,12 +228,24 @@ def test_the_card_runs_as_pasted(family_export: Path, alone: Callable[..., str])
     assert best in printed[0] and printed[1:] == ["torch.Size([1000, 48])", "torch.Size([1, 1000])"]
 
 
+def test_a_wrong_name_is_said_without_a_traceback(family_export: Path) -> None:
+    words = [sys.executable, "load.py", "Nobody", "has grandmother"]
+    ended = subprocess.run(words, cwd=family_export, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Nobody" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_the_card_states_the_records_metrics_control_and_terms(family_export: Path, family_run: Run) -> None:
     card, record = (family_export / "card.md").read_text(), family_run.record
     for split, title in (("test", "test"), ("test_shuffled_codes", "test, shuffled codes (control)")):
         assert f"| {title} | {record[split]['mrr']:.4f} | {record[split]['hits@1']:.4f} |" in card
     assert record["command"] in card and f"seed {record['seed']}" in card and "MIT" in card
     assert data_terms({"train.txt": "0" * 64}) is None and data_terms(record["inputs"]) is not None
+
+
+def test_a_card_without_test_metrics_says_so(family_run: Run, family: KnowledgeGraph) -> None:
+    found = metrics({"valid": family_run.record["valid"]}, family)
+    assert "| valid |" in found and "| test" not in found and "were not ranked" in found
+    assert "were not ranked" not in metrics(family_run.record, family)
 
 
 def test_names_and_ids_reach_the_same_query(family_export: Path, family: KnowledgeGraph) -> None:
@@ -398,6 +410,21 @@ def test_a_fault_is_one_line_and_nothing_is_written(
     assert_refused(exporting(ring_run, tmp_path / "out", *flags), *said)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_export_leaves_what_was_there(
+    ring_run: Run, tmp_path: Path, exporting: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exporting(ring_run, tmp_path / "out").code == 0
+    before = (tmp_path / "out" / "record.json").read_bytes()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "compare_scores", interrupt)
+    assert exporting(ring_run, tmp_path / "out", "--overwrite").code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "record.json").read_bytes() == before
 
 
 def test_without_pyarrow_the_line_says_how_to_install_it(
