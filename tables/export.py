@@ -66,9 +66,8 @@ def read_contents(args: argparse.Namespace) -> Contents:
             "recorded hash; give it with --dataset DIR"
         )
     kg = KnowledgeGraph.load(folder)
-    scored = load_scored_codes(
-        args.checkpoint, args.codes, kg, torch.device("cpu"), flag="--codes", own_codes=True
-    )  # fmt: skip
+    cpu = torch.device("cpu")
+    scored = load_scored_codes(args.checkpoint, args.codes, kg, cpu, flag="--codes", own_codes=True)
     if "extends" in record:  # the record of --encode has no epochs of its own
         from model.checkpoint import load_checkpoint
 
@@ -265,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter trained on these codes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the one in the record)")
-    parser.add_argument("--data_licence", metavar="TEXT", help="terms of the data, for the card (default: if known)")
+    parser.add_argument("--data_licence", metavar="TEXT", help="terms of the data (default: those in data/README.md)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     args = parser.parse_args(argv)
     if args.out.exists() and not args.out.is_dir():

@@ -110,6 +110,11 @@ READERS = {
         {"answers/answers.jsonl": damage.ANSWERS},
     ),
     "quality": Reader(f"tables/code_quality.py --codes W/{CODES} --k 5", CODED),
+    "export": Reader(
+        f"tables/export.py --codes W/{CODES} --checkpoint W/{CHECKPOINT} --dataset W/data/ring --out OUT/export "
+        f"--adapter W/{ADAPTER}",
+        CODED | ADAPTED | {CHECKPOINT: damage.PT_SCORER},
+    ),
 }
 
 

@@ -43,6 +43,7 @@ WRITERS = {
     "answer": f"lora_training/inference.py {ANSWER} --output OUT/results.json",
     "score": f"lora_training/score_answers.py {ANSWERS} --output OUT/metrics.json",
     "studies": f"tables/case_studies.py {ANSWERS} --rows W/rows/test_tasks.json --out OUT/cases.md",
+    "export": f"tables/export.py --codes W/{CODES} --checkpoint W/{CHECKPOINT} --dataset W/data/ring --out OUT/export",
     "figure": f"tables/make_figures.py --figure 10 --codes W/{CODES} --out OUT/figures {RECORDS}",
 }
 
