@@ -34,6 +34,10 @@ class Decoder(nn.Module, ABC):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         """q_h [B, D], v_r [B, D] -> [B, D]."""
 
+    def cubed_norm(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N]: the sum of |x_i|^3 over the numbers of a vector, for the N3 norm."""
+        return x.abs().pow(3).sum(-1)
+
     def forward(self, q_h: Tensor, v_r: Tensor, q_t: Tensor) -> Tensor:
         """Scores of every tail in q_t [N, D] -> [B, N]."""
         return self.query(q_h, v_r) @ q_t.T
@@ -69,6 +73,11 @@ class ComplEx(Decoder):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         (h_re, h_im), (r_re, r_im) = q_h.chunk(2, dim=-1), v_r.chunk(2, dim=-1)
         return self.dropout(torch.cat([h_re * r_re - h_im * r_im, h_re * r_im + h_im * r_re], dim=-1))
+
+    def cubed_norm(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N]: the sum of |x_i|^3 over the D/2 complex numbers."""
+        re, im = x.chunk(2, dim=-1)
+        return (re.square() + im.square() + 1e-12).pow(1.5).sum(-1)  # the small term: a finite gradient at 0
 
 
 class TuckER(Decoder):
@@ -175,6 +184,11 @@ class JointDecoder(Decoder):
     def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
         parts = zip(self.decoders, q_h.split(self.dims, dim=-1), v_r.split(self.dims, dim=-1), strict=True)
         return torch.cat([decoder.query(h, r) for decoder, h, r in parts], dim=-1)
+
+    def cubed_norm(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N]: the mean over members, as their losses are averaged."""
+        parts = zip(self.decoders, x.split(self.dims, dim=-1), strict=True)
+        return torch.stack([decoder.cubed_norm(own) for decoder, own in parts]).mean(0)
 
 
 def conve_shape(dim: int, kernel: int, height: int | None = None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.decoders import Decoder
 from model.precision import has_bfloat16
 
 SCORES_AT_ONCE = 2**26  # of float32: 256 MB
@@ -206,6 +207,17 @@ def binary_cross_entropy(query: Tensor, q_all: Tensor, targets: Targets, label_s
         - (1.0 - label_smoothing) * positive
         - label_smoothing / scores.shape[1] * scores.mean()
     )
+
+
+def nuclear_3_norm(decoder: Decoder, q_head: Tensor, relations: Tensor, q_all: Tensor, targets: Targets) -> Tensor:
+    """Mean over the n true triples of |h|^3 + |r|^3 + |t|^3 (N3; Lacroix et al., ICML 2018, arXiv 1806.07297).
+
+    q_head and relations [B, D] of the queries; the targets' columns are rows of q_all.
+    """
+    count = torch.bincount(targets.rows, minlength=len(q_head)).to(q_head.dtype)
+    of_queries = count @ (decoder.cubed_norm(q_head) + decoder.cubed_norm(relations))
+    of_tails = decoder.cubed_norm(q_all.index_select(0, targets.columns)).sum()
+    return (of_queries + of_tails) / len(targets.rows)
 
 
 @dataclass(frozen=True)

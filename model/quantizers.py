@@ -97,8 +97,13 @@ class Quantizer(nn.Module, ABC):
         """z [B, L, D] -> [B, L, D]: ``decode_from_codes(cal_codes(z))``."""
         return self.decode_from_codes(self.cal_codes(z))
 
-    def init_from_data(self, z: Tensor, generator: torch.Generator | None = None) -> None:
-        """Prepare for z [M, L, D] of all entities; called once, before the first codes. Here: nothing to prepare."""
+    def init_from_data(
+        self, z: Tensor, generator: torch.Generator | None = None, weights: Tensor | None = None
+    ) -> None:
+        """Prepare for z [M, L, D] of all entities; called once, before the first codes. Here: nothing to prepare.
+
+        weights [M]: of the entities' errors (default: equal).
+        """
         self.initialized.fill_(True)
 
     def revive_dead_codes(self, z: Tensor, codes: Tensor, generator: torch.Generator | None = None) -> list[int]:
@@ -190,16 +195,22 @@ class RQCodebook(Quantizer):
         return self._weights()[level]
 
     @torch.no_grad()
-    def init_from_data(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+    def init_from_data(
+        self, z: Tensor, generator: torch.Generator | None = None, weights: Tensor | None = None
+    ) -> None:
         """Residual k-means, level after level, on 64 K random rows of z [M, L, D].
 
-        generator: of all draws (default: torch's global one); equal generators give equal codebooks.
+        generator: of all draws (default: torch's global one); equal generators give equal codebooks. weights [M]: of
+        the entities' errors (default: equal).
         """
         rows = self._rows(z)
-        residual = rows[permutation(len(rows), generator)[: KMEANS_ROWS * self.num_codes].to(rows.device)]
-        for weight in self._weights():
-            weight.copy_(kmeans(residual, self.num_codes, generator=generator))
-            residual = residual - weight[nearest_codes(residual, [weight])[:, 0]]
+        chosen = permutation(len(rows), generator)[: KMEANS_ROWS * self.num_codes].to(rows.device)
+        residual, of_rows = rows[chosen], None
+        if weights is not None:
+            of_rows = weights.to(rows).repeat_interleave(z.shape[1])[chosen]
+        for book in self._weights():
+            book.copy_(kmeans(residual, self.num_codes, generator=generator, weights=of_rows))
+            residual = residual - book[nearest_codes(residual, [book])[:, 0]]
         self.initialized.fill_(True)
 
     @torch.no_grad()
@@ -282,7 +293,9 @@ class RandomCodebook(RQCodebook):
         super().__init__(num_codes, latent_dim, num_quantizers, beta)
         self.register_buffer("seed", torch.tensor(0))
 
-    def init_from_data(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+    def init_from_data(
+        self, z: Tensor, generator: torch.Generator | None = None, weights: Tensor | None = None
+    ) -> None:
         """Draw the seed; the codebooks keep their random values."""
         self.seed.copy_(torch.randint(2**31, (), generator=generator))
         self.initialized.fill_(True)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from common.config import Config
 
 ASSIGNMENTS = 16  # of codes per epoch, at least
+FROZEN_RATE = 0.3  # of Adagrad's learning rate: at 1, the first steps undo the k-means (docs/LOG.md)
 MOST_STEPS_APART = 8  # between two assignments
 
 
@@ -33,6 +34,7 @@ class Schedule:
 
     makes_codes = True  # whether the run ends with codes
     trains_with_codes = True  # whether any epoch has codes
+    frozen_rate = FROZEN_RATE
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -50,9 +52,10 @@ class Schedule:
         return FROZEN if progress >= self.config.freeze_at < 1 else CODES
 
     def lr(self, progress: float) -> float:
-        """The learning rate: a half cosine from ``lr`` down to 1 % of it; constant for Adagrad, whose steps shrink."""
+        """The learning rate: a half cosine from ``lr`` down to 1 % of it. Adagrad's steps shrink by themselves: ``lr``,
+        and less once codes are fixed, when its steps start anew for the codebooks."""
         if self.config.optimizer == "adagrad":
-            return self.config.lr
+            return self.config.lr * (self.frozen_rate if progress >= self.config.freeze_at < 1 else 1.0)
         return self.config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
     def assign_every(self, steps: int) -> int:
@@ -77,6 +80,7 @@ class Unquantized(Schedule):
 
     makes_codes = False
     trains_with_codes = False
+    frozen_rate = 1.0
 
     def phase(self, epoch: float, seconds: float = 0.0) -> Phase:
         return WARM_UP
@@ -99,6 +103,8 @@ class PostHoc(Unquantized):
 
 class RandomCodes(Schedule):
     """Baseline: codes drawn at random before the first epoch and never changed (RandomEQ, Li et al. 2023)."""
+
+    frozen_rate = 1.0
 
     def phase(self, epoch: float, seconds: float = 0.0) -> Phase:
         return FROZEN

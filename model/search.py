@@ -105,29 +105,39 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def kmeans(rows: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
+def kmeans(
+    rows: Tensor,
+    k: int,
+    iterations: int = 10,
+    generator: torch.Generator | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """rows [n, D] -> centers [k, D]: k-means++ starts, then Lloyd's iterations. Equal generators give equal centers.
 
+    ``weights`` [n] > 0: a row of weight w counts like w equal rows (default: 1 each).
     The starts are drawn several at a time, a quarter of those already there. A cluster that becomes empty gets a new
     center by ``draw``. With fewer than k distinct rows, the remaining centers are copies that no row chooses.
     """
+    weights = rows.new_ones(len(rows)) if weights is None else weights
     fresh = centers = rows[permutation(len(rows), generator)[:1].to(rows.device)]
     errors = rows.new_full((len(rows),), torch.inf)
     while len(centers) < k:
         rest = rows - fresh[nearest_codes(rows, [fresh])[:, 0]]
         errors = torch.minimum(errors, rest.square().sum(1))
-        fresh = rows[draw(errors, min(k - len(centers), max(1, len(centers) // 4)), generator)]
+        fresh = rows[draw(weights * errors, min(k - len(centers), max(1, len(centers) // 4)), generator)]
         if not len(fresh):
             fresh = centers[:1].expand(k - len(centers), -1)
         centers = torch.cat([centers, fresh])
     for _ in range(iterations):
         codes = nearest_codes(rows, [centers])[:, 0]
         counts = torch.bincount(codes, minlength=k)
+        mass = weights.new_zeros(k).index_add_(0, codes, weights)
         rest = rows - centers[codes]
         # centers + mean(rest) instead of a mean of rows: adding small differences loses fewer bits
-        centers = centers + torch.zeros_like(centers).index_add_(0, codes, rest) / counts.clamp_min(1).unsqueeze(1)
+        sums = torch.zeros_like(centers).index_add_(0, codes, rest * weights.unsqueeze(1))
+        centers = centers + sums / torch.where(counts > 0, mass, 1).unsqueeze(1)
         empty = (counts == 0).nonzero().squeeze(1)
-        picks = draw(rest.square().sum(1), len(empty), generator)
+        picks = draw(weights * rest.square().sum(1), len(empty), generator)
         centers[empty[: len(picks)]] = rows[picks]
     return centers
 

@@ -32,7 +32,7 @@ from model.checkpoint import FORMAT, check_fits, check_optimizer, random_states,
 from model.collisions import resolve_collisions
 from model.data_parallel import World, share_batch_norms
 from model.evaluation import evaluate_codes, evaluate_vectors
-from model.losses import LOSSES, Sample, draw_sample, gather_targets
+from model.losses import LOSSES, Sample, draw_sample, gather_targets, nuclear_3_norm
 from model.precision import matmul_precision, return_freed_memory
 from model.quantizers import code_perplexity
 from model.queries import training_queries
@@ -100,6 +100,9 @@ class Trainer:
         self.average = self._make_average()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.trained_on = kg.train_digest()
+        # entities weigh in k-means by what depends on their vectors: training triples, plus one for those without
+        ends = torch.from_numpy(kg.train[:, [0, 2]]).flatten()
+        self.degrees = (1 + torch.bincount(ends, minlength=kg.num_entities)).to(self.device)
         self.codes: Tensor | None = None  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use without codes
         self.epoch = 0
@@ -298,7 +301,7 @@ class Trainer:
         """k-means or revival by the first process; the others receive its codebooks and the generator's state."""
         codebook, world = self.model.rq_codebook, self.world
         if world.first and self.codes is None:
-            codebook.init_from_data(z, generator=self.generator)
+            codebook.init_from_data(z, generator=self.generator, weights=self.degrees)
         elif world.first:
             assert self.codes is not None
             codebook.revive_dead_codes(z, self.codes, generator=self.generator)
@@ -327,19 +330,19 @@ class Trainer:
     # ---------------------------------------------------------------- one step
 
     def _scorer_step(self, batch: Tensor, phase: Phase) -> ScorerStep:
-        """Backward of L_st + L_se.
+        """Backward of L_st + L_se, and of the N3 norm.
 
         Of several processes, each takes its part of the batch and returns its part of the sums that these are.
         With sampled negatives only the entities that the batch needs are decoded, and the gradient is sparse.
         """
-        triples, queries = self._shares(batch)
+        shares = self._shares(batch)
         batch = self.world.own(batch)
         sample = self._draw(batch)
         with self.world.own_randomness():  # noise too: of a sample it has a size of its own in every process
             z_q, seen = self._decoded(phase, sample)
-            structure, semantic = self._scorer_losses(self.model.scorer.entity_vectors(seen), batch, sample)
-        structure, semantic = structure * triples, semantic * queries
-        (structure + self.config.text_weight * semantic).backward()
+            losses = self._scorer_losses(self.model.scorer.entity_vectors(seen), batch, sample)
+        structure, semantic, norm = (loss * share for loss, share in zip(losses, shares, strict=True))
+        (structure + self.config.text_weight * semantic + self.config.n3 * norm).backward()
         gradient = z_q.grad
         assert gradient is not None
         z_q.grad = None
@@ -350,9 +353,9 @@ class Trainer:
             )
         return ScorerStep(structure.detach(), semantic.detach(), gradient)
 
-    def _scorer_losses(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor]:
-        """L_st (Eq. 7) and L_se (Eq. 8) of a batch of queries; heads and tails are both rows of q_all [M, D], or of
-        q_all [U, D] of a sample's entities.
+    def _scorer_losses(self, q_all: Tensor, batch: Tensor, sample: Sample | None) -> tuple[Tensor, Tensor, Tensor]:
+        """L_st (Eq. 7), L_se (Eq. 8) and the N3 norm of a batch of queries; heads and tails are both rows of q_all
+        [M, D], or of q_all [U, D] of a sample's entities.
 
         Rows are taken by ``index_select``: the backward pass of ``x[i]`` sums in another order in every run when there
         are several threads.
@@ -366,14 +369,18 @@ class Trainer:
             targets = gather_targets(self.indptr, self.targets, batch)
             function = partial(loss, targets=targets, label_smoothing=self.config.lbl_smooth)
         else:
+            targets = sample.targets
             assert loss.sampled is not None
             function = partial(
                 loss.sampled, sample=sample, num_entities=self.kg.num_entities, label_smoothing=self.config.lbl_smooth
             )
-        structure = self._of_members(function, query, q_all)
-        if self.text is None:
-            return structure, structure.new_zeros(())
-        return structure, self.model.semantic_loss(q_head, self.text[heads])
+        structure, decoder = self._of_members(function, query, q_all), self.model.scorer.decoder
+        semantic = norm = structure.new_zeros(())
+        if self.text is not None:
+            semantic = self.model.semantic_loss(q_head, self.text[heads])
+        if self.config.n3:
+            norm = nuclear_3_norm(decoder, q_head, relations, q_all, targets)
+        return structure, semantic, norm
 
     def _of_members(self, loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, q_all: Tensor) -> Tensor:
         """The mean over ensemble members of ``loss`` of each one's own scores."""
@@ -405,12 +412,14 @@ class Trainer:
         z_q.retain_grad()
         return z_q, _with_noise(z_q, noise)
 
-    def _shares(self, batch: Tensor) -> tuple[float, float]:
-        """What this process's mean losses weigh in the batch's: its part of what L_st averages, and of the queries."""
+    def _shares(self, batch: Tensor) -> tuple[float, float, float]:
+        """What this process's means weigh in the batch's: its part of what L_st averages, of the queries (L_se) and of
+        the triples (N3)."""
         if self.world.size == 1:
-            return 1.0, 1.0
+            return 1.0, 1.0, 1.0
         tails = self.indptr[batch + 1] - self.indptr[batch]
-        return LOSSES[self.config.loss].share(tails, self.world.own(tails)), self.world.share(len(batch))
+        of_loss, of_triples = (LOSSES[name].share(tails, self.world.own(tails)) for name in (self.config.loss, "ce"))
+        return of_loss, self.world.share(len(batch)), of_triples
 
     def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
         """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value.

@@ -99,11 +99,11 @@ def trained(model: dict[str, Any], double: bool = True, **settings: Any) -> Scen
 EQUAL: dict[str, Scenario] = {
     "distmult": trained({"decoder": "distmult"}),
     "conve": trained({"decoder": "conve"}, weight_average=0.9),
-    "tucker": trained({"decoder": "tucker"}, loss="bce"),
+    "tucker": trained({"decoder": "tucker"}, loss="bce", n3=0.1),
     "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),
-    "ensemble": trained({"decoder": "mlp", "ensemble": 3, "gcn_layers": 0}),  # each has batch norms of its own
+    "ensemble": trained({"decoder": "mlp", "ensemble": 3, "gcn_layers": 0}, n3=0.1),  # each has batch norms of its own
     "codes that die": trained({"num_code": 32}, epoch=6),
-    "sampled softmax": trained({"decoder": "distmult"}, num_negatives=9),
+    "sampled softmax": trained({"decoder": "complex"}, num_negatives=9, n3=0.1),
 }
 
 

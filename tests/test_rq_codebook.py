@@ -304,6 +304,31 @@ def test_kmeans_finds_separated_clusters_exactly(seed: int) -> None:
     torch.testing.assert_close(found[found[:, 0].argsort()], means[means[:, 0].argsort()])
 
 
+def test_a_weight_counts_like_equal_rows() -> None:
+    """Every cluster's center is the mean of its rows, each repeated as often as its weight says."""
+    source = generator(3)
+    rows, often = torch.randn(200, D, generator=source), torch.randint(1, 6, (200,), generator=source)
+    centers = search.kmeans(rows, 8, 30, generator(0), weights=often.float())
+    codes = search.nearest_codes(rows, [centers])[:, 0]
+    means = [rows[codes == k].repeat_interleave(often[codes == k], 0).mean(0) for k in range(8)]
+    torch.testing.assert_close(centers, torch.stack(means), rtol=1e-4, atol=1e-4)
+
+    def error(found: torch.Tensor) -> float:
+        rest = rows - found[search.nearest_codes(rows, [found])[:, 0]]
+        return float((often * rest.square().sum(1)).sum())
+
+    plain = [error(search.kmeans(rows, 8, 30, generator(seed))) for seed in range(8)]
+    weighted = [error(search.kmeans(rows, 8, 30, generator(seed), often.float())) for seed in range(8)]
+    assert sum(weighted) < sum(plain)
+
+
+def test_heavy_entities_get_the_codes() -> None:
+    z, heavy = torch.randn(60, 1, D, generator=generator(4)), torch.arange(60) < 8
+    book = RQCodebook(8, D, 1)
+    book.init_from_data(z, generator=generator(), weights=torch.where(heavy, 1e6, 1.0))
+    torch.testing.assert_close(book.cal_code_emds(z)[heavy], z[heavy], rtol=1e-3, atol=1e-3)
+
+
 def test_kmeans_restarts_empty_clusters() -> None:
     """64 points, 20 times each: drawing several starts at once selects some point twice, so a cluster stays empty."""
     points = torch.randn(64, D, generator=generator(2))
