@@ -15,36 +15,42 @@ from common.errors import InputError
 EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes (benchmarks/growth.py)
 SAMPLED = 4096  # entities drawn per step there
 WIDTH = 256
+WIDE, WIDE_UP_TO = 512, 20_000  # entities, up to which a step at this width takes less than two seconds of one core
 FEWEST_CODES, MOST_CODES = 8, 1024
-LARGE = 5_000  # entities, from which on other optimizers, batches and codes were better (docs/DEFAULTS.md)
+LARGE = 5_000  # entities, from which on N3, other batches and other codes were better (docs/DEFAULTS.md)
 STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
+WITHOUT_N3: dict[str, Any] = {"n3": 0.0, "decoder_drop": 0.4, "lbl_smooth": 0.1}
+WITH_N3: dict[str, Any] = {"n3": 0.05, "decoder_drop": 0.2, "lbl_smooth": 0.0}
 RATES = {"adagrad": 0.1, "adam": 0.005}
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
     """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md)."""
     codes = min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length()))
-    found = {"init_dim": WIDTH, "gcn_dim": WIDTH, "num_code": codes, "num_negatives": 0, "encoder_every": 1}
+    found = {"num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
     if entities > EXACT_UP_TO:
         found |= {"num_negatives": SAMPLED, "encoder_every": encoder_pace(entities)}
     if entities < LARGE:  # many passes over few triples
         steps = max(1, triples // 256)  # per epoch: two tails per batch entry on average
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(STEPS / steps)))
-        return found | {"seq_len": 4, "num_quantizers": 4, "optimizer": "adagrad", "batch": 256, "tails_at_once": 4,
-                        "epoch": epochs}  # fmt: skip
-    epochs = max(5, min(50, 50 * 500_000 // triples))
-    return found | {"seq_len": 2, "num_quantizers": 8, "optimizer": "adam", "batch": 1024, "tails_at_once": 64,
-                    "epoch": epochs}  # fmt: skip
+        return found | WITHOUT_N3 | {"init_dim": WIDTH, "gcn_dim": WIDTH, "seq_len": 4, "num_quantizers": 4,
+                                     "batch": 256, "tails_at_once": 4, "epoch": epochs}  # fmt: skip
+    width = WIDE if entities <= WIDE_UP_TO else WIDTH
+    epochs = max(5, min(40, 40 * 500_000 // triples))
+    return found | WITH_N3 | {"init_dim": width, "gcn_dim": width, "seq_len": 2, "num_quantizers": 8,
+                              "batch": 1024, "tails_at_once": 64, "epoch": epochs}  # fmt: skip
 
 
 def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
     """``sizes_for``, adapted to given settings: one level has 16 positions; weights that all entities share are trained
-    by Adam; each optimizer has its own rate."""
+    by Adam, and N3 is for vectors that are multiplied as they are; each optimizer has its own rate."""
     if config.quantizer == "vq":
         found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
     if config.gcn_layers or config.tf_layers:
-        found = found | {"optimizer": "adam"}
+        found = found | WITHOUT_N3 | {"optimizer": "adam"}
+    if config.decoder not in ("complex", "distmult"):
+        found = found | WITHOUT_N3
     return found | {"lr": RATES[found["optimizer"] if config.optimizer == "auto" else config.optimizer]}
 
 

@@ -716,7 +716,7 @@ def test_sizes_of_the_graphs_that_were_measured() -> None:
     graphs = ((14, 55, 1592), (104, 25, 8544), (1000, 12, 11_398), (14_541, 237, 272_115), (40_943, 11, 86_835))
     found = [sizes_for(*counts) for counts in graphs]
     assert [size["num_code"] for size in found] == [16, 128, 1024, 1024, 1024]
-    assert [size["epoch"] for size in found] == [200, 122, 91, 50, 50]
+    assert [size["epoch"] for size in found] == [200, 122, 91, 40, 40]
 
 
 # ---------------------------------------------------------------- flags
