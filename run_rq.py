@@ -227,7 +227,7 @@ def main() -> None:
         train(config)
     elif os.environ.get("RANK", "0") == "0":  # ranking from codes is one process's work, under torchrun too
         with explain_oom(config):
-            if config.encode:
+            if config.encoded:
                 from model.encode import encode
 
                 encode(config)

@@ -1,4 +1,5 @@
-"""Codes for new entities, compared: fold-in, ERAvg, nearest by text, random codes, and retraining as the upper bound.
+"""Codes for new entities, compared: fold-in (also with texts), the graph encoder where the checkpoint has one, ERAvg,
+nearest by text, random codes, and retraining as the upper bound.
 
     python data/hold_out.py --dataset data/FB15k-237 --out HELD
     python run_rq.py --dataset HELD                  and, for the upper bound, --dataset HELD/HELD_with_new
@@ -11,9 +12,11 @@ answer among all entities. Each row of --text_emb is an entity of --text_dataset
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,14 @@ from common.files import sha256_file, write_json
 from common.record import make_record, seed_everything
 from data.hold_out import SUPPORT
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph, with_inverse
-from model.encode import batches_of, distinct, edges_of_new, read_new
+from model.checkpoint import load_checkpoint
+from model.encode import batches_of, distinct, edges_of_new, read_new, support_of
 from model.fold_in import FoldIn, Support
 from model.from_codes import Scored, load_scored_codes
+from model.graph_encode import GraphEncoder
 from model.inputs import load_text
 from model.ranking import filtered_ranks
+from model.RQGCN import RQGCN
 
 CPU = torch.device("cpu")
 
@@ -57,19 +63,18 @@ def rank_queries(scored: Scored, graph: KnowledgeGraph, triples: Ints, first_new
     }
 
 
-def support_of(edges: Ints) -> Support:
-    """The edges of a batch, its entities numbered from 0."""
-    row = np.unique(edges[:, 0], return_inverse=True)[1]
-    return Support(*(torch.from_numpy(column.copy()) for column in (row, edges[:, 1], edges[:, 2])))
-
-
-def codes_by(method: str, fold_in: FoldIn, edges: Ints) -> Tensor:
-    """Codes [N, L, Q] of all new entities from their edges, by "fold_in" or "eravg"."""
+def codes_by(method: str, encoder: FoldIn | GraphEncoder, edges: Ints, text: Tensor | None = None) -> Tensor:
+    """Codes [N, L, Q] of the new entities 0..N-1 from their edges, and texts [N, T]; ``method`` "eravg": the nearest
+    codes of the mean that fold-in starts from."""
     parts = []
     for batch in batches_of(edges):
-        support = support_of(batch)
-        mean = fold_in.shared_pairs(support) if method == "eravg" else None
-        parts.append(fold_in.encode(support) if mean is None else fold_in.codebook.cal_codes(mean))
+        entities = np.unique(batch[:, 0])
+        support = support_of(batch, entities, None if text is None else text[entities])
+        if method == "eravg":
+            assert isinstance(encoder, FoldIn)
+            parts.append(encoder.codebook.cal_codes(encoder.center(support)))
+        else:
+            parts.append(encoder.encode(support))
     return torch.cat(parts)
 
 
@@ -123,19 +128,34 @@ def reencoded(scored: Scored, graph: KnowledgeGraph, count: int, seed: int) -> d
     }  # fmt: skip
 
 
-def first_entities(graph: KnowledgeGraph, count: int) -> KnowledgeGraph:
-    """The graph of the first entities and of the triples among them."""
+def with_entities(graph: KnowledgeGraph, keep: Ints) -> KnowledgeGraph:
+    """The graph of the entities ``keep`` (ascending) and of the triples among them."""
     parts: dict[str, Any] = {
-        name: getattr(graph, name)[:count] for name in ("entities", "labels", "descriptions", "has_label")
+        name: [getattr(graph, name)[i] for i in keep] for name in ("entities", "labels", "descriptions")
     }
+    parts["has_label"] = graph.has_label[keep]
+    place = np.full(graph.num_entities, -1)
+    place[keep] = np.arange(len(keep))
     for name in SPLITS:
-        triples = graph.split(name)
-        parts[name] = triples[(triples[:, [0, 2]] < count).all(1)]
+        h, r, t = graph.split(name).T
+        moved = np.stack([place[h], r, place[t]], axis=1)
+        parts[name] = moved[(moved[:, [0, 2]] >= 0).all(1)]
     return dataclasses.replace(graph, **parts)
 
 
-def main() -> None:
-    parser = CommandParser(prog="benchmarks/new_entities.py", description=(__doc__ or "").splitlines()[0])
+def text_of(args: argparse.Namespace, entities: Sequence[str]) -> Tensor | None:
+    """The texts of ``entities`` [M + N, T]."""
+    if not (args.text_emb and args.text_dataset):
+        return None
+    owner = KnowledgeGraph.load(args.text_dataset)
+    row = {name: i for i, name in enumerate(owner.entities)}
+    text = load_text(args.text_emb, owner.num_entities, owner.entities)
+    assert text is not None
+    return text[[row[name] for name in entities]]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = CommandParser(prog="benchmarks/new_entities.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--held_out", type=Path, required=True, help="folder that data/hold_out.py wrote")
     parser.add_argument("--codes", type=Path, required=True, help="codes of the known entities")
     parser.add_argument("--checkpoint", type=Path, required=True, help="their checkpoint")
@@ -143,54 +163,97 @@ def main() -> None:
     parser.add_argument("--retrained_checkpoint", type=Path, help="their checkpoint")
     parser.add_argument("--text_emb", type=Path, help="text embeddings, for nearest by text")
     parser.add_argument("--text_dataset", type=Path, help="graph folder whose entities are the rows of --text_emb")
-    parser.add_argument("--entities", type=int, default=10**9, help="new entities to take, the first ones by name")
+    parser.add_argument("--skip", type=int, default=0, help="new entities to leave out, the first ones by name")
+    parser.add_argument("--entities", type=int, default=10**9, help="new entities to take, the next ones by name")
     parser.add_argument("--reencode", type=int, default=300, help="known entities to encode again")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+class Comparison:
+    """All methods on one held-out split; ``results``: method -> metrics."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.part = args, KnowledgeGraph.load(args.held_out)
+        all_new = KnowledgeGraph.load(args.held_out / f"{args.held_out.resolve().name}_with_new")
+        M = self.M = self.part.num_entities
+        self.chosen = np.arange(all_new.num_entities - M)[args.skip :][: args.entities]  # among the new entities
+        self.keep = np.concatenate([np.arange(M), M + self.chosen])
+        self.all_new, self.whole = all_new, with_entities(all_new, self.keep)
+        self.base = load_scored_codes(args.checkpoint, args.codes, self.part, CPU)
+        self.text = text_of(args, self.whole.entities)
+        stored, known_text = load_checkpoint(args.checkpoint), None if self.text is None else self.text[:M]
+        self.fold_in = FoldIn(*self.base, self.part, known_text, stored["config"].get("n3", 0.0))
+        self.graph_encoder: GraphEncoder | None = None
+        if stored["model"]["gcn_layers"] and stored["model"]["inputs"] == "learned":
+            model = RQGCN(M, self.part.num_relations, **stored["model"])
+            model.load_state_dict(stored["best"]["model"])
+            self.graph_encoder = GraphEncoder(model, self.base.codes, self.part)
+        self.results: dict[str, Any] = {}
+
+    def edges(self, size: str | int) -> Ints:
+        """The support of the chosen entities, which are numbered from 0."""
+        edges = edges_of_new(read_new(self.args.held_out / f"support_{size}.txt", self.part), self.part)
+        edges = edges[np.isin(edges[:, 0], self.chosen)]
+        return np.concatenate([edges[:, :1] - self.args.skip, edges[:, 1:]], axis=1)
+
+    def report(self, name: str, codes: Tensor, seconds: float = 0.0) -> None:
+        """Rank with the codes [N, L, Q] of the new entities, made distinct."""
+        new, _ = distinct(self.base.scorer.rq_codebook, self.base.codes, codes)
+        found = rank_queries(
+            self.base._replace(codes=torch.cat([self.base.codes, new])), self.whole, self.whole.test, self.M
+        )
+        self.results[name] = found | {"cpu_seconds_per_entity": seconds / len(codes)}
+        print(f"{name:24s} " + "  ".join(f"{key} {value:.4f}" for key, value in self.results[name].items()), flush=True)
+
+    def baselines(self) -> None:
+        """Retraining, random codes, and texts without triples."""
+        args, book, N = self.args, self.base.scorer.rq_codebook, len(self.chosen)
+        if args.retrained_codes and args.retrained_checkpoint:
+            retrained = load_scored_codes(args.retrained_checkpoint, args.retrained_codes, self.all_new, CPU)
+            retrained = retrained._replace(codes=retrained.codes[self.keep])
+            self.results["retrained"] = rank_queries(retrained, self.whole, self.whole.test, self.M)
+            print("retrained", self.results["retrained"], flush=True)
+        self.report("random", book.random_codes(N, self.base.codes.shape[1], torch.Generator().manual_seed(args.seed)))
+        if self.text is not None:
+            self.report("nearest_by_text", self.base.codes[nearest_by_text(self.text, self.M)])
+            nothing = torch.zeros(0, dtype=torch.int64)
+            self.report("text_alone", self.fold_in.encode(Support(nothing, nothing, nothing, N, self.text[self.M :])))
+
+    def methods(self, size: str | int) -> None:
+        """The methods that use triples, from ``support_{size}.txt``."""
+        edges, text = self.edges(size), None if self.text is None else self.text[self.M :]
+        runs: list[tuple[str, FoldIn | GraphEncoder, Tensor | None]] = [
+            ("eravg", self.fold_in, None), ("fold_in", self.fold_in, None),
+        ]  # fmt: skip
+        if text is not None:
+            runs.append(("fold_in_text", self.fold_in, text))
+        if self.graph_encoder is not None:
+            runs.append(("encoder", self.graph_encoder, None))
+        for method, encoder, own_text in runs:
+            start = time.process_time()
+            codes = codes_by(method, encoder, edges, own_text)
+            self.report(f"{method}_{size}", codes, time.process_time() - start)
+
+
+def main() -> None:
+    args = parse_args()
     began = time.monotonic()
     torch.set_num_threads(1)
     seed_everything(args.seed)
-    part = KnowledgeGraph.load(args.held_out)
-    whole = KnowledgeGraph.load(args.held_out / f"{args.held_out.resolve().name}_with_new")
-    M, N = part.num_entities, min(args.entities, whole.num_entities - part.num_entities)
-    base = load_scored_codes(args.checkpoint, args.codes, part, CPU)
-    codebook = base.scorer.rq_codebook
-    results: dict[str, Any] = {}
-
-    def report(name: str, codes: Tensor, seconds: float = 0.0) -> None:
-        """Rank with the codes [N, L, Q] of the new entities, made distinct."""
-        new, _ = distinct(codebook, base.codes, codes)
-        found = rank_queries(base._replace(codes=torch.cat([base.codes, new])), whole, whole.test, M)
-        results[name] = found | {"cpu_seconds_per_entity": seconds / N}
-        print(f"{name:24s} " + "  ".join(f"{key} {value:.4f}" for key, value in results[name].items()), flush=True)
-
-    all_new, whole = whole, first_entities(whole, M + N)
-    if args.retrained_codes and args.retrained_checkpoint:
-        retrained = load_scored_codes(args.retrained_checkpoint, args.retrained_codes, all_new, CPU)
-        retrained = retrained._replace(codes=retrained.codes[: M + N])
-        results["retrained"] = rank_queries(retrained, whole, whole.test, M)
-        print("retrained", results["retrained"], flush=True)
-    report("random", codebook.random_codes(N, base.codes.shape[1], torch.Generator().manual_seed(args.seed)))
-    if args.text_emb and args.text_dataset:
-        owner = KnowledgeGraph.load(args.text_dataset)
-        row = {name: i for i, name in enumerate(owner.entities)}
-        text = load_text(args.text_emb, owner.num_entities, owner.entities)
-        assert text is not None
-        report("nearest_by_text", base.codes[nearest_by_text(text[[row[name] for name in whole.entities]], M)])
-    fold_in = FoldIn(base.scorer, base.relations, base.codes, part)
+    compared = Comparison(args)
+    print(f"{len(compared.chosen)} new entities, {2 * len(compared.whole.test)} queries")
+    compared.baselines()
     for size in ["all", *reversed(SUPPORT)]:
-        edges = edges_of_new(read_new(args.held_out / f"support_{size}.txt", part), part)
-        edges = edges[edges[:, 0] < N]
-        for method in ("eravg", "fold_in"):
-            start = time.process_time()
-            codes = codes_by(method, fold_in, edges)
-            report(f"{method}_{size}", codes, time.process_time() - start)
-    results["encoded_again"] = reencoded(base, part, args.reencode, args.seed)
-    print("encoded again:", results["encoded_again"])
+        compared.methods(size)
+    compared.results["encoded_again"] = reencoded(compared.base, compared.part, args.reencode, args.seed)
+    print("encoded again:", compared.results["encoded_again"])
     if args.out:
         inputs = {path.name: sha256_file(path) for path in (args.codes, args.checkpoint)}
-        write_json(make_record(vars(args), inputs, time.monotonic() - began, results=results), args.out)
+        counts = {"new_entities": len(compared.chosen), "queries": 2 * len(compared.whole.test)}
+        seconds = time.monotonic() - began
+        write_json(make_record(vars(args), inputs, seconds, **counts, results=compared.results), args.out)
 
 
 if __name__ == "__main__":

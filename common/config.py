@@ -107,6 +107,9 @@ class Config:
                     unused_without="gcn_layers")  # fmt: skip
     act: str = flag("tanh", MODEL, "activation of the graph layers", choices=["tanh", "relu", "gelu", "identity"],
                     unused_without="gcn_layers")  # fmt: skip
+    mask_inputs: float = flag(0.0, MODEL, "part of the entities whose learned input is masked in an encoder pass, so "
+                              "that neighbours can represent an entity, for --encode_by encoder", low=0,
+                              below=1)  # fmt: skip
     tf_layers: int = flag(1, MODEL, "transformer blocks over the L positions", low=0)
     att_head: int = flag(4, MODEL, "attention heads of those blocks", low=1, unused_without="tf_layers")
     decoder: str = flag("conve", MODEL, "score of head, relation and tail (Eq. 6)",
@@ -172,6 +175,11 @@ class Config:
                                           metavar="FILE.npz", resume=FREE)  # fmt: skip
     encode: Path | None = flag(None, RANKING, "triples of new entities, which get codes without training",
                                metavar="NEW.txt", resume=FREE)  # fmt: skip
+    new_text: Path | None = flag(None, RANKING, "text embeddings of new entities, like those of --text_emb; with one, "
+                                 "an entity needs no triple", metavar="NEW.npy", resume=FREE)  # fmt: skip
+    encode_by: str = flag("auto", RANKING, "fold_in: optimize on the triples (auto); encoder: one pass of the graph "
+                          "layers, for runs with --mask_inputs", choices=["auto", "encoder", "fold_in"],
+                          resume=FREE)  # fmt: skip
     encoded: Path | None = flag(None, RANKING, "write the codes of --eval_codes and of the new entities",
                                 metavar="OUT.pt", resume=FREE)  # fmt: skip
     top: int = flag(20, RANKING, "candidates of --predict and --export_candidates", low=1, resume=FREE)
@@ -337,9 +345,13 @@ def _conflict(config: Config) -> str | None:
         return "--restore continues a run and --overwrite replaces it: give one of them"
     if config.eval_codes and not config.checkpoint:
         return "--eval_codes needs --checkpoint CK.pt, the checkpoint of the run that dumped the codes"
-    if bool(config.encode) != bool(config.encoded):
-        return "--encode NEW.txt and --encoded OUT.pt need each other"
-    for name in ("checkpoint", "metrics_out", "predict", "shuffle_codes", "export_candidates", "encode"):
+    if bool(config.encode or config.new_text) != bool(config.encoded):
+        return "--encode NEW.txt (or --new_text NEW.npy) and --encoded OUT.pt need each other"
+    if config.new_text and not config.text_emb:
+        return "--new_text needs --text_emb FILE.npy, the embeddings of the entities of --dataset by the same model"
+    if config.mask_inputs and not config.gcn_layers:
+        return f"--mask_inputs {config.mask_inputs} needs --gcn_layers 1 or more"
+    for name in ("checkpoint", "metrics_out", "predict", "shuffle_codes", "export_candidates", "encoded"):
         if getattr(config, name) and not config.eval_codes:
             return f"--{name} needs --eval_codes CODES.pt and --checkpoint CK.pt"
     if config.metrics_out and (config.predict or config.export_candidates):

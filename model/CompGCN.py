@@ -75,13 +75,18 @@ class CompGCNLayer(nn.Module):
         if v.shape != (2 * self.num_relations, self.in_dim):
             raise InputError(f"v is {tuple(v.shape)}, expected {(2 * self.num_relations, self.in_dim)}: 2R x width")
         sums = compose_sum(x, v, graph.edges, self.backend, self.composition)  # [2M, in_dim]
-        sums = self.dropout(sums.view(len(x), -1))  # [M, 2 in_dim]: in-neighbours | out-neighbours
+        return Encoded(self.combine(x, sums.view(len(x), -1)), v @ self.w_rel)
+
+    def combine(self, x: Tensor, sums: Tensor) -> Tensor:
+        """``x`` [M, in_dim], ``sums`` [M, 2 in_dim] over in-neighbours | out-neighbours -> x' [M, out_dim]."""
+        sums = self.dropout(sums)
         if self.composition == "mult":  # (x * v_loop) W_loop, but scales the smaller matrix
             loop = x @ (self.v_loop.T * self.w_loop)
         else:
             loop = (x - self.v_loop) @ self.w_loop
         total = torch.addmm(loop, sums, torch.cat([self.w_in, self.w_out]))  # [M, out_dim]
-        return Encoded(self.act(self.norm(total / 3)), v @ self.w_rel)
+        found: Tensor = self.act(self.norm(total / 3))
+        return found
 
 
 class CompGCN(nn.Module):

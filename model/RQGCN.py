@@ -209,21 +209,30 @@ class RQGCN(nn.Module):
         """[2R, D]: the relations after the encoder's layers (v' = W_rel v); no entity takes part."""
         return self.encoder.relations(self.relation_embedding)
 
-    def encode(self, g: RelationalGraph, text: Tensor | None = None) -> Encoded:
+    def encode(self, g: RelationalGraph, text: Tensor | None = None, masked: Tensor | None = None) -> Encoded:
         """Eq. 1-2, then the expansion of e^L to L different positions of width code_dim.
 
-        text [M, T]: needed where a member starts from it.
+        text [M, T]: needed where a member starts from it; masked, bool [M]: entities without their learned input.
         """
+        learned = self.entity_embedding if masked is None else self.entity_embedding.masked_fill(masked[:, None], 0)
+        e, relations = self.encoder(self.start(learned, text), self.relation_embedding, g)
+        return Encoded(self.expand(e), relations)
+
+    def start(self, learned: Tensor, text: Tensor | None) -> Tensor:
+        """What the graph layers start from, [M, init_dim]."""
         projection = None if self.text_projection is None else self.text_projection.weight
-        e = self.inputs(self.entity_embedding, text, projection)
-        e, relations = self.encoder(e, self.relation_embedding, g)
+        found: Tensor = self.inputs(learned, text, projection)
+        return found
+
+    def expand(self, e: Tensor) -> Tensor:
+        """e^L [M, D] -> z [M, L, code_dim]."""
         z = self.ffn(e).view(-1, self.seq_len, self.code_dim)  # (M, L, code_dim)
         if len(self.transformer):
             z = (z + self.position).view(-1, self.seq_len // self.members, self.code_dim)  # a member's positions meet
             for block in self.transformer:
                 z = block(z)
-        z = self.norm(z.reshape(len(e), -1)).view(-1, self.seq_len, self.code_dim)
-        return Encoded(z, relations)
+        normed: Tensor = self.norm(z.reshape(len(e), -1))
+        return normed.view(-1, self.seq_len, self.code_dim)
 
     def semantic_loss(self, q: Tensor, text: Tensor) -> Tensor:
         """Eq. 8 over some entities: q [N, D], their text embeddings [N, T]; squared distance, mean over entities and
@@ -236,11 +245,11 @@ class RQGCN(nn.Module):
         return (predicted - text.unsqueeze(1)).square().sum(dim=2).mean()
 
     @torch.no_grad()
-    def clean_z(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
+    def clean_z(self, g: RelationalGraph, text: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """z [M, L, code_dim] without dropout: the one path that codes come from."""
         training = self.training
         self.eval()
-        z = self.encode(g, text).z
+        z = self.encode(g, text, masked).z
         self.train(training)
         return z
 

@@ -1,18 +1,21 @@
 """run_rq.py --encode: codes for entities that arrive after training, and a graph folder with them.
 
-    python run_rq.py --dataset D --eval_codes CODES.pt --checkpoint CK.pt --encode NEW.txt --encoded OUT.pt
+    python run_rq.py --dataset D --eval_codes CODES.pt --checkpoint CK.pt --encode NEW.txt --encoded OUT.pt \\
+        [--text_emb TEXT.npy --new_text NEW.npy] [--encode_by auto|encoder|fold_in]
 
-NEW.txt holds ``h TAB r TAB t`` lines; names that D does not have are the new entities (sorted, behind those of D).
+NEW.txt holds ``h TAB r TAB t`` lines; names that D does not have are the new entities (sorted, behind those of D). With
+texts, those named in NEW.entities.txt need no triple.
 Beside OUT.pt are written OUT.entities.txt, OUT_emd.pt, the record OUT.json and the folder OUT/, which is D with the
-lines of NEW.txt added to train.txt. How codes are chosen: model/fold_in.py. docs/NEW_ENTITIES.md shows an example.
+lines of NEW.txt added to train.txt. How codes are chosen: model/fold_in.py, model/graph_encode.py.
+docs/NEW_ENTITIES.md shows an example.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,39 +29,63 @@ from common.files import ROOT, exclusive_lock, load_torch, read_json, read_text,
 from common.record import make_record
 from data.hold_out import Triple, by_name, write_graph
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph
+from data.names import row_names
 from model.checkpoint import load_checkpoint
 from model.collisions import TooFewCodes, resolve_collisions
 from model.dump import EMBEDDINGS_LIMIT_BYTES
 from model.fold_in import FoldIn, Support
 from model.from_codes import Scored, load_scored_codes
-from model.inputs import choose_device, load_graph
+from model.graph_encode import GraphEncoder
+from model.inputs import choose_device, load_graph, load_text
 from model.quantizers import Quantizer
+from model.RQGCN import RQGCN
 
 SAVE_SECONDS = 60  # between saves of what is done
 BATCH_EDGES = 4096
+BATCH_TEXTS = 1024  # entities without edges
 
 
 class NewEntities(NamedTuple):
-    """What --encode holds: M known entities, N new ones with ids M..M+N-1."""
+    """What --encode and --new_text hold: M known entities, N new ones with ids M..M+N-1."""
 
     names: list[str]  # N, sorted
     triples: Ints  # [n, 3] in the order of the file, without repeats
     by_name: list[Triple]
+    text: Tensor | None  # [N, T]; a row of NaN: no text
+
+    def without_text(self) -> Ints:
+        """The new entities 0..N-1 that have no text."""
+        if self.text is None:
+            return np.arange(len(self.names))
+        return np.flatnonzero(self.text.isnan().any(1).numpy())
 
 
-def read_new(path: Path, kg: KnowledgeGraph) -> NewEntities:
-    """Read and check NEW.txt. InputError with ``file:line`` for an unknown relation, a triple without a new entity (its
-    names exist already), another number of columns or a repeated line."""
-    lines = read_text(path, "--encode file").removesuffix("\n").split("\n")
-    relation = {name: i for i, name in enumerate(kg.relations)}
+def read_new(path: Path | None, kg: KnowledgeGraph, text: Path | None = None, width: int = 0) -> NewEntities:
+    """Read and check NEW.txt and NEW.npy, of which one may be None. InputError with ``file:line`` for an unknown
+    relation, a triple without a new entity (its names exist already), another number of columns or a repeated line."""
+    first = {} if path is None else read_triples(path, kg)
     known = {name: i for i, name in enumerate(kg.entities)}
+    names = sorted({name for h, _, t in first for name in (h, t)} - known.keys())
+    rows = None
+    if text is not None:
+        names, rows = read_new_text(text, known.keys(), names, width)
+    row = known | {name: len(known) + i for i, name in enumerate(names)}
+    relation = {name: i for i, name in enumerate(kg.relations)}
+    triples = np.array([(row[h], relation[r], row[t]) for h, r, t in first], dtype=np.int64).reshape(-1, 3)
+    return NewEntities(names, triples, list(first), rows)
+
+
+def read_triples(path: Path, kg: KnowledgeGraph) -> dict[Triple, int]:
+    """The triples of NEW.txt, by name, with their line numbers."""
+    lines = read_text(path, "--encode file").removesuffix("\n").split("\n")
+    relations, known = set(kg.relations), set(kg.entities)
     first: dict[Triple, int] = {}
     for number, line in enumerate(lines, 1):
         fields = line.removesuffix("\r").split("\t")
         if len(fields) != 3 or not all(fields):
             raise InputError(f"{path}:{number}: found {line[:80]!r}, expected head TAB relation TAB tail")
         h, r, t = fields
-        if r not in relation:
+        if r not in relations:
             raise InputError(f"{path}:{number}: found the relation {r[:80]!r}, expected one of --dataset {kg.name}")
         if h in known and t in known:
             raise InputError(
@@ -67,10 +94,31 @@ def read_new(path: Path, kg: KnowledgeGraph) -> NewEntities:
         if (h, r, t) in first:
             raise InputError(f"{path}:{number}: repeats line {first[h, r, t]}; remove it")
         first[h, r, t] = number
-    names = sorted({name for h, _, t in first for name in (h, t)} - known.keys())
-    row = known | {name: len(known) + i for i, name in enumerate(names)}
-    triples = np.array([(row[h], relation[r], row[t]) for h, r, t in first], dtype=np.int64)
-    return NewEntities(names, triples, list(first))
+    return first
+
+
+def read_new_text(path: Path, known: Set[str], with_triples: list[str], width: int) -> tuple[list[str], Tensor]:
+    """Names of all new entities, sorted, and their texts [N, T], T = ``width``; a row of NaN for those without.
+
+    NEW.entities.txt beside NEW.npy names the rows, else they are the new entities ``with_triples`` (sorted). Rows of
+    ``known`` entities are not used.
+    """
+    named = row_names(path).is_file()
+    of_file = [name for name in load_entities(row_names(path)) if name not in known] if named else with_triples
+    if not of_file:
+        raise InputError(
+            f"--new_text {path} has no row of a new entity: "
+            + ("its names exist already" if named else f"--encode has none, and no {row_names(path).name} names rows")
+        )
+    text = load_text(path, len(of_file), of_file, "--new_text")
+    assert text is not None
+    if text.shape[1] != width:
+        raise InputError(f"--new_text {path} has width {text.shape[1]}, --text_emb {width}; use one model for both")
+    names = sorted({*of_file, *with_triples})
+    row = {name: i for i, name in enumerate(names)}
+    found = torch.full((len(names), width), torch.nan)
+    found[[row[name] for name in of_file]] = text
+    return names, found
 
 
 def edges_of_new(new: NewEntities, kg: KnowledgeGraph) -> Ints:
@@ -87,28 +135,43 @@ def edges_of_new(new: NewEntities, kg: KnowledgeGraph) -> Ints:
 
 def rounds_of(edges: Ints, new: NewEntities, M: int) -> list[Ints]:
     """The edges to encode from, round by round: entities with known neighbours come first and are encoded from these
-    alone; their new neighbours without any follow. InputError for entities that no path links to a known one."""
+    alone; their new neighbours without any follow. Those that no path links to a known one have no edges in any round
+    and are encoded from their text; InputError for one without."""
     N = len(new.names)
     done, rounds = np.zeros(M + N, dtype=bool), []
     done[:M] = True
     while not done.all():
         usable = edges[done[edges[:, 2]] & ~done[M + edges[:, 0]]]
         if not len(usable):
-            left = np.flatnonzero(~done[M:])
-            raise InputError(
-                f"--encode: no triple links {new.names[left[0]]!r} to a known entity ({len(left)} such entities); "
-                "add one or leave the entity out"
-            )
+            break
         rounds.append(usable)
         done[M + usable[:, 0]] = True
+    left = np.intersect1d(np.flatnonzero(~done[M:]), new.without_text())
+    if len(left):
+        raise InputError(
+            f"--encode: no triple links {new.names[left[0]]!r} to a known entity, and it has no text ({len(left)} such "
+            "entities); add a triple, or a text (--new_text), or leave the entity out"
+        )
     return rounds
 
 
-class Encoder:
-    """Codes [N, L, Q] of new entities, batch by batch; what is done is kept in ``partial`` and taken from there."""
+class Method(Protocol):
+    """A way to encode: FoldIn, GraphEncoder."""
 
-    def __init__(self, fold_in: FoldIn, total: int, partial: Path, key: str) -> None:
-        self.fold_in, self.partial, self.key = fold_in, partial, key
+    def encode(self, support: Support) -> Tensor:
+        """Codes int64 [N, L, Q]."""
+
+
+class Encoder:
+    """Codes [N, L, Q] of new entities, batch by batch; what is done is kept in ``partial`` and taken from there.
+
+    ``first``: how entities with known neighbours are encoded; others by ``fold_in``. ``text``: [N, T] or None.
+    """
+
+    def __init__(
+        self, first: Method, fold_in: FoldIn, text: Tensor | None, total: int, partial: Path, key: str
+    ) -> None:
+        self.first, self.fold_in, self.text, self.partial, self.key = first, fold_in, text, partial, key
         shape = (total, *fold_in.codes.shape[1:])
         self.codes, self.done = torch.zeros(shape, dtype=torch.int64), torch.zeros(total, dtype=torch.bool)
         self.seconds = 0.0
@@ -120,26 +183,39 @@ class Encoder:
 
     def run(self, rounds: Sequence[Ints]) -> None:
         """Encode what is not done yet; saved once a minute."""
-        saved, began = time.monotonic(), time.monotonic()
+        self.saved = self.began = time.monotonic()
+        with_edges = np.unique(np.concatenate([edges[:, 0] for edges in rounds] or [np.zeros(0, dtype=np.int64)]))
+        by_text = np.setdiff1d(np.arange(len(self.done)), with_edges)
+        nothing = np.zeros((0, 3), dtype=np.int64)
         with tqdm(
             total=len(self.done), desc="encode", unit="entity", initial=int(self.done.sum()), disable=None
-        ) as bar:
+        ) as self.bar:
             for number, edges in enumerate(rounds):
                 for batch in batches_of(edges[~self.done.numpy()[edges[:, 0]]]):
-                    entities, row = np.unique(batch[:, 0], return_inverse=True)
-                    support = Support(*(torch.from_numpy(column) for column in (row, batch[:, 1], batch[:, 2])))
-                    self.codes[entities] = self.fold_in.encode(support)
-                    self.done[entities] = True
-                    bar.update(len(entities))
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        self.save(self.seconds + time.monotonic() - began)
-                        saved = time.monotonic()
-                if number + 1 < len(rounds):
-                    self.fold_in.add(self.codes)  # neighbours of the next round; rows that are not done are not used
-        self.seconds += time.monotonic() - began
+                    self.batch(self.fold_in if number else self.first, np.unique(batch[:, 0]), batch)
+                self.fold_in.add(self.codes)  # neighbours of the next round; rows that are not done are not used
+            left = by_text[~self.done.numpy()[by_text]]
+            for start in range(0, len(left), BATCH_TEXTS):
+                self.batch(self.fold_in, left[start : start + BATCH_TEXTS], nothing)
+        self.seconds += time.monotonic() - self.began
 
-    def save(self, seconds: float) -> None:
-        save_torch({"key": self.key, "codes": self.codes, "done": self.done, "seconds": seconds}, self.partial)
+    def batch(self, method: Method, entities: Ints, edges: Ints) -> None:
+        """Encode ``entities`` (ascending) from ``edges`` [n, 3]."""
+        text = None if self.text is None else self.text[entities]
+        self.codes[entities] = method.encode(support_of(edges, entities, text))
+        self.done[entities] = True
+        self.bar.update(len(entities))
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            seconds = self.seconds + time.monotonic() - self.began
+            save_torch({"key": self.key, "codes": self.codes, "done": self.done, "seconds": seconds}, self.partial)
+            self.saved = time.monotonic()
+
+
+def support_of(edges: Ints, entities: Ints, text: Tensor | None = None) -> Support:
+    """What is known of ``entities`` (ascending): their edges [n, 3] and texts [N, T]."""
+    row = np.searchsorted(entities, edges[:, 0])
+    columns = (torch.from_numpy(column.copy()) for column in (row, edges[:, 1], edges[:, 2]))
+    return Support(*columns, len(entities), text)
 
 
 def batches_of(edges: Ints) -> list[Ints]:
@@ -199,29 +275,62 @@ def checked_base(config: Config, kg: KnowledgeGraph) -> Scored:
     return load_scored_codes(config.checkpoint, config.eval_codes, kg, torch.device("cpu"))
 
 
+def load_graph_encoder(
+    path: Path, stored: Mapping[str, Any], base: Scored, kg: KnowledgeGraph, text: Tensor | None, new: NewEntities
+) -> GraphEncoder:
+    """The graph encoder of the checkpoint ``stored`` in ``path``. InputError where it has none for these entities."""
+    args = stored["model"]
+    if not args["gcn_layers"]:
+        raise InputError(
+            f"--encode_by encoder: {path} has no graph layers; train with --gcn_layers 1 --mask_inputs 0.1, or give "
+            "--encode_by fold_in"
+        )
+    if not stored["config"].get("mask_inputs"):
+        print(f"warning: {path} was trained without --mask_inputs: its encoder never saw an unknown entity")
+    try:
+        model = RQGCN(kg.num_entities, kg.num_relations, **args)
+        model.load_state_dict(stored["best"]["model"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"--encode_by encoder: {path} does not hold the encoder of the {kg.num_entities} entities of --dataset "
+            f"{kg.name}, with which it was trained; give that data set, or --encode_by fold_in"
+        ) from error
+    if set(args["inputs"].replace(",", "+").split("+")) != {"learned"} and (text is None or len(new.without_text())):
+        raise InputError(f"--encode_by encoder: the inputs of {path} are texts; give --text_emb and --new_text of all")
+    return GraphEncoder(model, base.codes, kg, text)
+
+
 def encode(config: Config) -> None:
-    """Encode the entities of --encode and write the files of --encoded."""
-    assert config.encode is not None and config.eval_codes is not None and config.checkpoint is not None
+    """Encode the entities of --encode and --new_text and write the files of --encoded."""
+    assert config.eval_codes is not None and config.checkpoint is not None
     began = time.monotonic()
     out = checked_outputs(config)
-    choose_device(config)  # fold-in is float64 on the CPU; this sets the number of threads
+    choose_device(config)  # encoding is float64 on the CPU; this sets the number of threads
     kg = load_graph(config)
-    new = read_new(config.encode, kg)
+    text = load_text(config.text_emb, kg.num_entities, kg.entities)
+    new = read_new(config.encode, kg, config.new_text, 0 if text is None else text.shape[1])
     rounds = rounds_of(edges_of_new(new, kg), new, kg.num_entities)
     base = checked_base(config, kg)
-    hashes = {f"--{name}": sha256_file(getattr(config, name)) for name in ("encode", "eval_codes", "checkpoint")}
+    given = [name for name in ("encode", "new_text", "text_emb", "eval_codes", "checkpoint") if getattr(config, name)]
+    hashes = {f"--{name}": sha256_file(getattr(config, name)) for name in given}
     with exclusive_lock(out.files.codes.with_suffix(".lock"), "--encoded"):
-        settings = load_checkpoint(config.checkpoint)["config"]
-        fold_in = FoldIn(base.scorer, base.relations, base.codes, kg)
-        encoder = Encoder(fold_in, len(new.names), out.files.codes.with_suffix(".part"), " ".join(hashes.values()))
+        stored = load_checkpoint(config.checkpoint)
+        settings = stored["config"]
+        fold_in = FoldIn(base.scorer, base.relations, base.codes, kg, text, settings.get("n3", 0.0))
+        method = "encoder" if config.encode_by == "encoder" else "fold_in"  # auto: fold-in ranks better
+        first: Method = fold_in
+        if method == "encoder":
+            first = load_graph_encoder(config.checkpoint, stored, base, kg, text, new)
+        partial = out.files.codes.with_suffix(".part")
+        encoder = Encoder(first, fold_in, new.text, len(new.names), partial, " ".join([method, *hashes.values()]))
         encoder.run(rounds)
         codes, changed = distinct(base.scorer.rq_codebook, base.codes, encoder.codes)
         outputs = write_encoded(config, kg, new, base, torch.cat([base.codes, codes]), out)
         about = {
-            "method": "fold_in", "known_entities": kg.num_entities, "new_entities": len(new.names),
-            "triples": len(new.by_name), "edges_used": sum(map(len, rounds)), "rounds": len(rounds),
-            "codes_changed_to_be_distinct": changed, "seconds_per_entity": encoder.seconds / len(new.names),
-            "inputs": hashes,
+            "method": method, "known_entities": kg.num_entities, "new_entities": len(new.names),
+            "with_text": len(new.names) - len(new.without_text()), "triples": len(new.by_name),
+            "edges_used": sum(map(len, rounds)), "rounds": len(rounds), "codes_changed_to_be_distinct": changed,
+            "seconds_per_entity": encoder.seconds / len(new.names), "inputs": hashes,
         }  # fmt: skip
         write_record(config, settings, about, outputs, out, time.monotonic() - began)
         encoder.partial.unlink(missing_ok=True)

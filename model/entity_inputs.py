@@ -31,21 +31,24 @@ class Neighbours(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_by_text(text: Tensor, count: int = NUM_NEIGHBOURS) -> Neighbours:
+def nearest_by_text(text: Tensor, count: int = NUM_NEIGHBOURS, new: Tensor | None = None) -> Neighbours:
     """The ``count`` others (all, where there are fewer) with the highest cosine to each of text [M, T], weighted by a
-    softmax of cosine / TEMPERATURE. Exact: M^2 T products.
+    softmax of cosine / TEMPERATURE. Exact: M^2 T products. ``new`` [N, T]: to each of these instead, from all M.
 
     As in the retrieval of kNN-KGE (Zhang et al. 2022, arXiv 2201.05575), but of inputs instead of answers.
     """
-    if len(text) < 2:
+    if new is None and len(text) < 2:
         raise ValueError(f"{len(text)} entity has no neighbours")
-    unit = F.normalize(text.float(), dim=1)
-    count, rows = min(count, len(unit) - 1), max(1, ROWS_AT_ONCE // len(unit))
+    unit = F.normalize(text if text.dtype == torch.float64 else text.float(), dim=1)
+    asked = unit if new is None else F.normalize(new.to(unit), dim=1)
+    count, rows = min(count, len(unit) - (new is None)), max(1, ROWS_AT_ONCE // len(unit))
     entities, cosines = [], []
-    for start in tqdm(range(0, len(unit), rows), desc="neighbours by text", leave=False, unit="part", disable=None):
-        part = unit[start : start + rows] @ unit.T
-        own = torch.arange(start, start + len(part), device=part.device)
-        found = part.scatter_(1, own.unsqueeze(1), -torch.inf).topk(count, dim=1)
+    for start in tqdm(range(0, len(asked), rows), desc="neighbours by text", leave=False, unit="part", disable=None):
+        part = asked[start : start + rows] @ unit.T
+        if new is None:
+            own = torch.arange(start, start + len(part), device=part.device)
+            part.scatter_(1, own.unsqueeze(1), -torch.inf)
+        found = part.topk(count, dim=1)
         entities.append(found.indices)
         cosines.append(found.values)
     return Neighbours(torch.cat(entities), torch.softmax(torch.cat(cosines) / TEMPERATURE, dim=1))

@@ -6,9 +6,11 @@ The vector z of a new entity minimizes the softmax loss of stage 1, with all els
     sum over support   softplus(log sum over t' of exp s(e, r, t') - s(e, r, t))       t': sampled known entities
     sum over support   softplus(log sum over e' of exp s(t, r^-1, e') - s(t, r^-1, e))       e': known, no true answers
     sum over training  softplus(s(h, r, e) - log sum over t' of exp s(h, r, t'))          estimated from a sample
-    PRIOR / 2 * |z - mean|^2 / variance
+    N3 * 2n * |q_e|^3                                                  of models trained with --n3; n: support triples
+    prior(n) / 2 * |z - mean|^2 / variance
 
-``mean``: of the known entities that share a pair (r, t) with e (ERAvg, Albooyeh et al. 2020, arXiv 2006.12365). All
+``mean``: of the known entities that share a pair (r, t) with e (ERAvg, Albooyeh et al. 2020, arXiv 2006.12365), and,
+where there are texts, of those nearest by text, which count as TEXT_PAIRS pairs. Without a triple, z is that mean. All
 terms are convex in z for decoders that are linear in it (distmult, complex). Then codes are chosen level by level: of
 the CANDIDATES nearest ones the one with the least loss.
 
@@ -26,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.knowledge_graph import KnowledgeGraph, with_inverse
+from model.entity_inputs import nearest_by_text
 from model.RQGCN import CodeScorer
 
-PRIOR = 0.3  # weight of the distance from the mean; 1 is better on kinship, 0.3 on FB15k-237
+PRIOR, PRIOR_OF_FEW = 0.3, 0.0  # prior(n) = PRIOR + PRIOR_OF_FEW / n for n support triples (docs/NEW_ENTITIES.md)
+TEXT_PAIRS = 2.0  # what the mean of the nearest by text weighs beside the means of pairs
 STEPS, RATE = 40, 0.1  # of Adagrad
 SAMPLED = 512  # known entities that a query of a new entity is compared with
 WRONG = 2048  # training queries that a new entity is a wrong answer of
@@ -37,20 +41,30 @@ SCORES_AT_ONCE = 2**24
 
 
 class Support(NamedTuple):
-    """Edges of new entities: (entity[i], relation[i], known[i]) is true."""
+    """What is known of N new entities: edges, (entity[i], relation[i], known[i]) is true, and texts."""
 
-    entity: Tensor  # int64 [n], ascending, every one of the batch's entities 0..N-1
+    entity: Tensor  # int64 [n], ascending, 0..N-1
     relation: Tensor  # int64 [n], 0..2R-1
     known: Tensor  # int64 [n], ids of entities that have codes
+    size: int  # N
+    text: Tensor | None = None  # [N, T]; a row of NaN: no text. An entity has an edge or a text
+
+    def counts(self) -> Tensor:
+        """Edges of each entity, float64 [N]."""
+        return torch.bincount(self.entity, minlength=self.size).double()
 
 
 class FoldIn:
-    """The frozen scorer, relations [2R, D] and codes [M, L, Q] of the entities of ``kg``."""
+    """The frozen scorer, relations [2R, D] and codes [M, L, Q] of the entities of ``kg``; their texts [M, T], needed
+    where new entities have some; ``n3``: the weight of the N3 norm that they were trained with."""
 
-    def __init__(self, scorer: CodeScorer, relations: Tensor, codes: Tensor, kg: KnowledgeGraph, seed: int = 0) -> None:
+    def __init__(
+        self, scorer: CodeScorer, relations: Tensor, codes: Tensor, kg: KnowledgeGraph,
+        text: Tensor | None = None, n3: float = 0.0, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.scorer = copy.deepcopy(scorer).double().eval().requires_grad_(False)
         self.relations, self.answers, self.R = relations.detach().double(), kg.answers("train"), kg.num_relations
-        self.codebook, self.codes = self.scorer.rq_codebook, codes
+        self.codebook, self.codes, self.text, self.n3 = self.scorer.rq_codebook, codes, text, n3
         self.known = self.codebook.decode_from_codes(codes)  # (M, L, code_dim); ``add`` appends to it
         self.q_known = self.q_train = self.scorer.entity_vectors(self.known)  # (M, D)
         self.variance = self.known.var(0).mean()
@@ -77,18 +91,35 @@ class FoldIn:
         """The relation of the other direction."""
         return torch.where(relation < self.R, relation + self.R, relation - self.R)
 
-    def shared_pairs(self, support: Support) -> Tensor:
+    def mean_of_pairs(self, support: Support) -> Tensor:
         """ERAvg [N, L, code_dim]: the mean over an entity's pairs (r, t) of the mean of the known entities that have
-        the pair too; a pair that nobody has counts as the mean of all entities."""
+        the pair too; a pair that nobody has counts as the mean of all entities. Zero for an entity without edges."""
         ends = torch.stack([support.known, self.inverse(support.relation)])
         pairs, place = ends.unique(dim=1, return_inverse=True)
         indptr, tails = self.answers.of(*pairs.numpy())
         flat = self.known.flatten(1)
         of_pair = F.embedding_bag(torch.from_numpy(tails), flat, torch.from_numpy(indptr[:-1]), mode="mean")
         of_pair[torch.from_numpy(np.diff(indptr) == 0)] = flat[: len(self.q_train)].mean(0)
-        counts = torch.bincount(support.entity).double()
-        sums = torch.zeros(len(counts), flat.shape[1], dtype=flat.dtype).index_add_(0, support.entity, of_pair[place])
-        return (sums / counts[:, None]).view(-1, *self.known.shape[1:])
+        sums = torch.zeros(support.size, flat.shape[1], dtype=flat.dtype)
+        sums.index_add_(0, support.entity, of_pair[place])
+        return (sums / support.counts().clamp_min(1)[:, None]).view(-1, *self.known.shape[1:])
+
+    def mean_by_text(self, text: Tensor) -> Tensor:
+        """[N, L, code_dim]: the weighted mean of the known entities nearest to text [N, T]."""
+        if self.text is None:
+            raise ValueError("new entities have texts, but those of the known ones are not given")
+        near = nearest_by_text(self.text.double(), new=text.double())
+        return near.mean(self.known[: len(self.text)].flatten(1)).view(-1, *self.known.shape[1:])
+
+    def center(self, support: Support) -> Tensor:
+        """[N, L, code_dim]: where z starts, and the mean of its prior."""
+        mean = self.mean_of_pairs(support)
+        if support.text is None:
+            return mean
+        has_text = ~support.text.isnan().any(1)
+        part = TEXT_PAIRS / (support.counts()[has_text] + TEXT_PAIRS)
+        mean[has_text] = torch.lerp(mean[has_text], self.mean_by_text(support.text[has_text]), part[:, None, None])
+        return mean
 
     def encode(self, support: Support) -> Tensor:
         """Codes int64 [N, L, Q] of new entities, not yet distinct from others."""
@@ -137,14 +168,15 @@ class Problem:
 
     @torch.no_grad()
     def __init__(self, model: FoldIn, support: Support) -> None:
-        self.model, self.support, self.mean = model, support, model.shared_pairs(support)
+        self.model, self.support, self.mean = model, support, model.center(support)
         keys = torch.stack([support.entity, support.relation])
         self.out_pairs, self.row = keys.unique(dim=1, return_inverse=True)
         ends = torch.stack([support.known, model.inverse(support.relation)])
         pairs, place = ends.unique(dim=1, return_inverse=True)
         of_pairs = model.query(*pairs)
         self.in_query, self.in_total = of_pairs[place], model.totals(of_pairs)[place]
-        self.wrong_weight = model.wrong_weight * torch.bincount(support.entity).double()
+        self.counts = support.counts()
+        self.prior = (PRIOR + PRIOR_OF_FEW / self.counts.clamp_min(1)) / (2 * model.variance)
 
     def losses(self, z: Tensor, sample: Tensor) -> Tensor:
         """The loss of each new entity [N] from z [N, L, code_dim]; ``sample``: the known entities that are t'."""
@@ -162,5 +194,7 @@ class Problem:
         out = F.softplus(total.index_select(0, self.row) - own)
         into = F.softplus(self.in_total - (self.in_query * q.index_select(0, s.entity)).sum(1))
         wrong = F.softplus(q @ m.wrong_query.T - m.wrong_total).sum(1)
-        prior = PRIOR / 2 * (z - self.mean).square().sum((1, 2)) / m.variance
-        return (self.wrong_weight * wrong + prior).index_add(0, s.entity, out + into)
+        loss = m.wrong_weight * self.counts * wrong + self.prior * (z - self.mean).square().sum((1, 2))
+        if m.n3:
+            loss = loss + 2 * m.n3 * self.counts * m.scorer.decoder.cubed_norm(q)
+        return loss.index_add(0, s.entity, out + into)

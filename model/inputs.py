@@ -69,10 +69,13 @@ def load_graph(config: Config) -> KnowledgeGraph:
     return kg
 
 
-def load_text(path: Path | None, num_entities: int, entities: Sequence[str] | None = None) -> torch.Tensor | None:
+def load_text(
+    path: Path | None, num_entities: int, entities: Sequence[str] | None = None, flag: str = "--text_emb"
+) -> torch.Tensor | None:
     """Text embeddings [M, T] as float32; InputError for another row count, shape, or a value that is not finite.
 
     Rows are those of ``entities`` where NAME.entities.txt beside the file names its rows, else in the file's order.
+    ``flag``: the one that names the file.
     """
     import numpy as np
     import torch
@@ -81,23 +84,23 @@ def load_text(path: Path | None, num_entities: int, entities: Sequence[str] | No
         return None
     if not path.exists():
         raise InputError(
-            f"--text_emb {path} does not exist; write it: python data/embed_text.py --dataset DATASET --out {path} "
+            f"{flag} {path} does not exist; write it: python data/embed_text.py --dataset DATASET --out {path} "
             "(for the recipes in configs/ with --model sentence-transformers/all-MiniLM-L6-v2)"
         )
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"--text_emb {path} cannot be read as a .npy array: {reason}") from error
+        raise InputError(f"{flag} {path} cannot be read as a .npy array: {reason}") from error
     named = entities is not None and row_names(path).is_file()  # it may have rows for other entities too
     fits = isinstance(array, np.ndarray) and array.ndim == 2 and array.size and (named or len(array) == num_entities)
     if not fits or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
-    order = None if entities is None else rows_by_name(path, len(array), entities, "--text_emb")
+        raise InputError(f"{flag} {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
+    order = None if entities is None else rows_by_name(path, len(array), entities, flag)
     text = torch.from_numpy((array if order is None else array[order]).astype(np.float32))
     if not bool(torch.isfinite(text).all()):
-        raise InputError(f"--text_emb {path} holds values that are not finite; write it again")
+        raise InputError(f"{flag} {path} holds values that are not finite; write it again")
     return text
 
 

@@ -105,6 +105,7 @@ class Trainer:
         self.degrees = (1 + torch.bincount(ends, minlength=kg.num_entities)).to(self.device)
         self.codes: Tensor | None = None  # [M, L, Q], those in use
         self.z: Tensor | None = None  # [M, L, code_dim], the vectors in use without codes
+        self.masked: Tensor | None = None  # bool [M], the entities whose learned input these were computed without
         self.epoch = 0
         self.saved_epoch = 0  # the last one in the checkpoint; 0: this run has none
         self.seconds = 0.0  # of training so far, resumed parts included
@@ -227,7 +228,7 @@ class Trainer:
             if averaging is not None:
                 averaging.update()
             if phase.trains_encoder and not waiting and (unassigned >= assign_every or last or not phase.quantized):
-                self._refresh(phase)
+                self._refresh(phase, masks=not last)  # an epoch is scored, and ends in a checkpoint, without masks
                 unassigned = 0
             self._check_finite(sum(losses[-1]), step)
         return self._means(losses, phase) | {"lr": self.optimizer.param_groups[0]["lr"]}
@@ -295,7 +296,7 @@ class Trainer:
         z = self.model.clean_z(self.graph, self.text)
         if phase.quantized:
             self._move_codebooks(z)
-        self._refresh(phase, z)
+        self._refresh(phase, z, masks=phase.trains_encoder)
 
     def _move_codebooks(self, z: Tensor) -> None:
         """k-means or revival by the first process; the others receive its codebooks and the generator's state."""
@@ -311,14 +312,24 @@ class Trainer:
             world.copy_from_first([state])
             self.generator.set_state(state.cpu())
 
-    def _refresh(self, phase: Phase, z: Tensor | None = None) -> None:
+    def _refresh(self, phase: Phase, z: Tensor | None = None, masks: bool = False) -> None:
         """What the scorer sees until the next encoder pass: vectors in the warm-up, codes from then on.
 
-        ``z``: [M, L, code_dim] as ``clean_z`` gives it now, where the caller has it. A run that is made longer may warm
-        up again: the codes that it had are those of other vectors by then.
+        ``z``: [M, L, code_dim] as ``clean_z`` gives it now, where the caller has it; ``masks``: with --mask_inputs, of
+        a random part of the entities without their learned input. A run that is made longer may warm up again: the
+        codes that it had are those of other vectors by then.
         """
-        z = self.model.clean_z(self.graph, self.text) if z is None else z
+        self.masked = self._draw_masked() if masks else None
+        if z is None or self.masked is not None:
+            z = self.model.clean_z(self.graph, self.text, self.masked)
         self.z, self.codes = (None, self._assign(z)) if phase.quantized else (z, None)
+
+    def _draw_masked(self) -> Tensor | None:
+        """A random part of the entities, the same in all processes; None without --mask_inputs."""
+        if not self.config.mask_inputs:
+            return None
+        drawn = torch.rand(self.kg.num_entities, generator=self.generator) < self.config.mask_inputs
+        return drawn.to(self.device)
 
     def _assign(self, z: Tensor) -> Tensor:
         """Codes int64 [M, L, Q] of z [M, L, code_dim]; every process searches for its own entities."""
@@ -426,7 +437,7 @@ class Trainer:
 
         Of several processes, each brings its part of ``gradient`` and takes its entities' part of L_q.
         """
-        z = self.model.encode(self.graph, self.text).z
+        z = self.model.encode(self.graph, self.text, self.masked).z
         surrogate, quantization = (z * gradient).sum(), 0.0
         if phase == CODES:
             assert self.codes is not None

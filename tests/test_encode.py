@@ -16,9 +16,12 @@ from common.errors import InputError
 from data.hold_out import hold_out
 from data.knowledge_graph import KnowledgeGraph
 from model import encode as encode_module
-from model.encode import batches_of, distinct, edges_of_new, read_new, rounds_of
+from model.checkpoint import load_checkpoint
+from model.encode import Method, batches_of, distinct, edges_of_new, read_new, rounds_of, support_of
 from model.fold_in import FoldIn, Support
 from model.from_codes import load_scored_codes
+from model.graph_encode import GraphEncoder
+from model.RQGCN import RQGCN
 from tests.conftest import FAMILY_FLAGS, Command, Outcome, Run, assert_refused, finished, ranked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +109,13 @@ def fold_in(run: Run) -> FoldIn:
     return FoldIn(*load_scored_codes(run.checkpoint, run.codes, kg, torch.device("cpu")), kg)
 
 
+def graph_encoder_of(run: Run, kg: KnowledgeGraph) -> GraphEncoder:
+    stored = load_checkpoint(run.checkpoint)
+    model = RQGCN(kg.num_entities, kg.num_relations, **stored["model"])
+    model.load_state_dict(stored["best"]["model"])
+    return GraphEncoder(model, load_codes(run.codes), kg)
+
+
 def encoded(rq: Command, run: Run, new: Path, out: Path, *more: str) -> Outcome:
     return rq(*run.scored(None, None, "--encode", str(new), "--encoded", str(out), *more))
 
@@ -143,12 +153,13 @@ def test_codes_do_not_depend_on_the_batch(run: Run, fold_in: FoldIn) -> None:
     kg = KnowledgeGraph.load(run.dataset)
     edges = edges_of_new(read_new(run.dataset / "support_10.txt", kg), kg)[:400]
 
-    def encode(part: np.ndarray) -> torch.Tensor:
-        row = np.unique(part[:, 0], return_inverse=True)[1]
-        return fold_in.encode(Support(*(torch.from_numpy(x.copy()) for x in (row, part[:, 1], part[:, 2]))))
+    for method in (fold_in, graph_encoder_of(run, kg)):
 
-    alone = [encode(edges[edges[:, 0] == entity]) for entity in np.unique(edges[:, 0])]
-    assert torch.equal(torch.cat(alone), encode(edges))
+        def encode(part: np.ndarray, method: Method = method) -> torch.Tensor:
+            return method.encode(support_of(part, np.unique(part[:, 0])))
+
+        alone = [encode(edges[edges[:, 0] == entity]) for entity in np.unique(edges[:, 0])]
+        assert torch.equal(torch.cat(alone), encode(edges))
 
 
 def test_fold_in_ranks_better_than_other_codes(run: Run, fold_in: FoldIn) -> None:
