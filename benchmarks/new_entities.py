@@ -64,15 +64,16 @@ def rank_queries(scored: Scored, graph: KnowledgeGraph, triples: Ints, first_new
 
 
 def codes_by(method: str, encoder: FoldIn | GraphEncoder, edges: Ints, text: Tensor | None = None) -> Tensor:
-    """Codes [N, L, Q] of the new entities 0..N-1 from their edges, and texts [N, T]; ``method`` "eravg": the nearest
-    codes of the mean that fold-in starts from."""
+    """Codes [N, L, Q] of the new entities 0..N-1 from their edges, and texts [N, T]; ``method``: the nearest codes of
+    ERAvg ("eravg") or of the same at the mean length of known entities ("center"), else the method of ``encoder``."""
     parts = []
     for batch in batches_of(edges):
         entities = np.unique(batch[:, 0])
         support = support_of(batch, entities, None if text is None else text[entities])
-        if method == "eravg":
+        if method in ("eravg", "center"):
             assert isinstance(encoder, FoldIn)
-            parts.append(encoder.codebook.cal_codes(encoder.center(support)))
+            mean = encoder.mean_of_pairs(support) if method == "eravg" else encoder.center(support)
+            parts.append(encoder.codebook.cal_codes(mean))
         else:
             parts.append(encoder.encode(support))
     return torch.cat(parts)
@@ -184,7 +185,7 @@ class Comparison:
         self.base = load_scored_codes(args.checkpoint, args.codes, self.part, CPU)
         self.text = text_of(args, self.whole.entities)
         stored, known_text = load_checkpoint(args.checkpoint), None if self.text is None else self.text[:M]
-        self.fold_in = FoldIn(*self.base, self.part, known_text, stored["config"].get("n3", 0.0))
+        self.fold_in = FoldIn(*self.base, self.part, known_text)
         self.graph_encoder: GraphEncoder | None = None
         if stored["model"]["gcn_layers"] and stored["model"]["inputs"] == "learned":
             model = RQGCN(M, self.part.num_relations, **stored["model"])
@@ -225,7 +226,7 @@ class Comparison:
         """The methods that use triples, from ``support_{size}.txt``."""
         edges, text = self.edges(size), None if self.text is None else self.text[self.M :]
         runs: list[tuple[str, FoldIn | GraphEncoder, Tensor | None]] = [
-            ("eravg", self.fold_in, None), ("fold_in", self.fold_in, None),
+            ("eravg", self.fold_in, None), ("center", self.fold_in, None), ("fold_in", self.fold_in, None),
         ]  # fmt: skip
         if text is not None:
             runs.append(("fold_in_text", self.fold_in, text))

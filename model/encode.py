@@ -316,7 +316,7 @@ def encode(config: Config) -> None:
     with exclusive_lock(out.files.codes.with_suffix(".lock"), "--encoded"):
         stored = load_checkpoint(config.checkpoint)
         settings = stored["config"]
-        fold_in = FoldIn(base.scorer, base.relations, base.codes, kg, text, settings.get("n3", 0.0))
+        fold_in = FoldIn(*base, kg, text)
         method = "encoder" if config.encode_by == "encoder" else "fold_in"  # auto: fold-in ranks better
         first: Method = fold_in
         if method == "encoder":

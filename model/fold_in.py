@@ -6,13 +6,12 @@ The vector z of a new entity minimizes the softmax loss of stage 1, with all els
     sum over support   softplus(log sum over t' of exp s(e, r, t') - s(e, r, t))       t': sampled known entities
     sum over support   softplus(log sum over e' of exp s(t, r^-1, e') - s(t, r^-1, e))       e': known, no true answers
     sum over training  softplus(s(h, r, e) - log sum over t' of exp s(h, r, t'))          estimated from a sample
-    N3 * 2n * |q_e|^3                                                  of models trained with --n3; n: support triples
-    prior(n) / 2 * |z - mean|^2 / variance
+    PRIOR / 2 * |z - mean|^2 / variance
 
 ``mean``: of the known entities that share a pair (r, t) with e (ERAvg, Albooyeh et al. 2020, arXiv 2006.12365), and,
-where there are texts, of those nearest by text, which count as TEXT_PAIRS pairs. Without a triple, z is that mean. All
-terms are convex in z for decoders that are linear in it (distmult, complex). Then codes are chosen level by level: of
-the CANDIDATES nearest ones the one with the least loss.
+where there are texts, of those nearest by text, which count as TEXT_PAIRS pairs; scaled to the mean length of known
+entities' vectors. Without a triple, z is that mean. All terms are convex in z for decoders that are linear in it
+(distmult, complex). Then codes are chosen level by level: of the CANDIDATES nearest ones the one with the least loss.
 
 Sums are float64 and no draw depends on the batch, so an entity gets the same codes alone and in a batch.
 """
@@ -31,7 +30,7 @@ from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.entity_inputs import nearest_by_text
 from model.RQGCN import CodeScorer
 
-PRIOR, PRIOR_OF_FEW = 0.3, 0.0  # prior(n) = PRIOR + PRIOR_OF_FEW / n for n support triples (docs/NEW_ENTITIES.md)
+PRIOR = 0.3  # weight of the distance from the mean (docs/NEW_ENTITIES.md)
 TEXT_PAIRS = 2.0  # what the mean of the nearest by text weighs beside the means of pairs
 STEPS, RATE = 40, 0.1  # of Adagrad
 SAMPLED = 512  # known entities that a query of a new entity is compared with
@@ -56,18 +55,18 @@ class Support(NamedTuple):
 
 class FoldIn:
     """The frozen scorer, relations [2R, D] and codes [M, L, Q] of the entities of ``kg``; their texts [M, T], needed
-    where new entities have some; ``n3``: the weight of the N3 norm that they were trained with."""
+    where new entities have some."""
 
     def __init__(
         self, scorer: CodeScorer, relations: Tensor, codes: Tensor, kg: KnowledgeGraph,
-        text: Tensor | None = None, n3: float = 0.0, seed: int = 0,
+        text: Tensor | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self.scorer = copy.deepcopy(scorer).double().eval().requires_grad_(False)
         self.relations, self.answers, self.R = relations.detach().double(), kg.answers("train"), kg.num_relations
-        self.codebook, self.codes, self.text, self.n3 = self.scorer.rq_codebook, codes, text, n3
+        self.codebook, self.codes, self.text = self.scorer.rq_codebook, codes, text
         self.known = self.codebook.decode_from_codes(codes)  # (M, L, code_dim); ``add`` appends to it
         self.q_known = self.q_train = self.scorer.entity_vectors(self.known)  # (M, D)
-        self.variance = self.known.var(0).mean()
+        self.variance, self.length = self.known.var(0).mean(), self.known.flatten(1).norm(dim=1).mean()
         rng = np.random.default_rng(seed)
         self.samples = [torch.from_numpy(rng.permutation(len(codes))[:SAMPLED]) for _ in range(STEPS + 1)]
         edges = with_inverse(kg.train, self.R)
@@ -112,17 +111,19 @@ class FoldIn:
         return near.mean(self.known[: len(self.text)].flatten(1)).view(-1, *self.known.shape[1:])
 
     def center(self, support: Support) -> Tensor:
-        """[N, L, code_dim]: where z starts, and the mean of its prior."""
+        """[N, L, code_dim]: where z starts, and the mean of its prior. A mean of vectors is shorter than they are, and an
+        entity with a short vector is seldom an answer: the center has the mean length of known entities."""
         mean = self.mean_of_pairs(support)
-        if support.text is None:
-            return mean
-        has_text = ~support.text.isnan().any(1)
-        part = TEXT_PAIRS / (support.counts()[has_text] + TEXT_PAIRS)
-        mean[has_text] = torch.lerp(mean[has_text], self.mean_by_text(support.text[has_text]), part[:, None, None])
-        return mean
+        if support.text is not None:
+            has_text = ~support.text.isnan().any(1)
+            part = TEXT_PAIRS / (support.counts()[has_text] + TEXT_PAIRS)
+            mean[has_text] = torch.lerp(mean[has_text], self.mean_by_text(support.text[has_text]), part[:, None, None])
+        return mean * (self.length / mean.flatten(1).norm(dim=1).clamp_min(1e-9))[:, None, None]
 
     def encode(self, support: Support) -> Tensor:
         """Codes int64 [N, L, Q] of new entities, not yet distinct from others."""
+        if not len(support.entity):
+            return self.codebook.cal_codes(self.center(support))
         problem = Problem(self, support)
         return self.quantize(self.solve(problem), problem)
 
@@ -176,7 +177,6 @@ class Problem:
         of_pairs = model.query(*pairs)
         self.in_query, self.in_total = of_pairs[place], model.totals(of_pairs)[place]
         self.counts = support.counts()
-        self.prior = (PRIOR + PRIOR_OF_FEW / self.counts.clamp_min(1)) / (2 * model.variance)
 
     def losses(self, z: Tensor, sample: Tensor) -> Tensor:
         """The loss of each new entity [N] from z [N, L, code_dim]; ``sample``: the known entities that are t'."""
@@ -194,7 +194,5 @@ class Problem:
         out = F.softplus(total.index_select(0, self.row) - own)
         into = F.softplus(self.in_total - (self.in_query * q.index_select(0, s.entity)).sum(1))
         wrong = F.softplus(q @ m.wrong_query.T - m.wrong_total).sum(1)
-        loss = m.wrong_weight * self.counts * wrong + self.prior * (z - self.mean).square().sum((1, 2))
-        if m.n3:
-            loss = loss + 2 * m.n3 * self.counts * m.scorer.decoder.cubed_norm(q)
-        return loss.index_add(0, s.entity, out + into)
+        prior = PRIOR / 2 * (z - self.mean).square().sum((1, 2)) / m.variance
+        return (m.wrong_weight * self.counts * wrong + prior).index_add(0, s.entity, out + into)

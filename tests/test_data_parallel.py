@@ -103,6 +103,7 @@ EQUAL: dict[str, Scenario] = {
     "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),
     "ensemble": trained({"decoder": "mlp", "ensemble": 3, "gcn_layers": 0}, n3=0.1),  # each has batch norms of its own
     "codes that die": trained({"num_code": 32}, epoch=6),
+    "masked inputs": trained({}, mask_inputs=0.3),
     "sampled softmax": trained({"decoder": "complex"}, num_negatives=9, n3=0.1),
 }
 

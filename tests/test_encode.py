@@ -17,10 +17,20 @@ from data.hold_out import hold_out
 from data.knowledge_graph import KnowledgeGraph
 from model import encode as encode_module
 from model.checkpoint import load_checkpoint
-from model.encode import Method, batches_of, distinct, edges_of_new, read_new, rounds_of, support_of
+from model.encode import (
+    Method,
+    batches_of,
+    distinct,
+    edges_of_new,
+    load_graph_encoder,
+    read_new,
+    rounds_of,
+    support_of,
+)
 from model.fold_in import FoldIn, Support
 from model.from_codes import load_scored_codes
 from model.graph_encode import GraphEncoder
+from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN
 from tests.conftest import FAMILY_FLAGS, Command, Outcome, Run, assert_refused, finished, ranked
 
@@ -100,7 +110,7 @@ def test_hold_out_refuses_fractions_that_leave_nothing(tmp_path: Path, fraction:
 @pytest.fixture(scope="module")
 def run(held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Codes of the known entities."""
-    return finished(held_out, tmp_path_factory.mktemp("known"), "part_4_32_2_rq", **FAMILY_FLAGS)
+    return finished(held_out, tmp_path_factory.mktemp("known"), "part_4_32_2_rq", **FAMILY_FLAGS, mask_inputs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +119,15 @@ def fold_in(run: Run) -> FoldIn:
     return FoldIn(*load_scored_codes(run.checkpoint, run.codes, kg, torch.device("cpu")), kg)
 
 
-def graph_encoder_of(run: Run, kg: KnowledgeGraph) -> GraphEncoder:
+def load_model(run: Run, kg: KnowledgeGraph) -> RQGCN:
     stored = load_checkpoint(run.checkpoint)
     model = RQGCN(kg.num_entities, kg.num_relations, **stored["model"])
     model.load_state_dict(stored["best"]["model"])
-    return GraphEncoder(model, load_codes(run.codes), kg)
+    return model
+
+
+def graph_encoder_of(run: Run, kg: KnowledgeGraph) -> GraphEncoder:
+    return GraphEncoder(load_model(run, kg), load_codes(run.codes), kg)
 
 
 def encoded(rq: Command, run: Run, new: Path, out: Path, *more: str) -> Outcome:
@@ -184,6 +198,118 @@ def test_entities_linked_by_new_ones_follow_in_a_later_round(rq: Command, run: R
     assert [len(part) for part in rounds_of(edges_of_new(found, kg), found, kg.num_entities)] == [1, 1, 1]
     outcome = encoded(rq, run, new, tmp_path / "out.pt")
     assert outcome.code == 0 and len(load_codes(tmp_path / "out.pt")) == kg.num_entities + 3
+
+
+def test_the_encoder_pass_is_that_of_the_extended_graph(run: Run) -> None:
+    """Without batch norms, whose statistics are those of the known entities, z is what a masked entity would have."""
+    kg = KnowledgeGraph.load(run.dataset)
+    model, M = load_model(run, kg), kg.num_entities
+    layer = model.encoder.layers[0]
+    layer.norm = torch.nn.Identity()  # type: ignore[assignment]
+    model.norm, layer.v_loop.data = torch.nn.Identity(), layer.v_loop.data + 1
+    edges = np.array([[0, 1, 3], [0, 2, 8], [0, kg.num_relations + 2, 5]])
+    found = GraphEncoder(model, load_codes(run.codes), kg).vectors(support_of(edges, np.arange(1)))
+    graph = RelationalGraph.from_triples(
+        np.concatenate([kg.train, [[M, 1, 3], [M, 2, 8], [5, 2, M]]]), M + 1, kg.num_relations
+    )
+    model = model.double().eval()
+    table = torch.cat([model.entity_embedding.data, torch.full((1, 48), 9.0)])
+    model.entity_embedding = torch.nn.Parameter(table)
+    expected = model.encode(graph, None, torch.arange(M + 1) == M).z[M:]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_encoder_pass_gives_codes(rq: Command, run: Run, fold_in: FoldIn, tmp_path: Path) -> None:
+    out, new = tmp_path / "out.pt", run.dataset / "support_3.txt"
+    outcome = encoded(rq, run, new, out, "--encode_by", "encoder")
+    assert outcome.code == 0 and "warning" not in outcome.out, outcome
+    assert json.loads(out.with_suffix(".json").read_text())["encoded"]["method"] == "encoder"
+    kg = KnowledgeGraph.load(run.dataset)
+    assert len(load_codes(out)) == kg.num_entities + 100
+    # it finds the codes of known entities again, since these have learned inputs: all but what collisions changed
+    again = graph_encoder_of(run, kg)
+    z = load_model(run, kg).clean_z(RelationalGraph.from_triples(kg.train, kg.num_entities, kg.num_relations)).double()
+    assert (again.quantize(z) == load_codes(run.codes)).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("change", [{"gcn_layers": 0}, {"init_dim": 12}])
+def test_without_a_graph_encoder_of_these_entities_fold_in_is_named(run: Run, change: dict[str, int]) -> None:
+    kg = KnowledgeGraph.load(run.dataset)
+    stored = load_checkpoint(run.checkpoint)
+    stored["model"] |= change
+    base = load_scored_codes(run.checkpoint, run.codes, kg, torch.device("cpu"))
+    with pytest.raises(InputError, match="--encode_by fold_in"):
+        load_graph_encoder(run.checkpoint, stored, base, kg, None, read_new(run.dataset / "support_1.txt", kg))
+
+
+def write_texts(folder: Path, names: list[str], rows: np.ndarray) -> Path:
+    np.save(folder / "new.npy", rows)
+    (folder / "new.entities.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder / "new.npy"
+
+
+@pytest.fixture
+def texts(run: Run, tmp_path: Path) -> np.ndarray:
+    """Texts of the known entities [M, 16], also as text.npy."""
+    rows = np.random.default_rng(0).normal(size=(KnowledgeGraph.load(run.dataset).num_entities, 16)).astype(np.float32)
+    np.save(tmp_path / "text.npy", rows)
+    return rows
+
+
+def with_texts(rq: Command, run: Run, folder: Path, *more: str) -> Outcome:
+    out, text, new = (str(folder / name) for name in ("out.pt", "text.npy", "new.npy"))
+    return rq(*run.scored(None, None, "--encoded", out, "--text_emb", text, "--new_text", new, *more))
+
+
+def test_an_entity_with_a_text_needs_no_triple(rq: Command, run: Run, tmp_path: Path, texts: np.ndarray) -> None:
+    kg = KnowledgeGraph.load(run.dataset)
+    # known names have rows too, which are not used; of the new ones, zeno has triples and no text
+    write_texts(tmp_path, ["apart", kg.entities[1], "beth"], texts[[7, 1, 9]])
+    new = tmp_path / "new.txt"
+    new.write_text(f"zeno\tbrother\t{kg.entities[0]}\nbeth\tbrother\tapart\n")
+    outcome = with_texts(rq, run, tmp_path, "--encode", str(new))
+    assert outcome.code == 0, outcome.err
+    codes, names = load_codes(tmp_path / "out.pt"), load_entities(tmp_path / "out.entities.txt")
+    assert names[kg.num_entities :] == ["apart", "beth", "zeno"] == KnowledgeGraph.load(tmp_path / "out").entities[-3:]
+    assert torch.equal(codes[-3, :, 0], codes[7, :, 0])  # the nearest by text has nearly all of the weight
+    assert json.loads((tmp_path / "out.json").read_text())["encoded"]["with_text"] == 2
+    assert with_texts(rq, run, tmp_path, "--overwrite").code == 0  # texts alone, without NEW.txt
+    assert torch.equal(load_codes(tmp_path / "out.pt")[kg.num_entities], codes[-3])
+
+
+def test_texts_move_the_center(run: Run, texts: np.ndarray) -> None:
+    kg = KnowledgeGraph.load(run.dataset)
+    scored = load_scored_codes(run.checkpoint, run.codes, kg, torch.device("cpu"))
+    fold_in = FoldIn(*scored, kg, torch.from_numpy(texts))
+    edges, rows = np.array([[0, 0, 3], [1, 0, 3]]), torch.from_numpy(texts[[7, 7]])
+    rows[1] = torch.nan
+    plain, moved = (fold_in.center(support_of(edges, np.arange(2), text)) for text in (None, rows))
+    assert torch.equal(plain[1], moved[1])
+    near = fold_in.mean_by_text(rows[:1])[0]
+    assert float((moved[0] - near).norm()) < float((plain[0] - near).norm())
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "more", "word"),
+    [
+        (["new"], 15, [], "width 15"),
+        (["known"], 16, [], "exist already"),
+        (["new", "new"], 16, [], "distinct"),
+        (["new"], 16, ["--encode_by", "encoder", "--encode", "{}"], "'other'"),
+    ],
+)
+def test_bad_texts_are_refused_and_nothing_is_written(
+    rq: Command, run: Run, tmp_path: Path, texts: np.ndarray, names: list[str], width: int, more: list[str], word: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.move(tmp_path / "text.npy", tmp_path / "in" / "text.npy")
+    known = KnowledgeGraph.load(run.dataset).entities[0]
+    names = [known if name == "known" else name for name in names]
+    write_texts(tmp_path / "in", names, np.ones((len(names), width), dtype=np.float32))
+    (tmp_path / "in" / "new.txt").write_text("other\tbrother\tnew\n")
+    more = [word.format(tmp_path / "in" / "new.txt") for word in more]
+    assert_refused(with_texts(rq, run, tmp_path / "in", *more), word)
+    assert not list((tmp_path / "in").glob("out*"))
 
 
 @pytest.mark.parametrize(

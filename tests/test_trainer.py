@@ -281,6 +281,33 @@ def test_frozen_noise_blurs_the_frozen_codes_alone(trainer_of: TrainerMaker) -> 
     assert any(book.grad is not None for book in trainer.model.rq_codebook.parameters())
 
 
+@pytest.mark.parametrize("phase", [WARM_UP, CODES])
+def test_inputs_are_masked_in_training_and_not_in_what_is_kept(
+    trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch, phase: Phase
+) -> None:
+    """A pass for the scorer and the encoder pass with its gradient have one mask; the epoch's last codes have none."""
+    trainer = trainer_of(mask_inputs=0.5, encoder_every=1, batch=8)
+    passes: list[torch.Tensor | None] = []
+    encode = trainer.model.encode
+
+    def recording(g: Any, text: Any = None, masked: torch.Tensor | None = None) -> Any:
+        passes.append(masked)
+        return encode(g, text, masked)
+
+    monkeypatch.setattr(trainer.model, "encode", recording)
+    trainer._train_epoch(phase)
+    unmasked = [masked is None for masked in passes]
+    assert unmasked[-1] and trainer.masked is None
+    assert not any(unmasked[1:-1])  # the first one is for k-means
+    parts = [float(masked.float().mean()) for masked in passes if masked is not None]
+    assert 0.3 < sum(parts) / len(parts) < 0.7 and len(set(parts)) > 1
+    masked, row = torch.arange(M) == 5, trainer.model.entity_embedding.data[5]
+    before = [trainer.model.clean_z(trainer.graph, None, mask) for mask in (masked, None)]
+    row += 1
+    after = [trainer.model.clean_z(trainer.graph, None, mask) for mask in (masked, None)]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False]
+
+
 def test_warm_up_below_one_is_a_part_of_the_run(trainer_of: TrainerMaker) -> None:
     trainer = trainer_of(epoch=8, warmup_epochs=0.5, freeze_at=0.75)
     trainer.fit()
@@ -459,6 +486,7 @@ RESUMABLE: list[dict[str, Any]] = [
     {"epoch": 4, "num_negatives": 9, "inputs": "learned+text"},
     {"epoch": 4, "inputs": "neighbours+learned", "z_noise": 0.3},
     {"epoch": 5, "freeze_at": 0.5, "weight_average": 0.9},
+    {"epoch": 5, "freeze_at": 0.6, "warmup_epochs": 2, "mask_inputs": 0.3, "eval_every": 2},
     {"epoch": 3, "quantizer": "none", "freeze_at": 0.3, "weight_average": 0.9},
     {"epoch": 3, "quantizer": "random"},
     {"epoch": 3, "quantizer": "posthoc"},
