@@ -246,7 +246,7 @@ def main() -> None:
     compared = Comparison(args)
     print(f"{len(compared.chosen)} new entities, {2 * len(compared.whole.test)} queries")
     compared.baselines()
-    for size in ["all", *reversed(SUPPORT)]:
+    for size in [*SUPPORT, "all"]:
         compared.methods(size)
     compared.results["encoded_again"] = reencoded(compared.base, compared.part, args.reencode, args.seed)
     print("encoded again:", compared.results["encoded_again"])

@@ -6,7 +6,7 @@ The vector z of a new entity minimizes the softmax loss of stage 1, with all els
     sum over support   softplus(log sum over t' of exp s(e, r, t') - s(e, r, t))       t': sampled known entities
     sum over support   softplus(log sum over e' of exp s(t, r^-1, e') - s(t, r^-1, e))       e': known, no true answers
     sum over training  softplus(s(h, r, e) - log sum over t' of exp s(h, r, t'))          estimated from a sample
-    PRIOR / 2 * |z - mean|^2 / variance
+    prior(n) / 2 * |z - mean|^2 / variance                                                    n: support triples
 
 ``mean``: of the known entities that share a pair (r, t) with e (ERAvg, Albooyeh et al. 2020, arXiv 2006.12365), and,
 where there are texts, of those nearest by text, which count as TEXT_PAIRS pairs; scaled to the mean length of known
@@ -30,7 +30,7 @@ from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.entity_inputs import nearest_by_text
 from model.RQGCN import CodeScorer
 
-PRIOR = 0.3  # weight of the distance from the mean (docs/NEW_ENTITIES.md)
+PRIOR, PRIOR_OF_FEW = 0.3, 0.7  # prior(n) = PRIOR + PRIOR_OF_FEW / n for n support triples (docs/NEW_ENTITIES.md)
 TEXT_PAIRS = 2.0  # what the mean of the nearest by text weighs beside the means of pairs
 STEPS, RATE = 40, 0.1  # of Adagrad
 SAMPLED = 512  # known entities that a query of a new entity is compared with
@@ -111,13 +111,13 @@ class FoldIn:
         return near.mean(self.known[: len(self.text)].flatten(1)).view(-1, *self.known.shape[1:])
 
     def center(self, support: Support) -> Tensor:
-        """[N, L, code_dim]: where z starts, and the mean of its prior. A mean of vectors is shorter than they are, and an
-        entity with a short vector is seldom an answer: the center has the mean length of known entities."""
+        """[N, L, code_dim]: where z starts, and the mean of its prior. A mean of vectors is shorter than they are, and
+        an entity with a short vector is seldom an answer: the center has the mean length of known entities."""
         mean = self.mean_of_pairs(support)
-        if support.text is not None:
-            has_text = ~support.text.isnan().any(1)
-            part = TEXT_PAIRS / (support.counts()[has_text] + TEXT_PAIRS)
-            mean[has_text] = torch.lerp(mean[has_text], self.mean_by_text(support.text[has_text]), part[:, None, None])
+        if support.text is not None and not support.text.isnan().any(1).all():
+            rows = ~support.text.isnan().any(1)
+            part = TEXT_PAIRS / (support.counts()[rows] + TEXT_PAIRS)
+            mean[rows] = torch.lerp(mean[rows], self.mean_by_text(support.text[rows]), part[:, None, None])
         return mean * (self.length / mean.flatten(1).norm(dim=1).clamp_min(1e-9))[:, None, None]
 
     def encode(self, support: Support) -> Tensor:
@@ -177,6 +177,7 @@ class Problem:
         of_pairs = model.query(*pairs)
         self.in_query, self.in_total = of_pairs[place], model.totals(of_pairs)[place]
         self.counts = support.counts()
+        self.prior = (PRIOR + PRIOR_OF_FEW / self.counts.clamp_min(1)) / (2 * model.variance)
 
     def losses(self, z: Tensor, sample: Tensor) -> Tensor:
         """The loss of each new entity [N] from z [N, L, code_dim]; ``sample``: the known entities that are t'."""
@@ -194,5 +195,5 @@ class Problem:
         out = F.softplus(total.index_select(0, self.row) - own)
         into = F.softplus(self.in_total - (self.in_query * q.index_select(0, s.entity)).sum(1))
         wrong = F.softplus(q @ m.wrong_query.T - m.wrong_total).sum(1)
-        prior = PRIOR / 2 * (z - self.mean).square().sum((1, 2)) / m.variance
+        prior = self.prior * (z - self.mean).square().sum((1, 2))
         return (m.wrong_weight * self.counts * wrong + prior).index_add(0, s.entity, out + into)

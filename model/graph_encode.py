@@ -4,8 +4,8 @@ to represent an entity by its neighbours and text.
 A new entity receives messages from known neighbours and sends none: known entities keep their vectors, and batch norms
 the statistics of the known entities, so that the codes of an entity depend on its own triples only. All is float64.
 
-Frozen codes train on after the encoder, so z is not compared with the codebooks but with the mean of what the known
-entities that have a code leave for its level: the codebooks as they were when codes were frozen.
+Frozen codes train on after the encoder. Where z of the known entities no longer has their codes, z is not compared with
+the codebooks, but with the mean of what the known entities of a code leave for its level: the codebooks of k-means.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ class GraphEncoder:
         graph = RelationalGraph.from_triples(kg.train, kg.num_entities, kg.num_relations)
         text = None if text is None else text.double()
         z = _fix_norms(model, lambda: model.encode(graph, text).z)
-        self.levels = _means_of_codes(z, codes, model.rq_codebook.num_codes)
+        book = model.rq_codebook
+        choices = (
+            [book.codes_of_level(q) for q in range(book.num_quantizers)],
+            _means_of_codes(z, codes, book.num_codes),
+        )
+        same = [float((_nearest(z, levels) == codes).float().mean()) for levels in choices]
+        self.levels, self.same_codes = choices[same[1] > same[0]], max(same)  # and how many known codes it finds again
         ends = (np.bincount(kg.train[:, column], minlength=kg.num_entities) for column in (0, 2))
         self.as_head, self.as_tail = (torch.from_numpy(count).double() for count in ends)
         x, v = model.start(model.entity_embedding, text), model.relation_embedding
@@ -45,7 +51,7 @@ class GraphEncoder:
     def encode(self, support: Support) -> Tensor:
         """Codes int64 [N, L, Q] of new entities, not yet distinct from others; their texts, where the model has texts
         as inputs."""
-        return self.quantize(self.vectors(support))
+        return _nearest(self.vectors(support), self.levels)
 
     @torch.no_grad()
     def vectors(self, support: Support) -> Tensor:
@@ -66,13 +72,14 @@ class GraphEncoder:
             e = layer.combine(e, sums.view(N, -1))
         return model.expand(e)
 
-    def quantize(self, z: Tensor) -> Tensor:
-        """Codes int64 [N, L, Q] of z [N, L, code_dim], level by level the nearest."""
-        rest, codes = z.flatten(0, 1), []
-        for means in self.levels:
-            codes.append(torch.cdist(rest, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1))
-            rest = rest - means[codes[-1]]
-        return torch.stack(codes, dim=1).view(*z.shape[:2], -1)
+
+def _nearest(z: Tensor, levels: list[Tensor]) -> Tensor:
+    """Codes int64 [N, L, Q] of z [N, L, code_dim], level by level the nearest."""
+    rest, codes = z.flatten(0, 1), []
+    for means in levels:
+        codes.append(torch.cdist(rest, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1))
+        rest = rest - means[codes[-1]]
+    return torch.stack(codes, dim=1).view(*z.shape[:2], -1)
 
 
 def _fix_norms(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
