@@ -6,8 +6,8 @@ nearest by text, random codes, and retraining as the upper bound.
     python benchmarks/new_entities.py --held_out HELD --codes CODES.pt --checkpoint CK.pt \\
         [--retrained_codes ALL.pt --retrained_checkpoint ALL_CK.pt] [--text_emb FILE.npy --text_dataset data/FB15k-237]
 
-Filtered MRR of query.txt from codes alone: of both directions, with the new entity as the query's entity, and as the
-answer among all entities. Each row of --text_emb is an entity of --text_dataset.
+Filtered MRR of query.txt from codes alone: of both directions, over queries and over new entities, with the new entity
+as the query's entity, and as the answer among all entities. Each row of --text_emb is an entity of --text_dataset.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def rank_queries(scored: Scored, graph: KnowledgeGraph, triples: Ints, first_new: int) -> dict[str, float]:
-    """MRR of triples [n, 3] in both directions, and by the role of the new entity (its id is ``first_new`` or more)."""
+    """MRR of triples [n, 3] in both directions, also as the mean over new entities of each one's (one of them may have
+    a quarter of the queries), and by the role of the new entity (its id is ``first_new`` or more)."""
     scorer, relations, codes = scored
     q_all = scorer.eval().entity_vectors_from_codes(codes)
 
@@ -56,8 +57,10 @@ def rank_queries(scored: Scored, graph: KnowledgeGraph, triples: Ints, first_new
     both = with_inverse(triples, graph.num_relations)
     mrr = 1 / filtered_ranks(score, both, graph.answers(), graph.num_relations, batch=512)
     new_is_answer = both[:, 2] >= first_new
+    own = np.unique(np.where(new_is_answer, both[:, 2], both[:, 0]), return_inverse=True)[1]
     return {
         "mrr": float(mrr.mean()),
+        "mrr_over_entities": float((np.bincount(own, mrr) / np.bincount(own)).mean()),
         "new_entity_in_query": float(mrr[~new_is_answer].mean()),
         "new_entity_is_answer": float(mrr[new_is_answer].mean()),
     }

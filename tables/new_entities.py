@@ -41,7 +41,8 @@ def read_records(paths: list[Path]) -> dict[str, Results]:
 
 
 def table(records: dict[str, Results]) -> str:
-    """Markdown: a row per method and support, a column per record; what was not measured is blank."""
+    """Markdown: a row per method and support, a column per record: MRR over queries / over entities; blank where it was
+    not measured."""
     rows = {"retrained": WITHOUT_TRIPLES["retrained"]}
     for size in SIZES:
         of_size = {"all": "all triples", "1": "1 triple"}.get(size, f"{size} triples")
@@ -49,7 +50,10 @@ def table(records: dict[str, Results]) -> str:
     rows |= WITHOUT_TRIPLES
     lines = [f"| codes of the new entities | {' | '.join(records)} |", "|---" * (1 + len(records)) + "|"]
     for key, title in rows.items():
-        cells = [f"{results[key]['mrr']:.4f}".lstrip("0") if key in results else "" for results in records.values()]
+        cells = [
+            " / ".join(f"{results[key][name]:.3f}".lstrip("0") for name in ("mrr", "mrr_over_entities"))
+            if key in results else "" for results in records.values()
+        ]  # fmt: skip
         if any(cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -60,15 +64,16 @@ def draw(records: dict[str, Results], out: Path) -> list[Path]:
     figure, axes = new_figure(1, len(records), 3.8, 3.2)
     sizes = SIZES[::-1]
     for panel, (title, results) in zip(axes[0], records.items(), strict=True):
+        mrr = {method: found["mrr_over_entities"] for method, found in results.items() if "mrr_over_entities" in found}
         for number, (method, label) in enumerate(METHODS.items()):
-            points = [(sizes.index(s), results[f"{method}_{s}"]["mrr"]) for s in sizes if f"{method}_{s}" in results]
+            points = [(place, mrr[f"{method}_{size}"]) for place, size in enumerate(sizes) if f"{method}_{size}" in mrr]
             if points:
                 panel.plot(*zip(*points, strict=True), label=label, **line(number))
         for number, (method, label) in enumerate(WITHOUT_TRIPLES.items()):
-            if method in results and method != "random":
-                panel.axhline(results[method]["mrr"], label=label, color="0.4", linestyle=("-", "--", ":")[number])
+            if method in mrr and method != "random":
+                panel.axhline(mrr[method], label=label, color="0.4", linestyle=("-", "--", ":")[number])
         panel.set_xticks(range(len(sizes)), sizes)
-        panel.set(xlabel="support triples", ylabel="MRR of the queries", title=title)
+        panel.set(xlabel="support triples", ylabel="MRR, mean over new entities", title=title)
         panel.set_ylim(bottom=0)
         panel.legend(loc="best", fontsize=6)
     return save(figure, out.parent, out.name)
