@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from Class.codes import CodeFiles, code_files, code_stem
 from common.config import BASELINES, Config, parse_config
 from common.errors import InputError, run_command
-from common.files import ROOT, exclusive_lock, read_json, sha256_file
+from common.files import ROOT, command, exclusive_lock, read_json, sha256_file
 from common.record import seed_everything
 from model.from_codes import eval_codes
 from model.inputs import choose_device, load_graph, load_text
@@ -143,11 +143,9 @@ def train_and_dump(inputs: Inputs, stored: dict[str, Any] | None, device: torch.
         dump_control(config, trainer, inputs.files.record)
         return
     dump_codes(config, trainer, inputs.files)
-    print(
-        f"next: python run_rq.py --dataset {config.dataset or 'data/FB15k-237'} --eval_codes {inputs.files.codes} "
-        f"--checkpoint {inputs.checkpoint}\n"
-        f"      python Class/gen_fb_data_rq.py --codes {inputs.files.codes}"
-    )
+    codes, dataset = inputs.files.codes, config.dataset or ROOT / "data/FB15k-237"
+    rank = ["--dataset", dataset, "--eval_codes", codes, "--checkpoint", inputs.checkpoint]
+    print(f"next: {command('run_rq.py', *rank)}\n      {command('Class/gen_fb_data_rq.py', '--codes', codes)}")
 
 
 def lock_outputs(inputs: Inputs, locks: ExitStack) -> None:

@@ -44,7 +44,7 @@ from Class.rows import (
 )
 from Class.source import Ints, codes_key
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import exclusive_lock, read_json, write_json
+from common.files import command, exclusive_lock, read_json, write_json
 from common.record import make_record
 
 
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
             candidate_orders={name: stats.get("candidate_order", {}) for name, stats in tasks.items()},
         )  # fmt: skip
         write_json(stats, args.out_dir / STATS)
-    print(f"next: python Class/check_leaks.py {args.out_dir}, then {train_command(args.out_dir)}")
+    print(f"next: {command('Class/check_leaks.py', args.out_dir)}, then {train_command(args.out_dir)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entit
 from Class.prompts import entity_with_codes, relation_text
 from Class.rows import OUT_FOLDER, Row
 from common.errors import InputError, content_of
-from common.files import ROOT, read_json, sha256_file
+from common.files import ROOT, command, read_json, sha256_file
 from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
 
 Ints = NDArray[np.int64]
@@ -137,7 +137,8 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     choices = _choices(args, preferred)
     if not choices:
         raise InputError(
-            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
+            f"{CODES_FOLDER} holds no codes; make some: "
+            f"{command('run_rq.py', '--dataset', args.dataset or ROOT / 'data/FB15k-237')}, "
             "or make demo for the bundled graph (or give --codes FILE.pt, or --no_codes)"
         )
     graphs: dict[Path, KnowledgeGraph] = {}
@@ -238,7 +239,9 @@ def read_record(codes: Path) -> dict[str, Any]:
     """The run record beside a codes file; InputError where it is missing or incomplete."""
     path = codes.with_suffix(".json")
     if not codes.is_file():
-        raise InputError(f"codes file {codes} does not exist; stage 1 writes it: python run_rq.py --dataset DIR")
+        raise InputError(
+            f"codes file {codes} does not exist; stage 1 writes it: {command('run_rq.py', '--dataset', 'DIR')}"
+        )
     if not path.is_file():
         raise InputError(f"codes file {codes} has no record {path.name} beside it, so its training data is unknown")
     record = read_json(path, "record")
@@ -310,7 +313,7 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
             raise InputError(
                 f"codes file {path} ({record['dataset']}, {len(names)} entities) has no row for {len(absent)} of "
                 f"the {kg.num_entities} entities of {kg.name}, such as {absent[0]!r}; "
-                f"run: python run_rq.py --dataset {folder}"
+                f"run: {command('run_rq.py', '--dataset', folder)}"
             )
         codes = codes[[row[name] for name in kg.entities]]
     if not own:
@@ -330,7 +333,7 @@ def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, fol
     if seen["test_triples"]:
         raise InputError(
             f"codes file {path} was trained on the training split of {origin}, which holds {seen['test_triples']} of "
-            f"the {len(kg.test)} test triples of {kg.name}; run: python run_rq.py --dataset {folder}"
+            f"the {len(kg.test)} test triples of {kg.name}; run: {command('run_rq.py', '--dataset', folder)}"
         )
     return {
         "origin": f"learned on {record['dataset']} ({rows:,} rows), mapped to {kg.name} ({kg.num_entities:,}) by name",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, atomic_path, read_json, sha256_file
+from common.files import ROOT, atomic_path, command, read_json, sha256_file
 from data.knowledge_graph import PUBLIC
 
 BASE_URL = "https://raw.githubusercontent.com"
@@ -132,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in DATASETS if "all" in args.names else dict.fromkeys(args.names):
         folder = fetch(name, args.out, args.source, args.base_url)
-        print(f"{name}: complete in {folder}; next: python run_rq.py --dataset {folder}")
+        print(f"{name}: complete in {folder}; next: {command('run_rq.py', '--dataset', folder)}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
 from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
+from common.files import command, exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from data.names import row_names
@@ -514,7 +514,7 @@ def embed(args: argparse.Namespace) -> None:
         shutil.rmtree(part)
     shape = f"{made.rows.dtype} {facts['shape']}"
     print(f"{args.out}: {shape}, row = entity id, in {wall:.1f} s; record beside it (.json)")
-    print(f"next: python run_rq.py --dataset {args.dataset} --text_emb {args.out}")
+    print(f"next: {command('run_rq.py', '--dataset', args.dataset, '--text_emb', args.out)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ one; those of two held-out entities are left out, as are those of a relation tha
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections import defaultdict
@@ -26,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import write_json, write_text
+from common.files import command, write_json, write_text
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph
 
 SUPPORT = (1, 3, 10)
@@ -135,10 +136,11 @@ def main() -> None:
         )
     counts = hold_out(args.dataset, args.fraction, args.seed, args.out)
     print(f"{args.out}: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
+    train = command("run_rq.py", "--dataset", args.out)
     print(
-        f"next: python run_rq.py --dataset {args.out}\n"
-        f"      python run_rq.py --dataset {args.out} --eval_codes CODES.pt --checkpoint CK.pt "
-        f"--encode {args.out / 'support_all.txt'} --encoded OUT.pt"
+        f"next: {train}\n"
+        f"      {train} --eval_codes CODES.pt --checkpoint CK.pt "
+        f"--encode {shlex.quote(str(args.out / 'support_all.txt'))} --encoded OUT.pt"
     )
 
 

@@ -37,7 +37,7 @@ from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, exclusive_lock, write_json, written_whole
+from common.files import ROOT, command, exclusive_lock, write_json, written_whole
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.adapters import RECORD
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
         make_base(args)
     print(f"wrote {args.out}")
-    print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
+    print(f"next: {command('lora_training/train_lora.py', '--model_name', args.out)}")
 
 
 def make_base(args: argparse.Namespace) -> None:

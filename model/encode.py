@@ -9,6 +9,7 @@ lines of NEW.txt added to train.txt. How codes are chosen: model/fold_in.py. doc
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,17 @@ from tqdm import tqdm
 from Class.codes import CodeFiles, code_files, load_entities, save_codes
 from common.config import Config
 from common.errors import InputError
-from common.files import ROOT, exclusive_lock, load_torch, read_json, read_text, save_torch, sha256_file, write_json
+from common.files import (
+    ROOT,
+    command,
+    exclusive_lock,
+    load_torch,
+    read_json,
+    read_text,
+    save_torch,
+    sha256_file,
+    write_json,
+)
 from common.record import make_record
 from data.hold_out import Triple, by_name, write_graph
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph
@@ -225,11 +236,12 @@ def encode(config: Config) -> None:
         }  # fmt: skip
         write_record(config, settings, about, outputs, out, time.monotonic() - began)
         encoder.partial.unlink(missing_ok=True)
+    eval_command = command("run_rq.py", "--dataset", out.graph, "--eval_codes", out.files.codes, "--checkpoint",
+                           config.checkpoint)  # fmt: skip
     print(
         f"{len(new.names)} new entities from {about['edges_used']} edges, {about['seconds_per_entity']:.3f} s each; "
         f"wrote {out.files.codes} and {out.graph}\n"
-        f"next: python run_rq.py --dataset {out.graph} --eval_codes {out.files.codes} --checkpoint {config.checkpoint} "
-        f"--predict {new.names[0]!r} RELATION"
+        f"next: {eval_command} --predict {shlex.quote(new.names[0])} RELATION"
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from Class.codes import load_codes
 from common.config import Config
 from common.errors import InputError
-from common.files import write_json
+from common.files import command, write_json
 from model.inputs import choose_device, load_graph, load_scorer, order_of_entities
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> Non
     print(f"wrote {path}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries of {config.split}")
     print(
         "next, with one such file for valid and one for test: "
-        f"python Class/gen_lp_data_rq.py --candidates VALID TEST --codes {config.eval_codes}"
+        f"{command('Class/gen_lp_data_rq.py', '--candidates', 'VALID', 'TEST', '--codes', config.eval_codes)}"
     )
 
 
