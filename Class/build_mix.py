@@ -31,6 +31,7 @@ from Class.rows import (
     FILE_STEMS,
     LOCK,
     OUT_FOLDER,
+    PREDICTED,
     STATS,
     Row,
     existing_split,
@@ -214,6 +215,13 @@ def write_mix(args: argparse.Namespace, drawn: dict[str, Drawn]) -> dict[str, di
     return splits
 
 
+def codes_of_queries(tasks: dict[str, Any]) -> dict[str, Any]:
+    """``codes`` of a mix. Tasks may differ in their text form; ask.py and serve.py use the one of queries."""
+    name = next((task for task in (PREDICTED, "link_prediction") if task in tasks), next(iter(tasks)))
+    found: dict[str, Any] = tasks[name]["codes"]
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
@@ -230,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         splits = write_mix(args, drawn)
         stats = make_record(
             {**vars(args), "tasks": weights}, {}, time.monotonic() - started, mix=weights,
-            codes=next(iter(tasks.values()))["codes"], splits=splits,
+            codes=codes_of_queries(tasks), splits=splits,
             dropped={split: plan.dropped for split, plan in drawn.items()},
             datasets={name: stats["dataset"] for name, stats in tasks.items()},
             code_formats={name: stats["codes"].get("code_format") for name, stats in tasks.items()},
