@@ -83,23 +83,23 @@ class Prefix:
         """
         S, start = max(sum(len(branch.tokens) for branch in branches) for branches in rows), self.T + self.fed
         dtype, device = self.model.dtype, self.model.device
-        seen = torch.zeros(len(rows), S, start + S, dtype=torch.bool)
-        position = torch.zeros(len(rows), S, dtype=torch.long)
-        ids = torch.zeros(len(rows), S, dtype=torch.long)
+        seen = np.zeros((len(rows), S, start + S), dtype=bool)
+        position, ids = np.zeros((2, len(rows), S), dtype=np.int64)
         for row, (branches, P) in enumerate(zip(rows, self.lengths, strict=True)):
             seen[row, :, self.T - P : self.T] = True  # padding too, since softmax over nothing is NaN
             at = 0
             for branch in branches:
                 n = len(branch.tokens)
                 seen[row, at : at + n, [self.T + slot for slot in branch.ancestors]] = True
-                seen[row, at : at + n, start + at : start + at + n] = torch.ones(n, n, dtype=torch.bool).tril()
-                position[row, at : at + n] = P + len(branch.ancestors) + torch.arange(n)
-                ids[row, at : at + n] = torch.tensor(branch.tokens)
+                seen[row, at : at + n, start + at : start + at + n] = np.tri(n, dtype=bool)
+                position[row, at : at + n] = P + len(branch.ancestors) + np.arange(n)
+                ids[row, at : at + n] = branch.tokens
                 at += n
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        hidden = torch.from_numpy(~seen[:, None]).to(device)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)
         output = self.model(
-            input_ids=ids.to(device), attention_mask=mask[:, None].to(device), position_ids=position.to(device),
-            past_key_values=self.cache, use_cache=True,
+            input_ids=torch.from_numpy(ids).to(device), attention_mask=mask,
+            position_ids=torch.from_numpy(position).to(device), past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
         self.fed += S
         logits: Tensor = output.logits
@@ -403,10 +403,11 @@ def _step(
 ) -> tuple[list[_Beam], list[_Beam]]:
     """Extend every live beam by one token; keep the best ``beams`` among them and those that have ended."""
     grown = list(done)
-    for beam in live:
+    rows = logits[[beam.source for beam in live]].float()
+    log_p = (rows - rows.logsumexp(1, keepdim=True)).cpu().numpy()
+    for beam, row in zip(live, log_p, strict=True):
         tokens, bounds = trie.children(beam.low, beam.high, beam.depth)
-        row = logits[beam.source].expand(1, -1).float()
-        found = (row[0, torch.from_numpy(tokens).to(row.device)] - row.logsumexp(1)).double().cpu().numpy()
+        found = row[tokens].astype(np.float64)
         for i in np.argsort(-found, kind="stable")[:beams].tolist():
             low, high = int(bounds[i]), int(bounds[i + 1])
             source = -1 if trie.ends(low, beam.depth + 1) else beam.source
