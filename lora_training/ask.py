@@ -193,7 +193,7 @@ class Asker:
     def rank(self, tasks: Sequence[Task]) -> list[list[Found]]:
         """The answers to tasks of one kind, best first, ties by entity. Computed in one batch.
 
-        Of all entities a beam search finds the most likely ones, ``beams`` at most (more if some share their codes).
+        Of all entities a beam search finds the most likely ones: ``beams`` of them, or a few more.
         """
         from lora_training.candidate_scoring import constrained_beams, score_lists
 
@@ -201,7 +201,8 @@ class Asker:
         given = [task.prompt for task in tasks]
         lists = [list(task.listed or ()) for task in tasks]
         if everything:
-            found = constrained_beams(self.model, given, self.trie(by_name), self.beams)
+            width = self.beams * len(self.answers(by_name)[0])  # an entity may take a beam for each of its ends
+            found = constrained_beams(self.model, given, self.trie(by_name), width)
             lists = [one.owners.tolist() for one in found]
             scores = [one.scores for one in found]
         if by_name or not everything:  # a search may have found only one of the two ends of a name

@@ -27,7 +27,7 @@ from common import errors
 from common.errors import InputError
 from lora_training import serve
 from lora_training.adapters import load_adapted, read_saved
-from lora_training.ask import Asker, Found, Task, find_query, open_codes
+from lora_training.ask import Asker, Found, Query, Task, find_query, open_codes
 from lora_training.serve_app import MAX_BODY, Batcher, Limits, build_app, page_headers
 from tests.browser import browser
 from tests.conftest import M
@@ -141,6 +141,11 @@ def test_all_entities_are_ranked_and_nothing_else(url: str, asker: Asker) -> Non
             assert source.codes is not None
             assert (answer["name"], answer["codes"]) == (source.names.names[e], source.codes[e].tolist())
         assert call(url, "/rank", {**asked, "top": 3}).body["answers"] == found[:3]
+
+
+def test_a_narrow_search_returns_as_many_as_are_wanted(asker: Asker) -> None:
+    narrow = replace(asker, beams=4)
+    assert len(narrow.question("What is next to Entity 3?")) >= 4 and len(narrow.query(Query(7, 1))) >= 4
 
 
 def test_candidates_go_by_any_of_their_names_and_count_once(url: str, asker: Asker) -> None:
