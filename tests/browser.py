@@ -59,7 +59,7 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 20) -> None:
+    def wait(self, condition: str, seconds: float = 40) -> None:
         """Until a JavaScript condition is true."""
         look = f"if ({condition}) done(true); else if (Date.now() > end) done(false); else setTimeout(look, 20);"
         script = (
