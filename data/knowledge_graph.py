@@ -178,14 +178,15 @@ class KnowledgeGraph:
         return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
 
     @classmethod
-    def load(cls, folder: str | Path, keep_names: bool = False) -> KnowledgeGraph:
+    def load(cls, folder: str | Path, keep_names: bool = False, test: bool = True) -> KnowledgeGraph:
         """Read and check a folder of either form; ``report["warnings"]`` are printed to stderr, once per process.
 
         ``keep_names``: accept names that differ in white space, quotes, BOM or Unicode form alone, and header lines.
+        ``test``: False leaves the files of the test split unread, and the split empty.
         Raises InputError with ``file:line``, what was found and what was expected.
         """
         folder = Path(folder)
-        raw = _read_folder(folder)
+        raw = _read_folder(folder, SPLITS if test else SPLITS[:-1])
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
         parts = _Reader(folder, raw, keep_names).parts()
         for warning in parts["report"]["warnings"]:
@@ -234,14 +235,14 @@ def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) ->
 # ---------------------------------------------------------------- the files
 
 
-def _read_folder(folder: Path) -> dict[str, bytes]:
+def _read_folder(folder: Path, splits: Sequence[str] = SPLITS) -> dict[str, bytes]:
     """File name -> bytes of the files to read; InputError where a required one is missing."""
     fetch = f"python data/download.py {folder.name if folder.name in PUBLIC else 'NAME'}"
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise InputError(f"data folder {folder} {what}; a public data set ({', '.join(PUBLIC)}) comes by: {fetch}")
-    names = [f"{split}.txt" for split in SPLITS]
-    openke = [f"{split}2id.txt" for split in SPLITS] + ["entity2id.txt", "relation2id.txt"]
+    names = [f"{split}.txt" for split in splits]
+    openke = [f"{split}2id.txt" for split in splits] + ["entity2id.txt", "relation2id.txt"]
     required = openke if not (folder / names[0]).exists() and (folder / openke[0]).exists() else names
     missing = [name for name in required if not (folder / name).exists()]
     if missing:
@@ -249,6 +250,7 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
             f"data folder {folder} has no {', '.join(missing)}; {_instead(folder, required, missing, fetch)}"
         )
     skipped = ["entities.dict", "relations.dict", "valid_neg.txt", "test_neg.txt"] if required is openke else []
+    skipped += [] if "test" in splits else ["test_neg.txt"]
     optional = [name for name in OPTIONAL if name not in [*skipped, *required] and (folder / name).exists()]
     raw = {}
     for name in [*required, *optional]:
@@ -297,6 +299,7 @@ class _Reader:
     def parts(self) -> dict[str, Any]:
         read = self.read_openke if self.report["form"] == "openke" else self.read_names
         entities, relations, splits = read()
+        splits.setdefault("test", np.empty((0, 3), dtype=np.int64))  # where it is not read
         self.check_spelling(entities, "entity")
         self.check_spelling(relations, "relation")
         self.check()
@@ -382,9 +385,10 @@ class _Reader:
     # ---------------- the form with names
 
     def read_names(self) -> tuple[list[str], list[str], dict[str, Ints]]:
-        stems = [*SPLITS, *(stem for stem in ("valid_neg", "test_neg") if f"{stem}.txt" in self.raw)]
+        stems = [stem for stem in (*SPLITS, "valid_neg", "test_neg") if f"{stem}.txt" in self.raw]
         columns = {stem: self.triple_names(f"{stem}.txt") for stem in stems}
         self.columns = columns
+        read = [stem for stem in SPLITS if stem in columns]
         self.check()
         self.check_headers()
         entities, where_entity = self.row_order("entities.dict", "entity2id.txt")
@@ -392,7 +396,7 @@ class _Reader:
         self.check()
         if entities is None:
             where_entity = "an entity of the three splits"
-            entities = sorted({name for stem in SPLITS for column in (0, 2) for name in columns[stem][column]})
+            entities = sorted({name for stem in read for column in (0, 2) for name in columns[stem][column]})
             if numbers_in_another_order(entities):
                 self.report["warnings"].append(
                     f"the entities are the numbers 0 to {len(entities) - 1}, but the rows are in the order of the "
@@ -400,7 +404,7 @@ class _Reader:
                 )
         if relations is None:
             where_relation = "a relation of the three splits"
-            relations = sorted({name for stem in SPLITS for name in columns[stem][1]})
+            relations = sorted({name for stem in read for name in columns[stem][1]})
         entity_id = {name: i for i, name in enumerate(entities)}
         relation_id = {name: i for i, name in enumerate(relations)}
         splits = {}
@@ -517,7 +521,7 @@ class _Reader:
         entities, relations = self.name_ids("entity2id.txt"), self.name_ids("relation2id.txt")
         self.check()
         splits = {}
-        for split in SPLITS:
+        for split in [split for split in SPLITS if f"{split}2id.txt" in self.raw]:
             file = f"{split}2id.txt"
             triples = []
             for number, line in self.counted_lines(file):

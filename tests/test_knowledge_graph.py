@@ -274,6 +274,22 @@ def test_answers_and_csr_equal_brute_force(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the command, the real data
 
 
+@pytest.mark.parametrize("files", [SMALL, OPENKE], ids=["names", "openke"])
+def test_without_test_its_files_are_not_read(tmp_path: Path, files: dict[str, str]) -> None:
+    whole = KnowledgeGraph.load(write(tmp_path / "whole", files))
+    broken = {name: b"\xff\0" if name.startswith("test") else content for name, content in files.items()}
+    folder = write(tmp_path / "broken", broken)
+    (folder / "test_neg.txt").write_bytes(b"\xff\0")
+    with pytest.raises(InputError, match="test"):
+        KnowledgeGraph.load(folder)
+    for _ in range(2):
+        kg = KnowledgeGraph.load(folder, test=False)
+        assert kg.test.shape == (0, 3) and kg.train_digest() == whole.train_digest()
+        assert np.array_equal(kg.valid, whole.valid) and not any("test" in name for name in kg.input_hashes)
+        for file in folder.glob("test*"):  # nor need they exist
+            file.unlink()
+
+
 def test_command_prints_the_report_and_one_line_errors(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "data" / "knowledge_graph.py")]
     good = subprocess.run([*script, write(tmp_path / "small", SMALL)], capture_output=True, text=True, cwd=tmp_path)
