@@ -51,16 +51,17 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def load_graph(config: Config) -> KnowledgeGraph:
-    """Read --dataset and print its sizes. Raises InputError for a graph of one entity."""
+def load_graph(config: Config, test: bool = True) -> KnowledgeGraph:
+    """Read --dataset (``test``: with its test split) and print its sizes. InputError for a graph of one entity."""
     from data.knowledge_graph import KnowledgeGraph
 
-    kg = KnowledgeGraph.load(config.dataset or ROOT / "data" / "FB15k-237")
+    kg = KnowledgeGraph.load(config.dataset or ROOT / "data" / "FB15k-237", test=test)
     if kg.num_entities < 2:
         raise InputError(f"--dataset {config.dataset} has 1 entity: ranking needs 2 or more")
+    in_test = len(kg.test) if test else "unread"
     print(
         f"{kg.name}: {kg.num_entities} entities ({int(kg.unseen.sum())} unseen in training), {kg.num_relations} "
-        f"relations, {len(kg.train)} / {len(kg.valid)} / {len(kg.test)} triples in train / valid / test"
+        f"relations, {len(kg.train)} / {len(kg.valid)} / {in_test} triples in train / valid / test"
     )
     for key in ("repeated_triples", "shared_triples"):
         found = {where: count for where, count in kg.report[key].items() if count}

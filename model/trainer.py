@@ -110,6 +110,7 @@ class Trainer:
         self.seconds = 0.0  # of training so far, resumed parts included
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []  # each gets the row of every finished epoch
         self._clock = time.monotonic()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -169,6 +170,8 @@ class Trainer:
             self.report(format_epoch(row))
             self._warn_of_divergence()
             self.save()
+            for watch in self.watchers:
+                watch(row)
             return_freed_memory()
         if self.epoch < self.config.epoch and self._stalled(min(1.0, self._progress(self.epoch))):
             self.report(f"no better valid MRR in {PATIENCE:.0%} of the run: ended after epoch {self.epoch}")
