@@ -114,7 +114,7 @@ def test_a_result_of_another_search_is_kept(tuned: Tune, untested: Path, tmp_pat
 
 def test_trials_of_killed_processes_do_not_count(tuned: Tune, untested: Path, tmp_path: Path) -> None:
     """Two processes share a search after a third was killed in its first trial."""
-    command = [sys.executable, str(ROOT / "tune.py"), *words_of(untested, tmp_path, epoch=30, trials=3)]
+    command = [sys.executable, str(ROOT / "tune.py"), *words_of(untested, tmp_path, epoch=12, trials=3)]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not running(tmp_path / "ring_tune.db") and time.monotonic() < until:
