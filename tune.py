@@ -10,6 +10,7 @@ settings of a run without the search, so the result is no worse than these on va
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fcntl
 import hashlib
@@ -424,14 +425,16 @@ def check_out(out: Path, study: str, overwrite: bool) -> None:
 
 def build_tune_parser(defaults: Mapping[str, Any] | None = None) -> CommandParser:
     """The flags of tune.py: its own, and those of run_rq.py that can be fixed."""
-    parser = build_parser(defaults, leave_out=LEFT_OUT | {"overwrite"})
-    parser.description = "Search hyper-parameters of stage 1 on valid; flags of run_rq.py that are given are fixed."
+    parser = CommandParser(
+        description="Search hyper-parameters of stage 1 on valid. Flags of run_rq.py that are given are fixed.",
+        formatter_class=argparse.HelpFormatter,
+    )
     group = parser.add_argument_group("the search")
     group.add_argument("--trials", type=int, default=30, help="trials in all, of all processes (default: 30)")
     group.add_argument("--max_minutes", type=float, default=0.0, help="end after this time (default: 0, never)")
     group.add_argument("--out", type=Path, help="file of flags to write (default: configs/DATASET_tuned.txt)")
     group.add_argument("--overwrite", action="store_true", help="replace that file where it is from another search")
-    return parser
+    return build_parser(defaults, LEFT_OUT | {"overwrite"}, parser)
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Any], Config, dict[str, Any], dict[str, Any]]:

@@ -214,10 +214,14 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------- the parser
 
 
-def build_parser(defaults: Mapping[str, Any] | None = None, leave_out: Container[str] = ()) -> CommandParser:
-    """The flags of run_rq.py; ``defaults``: values that replace the fields' own, as a --config file gives them;
-    ``leave_out``: flags that another script does not have."""
-    parser = CommandParser(
+def build_parser(
+    defaults: Mapping[str, Any] | None = None, leave_out: Container[str] = (), parser: CommandParser | None = None
+) -> CommandParser:
+    """The flags of run_rq.py; ``defaults``: values that replace the fields' own, as a --config file gives them.
+
+    ``parser``: of another script, which gets the flags that are not in ``leave_out``.
+    """
+    parser = parser or CommandParser(
         description="Stage 1: learn the codes of a knowledge graph, dump them, rank from them.",
         formatter_class=argparse.HelpFormatter,
     )

@@ -4,7 +4,7 @@ random number is drawn between the first epoch and the last, so a run gives the 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,10 +77,8 @@ class WandB(Log):
         self.run.finish()
 
 
-LOGGERS: dict[str, type[TensorBoard | WandB]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-}  # each named like its package
+LOGGERS: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # what each one imports
 
 
 def values_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -95,8 +93,11 @@ def values_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 def check_logger(name: str) -> None:
     """InputError where the package of a logger is not installed."""
-    if name in LOGGERS and importlib.util.find_spec(name) is None:
-        raise InputError(f"--report_to {name}: not installed; run: pip install {name}, or leave --report_to out")
+    try:
+        if name in MODULES:
+            importlib.import_module(MODULES[name])
+    except ImportError as error:
+        raise InputError(f"--report_to {name}: {error}; run: pip install {name}, or leave --report_to out") from error
 
 
 @contextmanager

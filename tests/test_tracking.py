@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -55,8 +54,9 @@ def test_tensorboard_has_every_epoch_and_the_entities_by_name(logged: Run) -> No
 def test_a_missing_package_is_one_line_before_anything_is_read(
     rq: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
         outcome = rq("--dataset", str(tmp_path / "none"), "--report_to", name)
         assert_refused(outcome, f"--report_to {name}", f"pip install {name}")
 
@@ -73,8 +73,6 @@ def test_wandb_is_offline_by_default(ring: Path, tmp_path: Path, monkeypatch: py
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "wandb" or find(name, *more))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert rq(*small_flags(ring, tmp_path, epoch=2, report_to="wandb")).code == 0
     assert [name for name, _ in calls] == ["init", "log", "log", "finish"]
