@@ -35,7 +35,7 @@ from common.config import (
     given_flags,
 )
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, exclusive_lock, read_json, sha256_file, write_json, write_text
+from common.files import ROOT, command, exclusive_lock, read_json, sha256_file, write_json, write_text
 from common.record import make_record
 from model.inputs import choose_device, load_graph, load_text
 from model.sizes import explain_oom, with_sizes
@@ -74,6 +74,7 @@ SPACE: dict[str, Between | Times | tuple[Any, ...]] = {
     "batch": Times((0.25, 0.5, 1, 2, 4)),
     "tails_at_once": (1, 4, 16, 64),
     "lbl_smooth": Between(0.0, 0.3),
+    "n3": (0.0, 0.005, 0.02, 0.05),
     "z_noise": Between(0.0, 1.0),
     "frozen_noise": Between(0.0, 1.0),
     "freeze_at": Between(0.1, 0.7),  # and --warmup_epochs, where a run without the search has the same value for both
@@ -118,6 +119,8 @@ def space_of(base: Config, fixed: Mapping[str, Any]) -> dict[str, Any]:
         without_effect |= set(SOFTMAX_ONLY)
     if base.gcn_layers or base.code_dim != AUTO:  # D is --gcn_dim, or L x code_dim would no longer be D
         without_effect.add("init_dim")
+    if base.gcn_layers or base.tf_layers or base.decoder not in SPACE["decoder"]:  # as in model/sizes.py
+        without_effect.add("n3")
     if base.lr != AUTO:  # a rate belongs to its optimizer
         without_effect.add("optimizer")
     without_effect |= {name for name in SPACE if getattr(base, name) is None}
@@ -492,8 +495,8 @@ def main() -> None:
         before = len(study.get_trials(deepcopy=False))
         print(f"{'continuing' if before else 'starting'} search {name} in {storage}, {own['trials']} trials in all")
         deadline = start + 60 * own["max_minutes"] if own["max_minutes"] else float("inf")
-        command = f"python tune.py {shlex.join(sys.argv[1:])}"
-        search = Search(study, storage, base, space, kg, text, device, own["trials"], deadline, out, command, kept)
+        words = f"python tune.py {shlex.join(sys.argv[1:])}"
+        search = Search(study, storage, base, space, kg, text, device, own["trials"], deadline, out, words, kept)
         run_search(search, worker)
         report(search)
 
@@ -507,10 +510,11 @@ def report(search: Search) -> None:
             print("other processes run the remaining trials")
             return
         raise InputError("the default settings took longer than --max_minutes; give more minutes or a smaller --epoch")
+    run = ["--dataset", search.base.dataset or ROOT / "data/FB15k-237", "--config", search.out]
     print(
         f"wrote {search.out} and its record: valid MRR {best.value:.4f} (trial {best.number}), "
         f"default settings {default[0].value:.4f}\n"
-        f"next: python run_rq.py --dataset {search.base.dataset or 'data/FB15k-237'} --config {search.out}"
+        f"next: {command('run_rq.py', *run)}"
     )
 
 
