@@ -21,7 +21,7 @@ from Class.prompts import entity_with_codes, relation_text
 from Class.rows import OUT_FOLDER, Row
 from common.errors import InputError, content_of
 from common.files import ROOT, command, read_json, sha256_file
-from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
+from data.knowledge_graph import KnowledgeGraph, train_hash, train_sha256
 
 Ints = NDArray[np.int64]
 
@@ -199,7 +199,7 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
     if home is not None and args.no_codes:
         choices = [_Choice(None, home)]
     elif home is not None:  # codes that were trained on it first
-        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != _train_sha256(home))
+        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != train_sha256(home))
         choices = [_Choice(codes, home) for codes in order]
     if args.dataset:
         return choices
@@ -210,11 +210,6 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
     elif args.codes and not choices:
         raise InputError(f"the data set that {args.codes} was trained on was not found; give --dataset DIR")
     return choices
-
-
-def _train_sha256(folder: Path) -> str | None:
-    """The hash of a folder's training file; None where there is none."""
-    return next((sha256_file(folder / file) for file in TRAIN_FILES if (folder / file).is_file()), None)
 
 
 def dumped_codes() -> list[Path]:
@@ -268,7 +263,7 @@ def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = 
     places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
     if near is not None:
         places += [near, near.resolve().parent / name]
-    return next((place for place in places if _train_sha256(place) == train_hash(record["inputs"])), None)
+    return next((place for place in places if train_sha256(place) == train_hash(record["inputs"])), None)
 
 
 def check_recorded(file: Path, record: Mapping[str, Any]) -> None:

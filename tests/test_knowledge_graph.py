@@ -214,11 +214,11 @@ def test_the_other_problems_are_counted(tmp_path: Path) -> None:
 def test_missing_folder_and_files_name_the_next_command(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not exist.*python data/download\.py FB15k-237$"):
         KnowledgeGraph.load(tmp_path / "FB15k-237")
-    with pytest.raises(InputError, match=r"has no valid\.txt, test\.txt; it holds train\.txt"):
-        KnowledgeGraph.load(write(tmp_path / "part", {"train.txt": SMALL["train.txt"]}))
+    with pytest.raises(InputError, match=r"has no test\.txt; it holds train\.txt, valid\.txt"):
+        KnowledgeGraph.load(write(tmp_path / "part", {name: SMALL[name] for name in ("train.txt", "valid.txt")}))
     with pytest.raises(InputError, match=r"has no valid2id\.txt, test2id\.txt, entity2id\.txt, relation2id\.txt"):
         KnowledgeGraph.load(write(tmp_path / "part2", {"train2id.txt": "1\n0 1 0\n"}))
-    with pytest.raises(InputError, match="is a file, not a folder"):
+    with pytest.raises(InputError, match="give the folder"):
         KnowledgeGraph.load(tmp_path / "part" / "train.txt")
     (tmp_path / "odd" / "train.txt").mkdir(parents=True)
     with pytest.raises(InputError, match=r"train\.txt cannot be read"):

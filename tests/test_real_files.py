@@ -295,10 +295,11 @@ def test_an_openke_file_with_count_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"train.txt": TRAIN}, ("valid.txt, test.txt", "move some lines of train.txt")),
-        ({"train.tsv": TRAIN, "valid.tsv": "", "test.tsv": ""}, ("it holds test.tsv, train.tsv, valid.tsv", "convert")),
-        ({"triples.nt": "", "readme": ""}, ("it holds readme, triples.nt", "convert")),
-        ({"train.txt.gz": ""}, ("it holds train.txt.gz", "not compressed")),
+        ({"train.txt": TRAIN, "test.txt": TRAIN}, ("no valid.txt", "it holds test.txt, train.txt", "data/split.py")),
+        ({"facts.parquet": "", "readme": ""}, ("it holds facts.parquet, readme", ".csv, .nt, .ttl")),
+        ({"train.tsv": TRAIN, "valid.tsv": "", "test.tsv": ""}, ("valid.tsv:1: found an empty file",)),
+        ({"triples.nt": ""}, ("triples.nt:1: found an empty file",)),
+        ({"train.txt.gz": "a"}, ("train.txt.gz cannot be unpacked",)),
         ({}, ("it holds no file",)),
     ],
 )
