@@ -1,8 +1,9 @@
-"""Files of triples in five formats, each also packed with gzip, turned into the lines of a ``train.txt``.
+"""Files of triples in six formats, each also packed with gzip, turned into the lines of a ``train.txt``.
 
 .txt           head TAB relation TAB tail; read as it is
 .tsv, .csv     a table with three columns, or with a header line that names three of its columns; quotes as in CSV
 .nt, .ttl      RDF: N-Triples and Turtle, read by rdflib; names are IRIs, literals are no entities
+.triples       head TAB tail TAB relation, as NELL-995 comes with MultiHopKG
 
 ``docs/DATA.md`` says what happens with unusual content.
 """
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import InputError
 from data.names import header_columns
 
-FORMATS = ("txt", "tsv", "csv", "nt", "ttl")
+FORMATS = ("txt", "tsv", "csv", "nt", "ttl", "triples")
 ENDINGS = tuple(f".{name}{packed}" for name in FORMATS for packed in ("", ".gz"))  # the order of preference
 # what files of a split are called; also behind a common prefix: wikidata5m_transductive_train.txt, x-valid.txt
 SPLIT_NAMES = {
@@ -142,6 +143,8 @@ def read_triples(path: Path) -> Content:
     if end == ".txt":
         return Content(content)
     text = _decoded(path, content)
+    if end == ".triples":
+        return _table(path, text, "\t", (0, 2, 1))
     if end in (".tsv", ".csv"):
         return _table(path, text, "\t" if end == ".tsv" else ",")
     return _rdf(path, text, end)
@@ -183,10 +186,11 @@ def as_lines(triples: Sequence[Triple]) -> bytes:
 # ---------------------------------------------------------------- tables
 
 
-def _table(path: Path, text: str, separator: str) -> Content:
+def _table(path: Path, text: str, separator: str, columns: tuple[int, int, int] = (0, 1, 2)) -> Content:
+    """The triples of a table; ``columns``: those of head, relation and tail where no header line names them."""
     rows = list(_rows(path, text, separator))
     header = header_columns(rows[0][1])
-    columns, notes = (0, 1, 2), []
+    notes = []
     if header and (len(rows[0][1]) > 3 or not _used_below(rows, header[1])):
         columns = header
         others = [word for i, word in enumerate(rows[0][1]) if i not in header]

@@ -36,7 +36,10 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 SPLITS = ("train", "valid", "test")
-PUBLIC = ("FB15k-237", "WN18RR", "FB15k-237N")
+PUBLIC = (
+    *("FB15k-237", "WN18RR", "FB15k-237N", "kinship", "umls", "nations"),
+    *("CoDEx-S", "CoDEx-M", "CoDEx-L", "YAGO3-10", "NELL-995", "Wikidata5M"),
+)
 OPTIONAL = (
     "entities.dict",
     "relations.dict",
