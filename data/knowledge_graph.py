@@ -12,6 +12,7 @@ that of the sorted names. OpenKE: ``train2id.txt``, ``valid2id.txt``, ``test2id.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
@@ -544,7 +545,7 @@ class _Reader:
         for stem, (h, r, t) in self.columns.items():
             if len(r) > 1 and is_header(h[0], r[0], t[0]) and r[0] not in relations:
                 words = _Words(f"the header {h[0]} {r[0]} {t[0]}"[:80])
-                self.fault(f"{stem}.txt", 1, words, "a triple; remove the line")
+                self.fault(f"{stem}.txt", 1, words, "a triple; remove the line, or give --keep_names")
 
     def check_spelling(self, names: list[str], what: str) -> None:
         """A fault where names differ in white space, quotes, BOM or Unicode form alone; a warning for odd names."""
@@ -557,7 +558,7 @@ class _Reader:
                 self.report["warnings"].append(f"{found}; they are different entities or relations")
                 return
             file, line = self.where(odd)
-            self.fault(file, line, _Words(found), "one spelling (white space, quotes, BOM, Unicode form) of each name")
+            self.fault(file, line, _Words(found), SPELLING)
         elif odd_names := unusual(names):
             self.report["warnings"].append(
                 f"{len(odd_names)} {what} names have outer or repeated white space, quotes around them, a BOM or "
@@ -711,6 +712,9 @@ class _Reader:
                     )
 
 
+SPELLING = "one spelling (white space, quotes, BOM, Unicode form) of each name; --keep_names takes them as they are"
+
+
 class _Words(str):
     """A description of a fault, printed as it is; any other string found in a file is quoted."""
 
@@ -719,10 +723,15 @@ def _columns(count: int) -> _Words:
     return _Words(f"{count} column{'s' * (count != 1)}")
 
 
+def add_keep_names(parser: argparse._ActionsContainer) -> None:
+    """The flag of every script that loads a graph by its name."""
+    parser.add_argument("--keep_names", action="store_true", help="names in several spellings are different names")
+
+
 def main() -> None:
     parser = CommandParser(prog="data/knowledge_graph.py", description="Validate a graph and print what it holds.")
     parser.add_argument("folder", help="the folder, such as data/family, or a file")
-    parser.add_argument("--keep_names", action="store_true", help="accept several spellings of a name as names")
+    add_keep_names(parser)
     args = parser.parse_args()
     start = time.perf_counter()
     kg = KnowledgeGraph.load(args.folder, args.keep_names)

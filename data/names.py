@@ -22,6 +22,9 @@ HEADER_WORDS = (
 )
 
 
+# what decides the order of a graph's rows
+ROW_ORDER = "that of entities.dict or entity2id.txt, else the sorted names"
+
 # names that ``plain_name`` may change: others are not looked at, which is faster
 _ODD = re.compile(r"""[^\x20-\x7e]|  |^[ "']| $""")
 

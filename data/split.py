@@ -104,7 +104,7 @@ def main() -> None:
     from common.files import write_json, write_text
     from common.record import make_record
     from data.hold_out import TEXT_FILES, by_name, write_graph
-    from data.knowledge_graph import SPLITS, KnowledgeGraph
+    from data.knowledge_graph import SPLITS, KnowledgeGraph, add_keep_names
 
     parser = CommandParser(prog="data/split.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="file of triples (.txt, .tsv, .csv, .nt, .ttl, also .gz) or a folder")
@@ -113,7 +113,7 @@ def main() -> None:
         text = f"triples of {split}: a part, such as 0.1, or a number (default: a tenth, at most {MOST:,})"
         parser.add_argument(f"--{split}", type=size, metavar="SIZE", help=text)
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--keep_names", action="store_true", help="accept several spellings of a name as names")
+    add_keep_names(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the split in --out")
     args = parser.parse_args()
     if args.seed < 0:

@@ -272,7 +272,7 @@ def write_record(
 ) -> None:
     """OUT.json: a record as stage 1 writes it, with the settings that the codes were learned with."""
     assert config.eval_codes is not None
-    graph = KnowledgeGraph.load(out.graph)
+    graph = KnowledgeGraph.load(out.graph, keep_names=True)
     before = config.eval_codes.with_suffix(".json")
     record = read_json(before, "record") if before.is_file() else {}
     args = {**settings, "dataset": str(out.graph), "encode": str(config.encode), "encoded": str(config.encoded)}

@@ -121,7 +121,7 @@ def test_a_wrong_hash_names_both_and_keeps_the_other_files(server: Server, tmp_p
     with pytest.raises(InputError) as error:
         get(server, tmp_path)
     assert hashlib.sha256(b"another file").hexdigest() in str(error.value)
-    assert DATASETS["toy"]["valid.txt"].sha256 in str(error.value)
+    assert str(DATASETS["toy"]["valid.txt"].sha256) in str(error.value)
     assert [path.name for path in (tmp_path / "toy").iterdir()] == ["train.txt"]
 
 
