@@ -538,12 +538,22 @@ class _Reader:
         return self.id_names(file, rows, len(numbered))
 
     def check_headers(self) -> None:
-        """A fault for each first line that names the columns, unless its relation is used elsewhere too."""
+        """A fault for each first line that names the columns, unless its relation is used elsewhere too; a warning for
+        one whose three names occur in no other line."""
         if self.keep_names:
             return
         relations = {name for _, names, _ in self.columns.values() for name in names[1:]}
         for stem, (h, r, t) in self.columns.items():
-            if len(r) > 1 and is_header(h[0], r[0], t[0]) and r[0] not in relations:
+            if len(r) < 2 or r[0] in relations:
+                continue
+            ends = [names for column in self.columns.values() for names in (column[0][1:], column[2][1:])]
+            if not is_header(h[0], r[0], t[0]):
+                if not any(name in names for name in (h[0], t[0]) for names in ends):
+                    first = f"{h[0]!r} {r[0]!r} {t[0]!r}"[:120]
+                    self.report["warnings"].append(
+                        f"the first line of {stem} may be a header: its names {first} occur in no other line"
+                    )
+            else:
                 words = _Words(f"the header {h[0]} {r[0]} {t[0]}"[:80])
                 self.fault(f"{stem}.txt", 1, words, "a triple; remove the line, or give --keep_names")
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from Class import gen_fb_data_rq
 from common.errors import InputError
 from common.files import ROOT, read_json
 from data import split as split_script
 from data.formats import ENDINGS, read_triples
 from data.knowledge_graph import SPLITS, KnowledgeGraph, train_sha256
 from data.split import MOST, Sizes, split_triples
+from tests.conftest import Command, small_flags
 
 Triples = list[tuple[str, str, str]]
 BASE = "http://example.org/"
@@ -321,3 +323,34 @@ def test_files_that_cannot_be_split_or_are_no_graphs(tmp_path: Path) -> None:
         KnowledgeGraph.load(write_graph(tmp_path / "g", ".txt") / "train.txt")
     write(tmp_path / "one" / "graph.nt", WRITERS[".nt"](dense(0, 9, 2, 40)))
     assert KnowledgeGraph.load(tmp_path / "one").name == "one"
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def test_stage_1_from_one_file_and_with_kept_names(
+    tmp_path: Path, rq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same codes from a .csv and a .ttl.gz, named relative to another folder; the instruction data finds them."""
+    rows = dense(3, 30, 3, 200)
+    write(tmp_path / "my.csv", WRITERS[".csv"](rows))
+    write(tmp_path / "other" / "my.ttl.gz", WRITERS[".ttl"](rows[::-1]))
+    monkeypatch.chdir(tmp_path / "other")
+    codes = []
+    for dataset, out in (("../my.csv", "csv"), ("my.ttl.gz", "ttl")):
+        flags = small_flags(Path(dataset), tmp_path / out)
+        outcome = rq(*flags)
+        assert outcome.code == 0 and "split by data/split.py" in outcome.err, outcome.err
+        codes += (tmp_path / out / "codes").glob("*_rq.pt")
+    assert codes[0].read_bytes() == codes[1].read_bytes()
+    words = ["--codes", str(codes[0]), "--out_dir", str(tmp_path / "rows"), "--limit", "5"]
+    gen_fb_data_rq.main(words)
+    monkeypatch.chdir(tmp_path)
+    gen_fb_data_rq.main([*words[:-1], "6", "--dataset", "other/my.ttl.gz"])
+
+    write(tmp_path / "odd.tsv", "".join("\t".join(row) + "\n" for row in [*rows, (rows[0][0] + " ", *rows[1][1:])]))
+    flags = small_flags(tmp_path / "odd.tsv", tmp_path / "odd")
+    outcome = rq(*flags)
+    assert outcome.code == 2 and "--keep_names" in outcome.err and outcome.err.count("\n") == 1
+    outcome = rq(*flags, "--keep_names", "--overwrite")
+    assert outcome.code == 0 and "different entities" in outcome.err, outcome.err

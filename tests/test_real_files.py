@@ -90,6 +90,16 @@ def test_a_header_line_is_refused_and_a_real_use_of_its_words_is_not(tmp_path: P
     assert KnowledgeGraph.load(write(tmp_path / "k", {n: f"{header}\n{t}" for n, t in GRAPH.items()}), keep_names=True)
 
 
+def test_a_first_line_of_names_that_occur_nowhere_else_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: f"Person\tVerb\tThing\n{text}" for name, text in GRAPH.items()}
+    assert KnowledgeGraph.load(write(tmp_path / "g", files)).num_entities == 6
+    assert capsys.readouterr().err.count("may be a header") == 3
+    KnowledgeGraph.load(write(tmp_path / "plain", GRAPH))
+    assert "header" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- 2: the order of rows
 
 
@@ -129,15 +139,17 @@ def test_numbers_as_names_are_reported_and_never_taken_for_rows(
     assert read_candidates([tmp_path / "own.npz"], kg).ids.tolist() == lists.ids.tolist(), "ids that we wrote are safe"
 
 
-def test_names_beside_text_embeddings_give_their_order(tmp_path: Path) -> None:
+def test_names_beside_text_embeddings_give_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entities = ["a", "b", "c"]
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     np.save(tmp_path / "text.npy", rows)
     plain = load_text(tmp_path / "text.npy", 3, entities)
     assert plain is not None and plain.tolist() == rows.tolist()
+    assert "no text.entities.txt" in (said := capsys.readouterr().out) and "a, b, ..." in said, "the order is stated"
     (tmp_path / "text.entities.txt").write_text("c\nb\na\n")
     named = load_text(tmp_path / "text.npy", 3, entities)
     assert named is not None and named.tolist() == rows[::-1].tolist()
+    assert "names in text.entities.txt" in capsys.readouterr().out
     part = load_text(tmp_path / "text.npy", 2, ["b", "c"])
     assert part is not None and part.tolist() == [rows[1].tolist(), rows[0].tolist()], "rows of other entities are left"
     for names in ("c\nb\n", "c\nb\nb\n", "c\nb\nx\n"):
