@@ -68,7 +68,7 @@ def rank(model: PlainComplEx, kg: KnowledgeGraph, split: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = CommandParser(description="Train a plain ComplEx and print its filtered metrics.")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder or file")
     add_keep_names(parser)
     parser.add_argument("--rank", type=int, default=128, help="complex numbers per entity (default: 128)")
     parser.add_argument("--epochs", type=int, default=50, help="passes over the triples (default: 50)")

@@ -408,7 +408,7 @@ def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part, dt
 
 def parse_args() -> argparse.Namespace:
     parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dataset", type=Path, required=True, help="graph folder, such as data/FB15k-237")
+    parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file, such as data/FB15k-237")
     add_keep_names(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")

@@ -106,7 +106,7 @@ def _in_folder(folder: Path) -> GraphFiles | None:
             files.setdefault(name[: -len(end)], {})[end] = name
     splits, unread = {}, []
     prefix = _prefix(folder, files)
-    for split, words in SPLIT_NAMES.items() if prefix is not None else ():
+    for split, words in SPLIT_NAMES.items():
         there = [files.get(f"{prefix}{word}", {}) for word in words]
         found = [names[end] for names in there for end in ENDINGS if end in names]
         if found:
@@ -120,7 +120,7 @@ def _in_folder(folder: Path) -> GraphFiles | None:
     return GraphFiles(folder.resolve().name, folder, splits, unread)
 
 
-def _prefix(folder: Path, files: Iterable[str]) -> str | None:
+def _prefix(folder: Path, files: Iterable[str]) -> str:
     """What stands before "train" in the files' names: nothing, or something that ends with - _ or a dot."""
     if "train" in files:
         return ""
@@ -130,7 +130,7 @@ def _prefix(folder: Path, files: Iterable[str]) -> str | None:
             f"data folder {folder} has several training files: {', '.join(f'{name}train' for name in found)}; keep one "
             "graph per folder"
         )
-    return found[0] if found else None
+    return found[0] if found else ""
 
 
 # ---------------------------------------------------------------- reading

@@ -54,6 +54,17 @@ def write_graph(
             shutil.copyfile(source / file, out / file)
 
 
+def write_texts(out: Path, kg: KnowledgeGraph) -> None:
+    """Labels and descriptions of a graph that had no text files beside it: RDF has them in the file itself."""
+    if any((out / name).exists() for name in TEXT_FILES):
+        return
+    labels = [f"{name}\t{kg.labels[i]}\n" for i, name in enumerate(kg.entities) if kg.has_label[i]]
+    texts = [f"{name}\t{text}\n" for name, text in zip(kg.entities, kg.descriptions, strict=True) if text]
+    for file, lines in (("entity2label.txt", labels), ("entity2definition.txt", texts)):
+        if lines:
+            write_text("".join(lines), out / file)
+
+
 def by_name(triples: Ints, kg: KnowledgeGraph) -> list[Triple]:
     """Triples [n, 3] -> their raw names."""
     return [(kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in triples.tolist()]
@@ -112,6 +123,8 @@ def hold_out(dataset: Path, fraction: float, seed: int, out: Path, keep_names: b
         write_triples(by_name(triples, kg), out / f"{name}.txt")
     everything = named | {"train": named["train"] + by_name(support["support_all"], kg), "test": by_name(query, kg)}
     write_graph(out / f"{out.name}_with_new", dataset, [*old, *new], kg.relations, everything)
+    for folder in (out, out / f"{out.name}_with_new"):
+        write_texts(folder, kg)
     counts = {
         "known_entities": len(old), "new_entities": len(new), "without_support": len(held) - len(new),
         **{name: len(triples) for name, triples in [*known.items(), *support.items(), ("query", query)]},
@@ -123,7 +136,7 @@ def hold_out(dataset: Path, fraction: float, seed: int, out: Path, keep_names: b
 
 def main() -> None:
     parser = CommandParser(prog="data/hold_out.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dataset", type=Path, required=True, help="graph folder")
+    parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file")
     add_keep_names(parser)
     parser.add_argument("--fraction", type=float, default=0.1, help="part of the entities to hold out")
     parser.add_argument("--seed", type=int, default=0, help="random seed")

@@ -101,9 +101,9 @@ def size(word: str) -> float:
 
 
 def main() -> None:
-    from common.files import write_json, write_text
+    from common.files import write_json
     from common.record import make_record
-    from data.hold_out import TEXT_FILES, by_name, write_graph
+    from data.hold_out import by_name, write_graph, write_texts
     from data.knowledge_graph import SPLITS, KnowledgeGraph, add_keep_names
 
     parser = CommandParser(prog="data/split.py", description=(__doc__ or "").splitlines()[0])
@@ -118,6 +118,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: expected 0 or more")
+    if args.out.resolve() in (args.file.resolve(), args.file.resolve().parent):
+        raise InputError(f"--out {args.out} is where the triples are, and would hold both; choose another folder")
     if (args.out / "train.txt").exists() and not args.overwrite:
         raise InputError(f"--out {args.out} holds a graph; give --overwrite to replace it, or another folder")
     started = time.monotonic()
@@ -126,12 +128,7 @@ def main() -> None:
         raise InputError(f"{args.file} has valid and test already; give its training file alone to split that")
     splits = {split: by_name(kg.split(split), kg) for split in SPLITS}
     write_graph(args.out, args.file, kg.entities, kg.relations, splits)
-    if not any((args.out / name).exists() for name in TEXT_FILES):  # RDF has its texts in the file itself
-        labels = [f"{name}\t{kg.labels[i]}\n" for i, name in enumerate(kg.entities) if kg.has_label[i]]
-        texts = [f"{name}\t{text}\n" for name, text in zip(kg.entities, kg.descriptions, strict=True) if text]
-        for file, lines in (("entity2label.txt", labels), ("entity2definition.txt", texts)):
-            if lines:
-                write_text("".join(lines), args.out / file)
+    write_texts(args.out, kg)
     counts = {split: len(triples) for split, triples in splits.items()}
     facts = {"dataset": kg.name, "triples": counts, "trained_on": kg.train_digest(), **kg.report["split"]}
     write_json(make_record(vars(args), kg.input_hashes, time.monotonic() - started, **facts), args.out / "split.json")

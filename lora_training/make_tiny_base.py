@@ -234,7 +234,7 @@ def make_base(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
     add_keep_names(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")

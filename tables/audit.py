@@ -478,7 +478,7 @@ def plain(value: Any) -> Any:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/audit.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True, metavar="DIR", help="graph folder, such as data/FB15k-237")
+    parser.add_argument("--dataset", required=True, metavar="DIR", help="graph folder or file, such as data/FB15k-237")
     add_keep_names(parser)
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="answers to audit")
     parser.add_argument("--lists", type=Path, metavar="FILE", help="rows that were answered, if in a file of their own")

@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.files import ROOT, read_json
 from data import split as split_script
 from data.formats import ENDINGS, read_triples
+from data.hold_out import write_texts
 from data.knowledge_graph import SPLITS, KnowledgeGraph, train_sha256
 from data.split import MOST, Sizes, split_triples
 from tests.conftest import Command, small_flags
@@ -187,6 +188,8 @@ def test_rdf_labels_literals_and_blank_nodes(tmp_path: Path, capsys: pytest.Capt
     assert kg.entities == ["_:n1", f"{BASE}a", f"{BASE}b", f"{BASE}é"], "a label is one blank node in all files"
     assert kg.labels[1] == "maple" and kg.descriptions[2] == "a tree" and kg.labels[3] == "é"
     assert "1 triples with a literal" in (err := capsys.readouterr().err) and "height" in err
+    write_texts(tmp_path / "texts", kg)
+    assert (tmp_path / "texts" / "entity2label.txt").read_text() == f"{BASE}a\tmaple\n"
     for name, text in (("train", "\n".join(lines)), ("valid", f"<{BASE}a> <{BASE}s> <{BASE}b> .")):
         write(tmp_path / "t" / f"{name}.ttl", text)
     shutil.copy(tmp_path / "t" / "valid.ttl", tmp_path / "t" / "test.ttl")
@@ -311,6 +314,10 @@ def test_one_file_is_the_folder_that_split_writes(
     monkeypatch.setattr("sys.argv", ["split.py", str(ROOT / "data" / "family"), "--out", str(tmp_path / "again")])
     with pytest.raises(InputError, match="valid and test already"):
         split_script.main()
+    for source in (alone, alone / f"train{end}"):
+        monkeypatch.setattr("sys.argv", ["split.py", str(source), "--out", str(alone), "--overwrite"])
+        with pytest.raises(InputError, match="choose another folder"):
+            split_script.main()
 
 
 def test_files_that_cannot_be_split_or_are_no_graphs(tmp_path: Path) -> None:
@@ -336,7 +343,7 @@ def test_stage_1_from_one_file_and_with_kept_names(
     write(tmp_path / "my.csv", WRITERS[".csv"](rows))
     write(tmp_path / "other" / "my.ttl.gz", WRITERS[".ttl"](rows[::-1]))
     monkeypatch.chdir(tmp_path / "other")
-    codes = []
+    codes: list[Path] = []
     for dataset, out in (("../my.csv", "csv"), ("my.ttl.gz", "ttl")):
         flags = small_flags(Path(dataset), tmp_path / out)
         outcome = rq(*flags)

@@ -19,10 +19,11 @@ from Class.candidates import Candidates, read_candidates, write_candidates
 from Class.prompts import link_prediction, prediction
 from Class.rows import make_row, need_fields, read_rows, split_path, write_rows
 from Class.source import Source
+from common.config import parse_config
 from common.errors import InputError
 from data.embed_text import embed_tfidf, sharing_nothing
 from data.knowledge_graph import KnowledgeGraph
-from model.inputs import load_text
+from model.inputs import load_graph, load_text
 
 TRAIN = "ada\tknows\tbob\nbob\tknows\tcid\ncid\tlikes\tdee\ndee\tlikes\tada\n"
 GRAPH = {"train.txt": TRAIN, "valid.txt": "ada\tlikes\tcid\n", "test.txt": "bob\tlikes\tdee\n"}
@@ -290,6 +291,14 @@ def test_symmetric_pairs_in_valid_are_parted_or_nothing_is_written(tmp_path: Pat
         assert not out.exists()
 
 
+def test_a_graph_of_one_entity_is_refused_before_training(tmp_path: Path) -> None:
+    folder = write(tmp_path / "g", dict.fromkeys(GRAPH, "a\tr\ta\n"))
+    with pytest.raises(InputError, match="2 or more"):
+        load_graph(parse_config(["--dataset", str(folder)]))
+    with pytest.raises(InputError, match="at least 1 for valid"):
+        KnowledgeGraph.load(write(tmp_path / "one", {"train.txt": "a\tr\ta\n"}))
+
+
 OPENKE = {
     "entity2id.txt": "2\na\t0\nb\t1\n", "relation2id.txt": "1\nr\t0\n", "train2id.txt": "1\n0 1 0\n",
     "valid2id.txt": "1\n0 1 0\n", "test2id.txt": "1\n1 0 0\n",
@@ -308,6 +317,7 @@ def test_an_openke_file_with_count_zero(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ({"train.txt": TRAIN, "test.txt": TRAIN}, ("no valid.txt", "it holds test.txt, train.txt", "data/split.py")),
+        ({"valid.txt": TRAIN, "test.txt": TRAIN}, ("has no train.txt;", "it holds test.txt, valid.txt")),
         ({"facts.parquet": "", "readme": ""}, ("it holds facts.parquet, readme", ".csv, .nt, .ttl")),
         ({"train.tsv": TRAIN, "valid.tsv": "", "test.tsv": ""}, ("valid.tsv:1: found an empty file",)),
         ({"triples.nt": ""}, ("triples.nt:1: found an empty file",)),
