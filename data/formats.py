@@ -299,6 +299,8 @@ def _n_triples(path: Path, text: str) -> tuple[list[Triple], list[tuple[Triple, 
             triples.append((plain[1], plain[2], plain[3]))
             lines.append(number)
             continue
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
         if sink is None:
             sink = _Triples(path)
             from rdflib.exceptions import ParserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,7 @@ from Class import gen_fb_data_rq
 from common.errors import InputError
 from common.files import ROOT, read_json
 from data import split as split_script
-from data.formats import ENDINGS, read_triples
+from data.formats import ENDINGS, INSTALL, read_triples
 from data.hold_out import write_texts
 from data.knowledge_graph import SPLITS, KnowledgeGraph, train_sha256
 from data.split import MOST, Sizes, split_triples
@@ -222,6 +223,16 @@ def test_faults_of_rdf(tmp_path: Path, name: str, text: str, where: str) -> None
     assert str(error.value).startswith(f"{tmp_path}/{where}: found ") and "\n" not in str(error.value)
 
 
+def test_without_rdflib_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("rdflib", "rdflib.term"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=r"needs the package rdflib; run: pip install rdflib=="):
+        read_triples(write(tmp_path / "x.ttl", WRITERS[".ttl"](GRAPH["train"])))
+    assert INSTALL.split()[-1] in (ROOT / "requirements-dev.txt").read_text().split(), "one version everywhere"
+    plain = read_triples(write(tmp_path / "x.nt", WRITERS[".nt"](GRAPH["train"])))
+    assert plain.text.decode() == WRITERS[".txt"](GRAPH["train"]), "plain lines need no package"
+
+
 def test_plain_lines_are_read_as_rdflib_reads_them(tmp_path: Path) -> None:
     from rdflib import Graph
 
@@ -361,3 +372,5 @@ def test_stage_1_from_one_file_and_with_kept_names(
     assert outcome.code == 2 and "--keep_names" in outcome.err and outcome.err.count("\n") == 1
     outcome = rq(*flags, "--keep_names", "--overwrite")
     assert outcome.code == 0 and "different entities" in outcome.err, outcome.err
+    odd = next((tmp_path / "odd" / "codes").glob("*_rq.pt"))
+    gen_fb_data_rq.main(["--codes", str(odd), "--out_dir", str(tmp_path / "kept"), "--limit", "5"])  # the codes say so
