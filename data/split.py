@@ -101,7 +101,7 @@ def size(word: str) -> float:
 
 
 def main() -> None:
-    from common.files import write_json
+    from common.files import command, write_json
     from common.record import make_record
     from data.hold_out import by_name, write_graph, write_texts
     from data.knowledge_graph import SPLITS, KnowledgeGraph, add_keep_names
@@ -134,7 +134,7 @@ def main() -> None:
     write_json(make_record(vars(args), kg.input_hashes, time.monotonic() - started, **facts), args.out / "split.json")
     shown = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{args.out}: {shown}; {kg.num_entities:,} entities and {kg.num_relations:,} relations, all in train")
-    print(f"next: python run_rq.py --dataset {args.out}")
+    print(f"next: {command('run_rq.py', '--dataset', args.out)}")
 
 
 if __name__ == "__main__":
