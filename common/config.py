@@ -74,8 +74,10 @@ class Config:
     # ------------------------------------------------------------ data and outputs
     config: Path | None = flag(None, DATA, "file of flags that replace the defaults", unset="configs/default.txt",
                                metavar="FILE", resume=FREE)  # fmt: skip
-    dataset: Path | None = flag(None, DATA, "graph folder", unset="data/FB15k-237", metavar="DIR", names=["--data"],
-                                resume=FREE)  # fmt: skip
+    dataset: Path | None = flag(None, DATA, "graph: a folder or one file (.txt, .tsv, .csv, .nt, .ttl, also .gz)",
+                                unset="data/FB15k-237", metavar="DIR", names=["--data"], resume=FREE)  # fmt: skip
+    keep_names: bool = flag(False, DATA, "names in several spellings (white space, quotes, BOM, Unicode form) are "
+                            "different entities, not an error", resume=FREE)  # fmt: skip
     name: str | None = flag(None, DATA, "name of the run and of its checkpoint", unset="the stem of the codes file")
     out_dir: Path | None = flag(None, DATA, "folder for codes and records", unset="codes_new", metavar="DIR",
                                 resume=FREE)  # fmt: skip

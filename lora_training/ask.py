@@ -95,7 +95,7 @@ def open_codes(info: dict[str, Any], codes: Path | None, dataset: Path | None) -
         argparse.Namespace(
             codes=codes or (recorded if recorded and recorded.is_file() else None), dataset=dataset,
             seed=info.get("shuffle_seed", 0), no_codes=info.get("file") is None,
-            shuffle_codes=bool(info.get("shuffled")), code_format=info.get("code_format", "spec"),
+            shuffle_codes=bool(info.get("shuffled")), keep_names=True, code_format=info.get("code_format", "spec"),
         )
     )  # fmt: skip
     refuse_other_codes(info, source.codes_info, "the model", "--codes")

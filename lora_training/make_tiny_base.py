@@ -39,7 +39,7 @@ from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
 from common.files import ROOT, command, exclusive_lock, write_json, written_whole
 from common.record import make_record, seed_everything
-from data.knowledge_graph import KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from lora_training.adapters import RECORD
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
@@ -200,7 +200,7 @@ def make_base(args: argparse.Namespace) -> None:
     """Corpus, tokenizer, model and training; then the folder with its record replaces the earlier one."""
     started = time.monotonic()
     device = str(find_device(args.device))
-    kg = KnowledgeGraph.load(args.dataset)
+    kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     import torch
     from transformers.utils import logging
 
@@ -234,7 +234,8 @@ def make_base(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
+    add_keep_names(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")

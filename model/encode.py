@@ -35,7 +35,7 @@ from common.files import (
     write_json,
 )
 from common.record import make_record
-from data.hold_out import Triple, by_name, write_graph
+from data.hold_out import Triple, by_name, write_graph, write_texts
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph
 from model.checkpoint import load_checkpoint
 from model.collisions import TooFewCodes, resolve_collisions
@@ -254,6 +254,7 @@ def write_encoded(
     splits["train"] += new.by_name
     entities = [*kg.entities, *new.names]
     write_graph(out.graph, config.dataset or ROOT / "data" / "FB15k-237", entities, kg.relations, splits)
+    write_texts(out.graph, kg)
     assert config.eval_codes is not None
     embeddings: Tensor | None = None
     if codes.shape[0] * codes.shape[1] * base.scorer.rq_codebook.latent_dim * 4 <= EMBEDDINGS_LIMIT_BYTES:
@@ -272,7 +273,7 @@ def write_record(
 ) -> None:
     """OUT.json: a record as stage 1 writes it, with the settings that the codes were learned with."""
     assert config.eval_codes is not None
-    graph = KnowledgeGraph.load(out.graph)
+    graph = KnowledgeGraph.load(out.graph, keep_names=True)
     before = config.eval_codes.with_suffix(".json")
     record = read_json(before, "record") if before.is_file() else {}
     args = {**settings, "dataset": str(out.graph), "encode": str(config.encode), "encoded": str(config.encoded)}

@@ -76,7 +76,7 @@ def check_triples_of_new(codes_file: Path, kg: KnowledgeGraph) -> None:
     folder = codes_file.with_suffix("")
     if not folder.is_dir():
         return
-    graph = KnowledgeGraph.load(folder)
+    graph = KnowledgeGraph.load(folder, keep_names=True)
     if train_hash(graph.input_hashes) != train_hash(kg.input_hashes):
         shared = shared_triples(graph, kg)["test_triples"]
         if shared:

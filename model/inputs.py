@@ -15,7 +15,7 @@ from common.device import find_device
 from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import TRAIN_FILES
-from data.names import row_names, rows_by_name
+from data.names import ROW_ORDER, row_names, rows_by_name
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def load_graph(config: Config, test: bool = True) -> KnowledgeGraph:
     """Read --dataset (``test``: with its test split) and print its sizes. InputError for a graph of one entity."""
     from data.knowledge_graph import KnowledgeGraph
 
-    kg = KnowledgeGraph.load(config.dataset or ROOT / "data" / "FB15k-237", test=test)
+    kg = KnowledgeGraph.load(config.dataset or ROOT / "data" / "FB15k-237", config.keep_names, test=test)
     if kg.num_entities < 2:
         raise InputError(f"--dataset {config.dataset} has 1 entity: ranking needs 2 or more")
     in_test = len(kg.test) if test else "unread"
@@ -96,6 +96,14 @@ def load_text(path: Path | None, num_entities: int, entities: Sequence[str] | No
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise InputError(f"--text_emb {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
     order = None if entities is None else rows_by_name(path, len(array), entities, "--text_emb")
+    if order is not None:
+        print(f"--text_emb {path}: rows in the order of the names in {row_names(path).name}")
+    elif entities:
+        names = ", ".join(entities[:2])
+        print(
+            f"--text_emb {path}: no {row_names(path).name} beside it, so its rows are taken in the graph's order: "
+            f"{names}, ... ({ROW_ORDER})"
+        )
     text = torch.from_numpy((array if order is None else array[order]).astype(np.float32))
     if not bool(torch.isfinite(text).all()):
         raise InputError(f"--text_emb {path} holds values that are not finite; write it again")
