@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from Class.codes import CodeFiles, code_files, code_stem
 from common.config import BASELINES, Config, parse_config
 from common.errors import InputError, run_command
-from common.files import ROOT, exclusive_lock, read_json, sha256_file
+from common.files import ROOT, command, exclusive_lock, load_torch, read_json, sha256_file
 from common.record import seed_everything
 from model.from_codes import eval_codes
 from model.inputs import choose_device, load_graph, load_text
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from data.knowledge_graph import KnowledgeGraph
     from model.data_parallel import World
     from model.RQGCN import RQGCN
+    from model.tracking import Log
     from model.trainer import Trainer
 
 
@@ -52,13 +53,17 @@ class Inputs(NamedTuple):
 
 def read_inputs(config: Config) -> Inputs:
     """Read graph and texts, choose the sizes that are "auto", name the outputs."""
-    from model.RQGCN import model_arguments
-
     kg = load_graph(config)
     for note in config.unused():
         print(f"note: {note}")
     config = with_sizes(config, kg.num_entities, kg.num_relations, len(kg.train))
-    text = load_text(config.text_emb, kg.num_entities, kg.entities)
+    return inputs_of(config, kg, load_text(config.text_emb, kg.num_entities, kg.entities))
+
+
+def inputs_of(config: Config, kg: KnowledgeGraph, text: torch.Tensor | None) -> Inputs:
+    """The inputs of a run whose sizes are chosen, and the names of its outputs."""
+    from model.RQGCN import model_arguments
+
     hashes = dict(kg.input_hashes)
     if config.text_emb is not None:
         hashes[config.text_emb.name] = sha256_file(config.text_emb)
@@ -106,7 +111,9 @@ def train(config: Config) -> None:
     Under torchrun each process runs this; only the first one prints and writes.
     """
     from model.data_parallel import World
+    from model.tracking import check_logger
 
+    check_logger(config.report_to)
     device = choose_device(config)
     world = World.start(device)
     with explain_oom(config), world.quiet(), ExitStack() as locks:
@@ -121,7 +128,7 @@ def train(config: Config) -> None:
 
 def train_and_dump(inputs: Inputs, stored: dict[str, Any] | None, device: torch.device, world: World) -> None:
     """``train`` with its inputs read; ``stored``: the checkpoint to continue, None for a new run."""
-    from model.dump import dump_codes, dump_control
+    from model.tracking import open_log
     from model.trainer import Trainer
 
     config = inputs.config
@@ -133,21 +140,31 @@ def train_and_dump(inputs: Inputs, stored: dict[str, Any] | None, device: torch.
     if stored is not None:
         with world.together():
             continue_from(trainer, stored)
-    fit_until_stopped(trainer)
-    world.close()
-    if not world.first:
-        return
+    log_folder = inputs.checkpoint.with_name(f"{inputs.checkpoint.stem}_log")
+    with open_log(config, log_folder, trainer.epoch + 1, writes=world.first) as log:
+        trainer.watchers.append(log.epoch)
+        fit_until_stopped(trainer)
+        world.close()
+        if world.first:
+            dump(inputs, trainer, log)
+
+
+def dump(inputs: Inputs, trainer: Trainer, log: Log) -> None:
+    """Write what the finished run is to leave, and say what to run next."""
+    from model.dump import dump_codes, dump_control
+
+    config = inputs.config
     if trainer.best is None:
         raise InputError(f"{inputs.checkpoint.name} has no scored epoch yet; train on with --restore")
     if config.quantizer in BASELINES:
         dump_control(config, trainer, inputs.files.record)
         return
     dump_codes(config, trainer, inputs.files)
-    print(
-        f"next: python run_rq.py --dataset {config.dataset or 'data/FB15k-237'} --eval_codes {inputs.files.codes} "
-        f"--checkpoint {inputs.checkpoint}\n"
-        f"      python Class/gen_fb_data_rq.py --codes {inputs.files.codes}"
-    )
+    if inputs.files.embeddings.exists():  # not those of large graphs
+        log.entities(load_torch(inputs.files.embeddings, "embeddings"), inputs.kg.labels)
+    codes, dataset = inputs.files.codes, config.dataset or ROOT / "data/FB15k-237"
+    rank = ["--dataset", dataset, "--eval_codes", codes, "--checkpoint", inputs.checkpoint]
+    print(f"next: {command('run_rq.py', *rank)}\n      {command('Class/gen_fb_data_rq.py', '--codes', codes)}")
 
 
 def lock_outputs(inputs: Inputs, locks: ExitStack) -> None:

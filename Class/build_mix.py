@@ -31,6 +31,7 @@ from Class.rows import (
     FILE_STEMS,
     LOCK,
     OUT_FOLDER,
+    PREDICTED,
     STATS,
     Row,
     existing_split,
@@ -44,7 +45,7 @@ from Class.rows import (
 )
 from Class.source import Ints, codes_key
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import exclusive_lock, read_json, write_json
+from common.files import command, exclusive_lock, read_json, write_json
 from common.record import make_record
 
 
@@ -214,6 +215,13 @@ def write_mix(args: argparse.Namespace, drawn: dict[str, Drawn]) -> dict[str, di
     return splits
 
 
+def codes_of_queries(tasks: dict[str, Any]) -> dict[str, Any]:
+    """``codes`` of a mix. Tasks may differ in their text form; ask.py and serve.py use the one of queries."""
+    name = next((task for task in (PREDICTED, "link_prediction") if task in tasks), next(iter(tasks)))
+    found: dict[str, Any] = tasks[name]["codes"]
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
@@ -230,14 +238,14 @@ def main(argv: list[str] | None = None) -> None:
         splits = write_mix(args, drawn)
         stats = make_record(
             {**vars(args), "tasks": weights}, {}, time.monotonic() - started, mix=weights,
-            codes=next(iter(tasks.values()))["codes"], splits=splits,
+            codes=codes_of_queries(tasks), splits=splits,
             dropped={split: plan.dropped for split, plan in drawn.items()},
             datasets={name: stats["dataset"] for name, stats in tasks.items()},
             code_formats={name: stats["codes"].get("code_format") for name, stats in tasks.items()},
             candidate_orders={name: stats.get("candidate_order", {}) for name, stats in tasks.items()},
         )  # fmt: skip
         write_json(stats, args.out_dir / STATS)
-    print(f"next: python Class/check_leaks.py {args.out_dir}, then {train_command(args.out_dir)}")
+    print(f"next: {command('Class/check_leaks.py', args.out_dir)}, then {train_command(args.out_dir)}")
 
 
 if __name__ == "__main__":

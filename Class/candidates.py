@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 import zipfile
 import zlib
@@ -38,7 +39,7 @@ from numpy.typing import ArrayLike, NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import InputError
-from common.files import atomic_path, parse_json, read_json
+from common.files import atomic_path, command, parse_json, read_json
 from data.knowledge_graph import KnowledgeGraph, TrueTails
 
 Ints = NDArray[np.int64]
@@ -132,8 +133,8 @@ def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
         raise InputError(f"candidates file {path} must end in .npz or .json")
     if not path.exists():
         raise InputError(
-            f"candidates file {path} does not exist; stage 1 writes one: python run_rq.py --eval_codes CODES.pt "
-            f"--checkpoint CK.pt --split SPLIT --export_candidates {path}"
+            f"candidates file {path} does not exist; stage 1 writes one: {command('run_rq.py')} --eval_codes "
+            f"CODES.pt --checkpoint CK.pt --split SPLIT --export_candidates {shlex.quote(str(path))}"
         )
     found = _read_npz(path, kg) if path.suffix == ".npz" else _read_json(path, kg)
     if not len(found.ids):

@@ -32,7 +32,7 @@ from Class.build_mix import hashed_triples
 from Class.prompts import FALSE, TRUE
 from Class.rows import FILE_STEMS, OUT_FOLDER, STATS, Row, existing_split, read_rows, states_facts
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import read_json
+from common.files import command, read_json
 
 # names may contain "True" or "Mexico" by chance: a leak is systematic, so this share of a task's rows is accepted
 MENTION_SHARE = 0.02
@@ -217,11 +217,13 @@ def check_folder(folder: Path) -> tuple[list[str], dict[str, Split]]:
 def check(root: Path) -> list[str]:
     """All leaks below ``root``, one line each. InputError where there is nothing to check."""
     if not root.is_dir():
-        raise InputError(f"folder {root} does not exist; make data: python Class/gen_fb_data_rq.py")
+        raise InputError(f"folder {root} does not exist; make data: {command('Class/gen_fb_data_rq.py')}")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
     folders = [folder for folder in folders if existing_split(folder, "train")]
     if not folders:
-        raise InputError(f"no train.json or train.jsonl in {root} or its folders; python Class/gen_fb_data_rq.py")
+        raise InputError(
+            f"no train.json or train.jsonl in {root} or its folders; make some: {command('Class/gen_fb_data_rq.py')}"
+        )
     faults, read, inodes = [], {}, set()
     for folder in folders[::-1]:  # task folders first: the top may be hard links to one of them
         path = existing_split(folder, "train")

@@ -37,6 +37,7 @@ from Class.gen_lp_data_rq import Parts, disjoint_parts
 from Class.rows import Row, make_row, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
+from common.files import command
 from data.knowledge_graph import KnowledgeGraph, TrueTails, true_tails
 
 SPLITS = ("train", "validation", "test")
@@ -309,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
         for split, count in counts.items():
             for what, number in sorted(count.items()):
                 print(f"  {split:10} {number:,} rows left out of {what}")
-    print(f"next: python Class/build_mix.py --out_dir {args.out_dir}, then python Class/check_leaks.py {args.out_dir}")
+    mix, check = command("Class/build_mix.py", "--out_dir", args.out_dir), command("Class/check_leaks.py", args.out_dir)
+    print(f"next: {mix}, then {check}")
 
 
 if __name__ == "__main__":

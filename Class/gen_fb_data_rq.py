@@ -29,6 +29,7 @@ from Class.prompts import FALSE, TRUE, classification
 from Class.rows import Row, fill_top, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
+from common.files import command
 from data.knowledge_graph import KnowledgeGraph
 
 TASK = "triple_classification"
@@ -246,9 +247,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     if fill_top(folder, args.out_dir):
         print(f"wrote this task to {args.out_dir}/train.json, validation.json, test_tasks.json too")
-        print(f"next: {train_command(args.out_dir)} (or mix tasks first: python Class/build_mix.py)")
+        print(f"next: {train_command(args.out_dir)} (or mix tasks first: {command('Class/build_mix.py')})")
     else:
-        print(f"{args.out_dir} holds a mix, which was not changed; mix again: python Class/build_mix.py")
+        print(f"{args.out_dir} holds a mix, which was not changed; mix again: {command('Class/build_mix.py')}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from Class.prompts import ANSWERS, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
+from common.files import command
 from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
 
 TASK = "link_prediction"
@@ -322,7 +323,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"  {split:10} {unknown:,} truths are not listed and have no rank: they count as rank infinity, "
                 "which understates the candidate model; give ranks or longer lists"
             )
-    print(f"next: python Class/build_mix.py --out_dir {args.out_dir}, then python Class/check_leaks.py {args.out_dir}")
+    mix, check = command("Class/build_mix.py", "--out_dir", args.out_dir), command("Class/check_leaks.py", args.out_dir)
+    print(f"next: {mix}, then {check}")
 
 
 if __name__ == "__main__":

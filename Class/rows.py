@@ -9,7 +9,6 @@ import argparse
 import itertools
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import InputError
-from common.files import ROOT, atomic_path, exclusive_lock, parse_json, read_json, write_json
+from common.files import ROOT, atomic_path, command, exclusive_lock, parse_json, read_json, write_json
 from common.record import make_record
 
 if TYPE_CHECKING:
@@ -81,9 +80,10 @@ def need_fields(row: Row, *fields: str) -> Row:
     missing = [name for name in fields if row.get(name) is None]
     if missing:
         script = {"link_prediction": "gen_lp", PREDICTED: "gen_lp", "triple_classification": "gen_fb"}
+        again = command(f"Class/{script.get(row.get('task_type', ''), 'gen_entity')}_data_rq.py")
         raise InputError(
             f"row {row.get('id', '?')} has no {' or '.join(missing)} (rows of earlier versions lack them); write it "
-            f"again: python Class/{script.get(row.get('task_type', ''), 'gen_entity')}_data_rq.py"
+            f"again: {again}"
         )
     return row
 
@@ -323,20 +323,23 @@ def fill_top(task_folder: Path, out_dir: Path) -> bool:
 
 def train_command(out_dir: Path) -> str:
     """The command that tunes on the files of ``out_dir``; files that are not train_lora.py's default are named."""
-    if out_dir.resolve() == OUT_FOLDER:
-        return "cd lora_training && python train_lora.py"
-    train, validation = (shlex.quote(str(split_path(out_dir, split))) for split in ("train", "validation"))
-    return f"python lora_training/train_lora.py --train_data {train} --val_data {validation}"
+    words: list[object] = []
+    if out_dir.resolve() != OUT_FOLDER:
+        words = ["--train_data", split_path(out_dir, "train"), "--val_data", split_path(out_dir, "validation")]
+    return command("lora_training/train_lora.py", *words)
 
 
-def answer_command(model: str, train_data: Path) -> str:
-    """The command that answers the test rows beside ``train_data``; ``model``: inference.py's flag and its value.
+def answer_command(flag: str, model: Path, train_data: Path) -> str:
+    """The command that answers the test rows beside ``train_data``; ``flag``: inference.py's for ``model``.
 
     A file of rows that is not inference.py's default is named.
     """
+    words: list[object] = [flag, model]
     folder = train_data.parent
     if folder.name == PREDICTED:  # its queries are ranked over the lists beside it
-        folder, model = folder.parent / "link_prediction", f"{model} --decode likelihood"
+        folder = folder.parent / "link_prediction"
+        words += ["--decode", "likelihood"]
     rows = existing_split(folder, "test")
-    named = rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test")
-    return f"python inference.py {model}" + (f" --test_data {shlex.quote(str(rows))}" if named else "")
+    if rows is not None and rows.resolve() != split_path(OUT_FOLDER, "test"):
+        words += ["--test_data", rows]
+    return command("lora_training/inference.py", *words)

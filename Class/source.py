@@ -20,8 +20,8 @@ from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entit
 from Class.prompts import entity_with_codes, relation_text
 from Class.rows import OUT_FOLDER, Row
 from common.errors import InputError, content_of
-from common.files import ROOT, read_json, sha256_file
-from data.knowledge_graph import TRAIN_FILES, KnowledgeGraph, train_hash
+from common.files import ROOT, command, read_json, sha256_file
+from data.knowledge_graph import KnowledgeGraph, add_keep_names, train_hash, train_sha256
 
 Ints = NDArray[np.int64]
 
@@ -37,7 +37,8 @@ def add_flags(parser: argparse.ArgumentParser, code_format: str = "spec") -> Non
     """The flags of every instruction-data script."""
     group = parser.add_argument_group("codes and data")
     group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: the newest in codes_new/)")
-    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: that of the codes)")
+    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder or file (default: that of the codes)")
+    add_keep_names(group)
     group.add_argument("--no_codes", action="store_true", help="ablation: names only, no codes in any prompt")
     group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
     group.add_argument("--code_format", choices=CODE_FORMATS, default=code_format, help="text form of the codes")
@@ -137,7 +138,8 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     choices = _choices(args, preferred)
     if not choices:
         raise InputError(
-            f"{CODES_FOLDER} holds no codes; make some: python run_rq.py --dataset {args.dataset or 'data/FB15k-237'}, "
+            f"{CODES_FOLDER} holds no codes; make some: "
+            f"{command('run_rq.py', '--dataset', args.dataset or ROOT / 'data/FB15k-237')}, "
             "or make demo for the bundled graph (or give --codes FILE.pt, or --no_codes)"
         )
     graphs: dict[Path, KnowledgeGraph] = {}
@@ -145,7 +147,7 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
     for choice in choices:
         try:
             if choice.dataset not in graphs:
-                graphs[choice.dataset] = KnowledgeGraph.load(choice.dataset)
+                graphs[choice.dataset] = KnowledgeGraph.load(choice.dataset, _keep_names(args, choice.codes))
             kg = graphs[choice.dataset]
             if choice.codes is None:
                 source = Source(kg, unique_names(kg), codes_info={"file": None})
@@ -167,6 +169,11 @@ def open_source(args: argparse.Namespace, preferred: str | None = None) -> Sourc
         return source
     more = f" (and {len(reasons) - 1} other codes that do not fit)" if len(reasons) > 1 else ""
     raise InputError(reasons[0] + more)
+
+
+def _keep_names(args: argparse.Namespace, codes: Path | None) -> bool:
+    """--keep_names, or that the codes were trained with it."""
+    return args.keep_names or (codes is not None and bool(read_record(codes)["args"].get("keep_names")))
 
 
 def _announce(source: Source, choice: _Choice) -> None:
@@ -198,7 +205,7 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
     if home is not None and args.no_codes:
         choices = [_Choice(None, home)]
     elif home is not None:  # codes that were trained on it first
-        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != _train_sha256(home))
+        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != train_sha256(home))
         choices = [_Choice(codes, home) for codes in order]
     if args.dataset:
         return choices
@@ -209,11 +216,6 @@ def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
     elif args.codes and not choices:
         raise InputError(f"the data set that {args.codes} was trained on was not found; give --dataset DIR")
     return choices
-
-
-def _train_sha256(folder: Path) -> str | None:
-    """The hash of a folder's training file; None where there is none."""
-    return next((sha256_file(folder / file) for file in TRAIN_FILES if (folder / file).is_file()), None)
 
 
 def dumped_codes() -> list[Path]:
@@ -238,7 +240,9 @@ def read_record(codes: Path) -> dict[str, Any]:
     """The run record beside a codes file; InputError where it is missing or incomplete."""
     path = codes.with_suffix(".json")
     if not codes.is_file():
-        raise InputError(f"codes file {codes} does not exist; stage 1 writes it: python run_rq.py --dataset DIR")
+        raise InputError(
+            f"codes file {codes} does not exist; stage 1 writes it: {command('run_rq.py', '--dataset', 'DIR')}"
+        )
     if not path.is_file():
         raise InputError(f"codes file {codes} has no record {path.name} beside it, so its training data is unknown")
     record = read_json(path, "record")
@@ -265,7 +269,7 @@ def training_folder(codes: Path, record: Mapping[str, Any], near: Path | None = 
     places = [recorded, ROOT / recorded, ROOT / "data" / name, codes.resolve().parent.parent / "data" / name]
     if near is not None:
         places += [near, near.resolve().parent / name]
-    return next((place for place in places if _train_sha256(place) == train_hash(record["inputs"])), None)
+    return next((place for place in places if train_sha256(place) == train_hash(record["inputs"])), None)
 
 
 def check_recorded(file: Path, record: Mapping[str, Any]) -> None:
@@ -310,7 +314,7 @@ def fit_codes(path: Path, kg: KnowledgeGraph, folder: Path) -> tuple[Ints, int, 
             raise InputError(
                 f"codes file {path} ({record['dataset']}, {len(names)} entities) has no row for {len(absent)} of "
                 f"the {kg.num_entities} entities of {kg.name}, such as {absent[0]!r}; "
-                f"run: python run_rq.py --dataset {folder}"
+                f"run: {command('run_rq.py', '--dataset', folder)}"
             )
         codes = codes[[row[name] for name in kg.entities]]
     if not own:
@@ -326,11 +330,11 @@ def _check_origin(path: Path, record: Mapping[str, Any], kg: KnowledgeGraph, fol
             f"codes file {path} was trained on {record['dataset']} ({record['args'].get('dataset')}), which was "
             f"not found with the recorded hash, so it may hold test triples of {kg.name}; put it in data/"
         )
-    seen = shared_triples(KnowledgeGraph.load(origin), kg)
+    seen = shared_triples(KnowledgeGraph.load(origin, keep_names=True), kg)
     if seen["test_triples"]:
         raise InputError(
             f"codes file {path} was trained on the training split of {origin}, which holds {seen['test_triples']} of "
-            f"the {len(kg.test)} test triples of {kg.name}; run: python run_rq.py --dataset {folder}"
+            f"the {len(kg.test)} test triples of {kg.name}; run: {command('run_rq.py', '--dataset', folder)}"
         )
     return {
         "origin": f"learned on {record['dataset']} ({rows:,} rows), mapped to {kg.name} ({kg.num_entities:,}) by name",

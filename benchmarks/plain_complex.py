@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import CommandParser, run_command
-from data.knowledge_graph import KnowledgeGraph, with_inverse
+from data.knowledge_graph import KnowledgeGraph, add_keep_names, with_inverse
 from model.decoders import ComplEx
 from model.ranking import filtered_ranks, summarize
 
@@ -68,7 +68,8 @@ def rank(model: PlainComplEx, kg: KnowledgeGraph, split: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = CommandParser(description="Train a plain ComplEx and print its filtered metrics.")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder or file")
+    add_keep_names(parser)
     parser.add_argument("--rank", type=int, default=128, help="complex numbers per entity (default: 128)")
     parser.add_argument("--epochs", type=int, default=50, help="passes over the triples (default: 50)")
     parser.add_argument("--batch", type=int, default=1000, help="triples per step (default: 1000)")
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="rank test by the best epoch on valid")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and order (default: 0)")
     args = parser.parse_args()
-    kg = KnowledgeGraph.load(args.dataset)
+    kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     torch.manual_seed(args.seed)
     model = PlainComplEx(kg.num_entities, kg.num_relations, 2 * args.rank, args.dropout)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=args.lr)

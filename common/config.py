@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -74,8 +74,10 @@ class Config:
     # ------------------------------------------------------------ data and outputs
     config: Path | None = flag(None, DATA, "file of flags that replace the defaults", unset="configs/default.txt",
                                metavar="FILE", resume=FREE)  # fmt: skip
-    dataset: Path | None = flag(None, DATA, "graph folder", unset="data/FB15k-237", metavar="DIR", names=["--data"],
-                                resume=FREE)  # fmt: skip
+    dataset: Path | None = flag(None, DATA, "graph: a folder or one file (.txt, .tsv, .csv, .nt, .ttl, also .gz)",
+                                unset="data/FB15k-237", metavar="DIR", names=["--data"], resume=FREE)  # fmt: skip
+    keep_names: bool = flag(False, DATA, "names in several spellings (white space, quotes, BOM, Unicode form) are "
+                            "different entities, not an error", resume=FREE)  # fmt: skip
     name: str | None = flag(None, DATA, "name of the run and of its checkpoint", unset="the stem of the codes file")
     out_dir: Path | None = flag(None, DATA, "folder for codes and records", unset="codes_new", metavar="DIR",
                                 resume=FREE)  # fmt: skip
@@ -114,8 +116,7 @@ class Config:
     att_head: int = flag(4, MODEL, "attention heads of those blocks", low=1, unused_without="tf_layers")
     decoder: str = flag("conve", MODEL, "score of head, relation and tail (Eq. 6)",
                         choices=["conve", "distmult", "complex", "tucker", "mlp"])  # fmt: skip
-    decoder_drop: float | None = flag(None, MODEL, "dropout of the decoder", low=0, below=1, auto=True,
-                                      unset="the decoder's own")  # fmt: skip
+    decoder_drop: float | None = flag(None, MODEL, "dropout of the decoder", low=0, below=1, unset="the decoder's own")
     ensemble: int = flag(1, MODEL, "ensemble members that share positions and widths, train by their own losses and "
                          "add their scores (needs --gcn_layers 0)", low=1, metavar="N")  # fmt: skip
     graph_backend: str = flag("auto", MODEL, "message-passing implementation; all give the same result",
@@ -134,9 +135,9 @@ class Config:
                               low=0, auto=True)  # fmt: skip
     tails_at_once: int = flag(0, TRAINING, "high-degree queries are split: at most N tails per batch entry (0: all)",
                               low=0, auto=True, metavar="N")  # fmt: skip
-    n3: float = flag(0.0, TRAINING, "weight of the nuclear 3-norm of a triple's vectors, instead of dropout and "
-                     "smoothing", low=0, auto=True)  # fmt: skip
-    lbl_smooth: float = flag(0.1, TRAINING, "label smoothing", low=0, below=1, auto=True)
+    n3: float = flag(0.0, TRAINING, "weight of the nuclear 3-norm (N3) of a triple's vectors", low=0,
+                     auto=True)  # fmt: skip
+    lbl_smooth: float = flag(0.1, TRAINING, "label smoothing", low=0, below=1)
     text_weight: float = flag(1.0, TRAINING, "weight of the semantic loss of Eq. 8", low=0, unused_without="text_emb")
     warmup_epochs: float = flag(1.0, TRAINING, "epochs before the codebooks are initialised; below 1: part of the run",
                                 low=0, metavar="N")  # fmt: skip
@@ -159,7 +160,9 @@ class Config:
     seed: int = flag(0, RUN, "seed of everything random", low=0, high=2**63 - 1)
     restore: bool = flag(False, RUN, "continue the run of this name; a finished one is dumped again", resume=FREE)
     overwrite: bool = flag(False, RUN, "replace a run of this name", resume=FREE)
-    split: str = flag("test", RUN, "split to rank; valid: the test split is not read (for searches)",
+    report_to: str = flag("none", RUN, "also log losses, metrics and embeddings", resume=FREE,
+                          choices=["none", "tensorboard", "wandb"])  # fmt: skip
+    split: str = flag("test", RUN, "split to rank; valid: no metric of test",
                       choices=["train", "valid", "test"], resume=FREE)  # fmt: skip
     # ------------------------------------------------------------ rank from codes
     eval_codes: Path | None = flag(None, RANKING, "rank --split from these codes, without the encoder",
@@ -220,14 +223,21 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------- the parser
 
 
-def build_parser(defaults: Mapping[str, Any] | None = None) -> CommandParser:
-    """The flags of run_rq.py; ``defaults``: values that replace the fields' own, as a --config file gives them."""
-    parser = CommandParser(
+def build_parser(
+    defaults: Mapping[str, Any] | None = None, leave_out: Container[str] = (), parser: CommandParser | None = None
+) -> CommandParser:
+    """The flags of run_rq.py; ``defaults``: values that replace the fields' own, as a --config file gives them.
+
+    ``parser``: of another script, which gets the flags that are not in ``leave_out``.
+    """
+    parser = parser or CommandParser(
         description="Stage 1: learn the codes of a knowledge graph, dump them, rank from them.",
         formatter_class=argparse.HelpFormatter,
     )
     hints, groups = get_type_hints(Config), dict[str, Any]()
     for field in dataclasses.fields(Config):
+        if field.name in leave_out:
+            continue
         about = field.metadata
         group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
         groups[about["group"]] = group
@@ -281,21 +291,34 @@ def read_flags(path: Path) -> dict[str, Any]:
     parser.origin = f"--config {path}: "
     if any(word.split("=")[0] == "--config" for word in words):
         parser.error("a file of flags cannot name another --config; write its flags into the file")
+    return given_flags(parser, words)
+
+
+def given_flags(parser: CommandParser, words: Sequence[str]) -> dict[str, Any]:
+    """Only what the words set, without defaults. The parser cannot be used again."""
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # only what the file holds
+        action.default = argparse.SUPPRESS
     return vars(parser.parse_args(words))
+
+
+def file_defaults(words: Sequence[str]) -> dict[str, Any]:
+    """The settings of the --config file that the words name, else of the default one."""
+    first = CommandParser(add_help=False)
+    first.add_argument("--config", type=Path)
+    return read_flags(first.parse_known_args(words)[0].config or DEFAULT_FILE)
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """The settings of a command line (by default this process's); a fault ends with one line and exit code 2."""
     words, predict = _without_names(list(sys.argv[1:] if argv is None else argv))
-    first = CommandParser(add_help=False)
-    first.add_argument("--config", type=Path)
-    file = first.parse_known_args(words)[0].config
-    defaults = read_flags(file or DEFAULT_FILE)
-    parser = build_parser(defaults)
+    parser = build_parser(file_defaults(words))
     found = vars(parser.parse_args(words))
     found["predict"] = predict or (tuple(found["predict"]) if found["predict"] else None)
+    return checked_config(parser, found)
+
+
+def checked_config(parser: CommandParser, found: Mapping[str, Any]) -> Config:
+    """The settings that a parser found, in range and without conflicts; a fault ends with one line and exit code 2."""
     config = Config(**found)
     if config.quantizer == "vq":
         config = dataclasses.replace(config, num_quantizers=1)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -23,6 +24,16 @@ if TYPE_CHECKING:  # torch takes a second to import: only the functions that nee
     from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(script: str, *words: object) -> str:
+    """A command line to print, which runs from the present folder as it is pasted: ``script`` in the repository, words
+    quoted for the shell."""
+    try:
+        path = os.path.relpath(ROOT / script) if Path.cwd().is_relative_to(ROOT) else str(ROOT / script)
+    except OSError:  # the folder is gone
+        path = str(ROOT / script)
+    return shlex.join(["python", path, *map(str, words)])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from common.files import ROOT
 if TYPE_CHECKING:
     import torch
 
-RECORDED_PACKAGES = ("torch", "dgl", "numpy", "numba", "transformers", "peft", "accelerate")
+RECORDED_PACKAGES = ("torch", "dgl", "numpy", "numba", "transformers", "peft", "accelerate", "optuna")
 
 
 def seed_everything(seed: int) -> None:

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
 from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
+from common.files import command, exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
 from common.record import make_record
-from data.knowledge_graph import KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from data.names import row_names
 
 if TYPE_CHECKING:
@@ -408,7 +408,8 @@ def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part, dt
 
 def parse_args() -> argparse.Namespace:
     parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dataset", type=Path, required=True, help="graph folder, such as data/FB15k-237")
+    parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file, such as data/FB15k-237")
+    add_keep_names(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")
     parser.add_argument("--overwrite", action="store_true", help="replace --out and another run's unfinished batches")
@@ -495,7 +496,7 @@ def embed(args: argparse.Namespace) -> None:
     """Make --out and the record beside it."""
     started = monotonic()
     folder = model_folder(args.model) if args.model and not args.endpoint else None
-    kg = KnowledgeGraph.load(args.dataset)
+    kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     texts, part = entity_texts(kg), args.out.with_name(args.out.name + ".parts")
     if folder is not None:
         made = by_model(args, texts, folder, part)
@@ -514,7 +515,7 @@ def embed(args: argparse.Namespace) -> None:
         shutil.rmtree(part)
     shape = f"{made.rows.dtype} {facts['shape']}"
     print(f"{args.out}: {shape}, row = entity id, in {wall:.1f} s; record beside it (.json)")
-    print(f"next: python run_rq.py --dataset {args.dataset} --text_emb {args.out}")
+    print(f"next: {command('run_rq.py', '--dataset', args.dataset, '--text_emb', args.out)}")
 
 
 if __name__ == "__main__":

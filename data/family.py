@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, write_text
+from common.files import ROOT, command, write_text
 
 Triple = tuple[str, str, str]
 
@@ -267,7 +267,7 @@ def main() -> None:
     counts = write_family(args.out, args.seed, args.people)
     shown = ", ".join(f"{split} {count}" for split, count in counts.items())
     print(f"{args.out}: {args.people} people, {len(RELATIONS)} relations, {shown} triples")
-    print(f"next: python run_rq.py --dataset {args.out}")
+    print(f"next: {command('run_rq.py', '--dataset', args.out)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ one; those of two held-out entities are left out, as are those of a relation tha
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections import defaultdict
@@ -26,8 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import write_json, write_text
-from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph
+from common.files import command, write_json, write_text
+from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph, add_keep_names
 
 SUPPORT = (1, 3, 10)
 TEXT_FILES = ("entity2label.txt", "entity2text.txt", "FB15k_mid2name.txt", "entity2definition.txt", "relation2text.txt")
@@ -51,6 +52,17 @@ def write_graph(
     for file in TEXT_FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, out / file)
+
+
+def write_texts(out: Path, kg: KnowledgeGraph) -> None:
+    """Labels and descriptions of a graph that had no text files beside it: RDF has them in the file itself."""
+    if any((out / name).exists() for name in TEXT_FILES):
+        return
+    labels = [f"{name}\t{kg.labels[i]}\n" for i, name in enumerate(kg.entities) if kg.has_label[i]]
+    texts = [f"{name}\t{text}\n" for name, text in zip(kg.entities, kg.descriptions, strict=True) if text]
+    for file, lines in (("entity2label.txt", labels), ("entity2definition.txt", texts)):
+        if lines:
+            write_text("".join(lines), out / file)
 
 
 def by_name(triples: Ints, kg: KnowledgeGraph) -> list[Triple]:
@@ -84,9 +96,9 @@ def supports(triples: Ints, held: Ints, seed: int) -> dict[str, Ints]:
     return found
 
 
-def hold_out(dataset: Path, fraction: float, seed: int, out: Path) -> dict[str, int]:
+def hold_out(dataset: Path, fraction: float, seed: int, out: Path, keep_names: bool = False) -> dict[str, int]:
     """Write the files above; returns counts of what they hold. InputError where a split would have no triple."""
-    kg = KnowledgeGraph.load(dataset)
+    kg = KnowledgeGraph.load(dataset, keep_names)
     held = choose_entities(kg, fraction, seed)
     ends = {split: np.isin(kg.split(split)[:, [0, 2]], held).sum(1) for split in SPLITS}
     known = {split: kg.split(split)[ends[split] == 0] for split in SPLITS}
@@ -111,6 +123,8 @@ def hold_out(dataset: Path, fraction: float, seed: int, out: Path) -> dict[str, 
         write_triples(by_name(triples, kg), out / f"{name}.txt")
     everything = named | {"train": named["train"] + by_name(support["support_all"], kg), "test": by_name(query, kg)}
     write_graph(out / f"{out.name}_with_new", dataset, [*old, *new], kg.relations, everything)
+    for folder in (out, out / f"{out.name}_with_new"):
+        write_texts(folder, kg)
     counts = {
         "known_entities": len(old), "new_entities": len(new), "without_support": len(held) - len(new),
         **{name: len(triples) for name, triples in [*known.items(), *support.items(), ("query", query)]},
@@ -122,7 +136,8 @@ def hold_out(dataset: Path, fraction: float, seed: int, out: Path) -> dict[str, 
 
 def main() -> None:
     parser = CommandParser(prog="data/hold_out.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dataset", type=Path, required=True, help="graph folder")
+    parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file")
+    add_keep_names(parser)
     parser.add_argument("--fraction", type=float, default=0.1, help="part of the entities to hold out")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -133,12 +148,13 @@ def main() -> None:
         raise InputError(
             f"--fraction {args.fraction} --seed {args.seed}: expected a fraction in (0, 1), a seed of 0 or more"
         )
-    counts = hold_out(args.dataset, args.fraction, args.seed, args.out)
+    counts = hold_out(args.dataset, args.fraction, args.seed, args.out, args.keep_names)
     print(f"{args.out}: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
+    train = command("run_rq.py", "--dataset", args.out)
     print(
-        f"next: python run_rq.py --dataset {args.out}\n"
-        f"      python run_rq.py --dataset {args.out} --eval_codes CODES.pt --checkpoint CK.pt "
-        f"--encode {args.out / 'support_all.txt'} --encoded OUT.pt"
+        f"next: {train}\n"
+        f"      {train} --eval_codes CODES.pt --checkpoint CK.pt "
+        f"--encode {shlex.quote(str(args.out / 'support_all.txt'))} --encoded OUT.pt"
     )
 
 

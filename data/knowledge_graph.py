@@ -1,16 +1,18 @@
-"""A knowledge graph in a folder: read, checked, with its names and the known tails for filtered ranking.
+"""A knowledge graph in a folder or a file: read, checked, with its names and the known tails for filtered ranking.
 
 Two forms of a folder are read. Names: ``train.txt``, ``valid.txt``, ``test.txt`` with tab-separated ``h r t`` per
-line. The rows' order comes from ``entities.dict`` and ``relations.dict`` (``id TAB name``), else from ``entity2id.txt``
-and ``relation2id.txt`` (``name TAB id``), else it is that of the sorted names. OpenKE: ``train2id.txt``,
-``valid2id.txt``, ``test2id.txt`` (first line a count, then ``h t r``) with ``entity2id.txt`` and ``relation2id.txt``.
-``data/README.md`` lists the optional files, ``docs/DATA.md`` what happens with unusual ones.
+line, or one of the other formats of ``data/formats.py``. The rows' order comes from ``entities.dict`` and
+``relations.dict`` (``id TAB name``), else from ``entity2id.txt`` and ``relation2id.txt`` (``name TAB id``), else it is
+that of the sorted names. OpenKE: ``train2id.txt``, ``valid2id.txt``, ``test2id.txt`` (first line a count, then
+``h t r``) with ``entity2id.txt`` and ``relation2id.txt``. One file, or a folder without valid and test, is split by
+``data/split.py``. ``data/README.md`` lists the optional files, ``docs/DATA.md`` what happens with unusual ones.
 
     python data/knowledge_graph.py data/family
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
@@ -27,13 +29,18 @@ from numpy.typing import ArrayLike, NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from data.names import is_header, numbers_in_another_order, same_but_for_spelling, unusual
+from data.formats import Content, GraphFiles, as_lines, find_files, read_triples
+from data.names import is_header, local_name, numbers_in_another_order, same_but_for_spelling, unusual
+from data.split import Sizes, split_triples
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 SPLITS = ("train", "valid", "test")
-PUBLIC = ("FB15k-237", "WN18RR", "FB15k-237N")
+PUBLIC = (
+    *("FB15k-237", "WN18RR", "FB15k-237N", "kinship", "umls", "nations"),
+    *("CoDEx-S", "CoDEx-M", "CoDEx-L", "YAGO3-10", "NELL-995", "Wikidata5M"),
+)
 OPTIONAL = (
     "entities.dict",
     "relations.dict",
@@ -119,7 +126,7 @@ class KnowledgeGraph:
     train: Ints  # [n, 3]
     valid: Ints
     test: Ints
-    labels: list[str]  # a readable name per entity, the raw name where none exists
+    labels: list[str]  # a readable name per entity, the raw name (of an IRI: its last part) where none exists
     has_label: Bools  # [M]
     descriptions: list[str]  # "" where none exists
     relation_labels: list[str]
@@ -178,25 +185,46 @@ class KnowledgeGraph:
         return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
 
     @classmethod
-    def load(cls, folder: str | Path, keep_names: bool = False) -> KnowledgeGraph:
-        """Read and check a folder of either form; ``report["warnings"]`` are printed to stderr, once per process.
+    def load(
+        cls, path: str | Path, keep_names: bool = False, sizes: Sizes | None = None, test: bool = True
+    ) -> KnowledgeGraph:
+        """Read and check a folder or a file; ``report["warnings"]`` and notes go to stderr, once per process.
 
-        ``keep_names``: accept names that differ in white space, quotes, BOM or Unicode form alone, and header lines.
+        ``keep_names``: accept names that differ in white space, quotes, BOM or Unicode form alone, and header lines in
+        .txt. ``sizes``: of valid and test where there are none. ``test``: False leaves the files of the test split
+        unread, and the split empty. ``input_hashes`` has the sha256 of each file, of a file
+        in another format than .txt that of the train.txt (valid.txt, test.txt) with the same triples.
         Raises InputError with ``file:line``, what was found and what was expected.
         """
-        folder = Path(folder)
-        raw = _read_folder(folder)
-        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
-        parts = _Reader(folder, raw, keep_names).parts()
-        for warning in parts["report"]["warnings"]:
-            line = f"warning: {folder}: {warning}"
-            if line not in _WARNED and os.environ.get("RANK", "0") == "0":
-                print(line, file=sys.stderr)
-            _WARNED.add(line)
-        return cls(name=folder.resolve().name, input_hashes=hashes, **parts)
+        source = _read_files(Path(path), test)
+        reader = _Reader(source, keep_names, sizes, test)
+        parts = reader.parts()
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in reader.raw.items()}
+        for kind in ("note", "warning"):
+            for text in parts["report"][f"{kind}s"]:
+                line = f"{kind}: {path}: {text}"
+                if line not in _PRINTED and os.environ.get("RANK", "0") == "0":
+                    print(line, file=sys.stderr)
+                _PRINTED.add(line)
+        return cls(name=source.name, input_hashes=hashes, **parts)
 
 
-_WARNED: set[str] = set()  # warnings that this process has printed
+_PRINTED: set[str] = set()  # notes and warnings that this process has printed
+
+
+def train_sha256(path: Path) -> str | None:
+    """``train_hash`` of the graph at ``path``, a folder or a file; None where there is none that can be read."""
+    if not path.exists():
+        return None
+    names = ("train2id.txt",) if (path / "train2id.txt").is_file() else ("train.txt", "valid.txt")
+    if all((path / name).is_file() for name in names):
+        name = next(name for name in TRAIN_FILES if (path / name).is_file())
+        return hashlib.sha256((path / name).read_bytes()).hexdigest()
+    try:
+        return train_hash(KnowledgeGraph.load(path, keep_names=True).input_hashes)
+    except InputError:
+        return None
+
 
 # ---------------------------------------------------------------- names
 
@@ -234,58 +262,109 @@ def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) ->
 # ---------------------------------------------------------------- the files
 
 
-def _read_folder(folder: Path) -> dict[str, bytes]:
-    """File name -> bytes of the files to read; InputError where a required one is missing."""
-    fetch = f"python data/download.py {folder.name if folder.name in PUBLIC else 'NAME'}"
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise InputError(f"data folder {folder} {what}; a public data set ({', '.join(PUBLIC)}) comes by: {fetch}")
-    names = [f"{split}.txt" for split in SPLITS]
-    openke = [f"{split}2id.txt" for split in SPLITS] + ["entity2id.txt", "relation2id.txt"]
-    required = openke if not (folder / names[0]).exists() and (folder / openke[0]).exists() else names
-    missing = [name for name in required if not (folder / name).exists()]
-    if missing:
+class _Source(NamedTuple):
+    """A graph's files as they were read."""
+
+    path: Path  # as given
+    name: str
+    folder: Path | None  # of all but the triples
+    raw: dict[str, bytes]  # canonical name, such as train.txt -> content
+    files: dict[str, Path]  # of triples in other files than FOLDER/train.txt, ...
+    lines: dict[str, Sequence[int]]  # of these, where the number of a line differs
+    notes: list[str]
+
+
+def _read_files(path: Path, test: bool = True) -> _Source:
+    """Read the files of a graph, all or (``test`` False) all but those of the test split; InputError where a required
+    one is missing."""
+    fetch = f"python data/download.py {path.name if path.name in PUBLIC else 'NAME'}"
+    if not path.exists():
         raise InputError(
-            f"data folder {folder} has no {', '.join(missing)}; {_instead(folder, required, missing, fetch)}"
+            f"data folder {path} does not exist; a public data set ({', '.join(PUBLIC)}) comes by: {fetch}"
         )
-    skipped = ["entities.dict", "relations.dict", "valid_neg.txt", "test_neg.txt"] if required is openke else []
-    optional = [name for name in OPTIONAL if name not in [*skipped, *required] and (folder / name).exists()]
-    raw = {}
-    for name in [*required, *optional]:
-        try:
-            raw[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise InputError(f"{folder / name} cannot be read: {error.strerror}") from error
-    return raw
+    splits = SPLITS if test else SPLITS[:-1]
+    openke = [f"{split}2id.txt" for split in splits] + ["entity2id.txt", "relation2id.txt"]
+    if path.is_dir() and not (path / "train.txt").exists() and (path / openke[0]).exists():
+        missing = [name for name in openke if not (path / name).exists()]
+        if missing:
+            raise InputError(f"data folder {path} has no {', '.join(missing)}; {_instead(path, openke, fetch)}")
+        skipped = ["entities.dict", "relations.dict", "valid_neg.txt", "test_neg.txt"]
+        names = [*openke, *(name for name in OPTIONAL if name not in [*skipped, *openke] and (path / name).exists())]
+        return _Source(path, path.resolve().name, path, {name: _bytes(path / name) for name in names}, {}, {}, [])
+    found = find_files(path)
+    missing = [f"{split}.txt" for split in SPLITS if found is None or f"{split}.txt" not in found.splits]
+    if not test and missing == ["test.txt"]:
+        missing = []
+    if found is None or ("train.txt" in missing) or len(missing) == 1:
+        names = [f"{split}.txt" for split in SPLITS]
+        raise InputError(f"data folder {path} has no {', '.join(missing)}; {_instead(path, names, fetch)}")
+    if not test:
+        for name in ("test.txt", "test_neg.txt"):
+            found.splits.pop(name, None)
+    return _read_formats(path, found)
 
 
-def _instead(folder: Path, required: list[str], missing: list[str], fetch: str) -> str:
+def _read_formats(path: Path, found: GraphFiles) -> _Source:
+    """Read files of triples in any format, and the optional files beside them."""
+    source = _Source(path, found.name, found.folder, {}, {}, {}, list(found.unread))
+    labels: dict[str, dict[str, str]] = {"entity2label.txt": {}, "entity2definition.txt": {}}
+    for name, file in found.splits.items():
+        content = read_triples(file) if file.suffix != ".txt" else Content(_bytes(file))
+        source.raw[name] = content.text
+        if found.folder is None or file != found.folder / name:
+            source.files[name] = file
+        if content.lines is not None:
+            source.lines[name] = content.lines
+        source.notes.extend(content.notes)
+        for texts, more in zip(labels.values(), (content.labels, content.descriptions), strict=True):
+            texts.update(more)
+    if found.folder is not None:
+        optional = [name for name in OPTIONAL if not name.endswith("_neg.txt") and (found.folder / name).exists()]
+        source.raw.update({name: _bytes(found.folder / name) for name in optional})
+    for name, texts in labels.items():
+        if texts:
+            source.raw.setdefault(name, "".join(f"{key}\t{text}\n" for key, text in texts.items()).encode())
+    return source
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _instead(folder: Path, required: list[str], fetch: str) -> str:
     """What the folder holds instead of the missing files, and the next step."""
     there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "no file"
-    if missing == [f"{split}.txt" for split in SPLITS[1:]]:
-        remedy = "move some lines of train.txt to valid.txt and test.txt"
-    elif {name.rsplit(".", 1)[-1] for name in there} & {"tsv", "csv", "nt", "gz", "del", "ttl"}:
-        remedy = "convert the files: one triple per line, tab-separated, not compressed"
-    else:
-        remedy = f"a public data set comes by: {fetch}"
-    return f"it holds {shown}; expected {', '.join(required)}; {remedy}"
+    return (
+        f"it holds {shown}; expected {', '.join(required)} (or .tsv, .csv, .nt, .ttl, each also with .gz), or "
+        f"train.txt alone, which is split by data/split.py; a public data set comes by: {fetch}"
+    )
 
 
 class _Reader:
     """Turns the bytes of a folder's files into the parts of a KnowledgeGraph, and collects all faults."""
 
-    def __init__(self, folder: Path, raw: dict[str, bytes], keep_names: bool = False) -> None:
-        self.folder = folder
-        self.raw = raw
+    def __init__(
+        self, source: _Source, keep_names: bool = False, sizes: Sizes | None = None, test: bool = True
+    ) -> None:
+        self.source = source
+        self.raw = source.raw
         self.keep_names = keep_names
+        self.sizes, self.test = sizes, test
         self.columns: dict[str, tuple[list[str], list[str], list[str]]] = {}  # of the form with names
         self.faults: list[str] = []
-        self.report: dict[str, Any] = {"form": "names" if "train.txt" in raw else "openke", "warnings": []}
+        self.report: dict[str, Any] = {"form": "names" if "train.txt" in self.raw else "openke", "warnings": []}
+        self.report["notes"] = source.notes
 
     def fault(self, file: str, line: int, found: object, expected: str) -> None:
         shown = found if isinstance(found, _Words) else repr(found if not isinstance(found, str) else found[:80])
-        self.faults.append(f"{self.folder / file}:{line}: found {shown}, expected {expected}")
+        path = self.source.files.get(file) or (self.source.folder or self.source.path) / file
+        if file in self.source.lines and line <= len(self.source.lines[file]):
+            line = self.source.lines[file][line - 1]
+        self.faults.append(f"{path}:{line}: found {shown}, expected {expected}")
 
     def check(self) -> None:
         """Raise the first fault, with the number of the others."""
@@ -297,6 +376,9 @@ class _Reader:
     def parts(self) -> dict[str, Any]:
         read = self.read_openke if self.report["form"] == "openke" else self.read_names
         entities, relations, splits = read()
+        if not self.test:
+            splits["test"] = np.empty((0, 3), dtype=np.int64)
+            self.raw.pop("test.txt", None)  # the split's of a single file
         self.check_spelling(entities, "entity")
         self.check_spelling(relations, "relation")
         self.check()
@@ -315,6 +397,10 @@ class _Reader:
             "relation_labels": relation_labels,
             "report": self.report,
         }
+
+    def splits_read(self) -> list[str]:
+        """The splits that have a file."""
+        return [stem for stem in SPLITS if stem in self.columns]
 
     # ---------------- lines
 
@@ -382,7 +468,7 @@ class _Reader:
     # ---------------- the form with names
 
     def read_names(self) -> tuple[list[str], list[str], dict[str, Ints]]:
-        stems = [*SPLITS, *(stem for stem in ("valid_neg", "test_neg") if f"{stem}.txt" in self.raw)]
+        stems = [stem for stem in (*SPLITS, "valid_neg", "test_neg") if f"{stem}.txt" in self.raw]
         columns = {stem: self.triple_names(f"{stem}.txt") for stem in stems}
         self.columns = columns
         self.check()
@@ -392,7 +478,9 @@ class _Reader:
         self.check()
         if entities is None:
             where_entity = "an entity of the three splits"
-            entities = sorted({name for stem in SPLITS for column in (0, 2) for name in columns[stem][column]})
+            entities = sorted(
+                {name for stem in self.splits_read() for column in (0, 2) for name in columns[stem][column]}
+            )
             if numbers_in_another_order(entities):
                 self.report["warnings"].append(
                     f"the entities are the numbers 0 to {len(entities) - 1}, but the rows are in the order of the "
@@ -400,7 +488,7 @@ class _Reader:
                 )
         if relations is None:
             where_relation = "a relation of the three splits"
-            relations = sorted({name for stem in SPLITS for name in columns[stem][1]})
+            relations = sorted({name for stem in self.splits_read() for name in columns[stem][1]})
         entity_id = {name: i for i, name in enumerate(entities)}
         relation_id = {name: i for i, name in enumerate(relations)}
         splits = {}
@@ -416,7 +504,26 @@ class _Reader:
                         self.fault(f"{stem}.txt", int(line) + 1, names[line], expected)
             splits[stem] = ids
         self.check()
+        if "valid" not in splits:
+            splits |= self.split_train(entities, relations, splits["train"])
         return entities, relations, splits
+
+    def split_train(self, entities: list[str], relations: list[str], triples: Ints) -> dict[str, Ints]:
+        """train, valid and test of the only triples that there are; the files' contents become theirs."""
+        sizes = self.sizes or Sizes()
+        path = self.source.files.get("train.txt", self.source.path)
+        splits = split_triples(triples, len(entities), len(relations), sizes, path)
+        for stem, ids in splits.items():
+            self.raw[f"{stem}.txt"] = as_lines([(entities[h], relations[r], entities[t]) for h, r, t in ids.tolist()])
+        repeated = len(triples) - sum(map(len, splits.values()))
+        self.report["split"] = {"seed": sizes.seed, "repeated_triples_left_out": repeated}
+        self.report["notes"].append(
+            f"split by data/split.py with seed {sizes.seed} into "
+            + " / ".join(f"{len(ids):,}" for ids in splits.values())
+            + " triples of train / valid / test"
+            + (f"; {repeated:,} repeated triples are left out" if repeated else "")
+        )
+        return splits
 
     def row_order(self, dictionary: str, name2id: str) -> tuple[list[str] | None, str]:
         """Names by id of the file that gives them, else None; a fault where two files give different orders."""
@@ -446,14 +553,24 @@ class _Reader:
         return self.id_names(file, rows, len(numbered))
 
     def check_headers(self) -> None:
-        """A fault for each first line that names the columns, unless its relation is used elsewhere too."""
+        """A fault for each first line that names the columns, unless its relation is used elsewhere too; a warning for
+        one whose three names occur in no other line."""
         if self.keep_names:
             return
         relations = {name for _, names, _ in self.columns.values() for name in names[1:]}
         for stem, (h, r, t) in self.columns.items():
-            if len(r) > 1 and is_header(h[0], r[0], t[0]) and r[0] not in relations:
+            if len(r) < 2 or r[0] in relations:
+                continue
+            ends = [names for column in self.columns.values() for names in (column[0][1:], column[2][1:])]
+            if not is_header(h[0], r[0], t[0]):
+                if not any(name in names for name in (h[0], t[0]) for names in ends):
+                    first = f"{h[0]!r} {r[0]!r} {t[0]!r}"[:120]
+                    self.report["warnings"].append(
+                        f"the first line of {stem} may be a header: its names {first} occur in no other line"
+                    )
+            else:
                 words = _Words(f"the header {h[0]} {r[0]} {t[0]}"[:80])
-                self.fault(f"{stem}.txt", 1, words, "a triple; remove the line")
+                self.fault(f"{stem}.txt", 1, words, "a triple; remove the line, or give --keep_names")
 
     def check_spelling(self, names: list[str], what: str) -> None:
         """A fault where names differ in white space, quotes, BOM or Unicode form alone; a warning for odd names."""
@@ -466,7 +583,7 @@ class _Reader:
                 self.report["warnings"].append(f"{found}; they are different entities or relations")
                 return
             file, line = self.where(odd)
-            self.fault(file, line, _Words(found), "one spelling (white space, quotes, BOM, Unicode form) of each name")
+            self.fault(file, line, _Words(found), SPELLING)
         elif odd_names := unusual(names):
             self.report["warnings"].append(
                 f"{len(odd_names)} {what} names have outer or repeated white space, quotes around them, a BOM or "
@@ -517,7 +634,7 @@ class _Reader:
         entities, relations = self.name_ids("entity2id.txt"), self.name_ids("relation2id.txt")
         self.check()
         splits = {}
-        for split in SPLITS:
+        for split in [split for split in SPLITS if f"{split}2id.txt" in self.raw]:
             file = f"{split}2id.txt"
             triples = []
             for number, line in self.counted_lines(file):
@@ -570,16 +687,18 @@ class _Reader:
         self.report["names_of_other_entities"] = len(
             (label.keys() | text.keys() | mid.keys() | definition.keys()) - own
         )
-        labels = [name or raw for name, raw in zip(found, entities, strict=True)]
+        labels = [name or local_name(raw) for name, raw in zip(found, entities, strict=True)]
         self.report["labels_shared"] = len(labels) - len(set(labels))
         return labels, has_label, descriptions
 
     def relation_names(self, relations: list[str]) -> list[str]:
-        """relation2text, else the raw name with spaces for its separators."""
+        """relation2text, else the raw name, of an IRI its last part, with spaces for its separators."""
         text = self.texts("relation2text.txt")
         self.report["relation_labels_missing"] = sum(not text.get(name) for name in relations)
         separators = str.maketrans(dict.fromkeys("/_.-", " "))
-        return [text.get(name) or " ".join(name.translate(separators).split()) or name for name in relations]
+        return [
+            text.get(name) or " ".join(local_name(name).translate(separators).split()) or name for name in relations
+        ]
 
     def count(self, M: int, R: int, splits: dict[str, Ints]) -> None:
         """Fill the report: sizes, repeated triples, triples shared by splits, what never occurs in training."""
@@ -618,6 +737,9 @@ class _Reader:
                     )
 
 
+SPELLING = "one spelling (white space, quotes, BOM, Unicode form) of each name; --keep_names takes them as they are"
+
+
 class _Words(str):
     """A description of a fault, printed as it is; any other string found in a file is quoted."""
 
@@ -626,19 +748,22 @@ def _columns(count: int) -> _Words:
     return _Words(f"{count} column{'s' * (count != 1)}")
 
 
+def add_keep_names(parser: argparse._ActionsContainer) -> None:
+    """The flag of every script that loads a graph by its name."""
+    parser.add_argument("--keep_names", action="store_true", help="names in several spellings are different names")
+
+
 def main() -> None:
-    parser = CommandParser(
-        prog="data/knowledge_graph.py", description="Validate a graph folder and print what it holds."
-    )
-    parser.add_argument("folder", help="the folder, such as data/family")
-    parser.add_argument("--keep_names", action="store_true", help="accept several spellings of a name as names")
+    parser = CommandParser(prog="data/knowledge_graph.py", description="Validate a graph and print what it holds.")
+    parser.add_argument("folder", help="the folder, such as data/family, or a file")
+    add_keep_names(parser)
     args = parser.parse_args()
     start = time.perf_counter()
     kg = KnowledgeGraph.load(args.folder, args.keep_names)
     seconds = time.perf_counter() - start
     print(f"{kg.name}: {kg.num_entities} entities, {kg.num_relations} relations, loaded in {seconds:.2f} s")
     for key, value in kg.report.items():
-        if key == "warnings":  # printed by ``load``
+        if key in ("warnings", "notes"):  # printed by ``load``
             continue
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"  {key.replace('_', ' '):30} {shown}")

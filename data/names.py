@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,14 @@ from common.errors import InputError
 
 # first lines that name the columns; a line is a header if each of its words is of its column's set
 HEADER_WORDS = (
-    {"head", "subject", "source", "from", "h", "s", "head_id", "subject_id", "entity1", "node1"},
+    {"head", "subject", "source", "from", "h", "s", "head_id", "subject_id", "entity1", "node1", "start_id"},
     {"relation", "predicate", "edge", "property", "label", "r", "p", "rel", "relation_id", "type"},
-    {"tail", "object", "target", "to", "t", "o", "tail_id", "object_id", "entity2", "node2"},
+    {"tail", "object", "target", "to", "t", "o", "tail_id", "object_id", "entity2", "node2", "end_id"},
 )
 
+
+# what decides the order of a graph's rows
+ROW_ORDER = "that of entities.dict or entity2id.txt, else the sorted names"
 
 # names that ``plain_name`` may change: others are not looked at, which is faster
 _ODD = re.compile(r"""[^\x20-\x7e]|  |^[ "']| $""")
@@ -49,10 +53,26 @@ def unusual(names: Sequence[str]) -> list[str]:
     return [name for name in names if _ODD.search(name) and plain_name(name) != name]
 
 
+def local_name(name: str) -> str:
+    """The readable part of an IRI, with spaces for its separators; any other name as it is."""
+    if not name.startswith(("http://", "https://", "urn:")):
+        return name
+    part = unquote(re.split(r"[/#:]", name.rstrip("/#"))[-1])
+    return " ".join(part.replace("_", " ").split()) or name
+
+
 def is_header(h: str, r: str, t: str) -> bool:
     """Whether a line names the columns, such as "head relation tail"."""
-    columns = zip((h, r, t), HEADER_WORDS, strict=True)
-    return all(word.strip().strip("\"'<#").lower() in words for word, words in columns)
+    return header_columns([h, r, t]) == (0, 1, 2)
+
+
+def header_columns(words: Sequence[str]) -> tuple[int, int, int] | None:
+    """The columns of head, relation and tail by a header line; None where a line does not name each of them once."""
+    plain = [word.strip().strip("\"'<#?:").lower() for word in words]
+    found = [[i for i, word in enumerate(plain) if word in known] for known in HEADER_WORDS]
+    if any(len(columns) != 1 for columns in found):
+        return None
+    return found[0][0], found[1][0], found[2][0]
 
 
 def numbers_in_another_order(names: Sequence[str]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import InputError
-from common.files import ROOT, read_json
+from common.files import ROOT, command, read_json
 from lora_training.base_model import MEMORY_ERRORS, load_base, load_config, load_error, load_saved_tokenizer
 from lora_training.code_tokens import CodeShape, code_shape, is_codes_info, resize_model, token_ids
 
@@ -47,7 +47,7 @@ def read_saved(folder: str | Path, weights: str = "adapter_config.json") -> Save
         if not (folder / name).is_file():
             what = "does not exist" if not folder.is_dir() else f"has no {name}"
             script = "merge_adapter.py" if weights == "config.json" else "train_lora.py"
-            raise InputError(f"{folder} {what}; write it: cd lora_training && python {script}")
+            raise InputError(f"{folder} {what}; write it: {command(f'lora_training/{script}')}")
     record = read_json(folder / RECORD, "record")
     if (
         not isinstance(record, dict)

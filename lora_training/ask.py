@@ -14,7 +14,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,12 +30,14 @@ from data.knowledge_graph import find_name, show_names
 from lora_training.adapters import ADAPTER
 from lora_training.base_model import load_config
 from lora_training.code_tokens import refuse_other_codes
-from lora_training.inference import add_model_flags, check_model, load_model, memory_advice
+from lora_training.inference import Reader, add_model_flags, check_model, load_model, memory_advice
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lora_training.candidate_scoring import TokenTrie
 
 INVERSE = prompts.relation_text("", "head")  # prefix of the label of an inverse relation
 
@@ -93,7 +95,7 @@ def open_codes(info: dict[str, Any], codes: Path | None, dataset: Path | None) -
         argparse.Namespace(
             codes=codes or (recorded if recorded and recorded.is_file() else None), dataset=dataset,
             seed=info.get("shuffle_seed", 0), no_codes=info.get("file") is None,
-            shuffle_codes=bool(info.get("shuffled")), code_format=info.get("code_format", "spec"),
+            shuffle_codes=bool(info.get("shuffled")), keep_names=True, code_format=info.get("code_format", "spec"),
         )
     )  # fmt: skip
     refuse_other_codes(info, source.codes_info, "the model", "--codes")
@@ -111,6 +113,20 @@ class Found(NamedTuple):
     known: str  # the split that contains it, or ""
 
 
+class Task(NamedTuple):
+    """A query or a question, ready to be scored."""
+
+    prompt: list[int]  # token ids
+    by_name: bool  # a question is answered by names, a query by codes (by names in data without codes)
+    listed: tuple[int, ...] | None  # the entities to score; None: search all
+    known: dict[int, str]  # known answers and their split
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Tasks of one kind can be computed together."""
+        return self.by_name, self.listed is None
+
+
 @dataclass
 class Asker:
     """A loaded model and the entities that it may answer with."""
@@ -119,10 +135,19 @@ class Asker:
     tokenizer: PreTrainedTokenizerBase
     source: Source
     beams: int = 20
+    _answers: dict[bool, list[list[list[int]]]] = field(default_factory=dict, init=False)
+    _tries: dict[bool, TokenTrie] = field(default_factory=dict, init=False)
 
     def query(self, query: Query) -> list[Found]:
         """The answers to (h, r, ?), best first."""
-        prompt = prompts.prediction(self.source.query_fields(*query))
+        return self.rank([self.query_task(query)])[0]
+
+    def question(self, text: str) -> list[Found]:
+        """The entities that the answer to a question may start with, best first."""
+        return self.rank([self.question_task(text)])[0]
+
+    def query_task(self, query: Query, listed: tuple[int, ...] | None = None) -> Task:
+        """(h, r, ?) with the prompt of tail_prediction rows."""
         kg, R = self.source.kg, self.source.kg.num_relations
         given, answer = (0, 2) if query.relation < R else (2, 0)
         split_of: dict[int, str] = {}
@@ -130,26 +155,70 @@ class Asker:
             triples = kg.split(split)
             same = (triples[:, given] == query.head) & (triples[:, 1] == query.relation % R)
             split_of |= dict.fromkeys(triples[same, answer].tolist(), split)
-        found = self._search(prompt, self.source.code_texts, [int(self.tokenizer.eos_token_id)])
-        return [Found(e, score, split_of.get(e, "")) for e, score in found]
+        return Task(self._encode(prompts.prediction(self.source.query_fields(*query)), False), False, listed, split_of)
 
-    def question(self, text: str) -> list[Found]:
-        """The entities that the answer to a question may start with, best first."""
-        newline = encode_answer("\n", self.tokenizer, end=False)[-1]
-        ends = [int(self.tokenizer.eos_token_id), newline]  # a name ends the answer or its line
-        found = self._search(prompts.asked(mark_entity(text, self.source)[0]), self.source.shown, ends)
-        return [Found(e, score, "") for e, score in found]
+    def question_task(self, text: str, listed: tuple[int, ...] | None = None) -> Task:
+        """A question with the prompt of question_answering rows."""
+        return Task(self._encode(prompts.asked(mark_entity(text, self.source)[0]), True), True, listed, {})
 
-    def _search(self, prompt: str, texts: Sequence[str], ends: Sequence[int]) -> list[tuple[int, float]]:
-        """The most likely entities by the text of each, followed by one of the token ids ``ends``."""
-        from lora_training.candidate_scoring import TokenTrie, constrained_beams
-
-        encoded = encode_texts(texts, self.tokenizer)
-        owners = np.tile(np.arange(len(texts)), len(ends))
-        trie = TokenTrie.from_sequences([[*ids, end] for end in ends for ids in encoded], owners)
+    def _encode(self, prompt: str, by_name: bool) -> list[int]:
+        """Token ids of a prompt; InputError if prompt and answer do not fit the model."""
         ids = encode_prompt({"instruction": prompt}, self.tokenizer)
-        found = constrained_beams(self.model, ids, trie, self.beams)
-        return list(zip(found.owners.tolist(), found.scores.tolist(), strict=True))
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = self.trie(by_name).rows.shape[1]
+        if limit is not None and len(ids) + longest > limit:
+            raise InputError(f"the prompt has {len(ids)} tokens and an answer up to {longest}, the model reads {limit}")
+        return ids
+
+    def answers(self, by_name: bool) -> list[list[list[int]]]:
+        """Token ids of each entity's answer [M], once with each token that may end it."""
+        if by_name not in self._answers:
+            ends = [int(self.tokenizer.eos_token_id)]
+            if by_name:  # a name ends the answer or its line
+                ends.append(encode_answer("\n", self.tokenizer, end=False)[-1])
+            encoded = encode_texts(self.source.shown if by_name else self.source.code_texts, self.tokenizer)
+            self._answers[by_name] = [[[*ids, end] for end in ends] for ids in encoded]
+        return self._answers[by_name]
+
+    def trie(self, by_name: bool) -> TokenTrie:
+        """All of ``answers``, owned by their entities."""
+        from lora_training.candidate_scoring import TokenTrie
+
+        if by_name not in self._tries:
+            answers = self.answers(by_name)
+            owners = np.repeat(np.arange(len(answers)), len(answers[0]))
+            self._tries[by_name] = TokenTrie.from_sequences([ids for own in answers for ids in own], owners)
+        return self._tries[by_name]
+
+    def rank(self, tasks: Sequence[Task]) -> list[list[Found]]:
+        """The answers to tasks of one kind, best first, ties by entity. Computed in one batch.
+
+        Of all entities a beam search finds the most likely ones: ``beams`` of them, or a few more.
+        """
+        from lora_training.candidate_scoring import constrained_beams, score_lists
+
+        by_name, everything = tasks[0].kind
+        given = [task.prompt for task in tasks]
+        lists = [list(task.listed or ()) for task in tasks]
+        if everything:
+            width = self.beams * len(self.answers(by_name)[0])  # an entity may take a beam for each of its ends
+            found = constrained_beams(self.model, given, self.trie(by_name), width)
+            lists = [one.owners.tolist() for one in found]
+            scores = [one.scores for one in found]
+        if by_name or not everything:  # a search may have found only one of the two ends of a name
+            answers = self.answers(by_name)
+            wanted = [[ids for e in listed for ids in answers[e]] for listed in lists]
+            scores = [
+                np.logaddexp.reduce(one.numpy().reshape(len(listed), -1), axis=1)
+                for one, listed in zip(score_lists(self.model, given, wanted), lists, strict=True)
+            ]
+        return [
+            sorted(
+                (Found(e, score, task.known.get(e, "")) for e, score in zip(listed, some.tolist(), strict=True)),
+                key=lambda answer: (-answer.score, answer.entity),
+            )
+            for task, listed, some in zip(tasks, lists, scores, strict=True)
+        ]
 
 
 def print_answers(source: Source, title: str, found: Sequence[Found], top: int) -> None:
@@ -175,9 +244,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--question", metavar="TEXT", help="a question in words")
     group.add_argument("--top", type=int, default=10, help="answers to print")
     group.add_argument("--beams", type=int, default=20, help="width of the search over all entities")
-    group = parser.add_argument_group("entities")
-    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: the one recorded)")
-    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the codes' own)")
+    add_entity_flags(parser.add_argument_group("entities"))
     args = parser.parse_args(argv)
     if (args.head is None) != (args.relation is None):
         parser.error("--head and --relation go together")
@@ -188,8 +255,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def add_entity_flags(group: Any) -> None:
+    """Flags of every command that ranks all entities."""
+    group.add_argument("--codes", type=Path, metavar="FILE.pt", help="codes file (default: the one recorded)")
+    group.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the codes' own)")
+
+
+def open_model(args: argparse.Namespace) -> tuple[Reader, Source]:
+    """The checked model of the flags (default: what training left) and its entities; no weights are loaded."""
     from transformers import DynamicCache
 
     if args.base_model is None and args.lora_adapter is None and ADAPTER.is_dir():
@@ -202,7 +275,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     if any(DynamicCache(config=load_config(reader.base_model)).is_sliding):  # the prompt's cache would lose its start
         raise InputError(f"{reader.base_model} has a sliding window, which this search does not support")
-    source = open_codes(reader.codes, args.codes, args.dataset)
+    return reader, open_codes(reader.codes, args.codes, args.dataset)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    reader, source = open_model(args)
     query = None if args.head is None else find_query(args.head, args.relation, source)
     about = None if args.question is None else mark_entity(args.question, source)[1]
     device = find_device(args.device)

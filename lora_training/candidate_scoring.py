@@ -2,16 +2,17 @@
 
     log P(answer | prompt) = sum over its tokens of log P(token | prompt, tokens before it)
 
-``score_candidates`` computes it for 20 candidates; ``constrained_beams`` is a beam search over a trie of all entities.
-Both compute the prompt once and then feed *branches*: parts of several answers in one row of tokens, each attending to
-the prompt, its own ancestors and itself (4D mask). The prompt's cache is never copied: 20 copies would need 15 GiB for
-a 7B model.
+``score_lists`` computes it for lists of candidates; ``constrained_beams`` is a beam search over a trie of all entities.
+Both compute several prompts in one batch, each once, and then feed *branches*: parts of several answers in one row of
+tokens, each attending to the prompt, its own ancestors and itself (4D mask). A prompt's cache is never copied: 20
+copies would need 15 GiB for a 7B model.
 
 Equal token sequences are scored once, so their scores are bit-equal and ties can be ranked at their mean.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,50 +51,62 @@ class Branch(NamedTuple):
 
 
 class Prefix:
-    """The cache of a prompt of P tokens and of the branches fed so far: slot s is at position P + s of the cache."""
+    """The caches of B prompts and of the branches fed so far, all in one batch.
 
-    def __init__(self, model: PreTrainedModel, prompt: Sequence[int], keep: int = 1) -> None:
-        """Compute ``prompt`` [P]; ``self.logits`` [keep, V] are those of its last ``keep`` tokens.
+    Shorter prompts are padded on the left to T tokens; slot s of each prompt is at position T + s of the cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], keep: int = 1) -> None:
+        """Compute ``prompts``; ``self.logits`` [B, keep, V] are those of their last ``keep`` tokens.
 
         Raises ValueError for an empty prompt and for a model with a sliding window.
         """
         from transformers import DynamicCache
 
-        if len(prompt) < max(keep, 1):
+        if not all(prompts):
             raise ValueError("the prompt is empty")
-        self.model, self.P, self.fed = model, len(prompt), 0
+        self.model, self.fed = model, 0
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.T = max(self.lengths)
         self.cache = DynamicCache(config=model.config)
         if any(self.cache.is_sliding):
             raise ValueError("the cache of a model with a sliding window drops its prompt: use way='full'")
-        ids = torch.tensor([prompt], device=model.device)
-        self.logits = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits[0]
+        batch = left_padded(prompts, 0, model.device)
+        if min(self.lengths) == self.T:  # nothing to mask
+            batch = {"input_ids": batch["input_ids"]}
+        self.logits = model(**batch, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits
 
-    def feed(self, branches: Sequence[Branch]) -> Tensor:
-        """Feed all branches as one row of S tokens -> logits [S, V]; they get the next S slots, in order."""
-        S, start = sum(len(branch.tokens) for branch in branches), self.P + self.fed
+    def feed(self, rows: Sequence[Sequence[Branch]]) -> Tensor:
+        """Feed the branches of each prompt as one row of at most S tokens -> logits [B, S, V].
+
+        They get the next S slots, in order. Logits behind the tokens of a shorter row are padding.
+        """
+        S, start = max(sum(len(branch.tokens) for branch in branches) for branches in rows), self.T + self.fed
         dtype, device = self.model.dtype, self.model.device
-        seen = torch.zeros(S, start + S, dtype=torch.bool)
-        seen[:, : self.P] = True
-        position = torch.empty(S, dtype=torch.long)
-        at = 0
-        for branch in branches:
-            n = len(branch.tokens)
-            rows = slice(at, at + n)
-            seen[rows, [self.P + slot for slot in branch.ancestors]] = True
-            seen[rows, start + at : start + at + n] = torch.ones(n, n, dtype=torch.bool).tril()
-            position[rows] = self.P + len(branch.ancestors) + torch.arange(n)
-            at += n
-        mask = torch.zeros(S, start + S, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        ids = torch.tensor([token for branch in branches for token in branch.tokens], device=device)
+        seen = np.zeros((len(rows), S, start + S), dtype=bool)
+        position, ids = np.zeros((2, len(rows), S), dtype=np.int64)
+        for row, (branches, P) in enumerate(zip(rows, self.lengths, strict=True)):
+            seen[row, :, self.T - P : self.T] = True  # padding too, since softmax over nothing is NaN
+            at = 0
+            for branch in branches:
+                n = len(branch.tokens)
+                seen[row, at : at + n, [self.T + slot for slot in branch.ancestors]] = True
+                seen[row, at : at + n, start + at : start + at + n] = np.tri(n, dtype=bool)
+                position[row, at : at + n] = P + len(branch.ancestors) + np.arange(n)
+                ids[row, at : at + n] = branch.tokens
+                at += n
+        hidden = torch.from_numpy(~seen[:, None]).to(device)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)
         output = self.model(
-            input_ids=ids[None], attention_mask=mask[None, None].to(device), position_ids=position[None].to(device),
-            past_key_values=self.cache, use_cache=True,
+            input_ids=torch.from_numpy(ids).to(device), attention_mask=mask,
+            position_ids=torch.from_numpy(position).to(device), past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
         self.fed += S
-        return output.logits[0]
+        logits: Tensor = output.logits
+        return logits
 
     def forget(self) -> None:
-        """Remove everything after the prompt from the cache."""
+        """Remove everything after the prompts from the cache."""
         self.cache.crop(-self.fed)
         self.fed = 0
 
@@ -118,30 +131,44 @@ def best_way(model: PreTrainedModel) -> str:
     return "packed" if masked and not any(DynamicCache(config=model.config).is_sliding) else "full"
 
 
-@torch.inference_mode()
 def score_candidates(
     model: PreTrainedModel, prompt: Sequence[int], candidates: Sequence[Sequence[int]], way: str | None = None,
     row_tokens: int = ROW_TOKENS,
 ) -> Tensor:  # fmt: skip
-    """log P(candidate | prompt), summed over all its tokens -> float64 [C] on the CPU.
+    """``score_lists`` of one prompt: log P(candidate | prompt) -> float64 [C] on the CPU."""
+    return score_lists(model, [prompt], [candidates], way, row_tokens)[0]
+
+
+@torch.inference_mode()
+def score_lists(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], lists: Sequence[Sequence[Sequence[int]]],
+    way: str | None = None, row_tokens: int = ROW_TOKENS,
+) -> list[Tensor]:  # fmt: skip
+    """log P(candidate | prompt) of each prompt's own list, summed over all tokens -> B of float64 [C] on the CPU.
 
     A candidate should include its end token: without it, a name beats every longer name that it begins. ``way``:
-    ``packed`` computes the prompt once and feeds candidates in rows of at most ``row_tokens`` tokens with a
+    ``packed`` computes the prompts once and feeds candidates in batches of at most ``row_tokens`` tokens with a
     block-diagonal mask, ``full`` computes the prompt for every candidate (the reference). Default: ``best_way``.
     Raises ValueError for an empty prompt or candidate.
     """
     way = way or best_way(model)
     if way not in WAYS:
         raise ValueError(f"way {way!r} is not one of {', '.join(WAYS)}")
-    distinct = list(dict.fromkeys(map(tuple, candidates)))
-    if not prompt or not all(distinct):
-        raise ValueError("a candidate has no tokens" if prompt else "the prompt is empty")
+    distinct = [list(dict.fromkeys(map(tuple, candidates))) for candidates in lists]
+    if not all(prompts) or not all(all(some) for some in distinct):
+        raise ValueError("a candidate has no tokens" if all(prompts) else "the prompt is empty")
     if way == "full":
-        totals = [_full_pass(model, prompt, candidate) for candidate in distinct]
+        totals = [
+            [_full_pass(model, prompt, candidate) for candidate in some]
+            for prompt, some in zip(prompts, distinct, strict=True)
+        ]
     else:
-        totals = _after_prompt(model, prompt, distinct, row_tokens)
-    score = dict(zip(distinct, totals, strict=True))
-    return torch.tensor([score[tuple(candidate)] for candidate in candidates], dtype=torch.float64)
+        totals = _after_prompts(model, prompts, distinct, row_tokens)
+    scores = [dict(zip(some, found, strict=True)) for some, found in zip(distinct, totals, strict=True)]
+    return [
+        torch.tensor([score[tuple(candidate)] for candidate in candidates], dtype=torch.float64)
+        for score, candidates in zip(scores, lists, strict=True)
+    ]
 
 
 def _full_pass(model: PreTrainedModel, prompt: Sequence[int], candidate: Sequence[int]) -> float:
@@ -151,25 +178,44 @@ def _full_pass(model: PreTrainedModel, prompt: Sequence[int], candidate: Sequenc
     return float(log_probs(logits, ids[0, -n:]).sum())
 
 
-def _after_prompt(
-    model: PreTrainedModel, prompt: Sequence[int], candidates: list[tuple[int, ...]], row_tokens: int
-) -> list[float]:
-    shared = common_prefix(candidates)
-    prefix = Prefix(model, [*prompt, *shared], keep=len(shared) + 1)
-    device = prefix.logits.device
-    own = [candidate[len(shared) :] for candidate in candidates]
-    base = float(log_probs(prefix.logits[:-1], torch.tensor(shared, device=device)).sum()) if shared else 0.0
-    first = prefix.logits[-1:].expand(len(own), -1)
-    totals = (base + log_probs(first, torch.tensor([tokens[0] for tokens in own], device=device))).tolist()
-    longer = [i for i, tokens in enumerate(own) if len(tokens) > 1]  # the last token is never fed
-    for group in _groups(longer, [len(own[i]) - 1 for i in longer], row_tokens):
-        fed, wanted = [own[i][:-1] for i in group], [own[i][1:] for i in group]
-        logits = prefix.feed([Branch((), tokens) for tokens in fed])
-        found = log_probs(logits, torch.tensor([token for tokens in wanted for token in tokens], device=device))
-        for i, part in zip(group, found.split([len(tokens) for tokens in wanted]), strict=True):
-            totals[i] += float(part.sum())
+def _after_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], lists: Sequence[list[tuple[int, ...]]], row_tokens: int
+) -> list[list[float]]:
+    shared = [common_prefix(candidates) for candidates in lists]
+    given = [[*prompt, *first] for prompt, first in zip(prompts, shared, strict=True)]
+    prefix = Prefix(model, given, keep=max(map(len, shared)) + 1)
+    own = [[one[len(first) :] for one in some] for some, first in zip(lists, shared, strict=True)]
+    totals, groups = [], []
+    for logits, first, rests in zip(prefix.logits, shared, own, strict=True):
+        base = _total(logits[-1 - len(first) : -1], first) if first else 0.0
+        next_tokens = torch.tensor([tokens[0] for tokens in rests], device=logits.device)
+        totals.append((base + log_probs(logits[-1:].expand(len(rests), -1), next_tokens)).tolist())
+        longer = [i for i, tokens in enumerate(rests) if len(tokens) > 1]  # the last token is never fed
+        groups.append(_groups(longer, [len(rests[i]) - 1 for i in longer], row_tokens // len(lists)))
+    for parts in itertools.zip_longest(*groups, fillvalue=()):
+        fed = [[Branch((), rests[i][:-1]) for i in part] for rests, part in zip(own, parts, strict=True)]
+        _add_rests(totals, parts, prefix.feed(fed), own)
         prefix.forget()
     return totals
+
+
+def _total(logits: Tensor, tokens: Sequence[int]) -> float:
+    """The sum of ``log_probs``."""
+    return float(log_probs(logits, torch.tensor(tokens, device=logits.device)).sum())
+
+
+def _add_rests(
+    totals: list[list[float]], parts: Sequence[Sequence[int]], logits: Tensor, rests: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    """Add to ``totals`` the log P of ``rests`` after their first token, from ``logits`` [B, S, V] of one ``feed``; of
+    each prompt only those in ``parts``."""
+    for own, part, row, rest in zip(totals, parts, logits, rests, strict=True):
+        wanted = [rest[i][1:] for i in part]
+        if part:
+            ids = torch.tensor([token for tokens in wanted for token in tokens], device=row.device)
+            found = log_probs(row[: len(ids)], ids).split([len(tokens) for tokens in wanted])
+            for i, some in zip(part, found, strict=True):
+                own[i] += float(some.sum())
 
 
 def _groups(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
@@ -306,11 +352,13 @@ class Ranked(NamedTuple):
 
 
 @torch.inference_mode()
-def constrained_beams(model: PreTrainedModel, prompt: Sequence[int], trie: TokenTrie, beams: int) -> Ranked:
-    """The most likely sequences of ``trie`` after ``prompt``, by beam search of width ``beams``.
+def constrained_beams(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], trie: TokenTrie, beams: int
+) -> list[Ranked]:
+    """The most likely sequences of ``trie`` after each of B prompts, by beam search of width ``beams``.
 
     With ``beams`` >= number of sequences it is exact and equals ``score_candidates``; 1 is greedy decoding. All beams
-    share the prompt's cache. When each beam has only one continuation left, the rest is one pass. An owner of several
+    share their prompt's cache. When each beam has only one continuation left, the rest is one pass. An owner of several
     sequences gets the sum of their probabilities; owners that share a sequence are all returned. Raises ValueError for
     ``beams`` < 1 or an attention that accepts no mask.
     """
@@ -319,18 +367,28 @@ def constrained_beams(model: PreTrainedModel, prompt: Sequence[int], trie: Token
     if best_way(model) != "packed":
         raise ValueError(f"constrained search needs attention {' or '.join(MASKED_ATTENTION)}")
     shared = trie.common()
-    prefix = Prefix(model, [*prompt, *shared], keep=len(shared) + 1)
-    logits = prefix.logits
-    base = float(log_probs(logits[:-1], torch.tensor(shared, device=logits.device)).sum()) if shared else 0.0
-    live = [_Beam(0, len(trie.rows), len(shared), base, (), len(shared))]
-    done: list[_Beam] = []
-    while live and not all(trie.is_chain(beam.low, beam.high) for beam in live):
-        live, done = _step(trie, live, done, logits, beams)
-        if live:
-            start = prefix.fed
-            logits = prefix.feed([Branch(beam.slots, [int(trie.rows[beam.low, beam.depth - 1])]) for beam in live])
-            live = [beam._replace(slots=(*beam.slots, start + i), source=i) for i, beam in enumerate(live)]
-    done += _finish(trie, prefix, live, logits)
+    prefix = Prefix(model, [[*prompt, *shared] for prompt in prompts], keep=len(shared) + 1)
+    logits = list(prefix.logits)
+    bases = [_total(some[:-1], shared) if shared else 0.0 for some in logits]
+    live = [[_Beam(0, len(trie.rows), len(shared), base, (), len(shared))] for base in bases]
+    done: list[list[_Beam]] = [[] for _ in prompts]
+    while growing := [b for b, some in enumerate(live) if not all(trie.is_chain(x.low, x.high) for x in some)]:
+        for b in growing:
+            live[b], done[b] = _step(trie, live[b], done[b], logits[b], beams)
+        fed: list[list[Branch]] = [[] for _ in prompts]
+        for b in growing:
+            fed[b] = [Branch(beam.slots, [int(trie.rows[beam.low, beam.depth - 1])]) for beam in live[b]]
+        if any(fed):
+            start, found = prefix.fed, prefix.feed(fed)
+            for b in growing:
+                logits[b] = found[b]
+                live[b] = [x._replace(slots=(*x.slots, start + i), source=i) for i, x in enumerate(live[b])]
+    finished = _finish(trie, prefix, live, logits)
+    return [_ranked(trie, [*some, *more], beams) for some, more in zip(done, finished, strict=True)]
+
+
+def _ranked(trie: TokenTrie, done: list[_Beam], beams: int) -> Ranked:
+    """Owners of the best ``beams`` sequences, with the sum of their probabilities."""
     best = sorted(done, key=lambda beam: (-beam.total, beam.low))[:beams]
     totals: dict[int, float] = {}
     for beam in best:
@@ -345,10 +403,11 @@ def _step(
 ) -> tuple[list[_Beam], list[_Beam]]:
     """Extend every live beam by one token; keep the best ``beams`` among them and those that have ended."""
     grown = list(done)
-    for beam in live:
+    rows = logits[[beam.source for beam in live]].float()
+    log_p = (rows - rows.logsumexp(1, keepdim=True)).cpu().numpy()
+    for beam, row in zip(live, log_p, strict=True):
         tokens, bounds = trie.children(beam.low, beam.high, beam.depth)
-        row = logits[beam.source].expand(1, -1).float()
-        found = (row[0, torch.from_numpy(tokens).to(row.device)] - row.logsumexp(1)).double().cpu().numpy()
+        found = row[tokens].astype(np.float64)
         for i in np.argsort(-found, kind="stable")[:beams].tolist():
             low, high = int(bounds[i]), int(bounds[i + 1])
             source = -1 if trie.ends(low, beam.depth + 1) else beam.source
@@ -357,24 +416,25 @@ def _step(
     return [beam for beam in kept if beam.source >= 0], [beam for beam in kept if beam.source < 0]
 
 
-def _finish(trie: TokenTrie, prefix: Prefix, live: list[_Beam], logits: Tensor) -> list[_Beam]:
-    """Score the rest of beams that have only one continuation."""
-    if not live:
-        return []
-    finished = []
-    rests = [trie.sequence(beam.low)[beam.depth :] for beam in live]
-    device = logits.device
-    first = log_probs(
-        logits[[beam.source for beam in live]], torch.tensor([rest[0] for rest in rests], device=device)
-    ).tolist()
-    longer = [i for i, rest in enumerate(rests) if len(rest) > 1]
-    for group in _groups(longer, [len(rests[i]) - 1 for i in longer], ROW_TOKENS):
-        found = log_probs(
-            prefix.feed([Branch(live[i].slots, rests[i][:-1]) for i in group]),
-            torch.tensor([token for i in group for token in rests[i][1:]], device=device),
-        )
-        for i, part in zip(group, found.split([len(rests[i]) - 1 for i in group]), strict=True):
-            first[i] += float(part.sum())
-    for beam, rest, more in zip(live, rests, first, strict=True):
-        finished.append(beam._replace(depth=beam.depth + len(rest), total=beam.total + more, source=-1))
-    return finished
+def _finish(trie: TokenTrie, prefix: Prefix, live: list[list[_Beam]], logits: Sequence[Tensor]) -> list[list[_Beam]]:
+    """Score the rest of each prompt's beams that have only one continuation."""
+    rests = [[trie.sequence(beam.low)[beam.depth :] for beam in some] for some in live]
+    totals, groups = [], []
+    for some, own, rows in zip(live, rests, logits, strict=True):
+        first = torch.tensor([rest[0] for rest in own], dtype=torch.long, device=rows.device)
+        totals.append(log_probs(rows[[beam.source for beam in some]], first).tolist() if some else [])
+        longer = [i for i, rest in enumerate(own) if len(rest) > 1]
+        groups.append(_groups(longer, [len(own[i]) - 1 for i in longer], ROW_TOKENS // len(live)))
+    for parts in itertools.zip_longest(*groups, fillvalue=()):
+        fed = [
+            [Branch(some[i].slots, own[i][:-1]) for i in part]
+            for some, own, part in zip(live, rests, parts, strict=True)
+        ]
+        _add_rests(totals, parts, prefix.feed(fed), rests)
+    return [
+        [
+            beam._replace(depth=beam.depth + len(rest), total=beam.total + more, source=-1)
+            for beam, rest, more in zip(some, own, found, strict=True)
+        ]
+        for some, own, found in zip(live, rests, totals, strict=True)
+    ]

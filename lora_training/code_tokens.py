@@ -22,7 +22,7 @@ from Class.codes import CODE_FORMATS, MARKS, code_tokens
 from Class.rows import STATS
 from Class.source import codes_key
 from common.errors import InputError
-from common.files import load_torch, read_json
+from common.files import command, load_torch, read_json
 from lora_training.base_model import load_saved_tokenizer
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def read_codes_info(data: str | Path) -> dict[str, Any]:
     stats = read_json(path, "statistics")
     info = stats.get("codes") if isinstance(stats, dict) else None
     if not isinstance(info, dict) or not is_codes_info(info):
-        raise InputError(f"{path} does not name the codes of its rows; write it again: python Class/build_mix.py")
+        raise InputError(f"{path} does not name the codes of its rows; write it again: {command('Class/build_mix.py')}")
     return info
 
 

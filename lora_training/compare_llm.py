@@ -49,7 +49,7 @@ from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.rows import PREDICTED, Row, read_rows, split_path
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import ROOT, exclusive_lock, read_json, write_json, write_text
+from common.files import ROOT, command, exclusive_lock, read_json, write_json, write_text
 from common.metrics import RANKING, check_ranking
 from common.record import make_record
 from common.steps import Step, run_steps
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     kg = KnowledgeGraph.load(dataset)
     with exclusive_lock(out.with_name(f"{out.name}.lock"), "--out"):
         compare(args, kg, dataset, out, recipe, started)
-    print(f"next: python tables/make_tables.py --records {args.out}")
+    print(f"next: {command('tables/make_tables.py', '--records', args.out)}")
 
 
 def compare(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import exclusive_lock, sha256_file, write_json, write_text, written_whole
+from common.files import command, exclusive_lock, sha256_file, write_json, write_text, written_whole
 from common.record import make_record
 from lora_training.adapters import RECORD
 from lora_training.base_model import load_tokenizer, quiet_libraries
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(args.out, ignore_errors=True)
         part.rename(args.out)
     print(f"wrote {args.out}: {type(model).__name__}, {size:,} parameters, {len(tokenizer):,} tokens")
-    print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
+    print(f"next: {command('lora_training/train_lora.py', '--model_name', args.out)}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

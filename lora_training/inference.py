@@ -45,7 +45,7 @@ from Class.prompts import FALSE, TRUE, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, existing_split, need_fields, read_rows
 from common.device import find_device
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import exclusive_lock, read_json, sha256_file, write_json
+from common.files import command, exclusive_lock, read_json, sha256_file, write_json
 from common.record import by_name, make_record
 from lora_training.adapters import RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
 from lora_training.base_model import check_model_name, load_base, load_config, load_tokenizer
@@ -538,7 +538,7 @@ def add_model_flags(group: Any) -> None:
 def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], dict[str, Any]]:
     """The files to answer, and whose codes they contain. InputError if a file is missing or of other codes."""
     if not args.test_data.is_file():
-        raise InputError(f"--test_data {args.test_data} does not exist; write it: python Class/gen_fb_data_rq.py")
+        raise InputError(f"--test_data {args.test_data} does not exist; write it: {command('Class/gen_fb_data_rq.py')}")
     if args.val_data is not None and not args.val_data.is_file():
         raise InputError(f"--val_data {args.val_data} does not exist; leave the flag out, or write the data again")
     info = read_codes_info(args.test_data)
@@ -630,7 +630,7 @@ def answer_rows(args: argparse.Namespace) -> None:
     write_json(record, args.output)
     print_report(metrics)
     print(f"wrote {args.output} and {path}")
-    print(f"next: python score_answers.py --answers {path}")
+    print(f"next: {command('lora_training/score_answers.py', '--answers', path)}")
 
 
 if __name__ == "__main__":

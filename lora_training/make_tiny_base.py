@@ -37,9 +37,9 @@ from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, exclusive_lock, write_json, written_whole
+from common.files import ROOT, command, exclusive_lock, write_json, written_whole
 from common.record import make_record, seed_everything
-from data.knowledge_graph import KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from lora_training.adapters import RECORD
 from lora_training.memory import enough_memory
 from lora_training.prompts import INSTRUCTION, RESPONSE, encode_text, prompt_text
@@ -193,14 +193,14 @@ def main(argv: list[str] | None = None) -> None:
     with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
         make_base(args)
     print(f"wrote {args.out}")
-    print(f"next: cd lora_training && python train_lora.py --model_name {args.out.resolve()}")
+    print(f"next: {command('lora_training/train_lora.py', '--model_name', args.out)}")
 
 
 def make_base(args: argparse.Namespace) -> None:
     """Corpus, tokenizer, model and training; then the folder with its record replaces the earlier one."""
     started = time.monotonic()
     device = str(find_device(args.device))
-    kg = KnowledgeGraph.load(args.dataset)
+    kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     import torch
     from transformers.utils import logging
 
@@ -234,7 +234,8 @@ def make_base(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder")
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
+    add_keep_names(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(args.output_dir, ignore_errors=True)
         part.rename(args.output_dir)
     print(f"wrote {args.output_dir} ({dtype}); logits differ by {difference:.1e} of the largest from the adapter's")
-    print(f"next: {answer_command(f'--base_model {args.output_dir}', Path(str(used.get('train_data') or DATA)))}")
+    print(f"next: {answer_command('--base_model', args.output_dir, Path(str(used.get('train_data') or DATA)))}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

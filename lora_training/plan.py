@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.rows import read_rows
 from common.errors import InputError
-from common.files import read_json, read_text
+from common.files import command, read_json, read_text
 from lora_training.adapters import RECORD, adapter_config, check_base, read_saved
 from lora_training.base_model import attention_of, causal_model_class, check_version, load_config, load_tokenizer
 from lora_training.checkpoints import check_checkpoint, check_plan, find_checkpoint
@@ -112,7 +112,7 @@ def check_data(args: argparse.Namespace) -> dict[str, Any]:
     """The ``codes`` entry of the data. InputError if a file is missing, or data or base belong to other codes."""
     for flag, path in (("--train_data", args.train_data), ("--val_data", args.val_data)):
         if not path.is_file():
-            raise InputError(f"{flag} {path} does not exist; write it: python Class/gen_fb_data_rq.py")
+            raise InputError(f"{flag} {path} does not exist; write it: {command('Class/gen_fb_data_rq.py')}")
     codes = read_codes_info(args.train_data)
     train = f"--train_data {args.train_data}"
     refuse_other_codes(codes, read_codes_info(args.val_data), train, f"--val_data {args.val_data}")
@@ -213,7 +213,7 @@ def encode_file(
             rows.append(example)
     if not len(rows):
         why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
-        raise InputError(f"{path} cannot be used: {why}; write it: python Class/gen_fb_data_rq.py")
+        raise InputError(f"{path} cannot be used: {why}; write it: {command('Class/gen_fb_data_rq.py')}")
     lengths, answers = rows.lengths, rows.answers
     if lengths.max() > context:
         raise InputError(

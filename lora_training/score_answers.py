@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import parse_json, sha256_file, write_json
+from common.files import command, parse_json, sha256_file, write_json
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
@@ -74,7 +74,7 @@ def read_answers(path: str | Path) -> AnswerFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"answers file {path} does not exist; write it: cd lora_training && python inference.py")
+        raise InputError(f"answers file {path} does not exist; write it: {command('lora_training/inference.py')}")
     answers: list[Answer] = []
     seen: set[tuple[str, str]] = set()
     end = 0

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.rows import answer_command
 from common.device import memory_wanted
 from common.errors import CommandParser, InputError, is_disk_full, run_command
-from common.files import exclusive_lock, sha256_file
+from common.files import command, exclusive_lock, sha256_file
 from common.files import write_json as write_record
 from common.record import by_name, make_record
 from lora_training.adapters import RECORD, WEIGHTS, put_adapter
@@ -329,8 +329,8 @@ def finish(args: argparse.Namespace, folder: Path, record: dict[str, Any]) -> No
         f"{best['best_plain_loss']:.3f} (step {record['best_step']})"
     )
     print_once(f"wrote {final}" + ("" if record["reload_difference"] is None else ": reloaded, logits are bit-equal"))
-    print_once(f"next: {answer_command(f'--lora_adapter {final}', args.train_data)}")
-    print_once(f"weights for other software: python merge_adapter.py --lora_adapter {final}")
+    print_once(f"next: {answer_command('--lora_adapter', final, args.train_data)}")
+    print_once(f"weights for other software: {command('lora_training/merge_adapter.py', '--lora_adapter', final)}")
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Path]:

@@ -12,6 +12,7 @@ docs/NEW_ENTITIES.md shows an example.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -25,9 +26,19 @@ from tqdm import tqdm
 from Class.codes import CodeFiles, code_files, load_entities, save_codes
 from common.config import Config
 from common.errors import InputError
-from common.files import ROOT, exclusive_lock, load_torch, read_json, read_text, save_torch, sha256_file, write_json
+from common.files import (
+    ROOT,
+    command,
+    exclusive_lock,
+    load_torch,
+    read_json,
+    read_text,
+    save_torch,
+    sha256_file,
+    write_json,
+)
 from common.record import make_record
-from data.hold_out import Triple, by_name, write_graph
+from data.hold_out import Triple, by_name, write_graph, write_texts
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph
 from data.names import row_names
 from model.checkpoint import load_checkpoint
@@ -334,11 +345,12 @@ def encode(config: Config) -> None:
         }  # fmt: skip
         write_record(config, settings, about, outputs, out, time.monotonic() - began)
         encoder.partial.unlink(missing_ok=True)
+    eval_command = command("run_rq.py", "--dataset", out.graph, "--eval_codes", out.files.codes, "--checkpoint",
+                           config.checkpoint)  # fmt: skip
     print(
         f"{len(new.names)} new entities from {about['edges_used']} edges, {about['seconds_per_entity']:.3f} s each; "
         f"wrote {out.files.codes} and {out.graph}\n"
-        f"next: python run_rq.py --dataset {out.graph} --eval_codes {out.files.codes} --checkpoint {config.checkpoint} "
-        f"--predict {new.names[0]!r} RELATION"
+        f"next: {eval_command} --predict {shlex.quote(new.names[0])} RELATION"
     )
 
 
@@ -351,6 +363,7 @@ def write_encoded(
     splits["train"] += new.by_name
     entities = [*kg.entities, *new.names]
     write_graph(out.graph, config.dataset or ROOT / "data" / "FB15k-237", entities, kg.relations, splits)
+    write_texts(out.graph, kg)
     assert config.eval_codes is not None
     embeddings: Tensor | None = None
     if codes.shape[0] * codes.shape[1] * base.scorer.rq_codebook.latent_dim * 4 <= EMBEDDINGS_LIMIT_BYTES:
@@ -369,7 +382,7 @@ def write_record(
 ) -> None:
     """OUT.json: a record as stage 1 writes it, with the settings that the codes were learned with."""
     assert config.eval_codes is not None
-    graph = KnowledgeGraph.load(out.graph)
+    graph = KnowledgeGraph.load(out.graph, keep_names=True)
     before = config.eval_codes.with_suffix(".json")
     record = read_json(before, "record") if before.is_file() else {}
     args = {**settings, "dataset": str(out.graph), "encode": str(config.encode), "encoded": str(config.encoded)}

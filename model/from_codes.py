@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from Class.codes import load_codes
 from common.config import Config
 from common.errors import InputError
-from common.files import write_json
+from common.files import command, write_json
 from model.inputs import choose_device, load_graph, load_scorer, order_of_entities
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def check_triples_of_new(codes_file: Path, kg: KnowledgeGraph) -> None:
     folder = codes_file.with_suffix("")
     if not folder.is_dir():
         return
-    graph = KnowledgeGraph.load(folder)
+    graph = KnowledgeGraph.load(folder, keep_names=True)
     if train_hash(graph.input_hashes) != train_hash(kg.input_hashes):
         shared = shared_triples(graph, kg)["test_triples"]
         if shared:
@@ -136,7 +136,7 @@ def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> Non
     print(f"wrote {path}: {found.ids.shape[1]} candidates for each of {len(found.ids)} queries of {config.split}")
     print(
         "next, with one such file for valid and one for test: "
-        f"python Class/gen_lp_data_rq.py --candidates VALID TEST --codes {config.eval_codes}"
+        f"{command('Class/gen_lp_data_rq.py', '--candidates', 'VALID', 'TEST', '--codes', config.eval_codes)}"
     )
 
 

@@ -15,7 +15,7 @@ from common.device import find_device
 from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import TRAIN_FILES
-from data.names import row_names, rows_by_name
+from data.names import ROW_ORDER, row_names, rows_by_name
 
 if TYPE_CHECKING:
     import torch
@@ -51,16 +51,17 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def load_graph(config: Config) -> KnowledgeGraph:
-    """Read --dataset and print its sizes. Raises InputError for a graph of one entity."""
+def load_graph(config: Config, test: bool = True) -> KnowledgeGraph:
+    """Read --dataset (``test``: with its test split) and print its sizes. InputError for a graph of one entity."""
     from data.knowledge_graph import KnowledgeGraph
 
-    kg = KnowledgeGraph.load(config.dataset or ROOT / "data" / "FB15k-237")
+    kg = KnowledgeGraph.load(config.dataset or ROOT / "data" / "FB15k-237", config.keep_names, test=test)
     if kg.num_entities < 2:
         raise InputError(f"--dataset {config.dataset} has 1 entity: ranking needs 2 or more")
+    in_test = len(kg.test) if test else "unread"
     print(
         f"{kg.name}: {kg.num_entities} entities ({int(kg.unseen.sum())} unseen in training), {kg.num_relations} "
-        f"relations, {len(kg.train)} / {len(kg.valid)} / {len(kg.test)} triples in train / valid / test"
+        f"relations, {len(kg.train)} / {len(kg.valid)} / {in_test} triples in train / valid / test"
     )
     for key in ("repeated_triples", "shared_triples"):
         found = {where: count for where, count in kg.report[key].items() if count}
@@ -98,6 +99,14 @@ def load_text(
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise InputError(f"{flag} {path} holds {found}, expected floats [{num_entities}, T], row = entity id")
     order = None if entities is None else rows_by_name(path, len(array), entities, flag)
+    if order is not None:
+        print(f"{flag} {path}: rows in the order of the names in {row_names(path).name}")
+    elif entities:
+        names = ", ".join(entities[:2])
+        print(
+            f"{flag} {path}: no {row_names(path).name} beside it, so its rows are taken in the graph's order: "
+            f"{names}, ... ({ROW_ORDER})"
+        )
     text = torch.from_numpy((array if order is None else array[order]).astype(np.float32))
     if not bool(torch.isfinite(text).all()):
         raise InputError(f"{flag} {path} holds values that are not finite; write it again")

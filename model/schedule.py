@@ -14,6 +14,8 @@ from common.config import Config
 ASSIGNMENTS = 16  # of codes per epoch, at least
 FROZEN_RATE = 0.3  # of Adagrad's learning rate: at 1, the first steps undo the k-means (docs/LOG.md)
 MOST_STEPS_APART = 8  # between two assignments
+PATIENCE = 0.25  # part of the run without a better epoch on valid, once codes are fixed, after which it ends
+FEWEST_RANKINGS = 10  # that were no better, before it ends
 
 
 class Phase(NamedTuple):
@@ -58,6 +60,12 @@ class Schedule:
             return self.config.lr * (self.frozen_rate if progress >= self.config.freeze_at < 1 else 1.0)
         return self.config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
+    def stalled(self, progress: float, best: float, worse: int) -> bool:
+        """Early stopping: whether a run at ``progress`` ends, whose best epoch ended at ``best``; ``worse``: rankings
+        since. Scores rise when codes are fixed, so only the part of the run after ``freeze_at`` counts.
+        """
+        return worse >= FEWEST_RANKINGS and progress - max(best, self.config.freeze_at) > PATIENCE - 1e-9
+
     def assign_every(self, steps: int) -> int:
         """Scorer steps between assignments of codes, in an epoch of ``steps``."""
         return max(1, min(MOST_STEPS_APART, steps // ASSIGNMENTS))
@@ -99,6 +107,9 @@ class PostHoc(Unquantized):
 
     def can_be_best(self, phase: Phase) -> bool:
         return phase.quantized
+
+    def stalled(self, progress: float, best: float, worse: int) -> bool:
+        return False  # only its end is scored from codes
 
 
 class RandomCodes(Schedule):

@@ -12,33 +12,34 @@ from common.config import AUTO, Config
 from common.device import memory_wanted
 from common.errors import InputError
 
-EXACT_UP_TO = 100_000  # entities; above, a step of the exact softmax takes minutes (benchmarks/growth.py)
-SAMPLED = 4096  # entities drawn per step there
+EXACT_UP_TO = 20_000  # entities; above, a softmax over SAMPLED ones, drawn per step, is several times as fast
+SAMPLED = 4096
+EVERY_STEP_UP_TO = 100_000  # entities; above, the encoder's pass is dearer than many steps (benchmarks/growth.py)
 WIDTH = 256
-WIDE, WIDE_UP_TO = 512, 20_000  # entities, up to which a step at this width takes less than two seconds of one core
 FEWEST_CODES, MOST_CODES = 8, 1024
 LARGE = 5_000  # entities, from which on N3, other batches and other codes were better (docs/DEFAULTS.md)
 STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
-WITHOUT_N3: dict[str, Any] = {"n3": 0.0, "decoder_drop": 0.4, "lbl_smooth": 0.1}
-WITH_N3: dict[str, Any] = {"n3": 0.05, "decoder_drop": 0.2, "lbl_smooth": 0.0}
+MOST_N3 = 0.03  # weight of the N3 norm on sparse graphs; less on dense ones, where triples hold each other up
 RATES = {"adagrad": 0.1, "adam": 0.005}
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
     """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md)."""
     codes = min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length()))
-    found = {"num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
+    n3 = round(min(MOST_N3, entities / (2 * triples)), 4)
+    found = {"n3": n3, "num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
     if entities > EXACT_UP_TO:
-        found |= {"num_negatives": SAMPLED, "encoder_every": encoder_pace(entities)}
+        found |= {"num_negatives": SAMPLED}
+    if entities > EVERY_STEP_UP_TO:
+        found |= {"encoder_every": encoder_pace(entities)}
     if entities < LARGE:  # many passes over few triples
         steps = max(1, triples // 256)  # per epoch: two tails per batch entry on average
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(STEPS / steps)))
-        return found | WITHOUT_N3 | {"init_dim": WIDTH, "gcn_dim": WIDTH, "seq_len": 4, "num_quantizers": 4,
+        return found | {"init_dim": WIDTH, "gcn_dim": WIDTH, "seq_len": 4, "num_quantizers": 4,
                                      "batch": 256, "tails_at_once": 4, "epoch": epochs}  # fmt: skip
-    width = WIDE if entities <= WIDE_UP_TO else WIDTH
     epochs = max(5, min(40, 40 * 500_000 // triples))
-    return found | WITH_N3 | {"init_dim": width, "gcn_dim": width, "seq_len": 2, "num_quantizers": 8,
+    return found | {"init_dim": WIDTH, "gcn_dim": WIDTH, "seq_len": 2, "num_quantizers": 8,
                               "batch": 1024, "tails_at_once": 64, "epoch": epochs}  # fmt: skip
 
 
@@ -48,9 +49,9 @@ def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
     if config.quantizer == "vq":
         found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
     if config.gcn_layers or config.tf_layers:
-        found = found | WITHOUT_N3 | {"optimizer": "adam"}
+        found = found | {"optimizer": "adam", "n3": 0.0}
     if config.decoder not in ("complex", "distmult"):
-        found = found | WITHOUT_N3
+        found = found | {"n3": 0.0}
     return found | {"lr": RATES[found["optimizer"] if config.optimizer == "auto" else config.optimizer]}
 
 
@@ -79,7 +80,7 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
 
 def encoder_pace(entities: int) -> int:
     """Scorer steps per pass of the encoder on a large graph: a pass reads the whole graph, a step does not."""
-    return max(64, 64 * entities // EXACT_UP_TO)
+    return max(64, 64 * entities // EVERY_STEP_UP_TO)
 
 
 # ---------------------------------------------------------------- out of memory

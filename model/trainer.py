@@ -38,7 +38,7 @@ from model.quantizers import code_perplexity
 from model.queries import training_queries
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN
-from model.schedule import CODES, FROZEN, WARM_UP, Phase, schedule_of
+from model.schedule import CODES, FROZEN, PATIENCE, WARM_UP, Phase, schedule_of
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
 MAP_RATE = 0.05  # learning rate of shared maps under Adagrad, relative to that of tables
@@ -111,6 +111,7 @@ class Trainer:
         self.seconds = 0.0  # of training so far, resumed parts included
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []  # each gets the row of every finished epoch
         self._clock = time.monotonic()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -149,7 +150,7 @@ class Trainer:
     # ---------------------------------------------------------------- all epochs
 
     def fit(self) -> None:
-        """Train to the last epoch or the time limit; resumes where ``restore`` left it.
+        """Train to the last epoch, the time limit or until valid stalls; resumes where ``restore`` left it.
 
         A run that ends while it warms up still gets codes, scored as they are.
         """
@@ -162,14 +163,19 @@ class Trainer:
             done = self._finished()
             if self.epoch % self.config.eval_every == 0 or done:
                 row["valid"] = self._validate(phase)
-                done = self._finished()  # the time may have ended while it was ranked
             self.seconds, self._clock = self._elapsed(), time.monotonic()
             row["seconds"] = self.seconds
             self.history.append(row)
+            if "valid" in row:
+                done = self._finished()  # the time may have ended while it was ranked
             self.report(format_epoch(row))
             self._warn_of_divergence()
             self.save()
+            for watch in self.watchers:
+                watch(row)
             return_freed_memory()
+        if self.epoch < self.config.epoch and self._stalled(min(1.0, self._progress(self.epoch))):
+            self.report(f"no better valid MRR in {PATIENCE:.0%} of the run: ended after epoch {self.epoch}")
         ends_as = CODES if self.schedule.makes_codes else WARM_UP
         if self.best is None or (self.schedule.makes_codes and self.codes is None):
             if not self.schedule.trains_with_codes:
@@ -185,7 +191,17 @@ class Trainer:
         return self.schedule.phase(self.epoch, self._limited_seconds())
 
     def _finished(self) -> bool:
-        return self.epoch >= self.config.epoch or self._progress(self.epoch) >= 1.0
+        progress = self._progress(self.epoch)
+        return self.epoch >= self.config.epoch or progress >= 1.0 or self._stalled(progress)
+
+    def _stalled(self, progress: float) -> bool:
+        """Early stopping; it follows from what a checkpoint holds, so that a resumed run ends in the same epoch."""
+        if self.best is None or self.best["epoch"] > len(self.history):  # none, or the epoch that is being scored
+            return False
+        row, *later = self.history[self.best["epoch"] - 1 :]
+        seconds = row["seconds"] if self.config.max_minutes else 0.0
+        best = self.schedule.progress(row["epoch"], seconds)
+        return self.schedule.stalled(progress, best, sum("valid" in worse for worse in later))
 
     def _progress(self, epoch: float) -> float:
         return self.schedule.progress(epoch, self._limited_seconds())

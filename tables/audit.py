@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
 from common.files import write_json
-from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
+from data.knowledge_graph import KnowledgeGraph, TrueTails, add_keep_names, with_inverse
 from lora_training.score_answers import best_threshold, classification_metrics, ranking_metrics
 from tables.audit_formats import NO_ENTITY, READERS, Contents, Query, Row, Triple, name_key, read_contents
 
@@ -478,7 +478,8 @@ def plain(value: Any) -> Any:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/audit.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True, metavar="DIR", help="graph folder, such as data/FB15k-237")
+    parser.add_argument("--dataset", required=True, metavar="DIR", help="graph folder or file, such as data/FB15k-237")
+    add_keep_names(parser)
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="answers to audit")
     parser.add_argument("--lists", type=Path, metavar="FILE", help="rows that were answered, if in a file of their own")
     parser.add_argument("--format", choices=["auto", *READERS], default="auto", help="auto: by the fields of the file")
@@ -492,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
     for flag, path in (("answers", args.answers), ("lists", args.lists), ("against", args.against)):
         if path is not None and not path.is_file():
             raise InputError(f"--{flag} {path} is no file; give a file of answers or lists, see docs/AUDIT.md")
-    kg = KnowledgeGraph.load(args.dataset)
+    kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     contents = read_contents(args.answers, args.lists, args.format, kg, Path(args.dataset))
     if not contents.rows and not any(triple.split == "test" for triple in contents.triples):
         raise InputError(f"--answers {args.answers} has no answers to test queries or triples")

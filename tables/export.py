@@ -65,7 +65,7 @@ def read_contents(args: argparse.Namespace) -> Contents:
             f"the graph that {args.codes} was trained on ({record['args'].get('dataset')}) was not found with the "
             "recorded hash; give it with --dataset DIR"
         )
-    kg = KnowledgeGraph.load(folder)
+    kg = KnowledgeGraph.load(folder, keep_names=True)  # checked when the codes were trained
     cpu = torch.device("cpu")
     scored = load_scored_codes(args.checkpoint, args.codes, kg, cpu, flag="--codes", own_codes=True)
     if "extends" in record:  # the record of --encode has no epochs of its own

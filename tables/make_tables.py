@@ -178,7 +178,7 @@ def data_table(data: Path, only: Iterable[str] | None = None) -> list[Table]:
     lines = expected_lines(content)
     for folder in sorted(path for path in data.iterdir() if any((path / name).is_file() for name in GRAPH_FILES)):
         if only is None or folder.name in only:
-            kg = KnowledgeGraph.load(folder)
+            kg = KnowledgeGraph.load(folder, keep_names=True)
             name = dataset_name(folder.name, kg.input_hashes, kg.train_digest(), data)
             cells = {Column("", metric): Cell(value, decimals=0) for metric, value in counts(kg).items()}
             lines.append(Line("counted here", name, cells))

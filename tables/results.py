@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, read_json, write_json
+from common.files import ROOT, command, read_json, write_json
 from common.metrics import CLASSIFICATION, RANKING
 from tables.rows import CODES, LINKS, TRIPLES, Row, answered_data, lacks_record, rows_of, shown, training_record
 
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep:
         target = keep(args.keep, data=args.data, name=args.name)
         print(f"wrote {target}")
-        print("next: python tables/make_tables.py --reproduce docs/REPRODUCE.md")
+        print(f"next: {command('tables/make_tables.py', '--reproduce', ROOT / 'docs/REPRODUCE.md')}")
         return
     rows = collect(args.records, args.data)
     print_groups(groups(rows))

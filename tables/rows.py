@@ -139,7 +139,7 @@ def numbers(metrics: Any, names: Sequence[str] = RANKING) -> dict[str, float]:
 @functools.lru_cache(maxsize=8)
 def graph(folder: Path) -> KnowledgeGraph | None:
     """The graph of a folder; None if there is no such folder."""
-    return KnowledgeGraph.load(folder) if folder.is_dir() else None
+    return KnowledgeGraph.load(folder, keep_names=True) if folder.is_dir() else None
 
 
 def counts(kg: KnowledgeGraph) -> dict[str, int]:

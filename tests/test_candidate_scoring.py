@@ -25,6 +25,7 @@ from lora_training.candidate_scoring import (
     log_probs,
     score_candidates,
     score_choices,
+    score_lists,
 )
 
 V = 97
@@ -110,6 +111,29 @@ def test_equal_candidates_tie_to_the_bit() -> None:
         assert found[0] == found[2] == found[6] and found[1] == found[5] and len(set(found.tolist())) == 4
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_batch_of_prompts_is_each_prompt_alone(attention: str) -> None:
+    """Prompts, lists and shared beginnings of several lengths, in rows that are cut anywhere."""
+    model, rng = tiny_llama(attention=attention), np.random.default_rng(13)
+    prompts = draw(rng, [21, 3, 40, 1])
+    lists = [
+        draw(rng, [1, 5, 3]),
+        [[7, 9, *own] for own in draw(rng, [4] * 7)],
+        [[5]],
+        [[8, *own] for own in [[1], [2, 3]]],
+    ]
+    expected = [score_candidates(model, *pair, "full") for pair in zip(prompts, lists, strict=True)]
+    for row_tokens in (1, 24, 1000):
+        found = score_lists(model, prompts, lists, "packed", row_tokens)
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
+    sequences = sorted({(5, *rng.integers(3, 7, n).tolist(), 1) for n in rng.integers(1, 6, 80).tolist()})
+    trie = TokenTrie.from_sequences(sequences)
+    for beams in (1, 4, len(sequences)):
+        alone = [constrained_beams(model, [prompt], trie, beams)[0] for prompt in prompts]
+        for one, other in zip(constrained_beams(model, prompts, trie, beams), alone, strict=True):
+            assert one.owners.tolist() == other.owners.tolist() and np.allclose(one.scores, other.scores, atol=1e-5)
+
+
 def test_what_cannot_be_scored_is_refused() -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match="prompt is empty"):
@@ -137,17 +161,17 @@ def test_a_sliding_window_is_scored_by_full_passes() -> None:
 
 def test_the_cache_is_cut_back_to_the_prompt() -> None:
     model, prompt = tiny_llama(), [3, 9, 27, 81]
-    prefix = Prefix(model, prompt)
+    prefix = Prefix(model, [prompt])
     layer: Any = prefix.cache.layers[0]
     before = layer.keys.clone()
-    first = prefix.feed([Branch((), [5, 6]), Branch((), [7])])
-    second = prefix.feed([Branch((0, 1), [8])])  # behind 5, 6 and not behind 7
+    first = prefix.feed([[Branch((), [5, 6]), Branch((), [7])]])
+    second = prefix.feed([[Branch((0, 1), [8])]])  # behind 5, 6 and not behind 7
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[*prompt, 5, 6, 8]])).logits[0, -1]
-    assert torch.allclose(second[0], expected, atol=1e-4)
+    assert torch.allclose(second[0, 0], expected, atol=1e-4)
     prefix.forget()
     assert prefix.fed == 0 and torch.equal(layer.keys, before)
-    assert torch.allclose(prefix.feed([Branch((), [5, 6])]), first[:2], atol=1e-4)
+    assert torch.allclose(prefix.feed([[Branch((), [5, 6])]]), first[:, :2], atol=1e-4)
 
 
 def test_log_probs_of_long_rows_are_the_log_softmax() -> None:
@@ -224,7 +248,7 @@ def test_a_wide_search_is_scoring_every_sequence() -> None:
     sequences = list({(*rng.integers(3, 6, n).tolist(), 1) for n in rng.integers(2, 6, 40).tolist()})
     trie = TokenTrie.from_sequences([list(s) for s in sequences])
     scores = score_candidates(model, prompt, sequences, "full").numpy()
-    found = constrained_beams(model, prompt, trie, beams=len(sequences))
+    found = constrained_beams(model, [prompt], trie, beams=len(sequences))[0]
     assert sorted(found.owners.tolist()) == list(range(len(sequences)))
     assert np.allclose(found.scores, scores[found.owners], atol=1e-4) and (np.diff(found.scores) <= 0).all()
     assert found.owners[0] == scores.argmax()
@@ -248,7 +272,7 @@ def test_a_narrow_search_is_the_textbook_one() -> None:
 
     trie = TokenTrie.from_sequences(sequences)
     for width in (1, 2, 5):
-        found, expected = constrained_beams(model, prompt, trie, width), textbook(width)
+        found, expected = constrained_beams(model, [prompt], trie, width)[0], textbook(width)
         assert [sequences[i] for i in found.owners.tolist()] == list(expected)
         assert np.allclose(found.scores, list(expected.values()), atol=1e-4)
 
@@ -256,7 +280,7 @@ def test_a_narrow_search_is_the_textbook_one() -> None:
 def test_owners_of_several_sequences_get_their_sum_and_sharers_tie() -> None:
     model, prompt = tiny_llama(), [3, 14, 15, 92]
     sequences, owners = [[6, 1], [6, 2], [7, 1], [7, 2], [8, 1], [8, 1]], [0, 0, 1, 1, 2, 3]
-    found = constrained_beams(model, prompt, TokenTrie.from_sequences(sequences, owners), beams=6)
+    found = constrained_beams(model, [prompt], TokenTrie.from_sequences(sequences, owners), beams=6)[0]
     scores = score_candidates(model, prompt, sequences, "full").tolist()
     expected = {0: math.log(math.exp(scores[0]) + math.exp(scores[1])),
                 1: math.log(math.exp(scores[2]) + math.exp(scores[3])), 2: scores[4], 3: scores[5]}  # fmt: skip
@@ -266,10 +290,10 @@ def test_owners_of_several_sequences_get_their_sum_and_sharers_tie() -> None:
     order = found.owners.tolist()
     assert order.index(2) + 1 == order.index(3), "equal scores stand in the order of their owners"
     with pytest.raises(ValueError, match="1 or more"):
-        constrained_beams(model, prompt, TokenTrie.from_sequences(sequences), 0)
+        constrained_beams(model, [prompt], TokenTrie.from_sequences(sequences), 0)
 
 
 def test_one_sequence_is_found_without_a_choice() -> None:
     model = tiny_llama()
-    found = constrained_beams(model, [3, 4], TokenTrie.from_sequences([[5, 6, 7]]), beams=4)
+    found = constrained_beams(model, [[3, 4]], TokenTrie.from_sequences([[5, 6, 7]]), beams=4)[0]
     assert found.owners.tolist() == [0] and abs(found.scores[0] - by_hand(model, [3, 4], [5, 6, 7])) < 1e-4

@@ -181,7 +181,7 @@ def test_other_llms_take_code_tokens(name: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lora_training.candidate_scoring import score_candidates
+    from lora_training.candidate_scoring import score_lists
     from lora_training.code_tokens import trainable_rows
 
     torch.manual_seed(0)
@@ -195,9 +195,11 @@ def test_other_llms_take_code_tokens(name: str) -> None:
     keep[0, 5:8] = keep[1, 3:6] = True
     chosen = adapted(input_ids=ids, logits_to_keep=keep).logits
     torch.testing.assert_close(chosen, adapted(input_ids=ids).logits[keep], rtol=1e-4, atol=1e-5)
-    packed, full = (score_candidates(adapted, ids[0].tolist(), [[1, 2, 103], [4, 5, 104]], way=way)
-                    for way in ("packed", "full"))  # fmt: skip
-    torch.testing.assert_close(packed, full, rtol=0, atol=1e-4)
+    prompts, candidates = [ids[0].tolist(), ids[1, :4].tolist()], [[1, 2, 103], [4, 5, 104]]
+    for packed, full in zip(
+        *(score_lists(adapted, prompts, [candidates] * 2, way=way) for way in ("packed", "full")), strict=True
+    ):
+        torch.testing.assert_close(packed, full, rtol=0, atol=1e-4)
 
 
 def test_the_pages_name_the_llms_tested() -> None:

@@ -1,8 +1,11 @@
 """The verified download, against a server on this machine: no test leaves it."""
 
 import hashlib
+import io
 import re
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +16,7 @@ from common.errors import InputError
 from common.files import ROOT
 from data import download
 from data.download import DATASETS, PublicFile, fetch
+from data.knowledge_graph import SPLITS, KnowledgeGraph
 
 CONTENT = {"train.txt": b"a\tr\tb\n" * 5000, "valid.txt": b"b\tr\tc\n" * 30}
 
@@ -117,7 +121,7 @@ def test_a_wrong_hash_names_both_and_keeps_the_other_files(server: Server, tmp_p
     with pytest.raises(InputError) as error:
         get(server, tmp_path)
     assert hashlib.sha256(b"another file").hexdigest() in str(error.value)
-    assert DATASETS["toy"]["valid.txt"].sha256 in str(error.value)
+    assert str(DATASETS["toy"]["valid.txt"].sha256) in str(error.value)
     assert [path.name for path in (tmp_path / "toy").iterdir()] == ["train.txt"]
 
 
@@ -150,17 +154,106 @@ def test_source_folder(server: Server, tmp_path: Path, nested: bool) -> None:
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize("kind", ["tar.gz", "zip"])
+def test_an_archive_is_unpacked_and_its_graph_loads(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The layout of Wikidata5M's transductive archive, and the same in a folder of a .zip."""
+    members = {f"wikidata5m_transductive_{split}.txt": b"Q1\tP1\tQ2\nQ2\tP1\tQ1\n" for split in SPLITS}
+    extra = {"wikidata5m_transductive_train.txt.old": b"x", "../../evil.txt": b"x"}
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as packed:
+            for name, body in [*((f"inner/{name}", body) for name, body in members.items()), *extra.items()]:
+                packed.writestr(name, body)
+    else:
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for name, body in {**members, **extra}.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(body)
+                tar.addfile(entry, io.BytesIO(body))
+    archive = f"wiki.{kind}"
+    monkeypatch.setitem(CONTENT, archive, buffer.getvalue())
+    monkeypatch.setitem(DATASETS, "toy", {archive: PublicFile(f"pinned/{archive}", None, list(members))})
+    said: list[str] = []
+    folder = get(server, tmp_path / "deep" / "out", said)
+    assert {path.name for path in folder.iterdir()} == set(members) and not list(tmp_path.rglob("evil.txt"))
+    assert hashlib.sha256(buffer.getvalue()).hexdigest() in said[0] and "not verified" in said[0]
+    kg = KnowledgeGraph.load(folder)
+    assert kg.entities == ["Q1", "Q2"] and len(kg.train) == 2
+    server.requests.clear()
+    get(server, tmp_path / "deep" / "out")
+    assert server.requests == [], "what is there stays"
+
+    target = fetch("toy", tmp_path / "copied", folder, report=said.append)
+    assert {path.name for path in target.iterdir()} == set(members), "an archive may be unpacked in --source"
+    (tmp_path / archive).write_bytes(buffer.getvalue())
+    target = fetch("toy", tmp_path / "again", tmp_path, report=said.append)
+    assert {path.name for path in target.iterdir()} == set(members)
+    for body, words in ((b"no archive", "cannot be unpacked|no archive"), (buffer.getvalue()[:-40], "unpacked")):
+        monkeypatch.setitem(CONTENT, archive, body)
+        with pytest.raises(InputError, match=words):
+            get(server, tmp_path / f"broken{len(body)}")
+    monkeypatch.setitem(DATASETS, "toy", {archive: PublicFile(f"pinned/{archive}", None, ["other.txt"])})
+    monkeypatch.setitem(CONTENT, archive, buffer.getvalue())
+    with pytest.raises(InputError, match=r"does not hold 'other\.txt'"):
+        get(server, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<!DOCTYPE html><html>gone</html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_an_unverified_file_that_is_no_data_is_refused(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    monkeypatch.setitem(DATASETS, "toy", {"train.txt": PublicFile("pinned/train.txt", None)})
+    monkeypatch.setitem(CONTENT, "train.txt", body)
+    with pytest.raises(InputError, match="expected the data"):
+        get(server, tmp_path)
+    assert not list((tmp_path / "toy").iterdir())
+
+
+# each data set's own layout, in small: what its files hold
+LAYOUTS = {
+    "CoDEx-S": {f"{name}.txt": "Q1\tP27\tQ2\nQ2\tP27\tQ1\n" for name in SPLITS}
+    | {"valid_neg.txt": "Q1\tP27\tQ1\n", "test_neg.txt": "Q2\tP27\tQ2\n"},
+    "YAGO3-10": {f"{name}.txt": "Duje_Čop\tplaysFor\tRKC_(1)\nRKC_(1)\tisLocatedIn\tDuje_Čop\n" for name in SPLITS}
+    | {"entities.dict": "0\tRKC_(1)\n1\tDuje_Čop\n", "relations.dict": "0\tisLocatedIn\n1\tplaysFor\n"},
+    "NELL-995": {f"{name}2id.txt": "2\n0 1 0\n1 0 1\n" for name in SPLITS}
+    | {"entity2id.txt": "2\nconcept_city_x\t1\n36.7,-95.9\t0\n", "relation2id.txt": "2\nconcept:a\t0\nconcept:b\t1\n"},
+    "Wikidata5M": {f"wikidata5m_transductive_{name}.txt": "Q1\tP1\tQ2\nQ2\tP2\tQ1\n" for name in SPLITS},
+    "MultiHopKG": {f"{name}.triples": "concept_a\tconcept_b\tconcept:r\n" for name in ("train", "dev", "test")},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_of_each_data_set_loads(tmp_path: Path, name: str) -> None:
+    for file, text in LAYOUTS[name].items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    kg = KnowledgeGraph.load(tmp_path)
+    assert kg.num_entities == 2 and kg.num_relations == (2 if name not in ("CoDEx-S", "MultiHopKG") else 1)
+    if name in DATASETS and name != "Wikidata5M":
+        assert set(DATASETS[name]) == set(LAYOUTS[name])
+
+
 def test_every_url_is_pinned_to_a_commit_and_every_hash_is_whole() -> None:
     for files in DATASETS.values():
-        assert {"train.txt", "valid.txt", "test.txt"} <= set(files)
-        for name, public in files.items():
-            assert len(public.sha256) == 64 and int(public.sha256, 16)
-            if public.path is not None:
+        held = {member for file, public in files.items() for member in public.unpack or [file]}
+        assert all(any(split in member for member in held) for split in SPLITS)
+        for public in files.values():
+            assert public.sha256 is None or (len(public.sha256) == 64 and int(public.sha256, 16))
+            if public.path is not None and not public.path.startswith("https://zenodo.org/record/"):
                 owner, repository, commit, *rest = public.path.split("/")
-                assert owner and repository and len(commit) == 40 and int(commit, 16) and rest[-1] == name
+                assert owner and repository and len(commit) == 40 and int(commit, 16) and rest
 
 
 def test_the_readme_lists_every_file_with_its_hash() -> None:
-    row = re.compile(r"^\| (\S+) \| `(\S+)` \| .* \| `([0-9a-f]{64})` \|$", re.MULTILINE)
-    listed = {(name, file): sha for name, file, sha in row.findall((ROOT / "data" / "README.md").read_text())}
-    assert listed == {(name, file): public.sha256 for name, files in DATASETS.items() for file, public in files.items()}
+    row = re.compile(r"^\| (\S+) \| `(\S+)` \| .* \| (`[0-9a-f]{64}`|not verified) \|$", re.MULTILINE)
+    listed = {
+        (name, file): sha.strip("`") for name, file, sha in row.findall((ROOT / "data" / "README.md").read_text())
+    }
+    assert listed == {
+        (name, file): public.sha256 or "not verified"
+        for name, files in DATASETS.items()
+        for file, public in files.items()
+    }

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from Class.prompts import link_prediction, numbered
 from Class.rows import FILE_STEMS, fill_top, make_row, read_rows, row_triples, write_rows
 from Class.source import add_flags, fit_codes, open_source
 from common.errors import InputError
-from common.files import ROOT, write_json
+from common.files import ROOT, command, write_json
 from data.knowledge_graph import KnowledgeGraph
 from lora_training import inference, train_lora
 
@@ -305,7 +306,7 @@ def test_files_that_are_not_those_recorded_are_refused(tmp_path: Path, graph: Pa
 
 
 def test_nothing_there_names_the_command(codes_folder: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no codes; make some: python run_rq.py --dataset data/FB15k-237"):
+    with pytest.raises(InputError, match=r"holds no codes; make some: python .*run_rq.py --dataset .*FB15k-237"):
         open_source(flags())
 
 
@@ -407,20 +408,34 @@ def test_weights_count_rows(tmp_path: Path) -> None:
 
 
 def test_what_is_said_to_come_next_reads_the_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path /= "a folder & more"
+    tmp_path.mkdir()
     two_tasks(tmp_path)
     build_mix.main(["--out_dir", str(tmp_path)])
-    words = capsys.readouterr().out.split("python lora_training/train_lora.py ")[1].split()
+    words = shlex.split(capsys.readouterr().out.split("lora_training/train_lora.py ")[1])
     args = train_lora.parse_args(words)
     assert [args.train_data, args.val_data] == [tmp_path / "train.json", tmp_path / "validation.json"]
     assert args.train_data.is_file() and args.val_data.is_file()
-    assert row_files.train_command(row_files.OUT_FOLDER) == "cd lora_training && python train_lora.py"
+    assert row_files.train_command(row_files.OUT_FOLDER) == command("lora_training/train_lora.py")
+
+
+@pytest.mark.parametrize("folder", [".", "lora_training", "docs/figures"])
+def test_a_printed_command_runs_from_the_present_folder(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / folder)
+    python, script, name = shlex.split(command("Class/build_mix.py", Path("a b&c")))
+    assert (python, name) == ("python", "a b&c") and Path(script).is_file()
+
+
+def test_a_printed_command_runs_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(shlex.split(command("run_rq.py"))[1]).is_file()
 
 
 def test_what_answers_next_reads_the_rows_beside_the_training_rows(tmp_path: Path) -> None:
-    command = row_files.answer_command("--base_model m", tmp_path / "train.jsonl")
-    assert command == "python inference.py --base_model m", "there are no rows to answer"
+    words = row_files.answer_command("--base_model", Path("m"), tmp_path / "train.jsonl").split()[2:]
+    assert words == ["--base_model", "m"], "there are no rows to answer"
     write_rows(tmp_path / "test_tasks.jsonl", [fact("a", "test", "h r t")])
-    words = row_files.answer_command("--base_model m", tmp_path / "train.jsonl").split()[2:]
+    words = row_files.answer_command("--base_model", Path("m"), tmp_path / "train.jsonl").split()[2:]
     assert inference.parse_args(words).test_data == tmp_path / "test_tasks.jsonl"
 
 

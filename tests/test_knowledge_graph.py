@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import InputError
 from common.files import ROOT
-from data.knowledge_graph import PUBLIC, KnowledgeGraph, with_inverse
+from data.knowledge_graph import KnowledgeGraph, with_inverse
 
 SMALL: dict[str, str] = {
     "train.txt": "b\tlikes\ta\na\tlikes\tc\nc\tnear_to\tb\nc\tnear_to\ta\na\tlikes\ta\n",
@@ -214,11 +214,11 @@ def test_the_other_problems_are_counted(tmp_path: Path) -> None:
 def test_missing_folder_and_files_name_the_next_command(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not exist.*python data/download\.py FB15k-237$"):
         KnowledgeGraph.load(tmp_path / "FB15k-237")
-    with pytest.raises(InputError, match=r"has no valid\.txt, test\.txt; it holds train\.txt"):
-        KnowledgeGraph.load(write(tmp_path / "part", {"train.txt": SMALL["train.txt"]}))
+    with pytest.raises(InputError, match=r"has no test\.txt; it holds train\.txt, valid\.txt"):
+        KnowledgeGraph.load(write(tmp_path / "part", {name: SMALL[name] for name in ("train.txt", "valid.txt")}))
     with pytest.raises(InputError, match=r"has no valid2id\.txt, test2id\.txt, entity2id\.txt, relation2id\.txt"):
         KnowledgeGraph.load(write(tmp_path / "part2", {"train2id.txt": "1\n0 1 0\n"}))
-    with pytest.raises(InputError, match="is a file, not a folder"):
+    with pytest.raises(InputError, match="give the folder"):
         KnowledgeGraph.load(tmp_path / "part" / "train.txt")
     (tmp_path / "odd" / "train.txt").mkdir(parents=True)
     with pytest.raises(InputError, match=r"train\.txt cannot be read"):
@@ -274,6 +274,22 @@ def test_answers_and_csr_equal_brute_force(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the command, the real data
 
 
+@pytest.mark.parametrize("files", [SMALL, OPENKE], ids=["names", "openke"])
+def test_without_test_its_files_are_not_read(tmp_path: Path, files: dict[str, str]) -> None:
+    whole = KnowledgeGraph.load(write(tmp_path / "whole", files))
+    broken = {name: b"\xff\0" if name.startswith("test") else content for name, content in files.items()}
+    folder = write(tmp_path / "broken", broken)
+    (folder / "test_neg.txt").write_bytes(b"\xff\0")
+    with pytest.raises(InputError, match="test"):
+        KnowledgeGraph.load(folder)
+    for _ in range(2):
+        kg = KnowledgeGraph.load(folder, test=False)
+        assert kg.test.shape == (0, 3) and kg.train_digest() == whole.train_digest()
+        assert np.array_equal(kg.valid, whole.valid) and not any("test" in name for name in kg.input_hashes)
+        for file in folder.glob("test*"):  # nor need they exist
+            file.unlink()
+
+
 def test_command_prints_the_report_and_one_line_errors(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "data" / "knowledge_graph.py")]
     good = subprocess.run([*script, write(tmp_path / "small", SMALL)], capture_output=True, text=True, cwd=tmp_path)
@@ -288,10 +304,13 @@ COUNTS = {  # the paper's Table 6; the unseen entities are counted
     "FB15k-237": (14541, 237, 272_115, 17_535, 20_466, 36),
     "WN18RR": (40943, 11, 86_835, 3_034, 3_134, 384),
     "FB15k-237N": (13104, 93, 87_282, 7_041, 8_226, 139),
+    "kinship": (104, 25, 8_544, 1_068, 1_074, 0),
+    "umls": (135, 46, 5_216, 652, 661, 0),
+    "nations": (14, 55, 1_592, 199, 201, 0),
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", COUNTS)
 def test_public_data_sets(name: str) -> None:
     folder = ROOT / "data" / name
     if not folder.is_dir():
@@ -299,7 +318,7 @@ def test_public_data_sets(name: str) -> None:
     kg = KnowledgeGraph.load(folder)
     sizes = (kg.num_entities, kg.num_relations, len(kg.train), len(kg.valid), len(kg.test), int(kg.unseen.sum()))
     assert sizes == COUNTS[name]
-    assert kg.has_label.all()
+    assert kg.has_label.all() or name in ("kinship", "umls", "nations")
     negatives = kg.negatives("test")
     if name == "FB15k-237N":
         assert negatives is not None and len(negatives) == len(kg.test)

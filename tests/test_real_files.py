@@ -19,10 +19,11 @@ from Class.candidates import Candidates, read_candidates, write_candidates
 from Class.prompts import link_prediction, prediction
 from Class.rows import make_row, need_fields, read_rows, split_path, write_rows
 from Class.source import Source
+from common.config import parse_config
 from common.errors import InputError
 from data.embed_text import embed_tfidf, sharing_nothing
 from data.knowledge_graph import KnowledgeGraph
-from model.inputs import load_text
+from model.inputs import load_graph, load_text
 
 TRAIN = "ada\tknows\tbob\nbob\tknows\tcid\ncid\tlikes\tdee\ndee\tlikes\tada\n"
 GRAPH = {"train.txt": TRAIN, "valid.txt": "ada\tlikes\tcid\n", "test.txt": "bob\tlikes\tdee\n"}
@@ -90,6 +91,16 @@ def test_a_header_line_is_refused_and_a_real_use_of_its_words_is_not(tmp_path: P
     assert KnowledgeGraph.load(write(tmp_path / "k", {n: f"{header}\n{t}" for n, t in GRAPH.items()}), keep_names=True)
 
 
+def test_a_first_line_of_names_that_occur_nowhere_else_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: f"Person\tVerb\tThing\n{text}" for name, text in GRAPH.items()}
+    assert KnowledgeGraph.load(write(tmp_path / "g", files)).num_entities == 6
+    assert capsys.readouterr().err.count("may be a header") == 3
+    KnowledgeGraph.load(write(tmp_path / "plain", GRAPH))
+    assert "header" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- 2: the order of rows
 
 
@@ -129,15 +140,17 @@ def test_numbers_as_names_are_reported_and_never_taken_for_rows(
     assert read_candidates([tmp_path / "own.npz"], kg).ids.tolist() == lists.ids.tolist(), "ids that we wrote are safe"
 
 
-def test_names_beside_text_embeddings_give_their_order(tmp_path: Path) -> None:
+def test_names_beside_text_embeddings_give_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entities = ["a", "b", "c"]
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     np.save(tmp_path / "text.npy", rows)
     plain = load_text(tmp_path / "text.npy", 3, entities)
     assert plain is not None and plain.tolist() == rows.tolist()
+    assert "no text.entities.txt" in (said := capsys.readouterr().out) and "a, b, ..." in said, "the order is stated"
     (tmp_path / "text.entities.txt").write_text("c\nb\na\n")
     named = load_text(tmp_path / "text.npy", 3, entities)
     assert named is not None and named.tolist() == rows[::-1].tolist()
+    assert "names in text.entities.txt" in capsys.readouterr().out
     part = load_text(tmp_path / "text.npy", 2, ["b", "c"])
     assert part is not None and part.tolist() == [rows[1].tolist(), rows[0].tolist()], "rows of other entities are left"
     for names in ("c\nb\n", "c\nb\nb\n", "c\nb\nx\n"):
@@ -278,6 +291,14 @@ def test_symmetric_pairs_in_valid_are_parted_or_nothing_is_written(tmp_path: Pat
         assert not out.exists()
 
 
+def test_a_graph_of_one_entity_is_refused_before_training(tmp_path: Path) -> None:
+    folder = write(tmp_path / "g", dict.fromkeys(GRAPH, "a\tr\ta\n"))
+    with pytest.raises(InputError, match="2 or more"):
+        load_graph(parse_config(["--dataset", str(folder)]))
+    with pytest.raises(InputError, match="at least 1 for valid"):
+        KnowledgeGraph.load(write(tmp_path / "one", {"train.txt": "a\tr\ta\n"}))
+
+
 OPENKE = {
     "entity2id.txt": "2\na\t0\nb\t1\n", "relation2id.txt": "1\nr\t0\n", "train2id.txt": "1\n0 1 0\n",
     "valid2id.txt": "1\n0 1 0\n", "test2id.txt": "1\n1 0 0\n",
@@ -295,10 +316,12 @@ def test_an_openke_file_with_count_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"train.txt": TRAIN}, ("valid.txt, test.txt", "move some lines of train.txt")),
-        ({"train.tsv": TRAIN, "valid.tsv": "", "test.tsv": ""}, ("it holds test.tsv, train.tsv, valid.tsv", "convert")),
-        ({"triples.nt": "", "readme": ""}, ("it holds readme, triples.nt", "convert")),
-        ({"train.txt.gz": ""}, ("it holds train.txt.gz", "not compressed")),
+        ({"train.txt": TRAIN, "test.txt": TRAIN}, ("no valid.txt", "it holds test.txt, train.txt", "data/split.py")),
+        ({"valid.txt": TRAIN, "test.txt": TRAIN}, ("has no train.txt;", "it holds test.txt, valid.txt")),
+        ({"facts.parquet": "", "readme": ""}, ("it holds facts.parquet, readme", ".csv, .nt, .ttl")),
+        ({"train.tsv": TRAIN, "valid.tsv": "", "test.tsv": ""}, ("valid.tsv:1: found an empty file",)),
+        ({"triples.nt": ""}, ("triples.nt:1: found an empty file",)),
+        ({"train.txt.gz": "a"}, ("train.txt.gz cannot be unpacked",)),
         ({}, ("it holds no file",)),
     ],
 )

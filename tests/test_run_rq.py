@@ -705,7 +705,7 @@ def test_out_of_memory_offers_a_smaller_model_that_is_valid(changes: dict[str, A
 def test_sizes_fit_any_graph(entities: int, capsys: pytest.CaptureFixture[str]) -> None:
     config = with_sizes(run_rq.parse_config([]), entities, 3, 6 * entities)
     assert config.num_code <= 1024 and config.code_dim * config.seq_len >= config.init_dim
-    assert (config.num_negatives > 0) == (entities > 100_000) and config.epoch >= 5
+    assert (config.num_negatives > 0) == (entities > 20_000) and config.epoch >= 5
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and f"--num_code {config.num_code}" in line
     given = with_sizes(run_rq.parse_config(["--epoch", "7", "--num_code", "32"]), entities, 3, 6 * entities)

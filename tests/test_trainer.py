@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.config import Config
 from common.errors import InputError
 from common.files import load_torch
+from model import schedule as schedule_module
 from model import trainer as trainer_module
 from model.losses import LOSSES, gather_targets
 from model.RQGCN import scorer_of
@@ -527,6 +529,38 @@ def test_resumed_after_every_epoch_is_bit_identical(trainer_of: TrainerMaker, se
     resumed = load_torch(straight.checkpoint, "checkpoint")
     assert len(resumed["last"]["history"]) == settings["epoch"]
     assert_same(uninterrupted, resumed)
+
+
+def test_a_run_that_stalls_ends_early_resumed_or_not(trainer_of: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing moves at this rate, so the first ranking from codes (epoch 6 of 40) stays the best."""
+    settings = {"epoch": 40, "lr": 1e-12, "warmup_epochs": 0.1, "freeze_at": 0.1, "eval_every": 2}
+    straight = trainer_of(**settings)
+    straight.fit()
+    assert straight.best is not None and (straight.best["epoch"], straight.epoch) == (6, 26)
+    uninterrupted = load_torch(straight.checkpoint, "checkpoint")
+
+    straight.checkpoint.unlink()
+    first = trainer_of(**settings)
+    stop_after(first, 17)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    for _ in range(2):  # the second time nothing is left to do
+        again = trainer_of(**settings)
+        again.restore(load_torch(again.checkpoint, "checkpoint"))
+        again.fit()
+        assert_same(uninterrupted, load_torch(again.checkpoint, "checkpoint"))
+
+    monkeypatch.setattr(schedule_module, "PATIENCE", 2.0)  # the control
+    whole = trainer_of(**settings)
+    whole.fit()
+    assert whole.epoch == 40
+
+
+def test_a_run_never_stalls_before_its_codes_are_fixed() -> None:
+    schedule = schedule_module.schedule_of(Config(freeze_at=0.6))
+    assert schedule.stalled(0.86, 0.1, worse=10)
+    assert not (schedule.stalled(0.8, 0.1, 10) or schedule.stalled(0.9, 0.7, 10) or schedule.stalled(0.86, 0.1, 9))
+    assert not schedule_module.schedule_of(Config(freeze_at=0.1, quantizer="posthoc")).stalled(0.9, 0.1, 10)
 
 
 # ---------------------------------------------------------------- faults

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import command
 from common.metrics import CLASSIFICATION, RANKING
 from tables.figures.inputs import Inputs, Missing
 from tables.figures.style import heat_map, new_figure, save, short
@@ -48,8 +49,8 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
             found.setdefault(key, []).append(row)
     if not found:
         raise Missing(
-            f"no record of answers to {task.replace('_', ' ')} with codes; make one: cd lora_training && python "
-            "inference.py; or name yours: --records FOLDER"
+            f"no record of answers to {task.replace('_', ' ')} with codes; make one: "
+            f"{command('lora_training/inference.py')}; or name yours: --records FOLDER"
         )
     figure, axes = new_figure(len(found), len(metrics), 2.7, 2.4)
     for panels, ((dataset, Q, setting), rows) in zip(axes, found.items(), strict=True):

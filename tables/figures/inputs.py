@@ -64,7 +64,8 @@ class Inputs:
             except Missing:
                 found = []
             folders = [folder for folder in found if folder is not None] or [BUNDLED]
-        return [KnowledgeGraph.load(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
+        paths = dict.fromkeys(folder.resolve() for folder in folders)
+        return [KnowledgeGraph.load(path, keep_names=True) for path in paths]
 
     @cached_property
     def model_folders(self) -> list[Path]:

@@ -6,13 +6,13 @@ the graph, the blocks on the diagonal are brighter. Figure 12 draws another samp
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.files import ROOT, command
 from data.knowledge_graph import Ints, KnowledgeGraph
 from tables.code_quality import CodeSet
 from tables.figures.inputs import Inputs, Missing, display_names
@@ -72,8 +72,8 @@ def draw(inputs: Inputs, out: Path, number: int) -> list[Path]:
         if codes.vectors is not None and all(entity in row for entity in wanted):
             variants.append((name, codes, [row[entity] for entity in wanted]))
     if not variants:
-        raise Missing(f"no codes with decoded vectors belong to {kg.name}; make them: python run_rq.py --dataset "
-                      + shlex.quote(f"data/{kg.name}"))  # fmt: skip
+        raise Missing(f"no codes with decoded vectors belong to {kg.name}; make them: "
+                      + command("run_rq.py", "--dataset", ROOT / "data" / kg.name))  # fmt: skip
     names = display_names(kg)
     shown = [names[e] for e in sample.entities]
     figure, axes = new_figure(1, len(variants), 4.6, 4.3)
