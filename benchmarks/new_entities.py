@@ -196,7 +196,7 @@ class Comparison:
             self.graph_encoder = GraphEncoder(model, self.base.codes, self.part)
         self.results: dict[str, Any] = {}
 
-    def edges(self, size: str | int) -> Ints:
+    def edges(self, size: str) -> Ints:
         """The support of the chosen entities, which are numbered from 0."""
         edges = edges_of_new(read_new(self.args.held_out / f"support_{size}.txt", self.part), self.part)
         edges = edges[np.isin(edges[:, 0], self.chosen)]
@@ -225,7 +225,7 @@ class Comparison:
             nothing = torch.zeros(0, dtype=torch.int64)
             self.report("text_alone", self.fold_in.encode(Support(nothing, nothing, nothing, N, self.text[self.M :])))
 
-    def methods(self, size: str | int) -> None:
+    def methods(self, size: str) -> None:
         """The methods that use triples, from ``support_{size}.txt``."""
         edges, text = self.edges(size), None if self.text is None else self.text[self.M :]
         runs: list[tuple[str, FoldIn | GraphEncoder, Tensor | None]] = [
@@ -249,15 +249,16 @@ def main() -> None:
     compared = Comparison(args)
     print(f"{len(compared.chosen)} new entities, {2 * len(compared.whole.test)} queries")
     compared.baselines()
-    for size in [*SUPPORT, "all"]:
+    for size in (*map(str, SUPPORT), "all"):
         compared.methods(size)
     compared.results["encoded_again"] = reencoded(compared.base, compared.part, args.reencode, args.seed)
     print("encoded again:", compared.results["encoded_again"])
     if args.out:
         inputs = {path.name: sha256_file(path) for path in (args.codes, args.checkpoint)}
-        counts = {"new_entities": len(compared.chosen), "queries": 2 * len(compared.whole.test)}
-        seconds = time.monotonic() - began
-        write_json(make_record(vars(args), inputs, seconds, **counts, results=compared.results), args.out)
+        write_json(make_record(
+            vars(args), inputs, time.monotonic() - began, new_entities=len(compared.chosen),
+            queries=2 * len(compared.whole.test), results=compared.results,
+        ), args.out)  # fmt: skip
 
 
 if __name__ == "__main__":

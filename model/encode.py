@@ -225,8 +225,8 @@ class Encoder:
 def support_of(edges: Ints, entities: Ints, text: Tensor | None = None) -> Support:
     """What is known of ``entities`` (ascending): their edges [n, 3] and texts [N, T]."""
     row = np.searchsorted(entities, edges[:, 0])
-    columns = (torch.from_numpy(column.copy()) for column in (row, edges[:, 1], edges[:, 2]))
-    return Support(*columns, len(entities), text)
+    entity, relation, known = (torch.from_numpy(column.copy()) for column in (row, edges[:, 1], edges[:, 2]))
+    return Support(entity, relation, known, len(entities), text)
 
 
 def batches_of(edges: Ints) -> list[Ints]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data.knowledge_graph import KnowledgeGraph
+from model.CompGCN import CompGCNLayer
 from model.fold_in import Support
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN
@@ -66,6 +67,7 @@ class GraphEncoder:
         learned = torch.zeros(N, model.entity_embedding.shape[1], dtype=torch.float64)
         e = model.start(learned, None if support.text is None else support.text.double())
         for layer, x, v in zip(model.encoder.layers, self.x, self.v, strict=True):
+            assert isinstance(layer, CompGCNLayer)
             known, relation = x[support.known], v[received]
             message = known * relation if layer.composition == "mult" else known - relation
             sums = torch.zeros(2 * N, x.shape[1], dtype=torch.float64).index_add_(0, place, weight * message)

@@ -102,11 +102,8 @@ def load_text(
     if order is not None:
         print(f"{flag} {path}: rows in the order of the names in {row_names(path).name}")
     elif entities:
-        names = ", ".join(entities[:2])
-        print(
-            f"{flag} {path}: no {row_names(path).name} beside it, so its rows are taken in the graph's order: "
-            f"{names}, ... ({ROW_ORDER})"
-        )
+        names, rule = ", ".join(entities[:2]), ROW_ORDER if flag == "--text_emb" else "new entities, sorted"
+        print(f"{flag} {path}: no {row_names(path).name} beside it, so its rows are taken as {names}, ... ({rule})")
     text = torch.from_numpy((array if order is None else array[order]).astype(np.float32))
     if not bool(torch.isfinite(text).all()):
         raise InputError(f"{flag} {path} holds values that are not finite; write it again")

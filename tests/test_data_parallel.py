@@ -114,7 +114,7 @@ def fixed_assignments(kg: KnowledgeGraph, world: World, folder: Path) -> dict[st
     shape = (M, SHAPE["seq_len"], SHAPE["num_quantizers"])
     trainer.codes = torch.randint(SHAPE["num_code"], shape, generator=torch.Generator().manual_seed(3))
     trainer.model.rq_codebook.initialized.fill_(True)
-    trainer._refresh = lambda phase, z=None: None  # type: ignore[method-assign]
+    trainer._refresh = lambda *args, **kwargs: None  # type: ignore[method-assign]
     trainer._start_epoch = lambda phase: None  # type: ignore[method-assign]
     trainer.fit()
     return result_of(trainer)
