@@ -61,7 +61,7 @@ def table(records: dict[str, Results]) -> str:
 
 def draw(records: dict[str, Results], out: Path) -> list[Path]:
     """MRR over the number of support triples, a panel per record."""
-    figure, axes = new_figure(1, len(records), 3.8, 3.2)
+    figure, axes = new_figure(1, len(records), 2.6, 2.8)
     sizes = SIZES[::-1]
     for panel, (title, results) in zip(axes[0], records.items(), strict=True):
         mrr = {method: found["mrr_over_entities"] for method, found in results.items() if "mrr_over_entities" in found}
@@ -73,9 +73,13 @@ def draw(records: dict[str, Results], out: Path) -> list[Path]:
             if method in mrr and method != "random":
                 panel.axhline(mrr[method], label=label, color="0.4", linestyle=("-", "--", ":")[number])
         panel.set_xticks(range(len(sizes)), sizes)
-        panel.set(xlabel="support triples", ylabel="MRR, mean over new entities", title=title)
+        panel.set(xlabel="support triples", title=title.replace(" (", "\n("))
         panel.set_ylim(bottom=0)
-        panel.legend(loc="best", fontsize=6)
+    axes[0][0].set_ylabel("MRR, mean over new entities")
+    handles = {
+        label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=6)
     return save(figure, out.parent, out.name)
 
 
