@@ -466,5 +466,18 @@ def test_bad_input_is_one_line(graph: Path, tmp_path: Path, capsys: pytest.Captu
     assert_refused(["--dataset", graph, "--answers", tmp_path / "none.json"], capsys, "--answers")
 
 
+def test_the_report_does_not_replace_a_file_that_is_read(
+    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {flag: tmp_path / f"{flag}.json" for flag in ("answers", "lists", "against")}
+    for path in paths.values():
+        path.write_text(json.dumps(dift_rows(graph)))
+    words = [word for flag, path in paths.items() for word in (f"--{flag}", path)]
+    for flag, path in paths.items():
+        before = path.read_bytes()
+        assert_refused(["--dataset", graph, *words, "--json", tmp_path / "." / path.name], capsys, "--json", f"--{flag}")
+        assert path.read_bytes() == before
+
+
 def test_names_without_case_and_punctuation() -> None:
     assert name_key("  St. John's,  (Town) ") == name_key("st johns town") != name_key("st john")
