@@ -421,9 +421,8 @@ def test_wrong_flags_are_refused_before_the_weights(
     world: World, ring: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
     monkeypatch.setattr(serve, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    with serve.listen("127.0.0.1", 0) as taken:
-        with pytest.raises(InputError, match="in use; give another --port"):
-            serve.main(flags(world, ring, "--port", str(taken.getsockname()[1])))
+    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(InputError, match="in use; give another --port"):
+        serve.main(flags(world, ring, "--port", str(taken.getsockname()[1])))
     with pytest.raises(InputError, match="cannot listen on --host"):
         serve.main(flags(world, ring, "--port", "0", "--host", "192.0.2.1"))
     for words in (["--queue", "0"], ["--timeout", "0"], ["--timeout", "nan"], ["--port", "70000"], ["--beams", "-1"]):
