@@ -471,7 +471,8 @@ def read_ours(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
         )
         links = [per_token(answer) for answer in links] if by_mean > by_sum else links
     test = [answer for answer in links if answer["split"] == "test"]
-    queries = with_inverse(lookup.kg.test, lookup.kg.num_relations).tolist()
+    both = with_inverse(lookup.kg.test, lookup.kg.num_relations).reshape(2, -1, 3)
+    queries = both.swapaxes(0, 1).reshape(-1, 3).tolist()  # the ids count both queries of each triple in turn
     return Contents(
         "ours",
         [_our_row(answer, rows.get(str(answer["id"]), answer), answers, queries, lookup) for answer in test],
