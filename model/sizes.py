@@ -29,8 +29,8 @@ def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
     """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md)."""
     codes = min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length()))
     part, most = N3_SMALL if entities < LARGE else N3_LARGE
-    found = {"n3": round(min(most, part * entities / triples), 4)}
-    found |= {"num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
+    n3 = round(min(most, part * entities / triples), 4)
+    found = {"n3": n3, "num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
     if entities > EXACT_UP_TO:
         found |= {"num_negatives": SAMPLED}
     if entities > EVERY_STEP_UP_TO:

@@ -126,7 +126,7 @@ def test_one_set_of_answers_in_every_format(graph: Path, tmp_path: Path) -> None
     prompts = [f"query {i}: {row['triplet']}" for i, row in enumerate(rows)]
     lists = [
         {"instruction": prompt, "input": "", "output": row["target"], "rank": row["rank"],
-         "topk_names": row["topk_names"], "metadata": {"triplet": row["triplet"], "inverse": row["inverse"]}}
+         "topk_names": row["topk_names"], "metadata": {"triplet": row["triplet"], "inverse": str(row["inverse"])}}
         for prompt, row in zip(prompts, rows, strict=True)
     ]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
