@@ -71,12 +71,13 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; InputError if the address is not this machine's, or the port is taken."""
+    """A listening socket; InputError if the address is not this machine's, or the port is taken."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(found[0], socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(found[4])
+        bound.listen()  # two sockets may be bound to one port until one of them listens; clients wait for the model
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot listen on --host {host} --port {port}: {reason}; give another --port") from error

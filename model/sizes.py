@@ -20,14 +20,16 @@ FEWEST_CODES, MOST_CODES = 8, 1024
 LARGE = 5_000  # entities, from which on N3, other batches and other codes were better (docs/DEFAULTS.md)
 STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
-MOST_N3 = 0.03  # weight of the N3 norm on sparse graphs; less on dense ones, where triples hold each other up
+# weight of the N3 norm: a part of the entities per triple, since dense graphs need less, and at most (docs/LOG.md)
+N3_SMALL, N3_LARGE = (0.5, 0.03), (1.0, 0.05)
 RATES = {"adagrad": 0.1, "adam": 0.005}
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
     """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md)."""
     codes = min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length()))
-    n3 = round(min(MOST_N3, entities / (2 * triples)), 4)
+    part, most = N3_SMALL if entities < LARGE else N3_LARGE
+    n3 = round(min(most, part * entities / triples), 4)
     found = {"n3": n3, "num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
     if entities > EXACT_UP_TO:
         found |= {"num_negatives": SAMPLED}

@@ -41,6 +41,11 @@ NAME_FILES = ("entity2text.txt", "FB15k_mid2name.txt")  # other names than the l
 SEARCHED = "constrained_all"  # inference.py --decode whose candidates are the results of a search, not a list
 
 
+def is_true(value: Any) -> bool:
+    """The truth of a flag that some writers store as the text "False"."""
+    return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else bool(value)
+
+
 @dataclass
 class Row:
     """One query of link prediction with its list and its answer. Entities are ids of the graph."""
@@ -250,10 +255,10 @@ def given_rank(row: JsonRow, place: str) -> float | None:
 
 def read_dift(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
     """Entities by raw name in ``topk_ents``, names in ``topk_names``, the answer ``pred`` by name."""
-    pairs = join(answers, lists, lambda row: (str(row.get("triplet")), bool(row.get("inverse"))))
+    pairs = join(answers, lists, lambda row: (str(row.get("triplet")), is_true(row.get("inverse"))))
     rows, names = [], []
     for place, given, response in pairs:
-        query = lookup.query(given.get("triplet"), bool(given.get("inverse")), place)
+        query = lookup.query(given.get("triplet"), is_true(given.get("inverse")), place)
         field_name = "topk_ents" if "topk_ents" in given else "rank_entities"
         raw, shown = texts(given, field_name, place), texts(given, "topk_names", place)
         if len(raw) != len(shown):
@@ -294,7 +299,7 @@ def read_gsquant(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
         data = given.get("metadata")
         if not isinstance(data, dict):
             raise InputError(f"{place}: there is no metadata; give --lists test.jsonl of the same run")
-        query = lookup.query(data.get("triplet"), bool(data.get("inverse")), place)
+        query = lookup.query(data.get("triplet"), is_true(data.get("inverse")), place)
         for part, file in ((given, lists or answers), (response or {}, answers)):
             if not isinstance(part.get("output", ""), str):
                 raise InputError(f"{place}: output in {file.name} is {str(part['output'])[:40]}, expected a name")
@@ -471,7 +476,8 @@ def read_ours(answers: Path, lists: Path | None, lookup: Lookup) -> Contents:
         )
         links = [per_token(answer) for answer in links] if by_mean > by_sum else links
     test = [answer for answer in links if answer["split"] == "test"]
-    queries = with_inverse(lookup.kg.test, lookup.kg.num_relations).tolist()
+    both = with_inverse(lookup.kg.test, lookup.kg.num_relations).reshape(2, -1, 3)
+    queries = both.swapaxes(0, 1).reshape(-1, 3).tolist()  # the ids count both queries of each triple in turn
     return Contents(
         "ours",
         [_our_row(answer, rows.get(str(answer["id"]), answer), answers, queries, lookup) for answer in test],

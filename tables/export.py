@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shlex
 import shutil
 import sys
@@ -229,6 +230,11 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out} holds files that this script did not write, such as {other[0]}; choose another")
 
 
+def repository_name(stem: str) -> str:
+    """The name of a codes file as the Hugging Face hub allows it: ASCII letters, digits, ``_``, ``-`` and ``.``."""
+    return re.sub(r"[^\w.]+", "-", stem, flags=re.ASCII).strip("-.") or "codes"
+
+
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
@@ -247,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:  # Ctrl-C
             shutil.rmtree(part, ignore_errors=True)
     print(f"wrote {args.out}; the scores of its load.py differ by {difference:.1e} from the checkpoint's")
-    card, repository = args.out / "card.md", f"hf upload USER/{args.codes.stem}"
+    card, repository = args.out / "card.md", f"hf upload USER/{repository_name(args.codes.stem)}"
     print(
         f"next: read {card}, which names your command and data, then upload (nothing was uploaded):\n"
         f"  {repository} {shlex.quote(str(args.out))} .\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from Class.gen_lp_data_rq import both_directions
 from common.errors import run_command
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph, with_inverse
@@ -125,7 +126,7 @@ def test_one_set_of_answers_in_every_format(graph: Path, tmp_path: Path) -> None
     prompts = [f"query {i}: {row['triplet']}" for i, row in enumerate(rows)]
     lists = [
         {"instruction": prompt, "input": "", "output": row["target"], "rank": row["rank"],
-         "topk_names": row["topk_names"], "metadata": {"triplet": row["triplet"], "inverse": row["inverse"]}}
+         "topk_names": row["topk_names"], "metadata": {"triplet": row["triplet"], "inverse": str(row["inverse"])}}
         for prompt, row in zip(prompts, rows, strict=True)
     ]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
@@ -144,13 +145,16 @@ def our_rows(graph: Path, seed: int, size: int = 8) -> Rows:
     """answers.jsonl with scores from few values, so that there are ties; other right answers are in some lists."""
     queries, rng = Queries(graph), random.Random(seed)
     kg, rows = queries.kg, []
-    for number, (_, r, t) in enumerate(queries.all.tolist()):
+    in_turn = both_directions(kg.test, kg.num_relations).tolist()
+    places = {(h, r, t): place for place, (h, r, t) in enumerate(in_turn)}
+    for number, (h, r, t) in enumerate(queries.all.tolist()):
         shown = rng.sample(sorted(set(range(kg.num_entities)) - queries.train[number] - {t}), size)
         shown[rng.randrange(size)] = t if rng.random() < 0.8 else shown[0]
         shown = list(dict.fromkeys(shown))
         right = [entity for entity in shown if entity in queries.known[number] and entity != t]
         rows.append({
-            "id": f"link_prediction-test-{number}", "task_type": "link_prediction", "split": "test", "decode": "score",
+            "id": f"link_prediction-test-{places[h, r, t]}", "task_type": "link_prediction", "split": "test",
+            "decode": "score",
             "direction": "head" if r >= kg.num_relations else "tail", "triple": None, "tokens": None,
             "candidates": [kg.entities[e] for e in shown], "scores": [-float(rng.randrange(4)) for _ in shown],
             "truth": [kg.entities[e] for e in [t, *right]], "candidate_rank": float(rng.randint(9, 19)), "text": "",
@@ -464,6 +468,21 @@ def test_bad_input_is_one_line(graph: Path, tmp_path: Path, capsys: pytest.Captu
     path.write_text(content)
     assert_refused(["--dataset", graph, "--answers", path], capsys, "answers.json")
     assert_refused(["--dataset", graph, "--answers", tmp_path / "none.json"], capsys, "--answers")
+
+
+def test_the_report_does_not_replace_a_file_that_is_read(
+    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {flag: tmp_path / f"{flag}.json" for flag in ("answers", "lists", "against")}
+    for path in paths.values():
+        path.write_text(json.dumps(dift_rows(graph)))
+    words = [word for flag, path in paths.items() for word in (f"--{flag}", path)]
+    for flag, path in paths.items():
+        before = path.read_bytes()
+        assert_refused(
+            ["--dataset", graph, *words, "--json", tmp_path / "." / path.name], capsys, "--json", f"--{flag}"
+        )
+        assert path.read_bytes() == before
 
 
 def test_names_without_case_and_punctuation() -> None:

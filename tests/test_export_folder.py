@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,14 @@ def test_the_adapter_loads_as_the_card_says(
 
 
 # ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("stem", ["family_4_1024_4_rq", "my graph (1)_4_8_2_rq", "家族_4_8_2_rq", "-x- 'y", "家族"])
+def test_the_printed_repository_is_a_name_of_the_hub(stem: str) -> None:
+    utils = pytest.importorskip("huggingface_hub.utils")
+    name = export.repository_name(stem)
+    utils.validate_repo_id(f"USER/{name}")
+    assert shlex.quote(name) == name and (name == stem or re.search(r"[^\w]", stem, re.ASCII))
 
 
 def test_an_export_is_replaced_with_overwrite_only(ring_run: Run, tmp_path: Path, exporting: Command) -> None:

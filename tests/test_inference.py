@@ -43,6 +43,7 @@ from lora_training.make_tiny_base import train_tokenizer
 from lora_training.memory import enough_memory
 from lora_training.prompts import encode_answer, encode_prompt, prompt_text
 from lora_training.score_answers import report
+from tables import audit
 from tests.test_gen_lp import export
 from tests.test_instructions import write_codes
 
@@ -159,6 +160,16 @@ def likelihoods(model: Any, tokenizer: Any, row: dict[str, Any], answers: list[s
 
 
 # ---------------------------------------------------------------- scoring
+
+
+def test_the_audit_reads_these_answers(world: World, scored: tuple[Path, Rows], ring: Path, tmp_path: Path) -> None:
+    """Queries by the rows' ids alone; the metrics are those of score_answers.py."""
+    flags = ["--dataset", ring, "--answers", scored[0] / "answers.jsonl", "--json", tmp_path / "audit.json"]
+    audit.main([str(flag) for flag in flags])
+    found = json.loads((tmp_path / "audit.json").read_text())["link_prediction"]
+    expected = report(scored[1])["link_prediction"]["test"]
+    assert found["metrics"]["mrr"] == pytest.approx(expected["mrr"]) and found["metrics"]["count"] == expected["count"]
+    assert not any(one["count"] for one in found["findings"] if "queries" in one["name"])
 
 
 def test_scores_are_the_likelihoods_of_the_unmerged_adapter(world: World, scored: tuple[Path, Rows]) -> None:
