@@ -1,0 +1,171 @@
+"""What can be read from the codes by linear maps? Facts about an entity, and whether a triple holds. No LLM is used.
+
+    python tables/probe_codes.py --dataset data/family --codes demo_output/family_4_256_4_rq.pt \
+        --checkpoint demo_output/checkpoints/family_4_256_4_rq.pt
+
+A fact: the entity is the head (or the tail) of some training triple of a relation. Facts that hold, or do not hold, for
+fewer than --least entities are left out. One logistic regression per fact on four fifths of the entities that training
+saw; AUC on the others, mean over the facts (.5: nothing can be read). Inputs:
+
+codes          one-hot by position, level and index [L * Q * K]
+tokens         the same without positions [Q * K]: how often an entity has each token that an LLM reads
+vectors        q_e [D], decoded from the codes
+shuffled       codes of another entity (control)
+
+With given negatives (valid_neg.txt, test_neg.txt) also: accuracy of triple classification by the stage-1 decoder's
+score, with one threshold per relation, chosen on validation: a lower bound of what the codes contain about triples.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from Class.source import fit_codes
+from common.errors import CommandParser, InputError, run_command
+from common.files import sha256_file, write_json
+from common.record import make_record
+from data.knowledge_graph import KnowledgeGraph
+from model.inputs import load_scorer
+from model.RQGCN import CodeScorer
+
+STEPS, RATE, DECAY = 200, 0.05, 0.02  # of AdamW, all entities in every step
+LEAST = 20  # validation rows of a relation that gets a threshold of its own
+
+
+def facts_of(kg: KnowledgeGraph, least: int) -> Tensor:
+    """[M, T] 0/1: relations that an entity is the head of, then those that it is the tail of, rare ones left out."""
+    found = np.zeros((kg.num_entities, 2 * kg.num_relations), dtype=np.float32)
+    h, r, t = kg.train.T
+    found[h, r] = found[t, r + kg.num_relations] = 1
+    counts = found[~kg.unseen].sum(0)
+    return torch.from_numpy(found[:, (counts >= least) & (counts <= (~kg.unseen).sum() - least)])
+
+
+def one_hot(codes: Tensor, num_code: int, positions: bool) -> Tensor:
+    """codes [M, L, Q] -> sparse [M, L * Q * K], or without ``positions`` the counts [M, Q * K]."""
+    M, L, Q = codes.shape
+    start = torch.arange(L * Q if positions else Q).view(-1, Q) * num_code  # [L or 1, Q]
+    columns = (codes + start).flatten()
+    rows = torch.arange(M).repeat_interleave(L * Q)
+    width = start.numel() * num_code
+    return torch.sparse_coo_tensor(
+        torch.stack([rows, columns]), torch.ones(len(rows)), (M, width), check_invariants=False
+    ).coalesce()
+
+
+def auc(scores: Tensor, labels: Tensor) -> float:
+    """Probability that a positive has a higher score than a negative, mean over the columns of [N, T] with both."""
+    ranks = scores.argsort(0).argsort(0).double() + 1  # ties in the order of the rows
+    positives = labels.sum(0).double()
+    negatives = len(labels) - positives
+    both = (positives > 0) & (negatives > 0)
+    above = (ranks * labels).sum(0) - positives * (positives + 1) / 2
+    return float((above / (positives * negatives))[both].mean())
+
+
+def probe(inputs: Tensor, facts: Tensor, train: Tensor, test: Tensor) -> float:
+    """Mean AUC on the entities ``test`` of logistic regressions on ``train``; inputs [M, F], facts [M, T]."""
+    known, asked = inputs.index_select(0, train), inputs.index_select(0, test)
+    weight = torch.zeros(inputs.shape[1], facts.shape[1], requires_grad=True)
+    bias = torch.zeros(facts.shape[1], requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], lr=RATE, weight_decay=DECAY)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(known @ weight + bias, facts[train])
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return auc(asked @ weight + bias, facts[test])
+
+
+def best_threshold(scores: Tensor, labels: Tensor) -> float:
+    """The threshold above which "True" has the highest accuracy."""
+    order = scores.argsort(descending=True)
+    right = torch.cat([torch.zeros(1), torch.where(labels[order], 1.0, -1.0).cumsum(0)])
+    place = int(right.argmax())
+    ends = torch.cat([scores.max()[None] + 1, scores[order], scores.min()[None] - 1])
+    return float((ends[place] + ends[place + 1]) / 2)
+
+
+@torch.no_grad()
+def triple_accuracy(kg: KnowledgeGraph, scorer: CodeScorer, relations: Tensor, vectors: Tensor) -> float | None:
+    """Test accuracy of the decoder's score with a threshold per relation; None if the graph has no given negatives.
+
+    ``relations`` [2R, D], ``vectors`` [M, D]. Relations with fewer than LEAST validation rows share one threshold.
+    """
+    found = []
+    for split in ("valid", "test"):
+        negatives = kg.negatives(split)
+        if negatives is None:
+            return None
+        positives = kg.split(split)
+        h, r, t = torch.from_numpy(np.concatenate([positives, negatives])).T
+        scores = (scorer.decoder.query(vectors[h], relations[r]) * vectors[t]).sum(1)
+        found.append((r, scores, torch.arange(len(r)) < len(positives)))
+    (r, scores, labels), (test_r, test_scores, test_labels) = found
+    thresholds = torch.full((kg.num_relations,), best_threshold(scores, labels))
+    for relation in range(kg.num_relations):
+        own = r == relation
+        if int(own.sum()) >= LEAST:
+            thresholds[relation] = best_threshold(scores[own], labels[own])
+    return float(((test_scores > thresholds[test_r]) == test_labels).float().mean())
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="tables/probe_codes.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder")
+    parser.add_argument("--codes", type=Path, required=True, metavar="C.pt", help="codes file")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="CK.pt", help="the stage-1 checkpoint")
+    parser.add_argument("--least", type=int, default=100, help="entities that a fact must hold for, and not hold for")
+    parser.add_argument("--seed", type=int, default=0, help="of the entities' split and the shuffling")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table and a run record")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, started = parse_args(argv), time.monotonic()
+    kg = KnowledgeGraph.load(args.dataset)
+    found, num_code, _ = fit_codes(args.codes, kg, args.dataset)
+    codes = torch.from_numpy(found)
+    loaded = load_scorer(args.checkpoint, kg, torch.device("cpu"))
+    with torch.no_grad():
+        vectors = loaded.scorer.eval().entity_vectors_from_codes(codes)
+        standardized = (vectors - vectors.mean(0)) / vectors.std(0).clamp(min=1e-6)
+    facts = facts_of(kg, args.least)
+    if not facts.shape[1]:
+        raise InputError(f"no fact holds for --least {args.least} entities of {kg.name}; give a smaller number")
+    generator = torch.Generator().manual_seed(args.seed)
+    seen = torch.from_numpy(np.flatnonzero(~kg.unseen))
+    seen = seen[torch.randperm(len(seen), generator=generator)]
+    train, test = seen[len(seen) // 5 :], seen[: len(seen) // 5]
+    other = codes[torch.randperm(len(codes), generator=generator)]
+    inputs = {"codes": one_hot(codes, num_code, True), "tokens": one_hot(codes, num_code, False),
+              "vectors": standardized, "shuffled": one_hot(other, num_code, True)}  # fmt: skip
+    print(f"{kg.name}: {facts.shape[1]} facts, {len(train):,} entities to fit and {len(test):,} to test")
+    rows = {}
+    for name, given in inputs.items():
+        rows[name] = probe(given, facts, train, test)
+        print(f"{name:10} {given.shape[1]:6,} inputs   AUC {rows[name]:.3f}", flush=True)
+    accuracy = triple_accuracy(kg, loaded.scorer, loaded.relations, vectors)
+    if accuracy is not None:
+        print(f"triple classification by the decoder's score: test accuracy {accuracy:.4f}")
+    if args.json:
+        hashes = {"codes": sha256_file(args.codes), "checkpoint": sha256_file(args.checkpoint)}
+        record = make_record(vars(args), hashes, time.monotonic() - started, dataset=kg.name, facts=facts.shape[1],
+                             auc=rows, triple_accuracy=accuracy)  # fmt: skip
+        write_json(record, args.json)
+        print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,63 @@
+"""What linear maps read from codes: the measures against brute force, a planted fact, the command on a small run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import InputError
+from common.files import read_json
+from tables import probe_codes
+from tables.probe_codes import auc, best_threshold, one_hot, probe
+from tests.conftest import Run
+
+
+def test_one_hot_marks_positions_and_counts_tokens() -> None:
+    codes = torch.tensor([[[0, 1], [2, 1]], [[1, 0], [1, 2]]])  # [M=2, L=2, Q=2], K=3
+    assert one_hot(codes, 3, True).to_dense().tolist() == [
+        [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0],
+        [0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1],
+    ]
+    assert one_hot(codes, 3, False).to_dense().tolist() == [[1, 0, 1, 0, 2, 0], [0, 2, 0, 1, 0, 1]]
+
+
+def test_auc_counts_pairs_in_the_right_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(30, 3, generator=generator), (torch.rand(30, 3, generator=generator) < 0.4).float()
+    labels[:, 2] = 1  # without negatives: left out
+    pairs = [
+        (scores[labels[:, c] == 1, c][:, None] > scores[labels[:, c] == 0, c]).double().mean().item() for c in (0, 1)
+    ]
+    assert auc(scores, labels) == pytest.approx(sum(pairs) / 2)
+
+
+def test_the_threshold_has_the_best_accuracy() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for shift in (-9.0, 0.5, 9.0):  # everything False, mixed, everything True
+        labels = torch.rand(40, generator=generator) < (0.5 if abs(shift) < 1 else float(shift > 0))
+        scores = torch.randn(40, generator=generator) + labels * 0.5
+        right = [float(((scores > c) == labels).float().mean()) for c in [*scores.tolist(), -1e9, 1e9]]
+        found = best_threshold(scores, labels)
+        assert float(((scores > found) == labels).float().mean()) == pytest.approx(max(right))
+
+
+def test_a_fact_in_the_codes_is_read_and_one_in_others_codes_is_not() -> None:
+    codes = torch.randint(0, 8, (600, 2, 2), generator=torch.Generator().manual_seed(0))
+    facts = torch.stack([codes[:, 0, 0] < 4, codes[:, 1, 1] == 3], 1).float()
+    train, test = torch.arange(400), torch.arange(400, 600)
+    assert probe(one_hot(codes, 8, True), facts, train, test) > 0.99
+    assert abs(probe(one_hot(codes.roll(1, 0), 8, True), facts, train, test) - 0.5) < 0.1
+
+
+def test_the_command_on_a_small_run(family_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dataset", str(family_run.dataset), "--codes", str(family_run.codes)]
+    flags += ["--checkpoint", str(family_run.checkpoint), "--json", str(tmp_path / "p.json")]
+    probe_codes.main(flags)
+    record = read_json(tmp_path / "p.json", "record")
+    assert record["auc"].keys() == {"codes", "tokens", "vectors", "shuffled"} and record["triple_accuracy"] is None
+    assert record["auc"]["codes"] > record["auc"]["shuffled"] + 0.1 and abs(record["auc"]["shuffled"] - 0.5) < 0.06
+    assert f"AUC {record['auc']['codes']:.3f}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--least 999"):
+        probe_codes.main([*flags, "--least", "999"])
