@@ -4,13 +4,15 @@
         --checkpoint demo_output/checkpoints/family_4_256_4_rq.pt
 
 A fact: the entity is the head (or the tail) of some training triple of a relation. Facts that hold, or do not hold, for
-fewer than --least entities are left out. One logistic regression per fact on four fifths of the entities that training
-saw; AUC on the others, mean over the facts (.5: nothing can be read). Inputs:
+fewer than --least entities are left out. One logistic regression per fact on three fifths of the entities that training
+saw, its number of steps chosen on one fifth; AUC on the last fifth, mean over the facts (.5: nothing can be read).
 
 codes          one-hot by position, level and index [L * Q * K]
 tokens         the same without positions [Q * K]: how often an entity has each token that an LLM reads
 vectors        q_e [D], decoded from the codes
 shuffled       codes of another entity (control)
+names          with --model_name: hidden states of an untuned LLM at the end of the name, at LAYERS of its depth
+names + codes  both: what codes add to what the LLM knows of a name; and the same with shuffled codes
 
 With given negatives (valid_neg.txt, test_neg.txt) also: accuracy of triple classification by the stage-1 decoder's
 score, with one threshold per relation, chosen on validation: a lower bound of what the codes contain about triples.
@@ -25,21 +27,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from Class.codes import unique_names
 from Class.source import fit_codes
 from common.errors import CommandParser, InputError, run_command
 from common.files import sha256_file, write_json
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
+from lora_training.base_model import load_base, load_tokenizer
+from lora_training.prompts import encode_texts
 from model.inputs import load_scorer
 from model.RQGCN import CodeScorer
 
-STEPS, RATE, DECAY = 200, 0.05, 0.02  # of AdamW, all entities in every step
+STEPS, RATE = 300, 0.05  # of Adam, all entities in every step
+LAYERS = (0.33, 0.67, 1.0)
 LEAST = 20  # validation rows of a relation that gets a threshold of its own
+
+
+class Parts(NamedTuple):
+    """Entities of the three parts, as rows of the inputs."""
+
+    train: Tensor  # three fifths
+    validation: Tensor
+    test: Tensor
 
 
 def facts_of(kg: KnowledgeGraph, least: int) -> Tensor:
@@ -73,19 +88,58 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return float((above / (positives * negatives))[both].mean())
 
 
-def probe(inputs: Tensor, facts: Tensor, train: Tensor, test: Tensor) -> float:
-    """Mean AUC on the entities ``test`` of logistic regressions on ``train``; inputs [M, F], facts [M, T]."""
-    known, asked = inputs.index_select(0, train), inputs.index_select(0, test)
+def scaled(inputs: Tensor) -> Tensor:
+    """The same [N, F] with a mean squared row norm of 1, so that one learning rate suits all inputs."""
+    whole = inputs.to_dense() if inputs.is_sparse else inputs
+    return inputs * float(len(whole) / whole.square().sum()) ** 0.5
+
+
+def probe(inputs: Tensor, facts: Tensor, parts: Parts) -> float:
+    """Mean AUC on the entities ``parts.test`` of logistic regressions on ``parts.train``; inputs [N, F], facts [N, T].
+
+    The number of steps is the one with the best mean AUC on ``parts.validation``.
+    """
+    known, chosen, asked = (inputs.index_select(0, part) for part in parts)
     weight = torch.zeros(inputs.shape[1], facts.shape[1], requires_grad=True)
     bias = torch.zeros(facts.shape[1], requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], lr=RATE, weight_decay=DECAY)
-    for _ in range(STEPS):
+    optimizer = torch.optim.Adam([weight, bias], lr=RATE)
+    best = (0.0, 0.0)
+    for step in range(1, STEPS + 1):
         optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(known @ weight + bias, facts[train])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(known @ weight + bias, facts[parts.train])
         loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        return auc(asked @ weight + bias, facts[test])
+        if step % (STEPS // 20) == 0:
+            with torch.no_grad():
+                validation = auc(chosen @ weight + bias, facts[parts.validation])
+                best = max(best, (validation, auc(asked @ weight + bias, facts[parts.test])))
+    return best[1]
+
+
+@torch.no_grad()
+def name_states(model_name: str, names: list[str], batch: int = 32) -> Tensor:
+    """Hidden states [N, len(LAYERS) * D] of a base LLM at the last token of each name, standardized."""
+    tokenizer = load_tokenizer(model_name)
+    model = load_base(model_name, torch.float32, None, {"": "cpu"}).eval()
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = [start + name for name in encode_texts(names, tokenizer)]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: dict[int, Tensor] = {}
+    for at in range(0, len(order), batch):
+        part = order[at : at + batch]
+        width = max(len(ids[i]) for i in part)
+        padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in part])  # causal: padding is never read
+        states = model(input_ids=padded, output_hidden_states=True, logits_to_keep=1).hidden_states
+        depth = len(states) - 1
+        chosen = torch.cat([states[round(depth * share)] for share in LAYERS], -1)
+        found |= {i: chosen[row, len(ids[i]) - 1] for row, i in enumerate(part)}
+    whole = torch.stack([found[i] for i in range(len(ids))])
+    return standardized(whole)
+
+
+def standardized(inputs: Tensor) -> Tensor:
+    """Each column with mean 0 and standard deviation 1."""
+    return (inputs - inputs.mean(0)) / inputs.std(0).clamp(min=1e-6)
 
 
 def best_threshold(scores: Tensor, labels: Tensor) -> float:
@@ -127,6 +181,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codes", type=Path, required=True, metavar="C.pt", help="codes file")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="CK.pt", help="the stage-1 checkpoint")
     parser.add_argument("--least", type=int, default=100, help="entities that a fact must hold for, and not hold for")
+    parser.add_argument("--entities", type=int, default=0, metavar="N", help="use N entities at random (0: all)")
+    parser.add_argument("--model_name", metavar="DIR", help="also probe an untuned LLM that reads the names")
     parser.add_argument("--seed", type=int, default=0, help="of the entities' split and the shuffling")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table and a run record")
     return parser.parse_args(argv)
@@ -140,22 +196,32 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_scorer(args.checkpoint, kg, torch.device("cpu"))
     with torch.no_grad():
         vectors = loaded.scorer.eval().entity_vectors_from_codes(codes)
-        standardized = (vectors - vectors.mean(0)) / vectors.std(0).clamp(min=1e-6)
     facts = facts_of(kg, args.least)
     if not facts.shape[1]:
         raise InputError(f"no fact holds for --least {args.least} entities of {kg.name}; give a smaller number")
     generator = torch.Generator().manual_seed(args.seed)
     seen = torch.from_numpy(np.flatnonzero(~kg.unseen))
-    seen = seen[torch.randperm(len(seen), generator=generator)]
-    train, test = seen[len(seen) // 5 :], seen[: len(seen) // 5]
-    other = codes[torch.randperm(len(codes), generator=generator)]
-    inputs = {"codes": one_hot(codes, num_code, True), "tokens": one_hot(codes, num_code, False),
-              "vectors": standardized, "shuffled": one_hot(other, num_code, True)}  # fmt: skip
-    print(f"{kg.name}: {facts.shape[1]} facts, {len(train):,} entities to fit and {len(test):,} to test")
+    seen = seen[torch.randperm(len(seen), generator=generator)][: args.entities or None]
+    fifth = len(seen) // 5
+    parts = Parts(*torch.arange(len(seen)).split([len(seen) - 2 * fifth, fifth, fifth]))
+    own, facts = codes[seen], facts[seen]
+    other = own.roll(1, 0)  # in random order: another entity's
+    inputs = {
+        "codes": one_hot(own, num_code, True), "tokens": one_hot(own, num_code, False),
+        "vectors": standardized(vectors[seen]), "shuffled": one_hot(other, num_code, True),
+    }  # fmt: skip
+    inputs = {name: scaled(given) for name, given in inputs.items()}
+    if args.model_name:
+        shown = unique_names(kg).names
+        inputs["names"] = scaled(name_states(args.model_name, [shown[e] for e in seen.tolist()]))
+        for name in ("codes", "shuffled"):
+            inputs[f"names + {name}"] = torch.cat([inputs["names"], inputs[name].to_dense()], 1)
+    sizes = ", ".join(f"{len(part):,} {name}" for name, part in parts._asdict().items())
+    print(f"{kg.name}: {facts.shape[1]} facts, entities: {sizes}")
     rows = {}
     for name, given in inputs.items():
-        rows[name] = probe(given, facts, train, test)
-        print(f"{name:10} {given.shape[1]:6,} inputs   AUC {rows[name]:.3f}", flush=True)
+        rows[name] = probe(given, facts, parts)
+        print(f"{name:16} {given.shape[1]:6,} inputs   AUC {rows[name]:.3f}", flush=True)
     accuracy = triple_accuracy(kg, loaded.scorer, loaded.relations, vectors)
     if accuracy is not None:
         print(f"triple classification by the decoder's score: test accuracy {accuracy:.4f}")

@@ -10,8 +10,9 @@ import torch
 from common.errors import InputError
 from common.files import read_json
 from tables import probe_codes
-from tables.probe_codes import auc, best_threshold, one_hot, probe
+from tables.probe_codes import Parts, auc, best_threshold, name_states, one_hot, probe, scaled
 from tests.conftest import Run
+from tests.test_train_lora import base  # noqa: F401
 
 
 def test_one_hot_marks_positions_and_counts_tokens() -> None:
@@ -46,9 +47,16 @@ def test_the_threshold_has_the_best_accuracy() -> None:
 def test_a_fact_in_the_codes_is_read_and_one_in_others_codes_is_not() -> None:
     codes = torch.randint(0, 8, (600, 2, 2), generator=torch.Generator().manual_seed(0))
     facts = torch.stack([codes[:, 0, 0] < 4, codes[:, 1, 1] == 3], 1).float()
-    train, test = torch.arange(400), torch.arange(400, 600)
-    assert probe(one_hot(codes, 8, True), facts, train, test) > 0.99
-    assert abs(probe(one_hot(codes.roll(1, 0), 8, True), facts, train, test) - 0.5) < 0.1
+    parts = Parts(*torch.arange(600).split([400, 100, 100]))
+    assert probe(scaled(one_hot(codes, 8, True)), facts, parts) > 0.99
+    assert abs(probe(scaled(one_hot(codes.roll(1, 0), 8, True)), facts, parts) - 0.5) < 0.15
+
+
+def test_states_of_names_do_not_depend_on_the_batch(base: Path) -> None:  # noqa: F811
+    names = ["Ada", "Ada Ashley", "B", "a much longer name", "Ada"]
+    alone, together = (name_states(str(base), names, batch) for batch in (1, 4))
+    assert torch.allclose(alone, together, atol=1e-4) and torch.equal(together[0], together[4])
+    assert len(together) == 5 and (together[0] - together[1]).abs().max() > 0.01
 
 
 def test_the_command_on_a_small_run(family_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
