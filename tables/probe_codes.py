@@ -14,8 +14,10 @@ shuffled       codes of another entity (control)
 names          with --model_name: hidden states of an untuned LLM at the end of the name, at LAYERS of its depth
 names + codes  both: what codes add to what the LLM knows of a name; and the same with shuffled codes
 
-With given negatives (valid_neg.txt, test_neg.txt) also: accuracy of triple classification by the stage-1 decoder's
-score, with one threshold per relation, chosen on validation: a lower bound of what the codes contain about triples.
+With given negatives (valid_neg.txt, test_neg.txt) also triple classification: test accuracy of the stage-1 decoder's
+score, one threshold per relation chosen on validation. --triples N, with --model_name: accuracy on N test rows of
+linear maps of the LLM's state after the prompt of triple classification without codes, alone and beside the decoder's
+score minus its threshold (with codes and with shuffled codes), fitted on N validation rows that chose no threshold.
 """
 
 from __future__ import annotations
@@ -27,22 +29,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from Class.codes import unique_names
+from Class.prompts import classification
 from Class.source import fit_codes
 from common.errors import CommandParser, InputError, run_command
 from common.files import sha256_file, write_json
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.base_model import load_base, load_tokenizer
-from lora_training.prompts import encode_texts
-from model.inputs import load_scorer
-from model.RQGCN import CodeScorer
+from lora_training.prompts import encode_texts, prompt_text
+from model.inputs import LoadedScorer, load_scorer
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 LAYERS = (0.33, 0.67, 1.0)
@@ -87,28 +90,36 @@ def scaled(inputs: Tensor) -> Tensor:
     return inputs * float(len(inputs) / inputs.square().sum()) ** 0.5
 
 
-def probe(inputs: Tensor, facts: Tensor, parts: Parts) -> float:
-    """Mean AUC on ``parts.test`` of ridge regressions of the facts [N, T] on the inputs [N, F].
+class Fitted(NamedTuple):
+    """A ridge regression with the penalty that validation chose."""
 
-    In the dual form, which costs the same for any F: alpha = (X X^T + 1 + penalty I)^-1 (Y - mean Y). The penalty is
-    the one with the best mean AUC on ``parts.validation``.
+    auc: float  # on the test part, mean over the facts
+    scores: Tensor  # [test part, T]: near 1 where a fact holds, near 0 where not
+
+
+def ridge(inputs: Tensor, facts: Tensor, parts: Parts) -> Fitted:
+    """Ridge regressions of the facts [N, T] on the inputs [N, F]; the penalty with the best validation AUC.
+
+    In the dual form, which costs the same for any F: alpha = (X X^T + 1 + penalty I)^-1 (Y - mean Y).
     """
     known, chosen, asked = (inputs[part] for part in parts)
-    targets = facts[parts.train] - facts[parts.train].mean(0)
+    mean = facts[parts.train].mean(0)
     products, identity = known @ known.T + 1, torch.eye(len(known))
-    found = []
+    best, found = -1.0, Fitted(0.0, torch.empty(0))
     for penalty in PENALTIES:
-        alpha = torch.cholesky_solve(targets, torch.linalg.cholesky(products + penalty * identity))
-        scores = ((part @ known.T + 1) @ alpha for part in (chosen, asked))
-        found.append([auc(one, facts[own]) for one, own in zip(scores, parts[1:], strict=True)])
-    return max(found)[1]
+        alpha = torch.cholesky_solve(facts[parts.train] - mean, torch.linalg.cholesky(products + penalty * identity))
+        validation, scores = ((part @ known.T + 1) @ alpha + mean for part in (chosen, asked))
+        value = auc(validation, facts[parts.validation])
+        if value > best:
+            best, found = value, Fitted(auc(scores, facts[parts.test]), scores)
+    return found
 
 
 @torch.no_grad()
 def name_states(model_name: str, names: list[str], batch: int = 32) -> Tensor:
-    """Hidden states [N, len(LAYERS) * D] of a base LLM at the last token of each name, standardized."""
+    """Hidden states [N, len(LAYERS) * D] of a base LLM at the last token of each text, standardized; in bfloat16."""
     tokenizer = load_tokenizer(model_name)
-    model = load_base(model_name, torch.float32, None, {"": "cpu"}).eval()
+    model = load_base(model_name, torch.bfloat16, None, {"": "cpu"}).eval()
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = [start + name for name in encode_texts(names, tokenizer)]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -121,8 +132,7 @@ def name_states(model_name: str, names: list[str], batch: int = 32) -> Tensor:
         depth = len(states) - 1
         chosen = torch.cat([states[round(depth * share)] for share in LAYERS], -1)
         found |= {i: chosen[row, len(ids[i]) - 1] for row, i in enumerate(part)}
-    whole = torch.stack([found[i] for i in range(len(ids))])
-    return standardized(whole)
+    return standardized(torch.stack([found[i] for i in range(len(ids))]).float())
 
 
 def standardized(inputs: Tensor) -> Tensor:
@@ -139,28 +149,78 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
     return float((ends[place] + ends[place + 1]) / 2)
 
 
-@torch.no_grad()
-def triple_accuracy(kg: KnowledgeGraph, scorer: CodeScorer, relations: Tensor, vectors: Tensor) -> float | None:
-    """Test accuracy of the decoder's score with a threshold per relation; None if the graph has no given negatives.
+class Rows(NamedTuple):
+    """Triples [n, 3] of a split, positives then given negatives, and whether they hold [n]."""
 
-    ``relations`` [2R, D], ``vectors`` [M, D]. Relations with fewer than LEAST validation rows share one threshold.
+    triples: Tensor
+    labels: Tensor
+
+
+def labelled(kg: KnowledgeGraph, split: str) -> Rows | None:
+    """The rows of ``split``; None if the graph has no given negatives."""
+    negatives = kg.negatives(split)
+    if negatives is None:
+        return None
+    positives = kg.split(split)
+    triples = torch.from_numpy(np.concatenate([positives, negatives]))
+    return Rows(triples, torch.arange(len(triples)) < len(positives))
+
+
+@torch.no_grad()
+def margins(loaded: LoadedScorer, vectors: Tensor, fit: Rows, rows: Sequence[Rows]) -> list[Tensor]:
+    """The decoder's score minus its relation's threshold, for each of ``rows``; thresholds are chosen on ``fit``.
+
+    ``vectors`` [M, D]. Relations with fewer than LEAST rows in ``fit`` share one threshold.
     """
-    found = []
-    for split in ("valid", "test"):
-        negatives = kg.negatives(split)
-        if negatives is None:
-            return None
-        positives = kg.split(split)
-        h, r, t = torch.from_numpy(np.concatenate([positives, negatives])).T
-        scores = (scorer.decoder.query(vectors[h], relations[r]) * vectors[t]).sum(1)
-        found.append((r, scores, torch.arange(len(r)) < len(positives)))
-    (r, scores, labels), (test_r, test_scores, test_labels) = found
-    thresholds = torch.full((kg.num_relations,), best_threshold(scores, labels))
-    for relation in range(kg.num_relations):
-        own = r == relation
-        if int(own.sum()) >= LEAST:
-            thresholds[relation] = best_threshold(scores[own], labels[own])
-    return float(((test_scores > thresholds[test_r]) == test_labels).float().mean())
+
+    def scores(part: Rows) -> Tensor:
+        h, r, t = part.triples.T
+        return (loaded.scorer.decoder.query(vectors[h], loaded.relations[r]) * vectors[t]).sum(1)
+
+    own, relation = scores(fit), fit.triples[:, 1]
+    thresholds = torch.full((len(loaded.relations),), best_threshold(own, fit.labels))
+    for r in range(len(thresholds) // 2):
+        if int((relation == r).sum()) >= LEAST:
+            thresholds[r] = best_threshold(own[relation == r], fit.labels[relation == r])
+    return [scores(part) - thresholds[part.triples[:, 1]] for part in rows]
+
+
+def beside_names(
+    args: argparse.Namespace, kg: KnowledgeGraph, loaded: LoadedScorer, vectors: Tensor, generator: torch.Generator
+) -> dict[str, Any]:
+    """Accuracy on test triples of linear maps of the LLM's states, alone and beside the margins of the codes."""
+    valid, test = (labelled(kg, split) for split in ("valid", "test"))
+    if valid is None or test is None:
+        raise InputError(f"--triples {args.triples}: {kg.name} has no valid_neg.txt and test_neg.txt")
+    order = torch.randperm(len(valid.labels), generator=generator)
+    fit, rest = (
+        Rows(valid.triples[part], valid.labels[part]) for part in (order[: args.triples], order[args.triples :])
+    )
+    part = torch.randperm(len(test.labels), generator=generator)[: args.triples]
+    test = Rows(test.triples[part], test.labels[part])
+    names = unique_names(kg).names
+    prompts = [
+        prompt_text({"instruction": classification(names[h], kg.relation_labels[r], names[t], "", "", False)})
+        for rows in (fit, test) for h, r, t in rows.triples.tolist()
+    ]  # fmt: skip
+    states = scaled(name_states(args.model_name, prompts))
+    other = vectors[torch.randperm(len(vectors), generator=generator)]
+    codes, shuffled = (
+        scaled(standardized(torch.cat(margins(loaded, given, rest, (fit, test)))[:, None]))
+        for given in (vectors, other)
+    )
+    labels = torch.cat([fit.labels, test.labels]).float()[:, None]
+    n = len(fit.labels)
+    parts = Parts(*torch.arange(len(labels)).split([n - n // 4, n // 4, len(test.labels)]))
+    inputs = {"names": states, "codes": codes, "names + codes": torch.cat([states, codes], 1),
+              "names + shuffled": torch.cat([states, shuffled], 1)}  # fmt: skip
+    right = {name: (ridge(given, labels, parts).scores[:, 0] > 0.5) == test.labels for name, given in inputs.items()}
+    found: dict[str, Any] = {}
+    for name, correct in right.items():
+        values = correct.double() - right["names"].double()
+        found[name] = {"accuracy": float(correct.double().mean()), "minus_names": float(values.mean()),
+                       "error": float(values.std() / len(values) ** 0.5)}  # fmt: skip
+    return found
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -171,16 +231,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--least", type=int, default=100, help="entities that a fact must hold for, and not hold for")
     parser.add_argument("--entities", type=int, default=5000, metavar="N", help="use at most N entities, at random")
     parser.add_argument("--model_name", metavar="DIR", help="also probe an untuned LLM that reads the names")
+    parser.add_argument("--triples", type=int, default=0, metavar="N", help="also N triples to fit and N to test on")
     parser.add_argument("--seed", type=int, default=0, help="of the entities' split and the shuffling")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table and a run record")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.triples and not args.model_name:
+        parser.error("--triples needs --model_name")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse_args(argv), time.monotonic()
     kg = KnowledgeGraph.load(args.dataset)
-    found, num_code, _ = fit_codes(args.codes, kg, args.dataset)
-    codes = torch.from_numpy(found)
+    given_codes, num_code, _ = fit_codes(args.codes, kg, args.dataset)
+    codes = torch.from_numpy(given_codes)
     loaded = load_scorer(args.checkpoint, kg, torch.device("cpu"))
     with torch.no_grad():
         vectors = loaded.scorer.eval().entity_vectors_from_codes(codes)
@@ -208,15 +272,23 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{kg.name}: {facts.shape[1]} facts, entities: {sizes}")
     rows = {}
     for name, given in inputs.items():
-        rows[name] = probe(given, facts, parts)
+        rows[name] = ridge(given, facts, parts).auc
         print(f"{name:16} {given.shape[1]:6,} inputs   AUC {rows[name]:.3f}", flush=True)
-    accuracy = triple_accuracy(kg, loaded.scorer, loaded.relations, vectors)
-    if accuracy is not None:
+    found_rows = [labelled(kg, split) for split in ("valid", "test")]
+    accuracy, triples = None, None
+    if found_rows[0] is not None and found_rows[1] is not None:
+        (margin,) = margins(loaded, vectors, found_rows[0], found_rows[1:])
+        accuracy = float(((margin > 0) == found_rows[1].labels).float().mean())
         print(f"triple classification by the decoder's score: test accuracy {accuracy:.4f}")
+    if args.triples:
+        triples = beside_names(args, kg, loaded, vectors, generator)
+        for name, line in triples.items():
+            difference = f"{line['minus_names']:+.3f} (standard error {line['error']:.3f}) over names"
+            print(f"triples, {name:16} accuracy {line['accuracy']:.3f}   {difference}")
     if args.json:
         hashes = {"codes": sha256_file(args.codes), "checkpoint": sha256_file(args.checkpoint)}
         record = make_record(vars(args), hashes, time.monotonic() - started, dataset=kg.name, facts=facts.shape[1],
-                             auc=rows, triple_accuracy=accuracy)  # fmt: skip
+                             auc=rows, triple_accuracy=accuracy, triples=triples)  # fmt: skip
         write_json(record, args.json)
         print(f"wrote {args.json}")
 
