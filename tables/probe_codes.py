@@ -274,11 +274,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, given in inputs.items():
         rows[name] = ridge(given, facts, parts).auc
         print(f"{name:16} {given.shape[1]:6,} inputs   AUC {rows[name]:.3f}", flush=True)
-    found_rows = [labelled(kg, split) for split in ("valid", "test")]
+    fit, asked = (labelled(kg, split) for split in ("valid", "test"))
     accuracy, triples = None, None
-    if found_rows[0] is not None and found_rows[1] is not None:
-        (margin,) = margins(loaded, vectors, found_rows[0], found_rows[1:])
-        accuracy = float(((margin > 0) == found_rows[1].labels).float().mean())
+    if fit is not None and asked is not None:
+        (margin,) = margins(loaded, vectors, fit, [asked])
+        accuracy = float(((margin > 0) == asked.labels).float().mean())
         print(f"triple classification by the decoder's score: test accuracy {accuracy:.4f}")
     if args.triples:
         triples = beside_names(args, kg, loaded, vectors, generator)
