@@ -26,6 +26,7 @@ import signal
 import threading
 import time
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from Class import gen_fb_data_rq, gen_lp_data_rq
@@ -34,10 +35,16 @@ from common.errors import CommandParser, InputError, content_of, run_command
 from common.files import exclusive_lock, read_json, sha256_file, write_json
 from common.record import make_record
 from common.steps import Step, run_steps
-from lora_training.compare_llm import REPEAT, RESULTS, VARIANTS, WITH, WITHOUT, Variant, resume_tuning
+from lora_training.adapters import RECORD
+from lora_training.compare_llm import REPEAT, RESULTS, VARIANTS, WITH, WITHOUT, Variant, flags, resume_tuning
 from lora_training.score_answers import by_task, paired, values_by_query
 
+CURVE = ("tokens_per_row", "steps", "before_training", "history")  # of the adapter's record
 METRIC = {gen_fb_data_rq.TASK: "accuracy", gen_lp_data_rq.TASK: "mrr"}
+
+
+def task_of(args: argparse.Namespace) -> str:
+    return gen_lp_data_rq.TASK if args.candidates else gen_fb_data_rq.TASK
 
 
 def folder_of(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
@@ -45,56 +52,55 @@ def folder_of(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
     return Path(args.out.resolve() / f"seed_{seed}" / variant.name)
 
 
+def data_of(args: argparse.Namespace, variant: Variant, seed: int, split: str) -> Path:
+    """A file of instruction data."""
+    return split_path(folder_of(args, variant, seed) / "data" / task_of(args), split)
+
+
 def data_step(args: argparse.Namespace, variant: Variant, seed: int) -> Step:
     """Instruction data of one variant."""
-    folder = folder_of(args, variant, seed)
-    words = ["Class/gen_fb_data_rq.py", "--neg_ratio", str(args.neg_ratio)]
+    words = ["Class/gen_fb_data_rq.py", *flags({"neg_ratio": args.neg_ratio})]
     if args.candidates:
         words = ["Class/gen_lp_data_rq.py", "--from", "valid", "--candidates", *map(str, args.candidates)]
-    words += ["--dataset", str(args.dataset), "--code_format", "compact", "--seed", str(seed), *variant.flags]
-    words += ["--limit", str(args.rows), "--out_dir", str(folder / "data")]
-    words += [] if variant is WITHOUT else ["--codes", str(args.codes)]
-    data = folder / "data" / task_of(args)
-    return Step(f"seed_{seed}/{variant.name}_data", words, [split_path(data, split) for split in ("train", "test")])
-
-
-def task_of(args: argparse.Namespace) -> str:
-    return gen_lp_data_rq.TASK if args.candidates else gen_fb_data_rq.TASK
+    out = folder_of(args, variant, seed) / "data"
+    words += flags(
+        {"dataset": args.dataset, "code_format": "compact", "seed": seed, "limit": args.rows, "out_dir": out}
+    )
+    words += [*variant.flags, *([] if variant is WITHOUT else ["--codes", str(args.codes)])]
+    made = [data_of(args, variant, seed, split) for split in ("train", "test")]
+    return Step(f"seed_{seed}/{variant.name}_data", words, made)
 
 
 def rows_per_step(args: argparse.Namespace) -> int:
     """Rows with about ``--step_tokens`` tokens: by the mean of 1,000 training rows with codes, answers included."""
-    from itertools import islice
-
     from lora_training.base_model import load_tokenizer
     from lora_training.code_tokens import add_code_tokens, code_shape, read_codes_info
     from lora_training.prompts import encode_examples
 
-    path = split_path(folder_of(args, WITH, args.seeds[0]) / "data" / task_of(args), "train")
+    path = data_of(args, WITH, args.seeds[0], "train")
     tokenizer = load_tokenizer(args.model_name)
     add_code_tokens(tokenizer, code_shape(read_codes_info(path)))
-    rows = list(islice(read_rows(path), 1000))
-    tokens = sum(len(example.input_ids) for example in encode_examples(rows, tokenizer))
-    return max(1, round(args.step_tokens * len(rows) / tokens))
+    lengths = [len(example.input_ids) for example in encode_examples(islice(read_rows(path), 1000), tokenizer)]
+    return max(1, round(args.step_tokens * len(lengths) / sum(lengths)))
 
 
 def llm_steps(args: argparse.Namespace, variant: Variant, seed: int, rows: int) -> list[Step]:
     """Tuning and answers of one variant with ``rows`` rows per step."""
-    folder = folder_of(args, variant, seed)
-    data, tuned, results = folder / "data" / task_of(args), folder / "tuned", folder / RESULTS
-    words = ["lora_training/train_lora.py", "--model_name", str(args.model_name), "--output_dir", str(tuned)]
-    words += ["--train_data", str(split_path(data, "train")), "--val_data", str(split_path(data, "validation"))]
-    words += ["--val_limit", str(args.val_rows), "--epochs", str(args.epochs), "--batch_size", str(rows)]
-    words += ["--learning_rate", str(args.learning_rate), "--rows_lr", str(args.rows_lr), "--seed", str(seed)]
-    words += ["--eval_steps", str(args.eval_steps)]
+    folder, name = folder_of(args, variant, seed), f"seed_{seed}/{variant.name}"
+    train, validation, test = (data_of(args, variant, seed, split) for split in ("train", "validation", "test"))
+    adapter = folder / "tuned" / "lora_adapters"
+    words = ["lora_training/train_lora.py", *flags({
+        "model_name": args.model_name, "output_dir": adapter.parent, "train_data": train, "val_data": validation,
+        "val_limit": args.val_rows, "epochs": args.epochs, "batch_size": rows, "learning_rate": args.learning_rate,
+        "rows_lr": args.rows_lr, "seed": seed, "eval_steps": args.eval_steps,
+    })]  # fmt: skip
     words += [] if variant is WITHOUT else ["--code_init", str(args.checkpoint)]
-    answer = ["lora_training/inference.py", "--lora_adapter", str(tuned / "lora_adapters"), "--output", str(results)]
-    answer += ["--test_data", str(split_path(data, "test")), "--limit", str(args.test_rows)]
-    answer += ["--val_limit", str(args.val_rows)]
-    name = f"seed_{seed}/{variant.name}"
-    tuning = Step(f"{name}_tuning", words, [tuned / "lora_adapters" / "run_record.json"])
-    return [tuning._replace(more=partial(resume_tuning, tuned / "checkpoints")),
-            Step(f"{name}_answers", answer, [results])]  # fmt: skip
+    answer = ["lora_training/inference.py", *flags({
+        "lora_adapter": adapter, "output": folder / RESULTS, "test_data": test, "limit": args.test_rows,
+        "val_limit": args.val_rows,
+    })]  # fmt: skip
+    tuning = Step(f"{name}_tuning", words, [adapter / RECORD], partial(resume_tuning, adapter.parent / "checkpoints"))
+    return [tuning, Step(f"{name}_answers", answer, [folder / RESULTS])]
 
 
 def summary(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,22 +112,17 @@ def summary(args: argparse.Namespace) -> dict[str, Any]:
         seeds, curves = {}, {}
         for seed in args.seeds:
             folder = folder_of(args, variant, seed)
+            answers = read_json(folder / RESULTS, "answers' record")
+            tuned = read_json(folder / "tuned" / "lora_adapters" / RECORD, "record")
             with content_of(folder / RESULTS, "answers' record", REPEAT):
-                answers = read_json(folder / RESULTS, "answers' record")
                 seeds[str(seed)] = answers["metrics"][task]["test"]
                 values[variant].append(values_by_query(by_task(answers["answers"])[task])["test"])
-            tuned = read_json(folder / "tuned" / "lora_adapters" / "run_record.json", "record")
-            with content_of(folder / "tuned", "adapter's record", REPEAT):
-                curves[str(seed)] = {
-                    key: tuned[key] for key in ("tokens_per_row", "steps", "before_training", "history")
-                }
+                curves[str(seed)] = {key: tuned[key] for key in CURVE}
         mean = sum(metrics[METRIC[task]] for metrics in seeds.values()) / len(seeds)
         rows.append({"row": variant.row, "mean": mean, "seeds": seeds, "tuning": curves})
-    differences = [
-        {"row": WITH.row, "minus": other.row} | paired(values[WITH], values[other])._asdict()
-        for other in VARIANTS if other is not WITH
-    ]  # fmt: skip
-    return {"task": task, "metric": METRIC[task], "rows": rows, "differences": differences}
+    compared = [{"row": WITH.row, "minus": other.row} | paired(values[WITH], values[other])._asdict()
+                for other in VARIANTS if other is not WITH]  # fmt: skip
+    return {"task": task, "metric": METRIC[task], "rows": rows, "differences": compared}
 
 
 def stop_part(limit_s: float) -> None:
@@ -155,9 +156,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, started = parse_args(argv), time.monotonic()
     for flag in ("dataset", "codes", "checkpoint"):
-        if not getattr(args, flag).exists():
-            raise InputError(f"--{flag} {getattr(args, flag)} does not exist; make it: python run_rq.py --dataset DIR")
-        setattr(args, flag, getattr(args, flag).resolve())
+        path = getattr(args, flag).resolve()
+        if not path.exists():
+            raise InputError(f"--{flag} {path} does not exist; make it: python run_rq.py --dataset DIR")
+        setattr(args, flag, path)
     timer = threading.Timer(args.limit_s, stop_part, [args.limit_s])
     timer.daemon = True
     if args.limit_s:
@@ -165,11 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(args.out / "llm_real.lock", "--out"):
         cells = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
-        steps = [data_step(args, variant, seed) for variant, seed in cells]
-        run_steps(steps, args.out / "done")
+        run_steps([data_step(args, variant, seed) for variant, seed in cells], args.out / "done")
         rows = rows_per_step(args)
-        tuning = [step for variant, seed in cells for step in llm_steps(args, variant, seed, rows)]
-        seconds = run_steps(tuning, args.out / "done")
+        steps = [step for variant, seed in cells for step in llm_steps(args, variant, seed, rows)]
+        seconds = run_steps(steps, args.out / "done")
         timer.cancel()
         found = summary(args)
         hashes = {name: sha256_file(getattr(args, name)) for name in ("codes", "checkpoint")}
