@@ -1,8 +1,12 @@
 """Every stage on the bundled graph, through the stages' own commands: `python demo_complete.py`.
 
-Trains and dumps codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), turns the
-codes into instruction data, tunes a small LLM on them, lets it answer test queries, and draws figures. Each step prints
-its command and its files; the table at the end and PROJECT_SUMMARY.md are made from the records of the steps.
+Trains and dumps codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), turns codes
+into instruction data, tunes a small LLM on them, lets it answer test queries, and draws figures. The LLM is tuned
+twice: with the codes, and with every entity given the codes of another one (the control). Each step prints its command
+and its files; the table at the end and PROJECT_SUMMARY.md are made from the records of the steps.
+
+The LLM has shorter codes, from a stage-1 run of their own: a model of this size learns 2 codes per entity in a minute,
+16 take much longer. Candidates come from the first run, as in the paper.
 """
 
 from __future__ import annotations
@@ -23,16 +27,20 @@ GRAPH = "data/family"
 STEM = "family_4_256_4_rq"
 TASK, PREDICTED = "link_prediction", "tail_prediction"
 SUMMARY, RECORD = "PROJECT_SUMMARY.md", "demo.json"
-RANKED, SHUFFLED = "ranked.json", "ranked_shuffled.json"
+RANKED, SHUFFLED, ANSWERED = "ranked.json", "ranked_shuffled.json", "answered.json"
+RESULTS = "inference_results.json"
 COLUMNS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
-CANDIDATES = 8  # per query of the LLM
+LLM_STEM = "family_1_128_2_rq"
+CANDIDATES = 20  # per query of the LLM
 
 
 class Size(NamedTuple):
     """The flags in which the demo and its quick form differ."""
 
     stage1: str
+    llm_codes: str
     rows: int  # of the LLM's training data
+    test_rows: int  # queries that each LLM answers
     base: str
     tuning: str
     figures: str
@@ -40,75 +48,98 @@ class Size(NamedTuple):
 
 FULL = Size(
     stage1="--epoch 40 --eval_every 5",
+    llm_codes="--epoch 24 --eval_every 24",
     rows=24_000,
-    base="--epochs 1",
-    tuning="--epochs 1",
+    test_rows=500,
+    base="--epochs 0.3",
+    tuning="--epochs 2",
     figures="2 4 6 8 10 levels",
 )
 QUICK = FULL._replace(
-    stage1="--epoch 8 --eval_every 8 --encoder_every 8", rows=320, base="--epochs 0.3", figures="6 10 levels"
-)
-STAGE1 = (
-    "--config /dev/null --seq_len 4 --num_code 256 --num_quantizers 4 --decoder distmult --lr 0.005 --batch 256 "
-    "--encoder_every 2"
-)
+    stage1="--epoch 8 --eval_every 8 --encoder_every 8", llm_codes="--epoch 2 --eval_every 2 --freeze_at 1", rows=320,
+    test_rows=100, figures="6 10 levels",
+)  # fmt: skip
+STAGE1 = "--config /dev/null --decoder distmult --lr 0.005 --batch 256"
+CODES = "--seq_len 4 --num_code 256 --num_quantizers 4 --encoder_every 2"
+LLM_CODES = "--seq_len 1 --num_code 128 --num_quantizers 2 --code_dim 128 --encoder_every 2"
 BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003"
 LORA = (
-    "--batch_size 32 --learning_rate 0.002 --rows_lr 0.006 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 "
+    "--batch_size 64 --learning_rate 0.004 --rows_lr 0.012 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 "
     "--lora_dropout 0 --logging_steps 100 --eval_batch_size 128 --overwrite"
 )
+WITH, OTHER = "with_codes", "shuffled_codes"  # variants of the LLM, and their folders
+VARIANTS = {WITH: "", OTHER: "--shuffle_codes"}  # flag of their data
+
+
+def step(name: str, script: str, *parts: str | Path, made: Sequence[Path] = ()) -> Step:
+    """A step whose words are those of ``parts``; a path is one word."""
+    words = [word for part in parts for word in (shlex.split(part) if isinstance(part, str) else [str(part)])]
+    return Step(name, [script, *words], [ROOT / path for path in made])
 
 
 def steps(out: Path, size: Size) -> list[Step]:
     """Everything in order; every file goes below ``out``."""
-    codes, checkpoint = out / f"{STEM}.pt", out / "checkpoints" / f"{STEM}.pt"
-    rows, predicted = out / "lora_data" / TASK, out / "lora_data" / PREDICTED
-    base, tuned = out / "tiny_base", out / "lora_outputs"
-    adapter, answers, figures = tuned / "lora_adapters", out / "inference_results.json", out / "figures"
-
-    def step(name: str, script: str, *parts: str | Path, made: Sequence[Path] = ()) -> Step:
-        words = [word for part in parts for word in (shlex.split(part) if isinstance(part, str) else [str(part)])]
-        return Step(name, [script, *words], [ROOT / path for path in made])
-
+    codes, checkpoint, figures = out / f"{STEM}.pt", out / "checkpoints" / f"{STEM}.pt", out / "figures"
     stage1 = ("run_rq.py", f"--dataset {GRAPH}")
     ranking = (*stage1, "--eval_codes", codes, "--checkpoint", checkpoint)
-    lists = {split: out / "candidates" / f"{split}.npz" for split in ("train", "valid", "test")}
-    exports = [
-        step(f"export stage 1's candidates for the queries of {split}",
-             *ranking, f"--split {split} --export_candidates", path, made=[path])
-        for split, path in lists.items()
-    ]  # fmt: skip
+    lists = [out / "candidates" / f"{split}.npz" for split in ("train", "valid", "test")]
     return [
         step("train RQGCN on the family graph, dump the codes of its 1,000 people and rank from the dump",
-             *stage1, STAGE1, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent, "--overwrite",
-             made=[codes, codes.with_suffix(".json"), checkpoint]),
+             *stage1, STAGE1, CODES, size.stage1, "--out_dir", out, "--checkpoint_dir", checkpoint.parent,
+             "--overwrite", made=[codes, codes.with_suffix(".json"), checkpoint]),
         step("rank the test split from the dumped integers alone, without an encoder",
              *ranking, "--metrics_out", out / RANKED, made=[out / RANKED]),
         step("control: give every entity the codes of another one and rank again",
              *ranking, "--shuffle_codes --metrics_out", out / SHUFFLED, made=[out / SHUFFLED]),
         step("predict one tail from the codes", *ranking, "--predict ada_ashley mother --top 3"),
-        *exports,
-        step(f"write instruction data: queries with {CANDIDATES} candidates in random order, and queries without",
-             "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists.values(),
-             "--from train --code_format compact", f"--num_candidates {CANDIDATES}",
-             f"--without_lists --limit {size.rows} --out_dir", out / "lora_data",
-             made=[predicted / "train.json", predicted / "validation.json", rows / "test_tasks.json"]),
-        step("check the instruction data for leaks", "Class/check_leaks.py", out / "lora_data"),
+        *(step(f"export stage 1's candidates for the queries of {path.stem}",
+               *ranking, f"--split {path.stem} --export_candidates", path, made=[path]) for path in lists),
+        *llm_steps(out, size, lists),
+        step("draw figures of the codes and of the training",
+             "tables/make_figures.py", "--codes", codes, "--records", out, f"--dataset {GRAPH} --model",
+             out / WITH / "lora_outputs" / "lora_adapters", "--out", figures, f"--figure {size.figures}",
+             made=[figures]),
+    ]  # fmt: skip
+
+
+def llm_steps(out: Path, size: Size, lists: Sequence[Path]) -> list[Step]:
+    """Codes and base model of the LLM, then data, tuning and answers of each variant. ``lists``: candidates."""
+    stage1, base = out / "llm_codes", out / "tiny_base"  # a folder of their own: "the newest codes" stay the first
+    codes, checkpoint = stage1 / f"{LLM_STEM}.pt", stage1 / "checkpoints" / f"{LLM_STEM}.pt"
+
+    def data(name: str) -> Step:
+        folder = out / name / "lora_data"
+        return step(f"write instruction data, {name}: queries with {CANDIDATES} candidates, and queries alone",
+                    "Class/gen_lp_data_rq.py", "--codes", codes, f"--dataset {GRAPH} --candidates", *lists,
+                    f"--from train --num_candidates {CANDIDATES} --without_lists --limit {size.rows}",
+                    VARIANTS[name], "--out_dir", folder,
+                    made=[folder / PREDICTED / "train.json", folder / TASK / "test_tasks.json"])  # fmt: skip
+
+    def tuning(name: str) -> list[Step]:
+        folder, adapter = out / name / "lora_data", out / name / "lora_outputs" / "lora_adapters"
+        return [
+            step(f"LoRA, {name}: train the codes' tokens and the answer to a query, which is the codes of its tail",
+                 "lora_training/train_lora.py", "--model_name", base, "--train_data", folder / PREDICTED / "train.json",
+                 "--val_data", folder / PREDICTED / "validation.json", "--output_dir", adapter.parent, "--code_init",
+                 checkpoint, LORA, size.tuning, made=[adapter]),
+            step(f"let it answer test queries, {name}",
+                 "lora_training/inference.py", "--decode likelihood --lora_adapter", adapter, "--test_data",
+                 folder / TASK / "test_tasks.json", f"--limit {size.test_rows} --output", out / name / RESULTS,
+                 "--overwrite", made=[out / name / RESULTS, out / name / "answers.jsonl"]),
+        ]  # fmt: skip
+
+    return [
+        step("learn shorter codes for the LLM: 1 x 2 of 128",
+             "run_rq.py", f"--dataset {GRAPH}", STAGE1, LLM_CODES, size.llm_codes, "--out_dir", stage1,
+             "--checkpoint_dir", checkpoint.parent, "--overwrite", made=[codes, checkpoint]),
+        *map(data, VARIANTS),
+        step("check the instruction data for leaks", "Class/check_leaks.py", out / WITH / "lora_data"),
         step("pretrain a small LLM on the training split in words (on a GPU: LLaMA2 instead)",
              "lora_training/make_tiny_base.py", f"--dataset {GRAPH} --out", base, BASE, size.base, made=[base]),
-        step("LoRA: train the codes' tokens and the answer to a query, which is the codes of its tail",
-             "lora_training/train_lora.py", "--model_name", base, "--train_data", predicted / "train.json",
-             "--val_data", predicted / "validation.json", "--output_dir", tuned, "--code_init", checkpoint, LORA,
-             size.tuning, made=[adapter]),
-        step("let it answer the test queries",
-             "lora_training/inference.py", "--decode likelihood --lora_adapter", adapter, "--test_data",
-             rows / "test_tasks.json", "--output", answers, "--overwrite", made=[answers, out / "answers.jsonl"]),
-        step("score its answers",
-             "lora_training/score_answers.py", "--answers", out / "answers.jsonl", "--output", out / "answered.json",
-             made=[out / "answered.json"]),
-        step("draw figures of the codes and of the training",
-             "tables/make_figures.py", "--codes", codes, "--records", out, f"--dataset {GRAPH} --model", adapter,
-             "--out", figures, f"--figure {size.figures}", made=[figures]),
+        *(one for name in VARIANTS for one in tuning(name)),
+        step("score both, and the difference that the codes make",
+             "lora_training/score_answers.py", "--answers", out / WITH / "answers.jsonl", "--against",
+             out / OTHER / "answers.jsonl", "--output", out / ANSWERED, made=[out / ANSWERED]),
     ]  # fmt: skip
 
 
@@ -125,14 +156,23 @@ class Line(NamedTuple):
 
 def table(out: Path) -> list[Line]:
     """The lines of the table, from the files that the steps wrote below ``out``."""
-    answered = read_json(out / "answered.json", "metrics")["metrics"][TASK]["test"]
+    results = {name: f"{name}/{RESULTS}" for name in VARIANTS}
+    found = {name: read_json(out / path, "answers' record")["metrics"][TASK]["test"] for name, path in results.items()}
     return [
         Line("stage 1, recorded at the dump", read_json(out / f"{STEM}.json", "record")["test"], f"{STEM}.json"),
         Line("the dumped integers alone", read_json(out / RANKED, "metrics"), RANKED),
         Line("shuffled codes (control)", read_json(out / SHUFFLED, "metrics"), SHUFFLED),
-        Line(f"the LLM, among {CANDIDATES} candidates", answered, "answered.json"),
-        Line(f"the {CANDIDATES} candidates in their random order", answered["as_listed"], "answered.json"),
+        Line(f"LLM with codes, among {CANDIDATES} candidates", found[WITH], results[WITH]),
+        Line("LLM with shuffled codes (control)", found[OTHER], results[OTHER]),
+        Line(f"the {CANDIDATES} candidates in their random order", found[WITH]["as_listed"], results[WITH]),
     ]
+
+
+def gain(out: Path) -> str:
+    """The difference of the two LLMs on the same queries, as score_answers.py computed it."""
+    (compared,) = read_json(out / ANSWERED, "metrics")["against"].values()
+    found = next(line for line in compared["differences"] if line["task_type"] == TASK and line["split"] == "test")
+    return f"{found['mean']:+.3f} (standard error {found['error']:.3f}, {found['queries']} queries)"
 
 
 def fault(lines: Sequence[Line]) -> str | None:
@@ -156,8 +196,8 @@ def printed(lines: Sequence[Line]) -> str:
     return "\n".join([heads, *(f"{line.label:46}" + "".join(f"{cell:>10}" for cell in cells(line)) for line in lines)])
 
 
-def summary(lines: Sequence[Line], plan: Sequence[Step], record: dict[str, Any]) -> str:
-    """PROJECT_SUMMARY.md: the table, the steps with their seconds and files, all commands."""
+def summary(lines: Sequence[Line], gained: str, plan: Sequence[Step], record: dict[str, Any]) -> str:
+    """PROJECT_SUMMARY.md: the table, the LLM's gain, the steps with their seconds and files, all commands."""
     rows = [f"| {line.label} | {' | '.join(cells(line))} | `{line.path}` |" for line in lines]
     taken = [
         f"| {step.name} | {record['seconds'][step.name]:.0f} | {', '.join(f'`{path.name}`' for path in step.outputs)} |"
@@ -170,11 +210,11 @@ def summary(lines: Sequence[Line], plan: Sequence[Step], record: dict[str, Any])
         f"{record['wall_seconds']:.0f} s. Every number comes from the file beside it.", "",
         f"| test split | {' | '.join(COLUMNS.values())} | from |", "|---|---:|---:|---:|---:|---|", *rows, "",
         f"Filtered ranks, both directions, over all entities; the LLM ranks {CANDIDATES} candidates by the likelihood "
-        "of their codes.", "",
+        f"of their codes. MRR of the LLM with codes minus that with shuffled codes: {gained}.", "",
         "| step | seconds | wrote |", "|---|---:|---|", *taken, "",
         "The commands, from the repository root:", "", *commands, "",
-        "The LLM is a LLaMA of a few hundred thousand parameters: it shows that every step runs, not what a large LLM "
-        "gains from codes. README.md has the commands for your own graph and for LLaMA2.",
+        "The LLM is a LLaMA of a few hundred thousand parameters: it shows that an LLM reads the codes, not what "
+        "a large one gains from them. README.md has the commands for your own graph and for LLaMA2.",
         "",
     ])  # fmt: skip
 
@@ -192,8 +232,10 @@ def main() -> int:
     lines = table(ROOT / out)
     record = make_record(vars(args) | {"seed": 0}, {}, time.monotonic() - started, seconds=seconds)
     write_json(record, ROOT / out / RECORD)
-    write_text(summary(lines, plan, record), ROOT / out / SUMMARY)
+    gained = gain(ROOT / out)
+    write_text(summary(lines, gained, plan, record), ROOT / out / SUMMARY)
     print(f"\n{printed(lines)}")
+    print(f"MRR of the LLM with codes minus that with shuffled codes: {gained}")
     problem = fault(lines)
     if problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -18,7 +18,7 @@ STATE, OTHER_CHECKPOINT = "trainer_state.json", "give an earlier checkpoint"
 PLANNED = (
     "model_name", "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_ratio",
     "rows_lr", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "train_rows", "max_length",
-    "skip_long", "adam_beta2", "seed", "load_in_4bit", "bf16", "fp16", "eval_steps",
+    "skip_long", "adam_beta2", "seed", "load_in_4bit", "bf16", "fp16", "eval_steps", "val_limit",
 )  # fmt: skip
 
 

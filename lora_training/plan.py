@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 from pathlib import Path
@@ -101,8 +102,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
     base = check_model(args, code_shape(codes))
     plain = plain_examples(args.plain_text, base)
     train, validation = (
-        encode_file(path, base.tokenizer, args.max_length, args.skip_long, base.context)
-        for path in (args.train_data, args.val_data)
+        encode_file(path, base.tokenizer, args.max_length, args.skip_long, base.context, limit)
+        for path, limit in ((args.train_data, 0), (args.val_data, args.val_limit))
     )
     micro = micro_batch(args, base, train, device)
     return Plan(codes, code_shape(codes), base, train, validation, plain, micro, checkpoint)
@@ -201,12 +202,14 @@ def plain_examples(path: Path, base: Base) -> list[Example]:
 
 
 def encode_file(
-    path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool, context: float = math.inf
-) -> TokenRows:
-    """All rows of an instruction-data file as tokens. InputError if it is missing, empty or has a row that is too
-    long."""
+    path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, skip_long: bool, context: float = math.inf,
+    limit: int = 0,
+) -> TokenRows:  # fmt: skip
+    """The rows of an instruction-data file (the first ``limit``, 0: all) as tokens. InputError if it is missing, empty
+    or has a row that is too long."""
     rows, skipped = TokenRows(), 0
-    for example in encode_examples(read_rows(path, plain=True), tokenizer, 0 if skip_long else max_length):
+    chosen = itertools.islice(read_rows(path, plain=True), limit or None)
+    for example in encode_examples(chosen, tokenizer, 0 if skip_long else max_length):
         if skip_long and len(example.input_ids) > max_length:
             skipped += 1
         else:

@@ -352,6 +352,7 @@ def build_parser() -> CommandParser:
     flag("--model_name", default="meta-llama/Llama-2-7b-hf", help="hub id or local folder")
     flag("--train_data", type=Path, default=DATA / "train.json", help="Alpaca rows")
     flag("--val_data", type=Path, default=DATA / "validation.json", help="Alpaca rows")
+    flag("--val_limit", type=int, default=0, help="use only the first N validation rows (0: all)")
     flag("--plain_text", type=Path, default=HERE / "plain_text.txt", help="sentences, one per line, whose loss shows "
          "whether the language model is damaged")  # fmt: skip
     flag("--output_dir", type=Path, default=HERE / "lora_outputs", help="gets lora_adapters/")
@@ -402,7 +403,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ranges: dict[str, tuple[Callable[[float], bool], list[str]]] = {
         "1 or more": (lambda value: value >= 1, ["batch_size", "gradient_accumulation", "lora_r", "lora_alpha",
                                                  "max_length", "logging_steps"]),
-        "0 or more": (lambda value: value >= 0, ["max_steps", "micro_batch_size", "eval_batch_size", "eval_steps"]),
+        "0 or more": (lambda value: value >= 0, ["max_steps", "micro_batch_size", "eval_batch_size", "eval_steps",
+                                                 "val_limit"]),
         "in [0, 1)": (lambda value: 0 <= value < 1, ["warmup_ratio", "lora_dropout", "adam_beta2"]),
         "above 0 and finite": (lambda value: 0 < value < math.inf, ["epochs", "learning_rate", "rows_lr"]),
         "from 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, ["seed"]),

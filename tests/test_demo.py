@@ -24,7 +24,8 @@ from common.files import read_json
 from lora_training.score_answers import read_answers, report
 from tests.pages import check_command
 
-RECORDS = (f"{demo.STEM}.json", demo.RANKED, demo.SHUFFLED, "answered.json")
+LLMS = [f"{name}/{demo.RESULTS}" for name in demo.VARIANTS]
+RECORDS = (f"{demo.STEM}.json", demo.RANKED, demo.SHUFFLED, *LLMS)
 SIZES = {"full": demo.FULL, "quick": demo.QUICK}
 
 
@@ -34,7 +35,7 @@ class Done(NamedTuple):
 
 
 class InProcess:
-    """In place of subprocess.Popen: runs the script in this process, since fourteen imports of torch take long."""
+    """In place of subprocess.Popen: runs the script in this process, since eighteen imports of torch take long."""
 
     def __init__(self, command: list[str], cwd: Path) -> None:
         script, *words = command[1:]
@@ -66,8 +67,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_every_command_is_one_that_its_script_takes(name: str, tmp_path: Path) -> None:
     plan = demo.steps(tmp_path, SIZES[name])
     assert [Path(step.words[0]).name for step in plan] == [
-        *["run_rq.py"] * 7, "gen_lp_data_rq.py", "check_leaks.py", "make_tiny_base.py", "train_lora.py",
-        "inference.py", "score_answers.py", "make_figures.py",
+        *["run_rq.py"] * 8, *["gen_lp_data_rq.py"] * 2, "check_leaks.py", "make_tiny_base.py",
+        *["train_lora.py", "inference.py"] * 2, "score_answers.py", "make_figures.py",
     ]  # fmt: skip
     for step in plan:
         check_command(f"python {shlex.join(step.words)}")
@@ -87,12 +88,21 @@ def test_the_printed_table_is_that_of_the_records(done: Done) -> None:
     lines = {line.label: line.metrics for line in demo.table(done.out)}
     record = read_json(done.out / f"{demo.STEM}.json", "record")
     rows = [re.split(r"\s{2,}", line) for line in done.printed.splitlines() if line.startswith(tuple(lines))]
-    assert [row[0] for row in rows] == list(lines) and len(rows) == 5
-    answered = report(read_answers(done.out / "answers.jsonl").answers)[demo.TASK]["test"]
-    assert answered["count"] == demo.QUICK.rows  # the limit is per file
-    for row, metrics in zip(rows, (record["test"], record["test"], None, answered, answered["as_listed"]), strict=True):
+    assert [row[0] for row in rows] == list(lines) and len(rows) == 6
+    answered, shuffled = (
+        report(read_answers(done.out / name / "answers.jsonl").answers)[demo.TASK]["test"] for name in demo.VARIANTS
+    )
+    assert answered["count"] == shuffled["count"] == demo.QUICK.test_rows
+    found = (record["test"], record["test"], None, answered, shuffled, answered["as_listed"])
+    for row, metrics in zip(rows, found, strict=True):
         if metrics:
             assert row[1:] == [f"{metrics[name]:.3f}" for name in ("mrr", "hits@1", "hits@3", "hits@10")]
+
+
+def test_the_printed_gain_is_the_difference_of_the_two_lines(done: Done) -> None:
+    lines = {line.label: line.metrics for line in demo.table(done.out)}
+    ours, theirs = (metrics["mrr"] for label, metrics in lines.items() if label.startswith("LLM with"))
+    assert f"shuffled codes: {ours - theirs:+.3f} (standard error" in done.printed
 
 
 def test_the_integers_give_the_score_and_shuffled_ones_do_not(done: Done) -> None:
@@ -103,9 +113,9 @@ def test_the_integers_give_the_score_and_shuffled_ones_do_not(done: Done) -> Non
 
 def test_the_order_of_the_lists_is_random(done: Done) -> None:
     """The place of the truth is drawn: the order alone scores like a random guess, within four standard errors."""
-    listed = demo.table(done.out)[4].metrics
+    listed = demo.table(done.out)[5].metrics
     ranks = np.array([1 / rank for rank in range(1, demo.CANDIDATES + 1)])
-    assert abs(listed["mrr"] - ranks.mean()) < 4 * ranks.std() / demo.QUICK.rows**0.5
+    assert abs(listed["mrr"] - ranks.mean()) < 4 * ranks.std() / demo.QUICK.test_rows**0.5
 
 
 def test_the_summary_holds_the_table_the_commands_and_the_files(done: Done) -> None:
@@ -114,8 +124,8 @@ def test_the_summary_holds_the_table_the_commands_and_the_files(done: Done) -> N
         assert f"| {line.label} | {' | '.join(demo.cells(line))} | `{line.path}` |" in text
         assert (done.out / line.path).is_file()
     record = json.loads((done.out / demo.RECORD).read_text())
-    assert len(record["seconds"]) == 14 and sum(record["seconds"].values()) <= record["wall_seconds"] + 1
-    assert record["git_commit"] in text and text.count("\n    python ") == 14
+    assert len(record["seconds"]) == 18 and sum(record["seconds"].values()) <= record["wall_seconds"] + 1
+    assert record["git_commit"] in text and text.count("\n    python ") == 18
     assert {path.suffix for path in (done.out / "figures").iterdir()} == {".png", ".pdf"}
 
 
@@ -131,6 +141,7 @@ def test_a_score_that_is_not_the_codes_is_a_fault(
     done: Done, tmp_path: Path, file: str, change: Any, words: str
 ) -> None:
     for name in RECORDS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(done.out / name, tmp_path / name)
     assert demo.fault(demo.table(tmp_path)) is None
     (tmp_path / file).write_text(json.dumps(change(read_json(tmp_path / file, "metrics"))))

@@ -552,6 +552,7 @@ def refused(
 def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "--batch_size must be 1 or more, got 0" in refused(batch_size=0)
     assert "does not divide --batch_size 4" in refused(micro_batch_size=3)
+    assert "--val_limit must be 0 or more, got -1" in refused(val_limit=-1)
     assert "--warmup_ratio must be in [0, 1), got 1.0" in refused(warmup_ratio=1.0)
     assert "not allowed with argument" in refused(bf16=True, fp16=True)
     assert "--epochs must be above 0 and finite, got inf" in refused(epochs="inf")
@@ -682,6 +683,8 @@ def test_skip_long_leaves_rows_out(base: Path, data: Path, capsys: pytest.Captur
     kept = plan.encode_file(data / "train.json", tokenizer, 275, skip_long=True)
     assert len(kept) == 20 and kept.lengths.max() <= 275 and "4 too long" in capsys.readouterr().out
     assert kept[0] == encoded(base)[0]
+    first = plan.encode_file(data / "train.json", tokenizer, 2048, skip_long=False, limit=5)  # --val_limit
+    assert [first[row] for row in range(len(first))] == encoded(base)[:5]
 
 
 def test_the_output_folder_may_be_the_one_stood_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
