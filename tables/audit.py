@@ -505,6 +505,8 @@ def main(argv: list[str] | None = None) -> int:
     if contents.rows:
         report["link_prediction"] = audit_links(audit, contents.format)
         lines += link_lines(report["link_prediction"], contents.format)
+        if not any(row.answered for row in contents.rows):
+            lines.append("no row has an answer that could be read: these are the metrics of the lists alone")
     if any(triple.split == "test" for triple in contents.triples):
         report["triple_classification"] = audit_triples(kg, contents.triples, contents.format)
         lines += triple_lines(report["triple_classification"], contents.format)
