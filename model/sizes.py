@@ -21,7 +21,7 @@ LARGE = 5_000  # entities, from which on N3, other batches and other codes were 
 STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
 # weight of the N3 norm: a part of the entities per triple, since dense graphs need less, and at most (docs/LOG.md)
-N3_SMALL, N3_LARGE = (0.5, 0.03), (1.0, 0.05)
+N3_SMALL, N3_LARGE = (0.5, 0.03), (0.5, 0.05)
 RATES = {"adagrad": 0.1, "adam": 0.005}
 
 

@@ -292,7 +292,8 @@ def test_shuffled_codes_are_found_again_by_their_seed(ring: Path, tmp_path: Path
     codes = write_codes(ring, tmp_path / "codes", (3, 8, 2))
     made = {
         seed: open_source(argparse.Namespace(
-            codes=codes, dataset=ring, no_codes=False, shuffle_codes=True, code_format="spec", seed=seed
+            codes=codes, dataset=ring, no_codes=False, shuffle_codes=True, code_format="spec", seed=seed,
+                keep_names=False,
         ))
         for seed in (0, 5)
     }  # fmt: skip
