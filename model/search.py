@@ -151,13 +151,14 @@ def kmeans(
 def balanced_codes(rows: Tensor, centers: Tensor) -> Tensor:
     """rows [n, D], centers [k, D] -> int64 [n]: near centers, each of about n / k rows (optimal transport with an
     entropic term by Sinkhorn's iterations; Cuturi, NeurIPS 2013, arXiv 1306.0895)."""
-    distances = torch.addmm(centers.square().sum(1), rows, centers.t(), alpha=-2) + rows.square().sum(1, keepdim=True)
-    scale = SOFTNESS * distances.mean().clamp_min(torch.finfo(rows.dtype).tiny)
-    plan = torch.exp((distances.amin(1, keepdim=True) - distances) / scale)  # [n, k]
+    plan = torch.addmm(centers.square().sum(1), rows, centers.t(), alpha=-2)  # [n, k], the one large block of memory
+    plan += rows.square().sum(1, keepdim=True)  # squared distances
+    scale = SOFTNESS * plan.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    plan.sub_(plan.amin(1, keepdim=True)).div_(-scale).exp_()
     price = rows.new_ones(len(centers))
     for _ in range(SINKHORN):
         price = len(rows) / len(centers) / (plan.t() @ (1 / (plan @ price))).clamp_min(1e-30)
-    return (plan * price).argmax(1)
+    return plan.mul_(price).argmax(1)
 
 
 def permutation(n: int, generator: torch.Generator | None) -> Tensor:

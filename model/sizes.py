@@ -17,19 +17,17 @@ SAMPLED = 4096
 EVERY_STEP_UP_TO = 100_000  # entities; above, the encoder's pass is dearer than many steps (benchmarks/growth.py)
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
-LARGE = 5_000  # entities, from which on N3, other batches and other codes were better (docs/DEFAULTS.md)
+LARGE = 5_000  # entities, from which on other batches and codes were better (docs/DEFAULTS.md)
 STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
-# weight of the N3 norm: a part of the entities per triple, since dense graphs need less, and at most (docs/LOG.md)
-N3_SMALL, N3_LARGE = (0.5, 0.03), (0.5, 0.05)
+MOST_N3_SMALL, MOST_N3_LARGE = 0.03, 0.05  # weight of the N3 norm; less where an entity has many triples (docs/LOG.md)
 RATES = {"adagrad": 0.1, "adam": 0.005}
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
     """Settings for a graph of M entities, R relations and E training triples: flag -> value (docs/DEFAULTS.md)."""
     codes = min(MOST_CODES, max(FEWEST_CODES, 1 << max(0, entities - 1).bit_length()))
-    part, most = N3_SMALL if entities < LARGE else N3_LARGE
-    n3 = round(min(most, part * entities / triples), 4)
+    n3 = round(min(MOST_N3_SMALL if entities < LARGE else MOST_N3_LARGE, entities / (2 * triples)), 4)
     found = {"n3": n3, "num_code": codes, "num_negatives": 0, "encoder_every": 1, "optimizer": "adagrad"}
     if entities > EXACT_UP_TO:
         found |= {"num_negatives": SAMPLED}
