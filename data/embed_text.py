@@ -33,7 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
 from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import command, exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
+from common.files import (
+    command,
+    exclusive_lock,
+    output_file,
+    read_json,
+    save_array,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from data.names import row_names
@@ -410,7 +419,7 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file, such as data/FB15k-237")
     add_keep_names(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
+    parser.add_argument("--out", type=output_file, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")
     parser.add_argument("--overwrite", action="store_true", help="replace --out and another run's unfinished batches")
     parser.add_argument("--model", help="encoder: folder or hub id; with --endpoint, the server's name for it")

@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError, is_hub_id
+from common.errors import InputError, content_of, is_hub_id
+from common.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,41 @@ def causal_model_class(config: PretrainedConfig, name: str) -> type[PreTrainedMo
     if "logits_to_keep" not in inspect.signature(found.forward).parameters:
         raise InputError(f"model {name}: {found.__name__} does not take logits_to_keep, which training needs")
     return found
+
+
+def check_causal(name: str) -> PretrainedConfig:
+    """The configuration of a causal language model whose weights are there; nothing of them is loaded.
+
+    InputError for another kind of model, and for a folder whose weights are missing or were cut off.
+    """
+    config = load_config(name)
+    causal_model_class(config, name)
+    if Path(name).is_dir():  # of a hub id, the hub knows its files
+        check_weights(Path(name))
+    return config
+
+
+def check_weights(folder: Path) -> None:
+    """InputError unless a model's folder has the files of its weights; of safetensors files the header is read."""
+    from safetensors import safe_open
+
+    names = set()
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if not names and (folder / single).is_file():
+            names = {single}
+        elif not names and index.is_file():
+            with content_of(index, "index of weights", "fetch the model anew"):
+                names = set(read_json(index, "index")["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing or not names:
+        raise InputError(f"model folder {folder} has no {(missing or ['model.safetensors'])[0]}; fetch the model anew")
+    for name in sorted(names):
+        if name.endswith(".safetensors"):
+            try:
+                safe_open(str(folder / name), "pt").__enter__()
+            except Exception as error:
+                raise load_error(str(folder / name), error) from error
 
 
 def attention_of(config: PretrainedConfig, name: str) -> str:

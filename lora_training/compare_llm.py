@@ -31,6 +31,7 @@ differences of MRR with their standard errors over queries.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import sys
@@ -48,8 +49,9 @@ from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.rows import PREDICTED, Row, read_rows, split_path
+from common.config import parse_config
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import ROOT, command, exclusive_lock, read_json, write_json, write_text
+from common.files import ROOT, command, exclusive_lock, output_folder, read_json, write_json, write_text
 from common.metrics import RANKING, check_ranking
 from common.record import make_record
 from common.steps import Step, run_steps
@@ -209,6 +211,13 @@ def llm_steps(
         ._replace(more=partial(resume_tuning, tuned / "checkpoints")),
         places.step(f"{name}_answers", answer, [places.results(variant)]),
     ]  # fmt: skip
+
+
+def check_words(step: Step) -> None:
+    """A flag that the step's script does not take ends the comparison before its first step, not hours later."""
+    script, *words = step.words
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    (parse_config if script == "run_rq.py" else module.parse_args)(words)
 
 
 def resume_tuning(checkpoints: Path) -> list[str]:
@@ -373,7 +382,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each seed repeats all steps")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="steps that run side by side")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; an interrupted run continues")
+    parser.add_argument(
+        "--out", type=output_folder, required=True, metavar="DIR", help="folder; an interrupted run continues"
+    )
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE.json", help='flags that replace RECIPE\'s: {"base": {...}}'
     )
@@ -406,6 +417,8 @@ def compare(
         refit = places.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
         steps[seed] = seed_steps(kg, dataset, refit, places, recipe, seed)
+    for step in steps[args.seeds[0]]:
+        check_words(step)
     seconds = run_steps([step for seed in args.seeds for step in steps[seed]], out, args.jobs)
     by_seed = {}
     for seed in args.seeds:

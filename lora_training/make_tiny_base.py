@@ -37,7 +37,7 @@ from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, command, exclusive_lock, write_json, written_whole
+from common.files import ROOT, command, exclusive_lock, output_folder, write_json, written_whole
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from lora_training.adapters import RECORD
@@ -236,7 +236,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
     add_keep_names(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
+    parser.add_argument(
+        "--out", type=output_folder, default=ROOT / "lora_training" / "tiny_base", help="folder of the model"
+    )
     parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
     parser.add_argument("--width", type=int, default=256, help="D, hidden size")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
@@ -254,8 +256,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
     if args.block < 2:
         parser.error(f"--block must be 2 or more: a token and the next one, got {args.block}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file, and the model is a folder; name another")
     if Path.cwd().is_relative_to(args.out.resolve()):
         parser.error(f"--out {args.out} is replaced as a whole, and you are in it; name another folder")
     if args.vocab_size < 300:
