@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
-from common.errors import CommandParser, InputError, is_hub_id, run_command
+from common.errors import CommandParser, InputError, hub_answers, is_hub_id, run_command
 from common.files import (
     command,
     exclusive_lock,
@@ -167,7 +167,11 @@ def model_folder(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"], local_files_only=not hub_answers()
+            )
+        )
     except RepositoryNotFoundError as error:  # also for private and gated models
         reason = "is no folder, and no model of the hub that is readable without a login (hf auth login)"
         raise InputError(f"--model {name} {reason}; check the name") from error

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError, content_of, is_hub_id
+from common.errors import InputError, content_of, hub_answers, is_hub_id
 from common.files import read_json
 
 if TYPE_CHECKING:
@@ -93,9 +93,11 @@ def load_config(name: str) -> PretrainedConfig:
     from huggingface_hub import get_token, try_to_load_from_cache
     from transformers import AutoConfig
 
-    gated = not Path(name).is_dir() and name.split("/")[0] in GATED_OWNERS
-    if gated and not get_token() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        raise load_error(name, OSError("gated repo"))
+    if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if name.split("/")[0] in GATED_OWNERS and not get_token():
+            raise load_error(name, OSError("gated repo"))
+        if not hub_answers():
+            raise load_error(name, ConnectionError())
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
