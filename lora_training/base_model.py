@@ -109,10 +109,12 @@ def causal_model_class(config: PretrainedConfig, name: str) -> type[PreTrainedMo
 
     InputError if there is none, or if it computes logits at all positions only (``logits_to_keep`` is missing).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
+    masked: Any = AutoModelForMaskedLM._model_mapping
+    both_ways = type(config) in masked and not getattr(config, "is_decoder", False)  # BERT would read the answer
+    if type(config) not in mapping or both_ways:
         raise InputError(f"model {name}: a {config.model_type} model is not a causal language model; give another base")
     found: type[PreTrainedModel] = mapping[type(config)]
     if "logits_to_keep" not in inspect.signature(found.forward).parameters:

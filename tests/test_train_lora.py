@@ -622,9 +622,10 @@ def test_bad_bases_are_found_before_rows_are_encoded(
         if content is not None:
             weights.write_bytes(content)
         assert "model.safetensors" in refused(model_name=tmp_path / name)
-    (tmp_path / "t5").mkdir()
-    write_json({"model_type": "t5"}, tmp_path / "t5" / "config.json")
-    assert "not a causal language model" in refused(model_name=tmp_path / "t5")
+    for kind in ("t5", "bert"):
+        (tmp_path / kind).mkdir()
+        write_json({"model_type": kind}, tmp_path / kind / "config.json")
+        assert f"a {kind} model is not a causal language model" in refused(model_name=tmp_path / kind)
     assert "has down_proj, gate_proj, k_proj" in refused(lora_target="q_proj,query")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
