@@ -15,6 +15,7 @@ from common.errors import InputError
 EXACT_UP_TO = 20_000  # entities; above, a softmax over SAMPLED ones, drawn per step, is several times as fast
 SAMPLED = 4096
 EVERY_STEP_UP_TO = 100_000  # entities; above, the encoder's pass is dearer than many steps (benchmarks/growth.py)
+GRAPH_PACE = 4  # scorer steps per pass of the graph layers
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
 LARGE = 5_000  # entities, from which on other batches and codes were better (docs/DEFAULTS.md)
@@ -44,12 +45,12 @@ def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
 
 
 def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
-    """``sizes_for``, adapted to given settings: one level has 16 positions; weights that all entities share are trained
-    by Adam, and N3 is for vectors that are multiplied as they are; each optimizer has its own rate."""
+    """``sizes_for``, adapted to given settings: one level has 16 positions; a pass of graph layers costs as much as
+    several steps; N3 is for vectors that are multiplied as they are; each optimizer has its own rate."""
     if config.quantizer == "vq":
         found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
-    if config.gcn_layers or config.tf_layers:
-        found = found | {"optimizer": "adam", "n3": 0.0}
+    if config.gcn_layers:
+        found = found | {"encoder_every": max(GRAPH_PACE, found["encoder_every"])}
     if config.decoder not in ("complex", "distmult"):
         found = found | {"n3": 0.0}
     return found | {"lr": RATES[found["optimizer"] if config.optimizer == "auto" else config.optimizer]}
