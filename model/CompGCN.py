@@ -40,9 +40,9 @@ class CompGCNLayer(nn.Module):
     neighbours are summed first and W_in, W_out are applied once per entity, not once per edge. The shift of the batch
     norm is the layer's bias. ``v_loop`` is a parameter of the layer: the 2R relations contain no self-loop.
 
-    A layer that keeps the width starts as the identity: g [out_dim], learned, starts at 0 and W_rel at the identity, so
-    that it begins as the model without it (Bachlechner et al. 2021, ReZero). One that changes the width has no ``x_j +``
-    and g = 1.
+    A layer that keeps the width starts as the identity: the learned g [out_dim] is 0 at first, and W_rel the identity,
+    so that a run begins as one without graph layers (ReZero, Bachlechner et al. 2021). A layer that changes the width
+    has no ``x_j +``, and g = 1.
 
     ``dropout`` applies to the summed in- and out-neighbours, as in CompGCN; ``backend``: see message_passing.
     """
