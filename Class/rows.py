@@ -229,12 +229,9 @@ def read_lines(path: str | Path, plain: bool = False) -> Iterator[tuple[int, Row
 
 
 def longest_rows(path: Path, count: int = 16) -> list[Row]:
-    """The rows with the longest lines, for checks before all rows are tokenized. All rows, where they are not in lines.
-
-    They are plain rows, as of ``read_rows``.
-    """
+    """The ``count`` longest rows, plain as those of ``read_rows``, for checks before all rows are tokenized."""
     if _is_other_layout(path):
-        return list(read_rows(path, plain=True))
+        return heapq.nlargest(count, read_rows(path, plain=True), key=lambda row: len(row["instruction"]))
     with open(path, "rb") as file:
         lines = heapq.nlargest(count, enumerate(file, 1), key=lambda numbered: len(numbered[1]))
     rows = (parse_line(line.decode("utf-8-sig", "replace"), path, number, plain=True) for number, line in sorted(lines))

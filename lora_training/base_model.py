@@ -138,7 +138,7 @@ def check_weights(folder: Path) -> None:
     """InputError unless a model's folder has the files of its weights; of safetensors files the header is read."""
     from safetensors import safe_open
 
-    names = set()
+    names: set[str] = set()
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if not names and (folder / single).is_file():
@@ -152,7 +152,8 @@ def check_weights(folder: Path) -> None:
     for name in sorted(names):
         if name.endswith(".safetensors"):
             try:
-                safe_open(str(folder / name), "pt").__enter__()
+                with safe_open(str(folder / name), "pt"):
+                    pass
             except Exception as error:
                 raise load_error(str(folder / name), error) from error
 

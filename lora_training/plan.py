@@ -209,8 +209,8 @@ def encode_file(
     or has a row that is too long."""
     rows, skipped, most = TokenRows(), 0, 0 if skip_long else max_length
     if not limit:  # a row that is too long is found at once, wherever it is
-        lengths = [len(example.input_ids) for example in encode_examples(longest_rows(path), tokenizer, most)]
-        check_context(path, max((n for n in lengths if n <= max_length), default=0), context)
+        sizes = (len(example.input_ids) for example in encode_examples(longest_rows(path), tokenizer, most))
+        check_context(path, max((size for size in sizes if size <= max_length), default=0), context)
     chosen = itertools.islice(read_rows(path, plain=True), limit or None)
     for example in encode_examples(chosen, tokenizer, most):
         if skip_long and len(example.input_ids) > max_length:
@@ -221,7 +221,7 @@ def encode_file(
         why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
         raise InputError(f"{path} cannot be used: {why}; write it: {command('Class/gen_fb_data_rq.py')}")
     lengths, answers = rows.lengths, rows.answers
-    check_context(path, lengths.max(), context)
+    check_context(path, int(lengths.max()), context)
     print_once(
         f"{path}: {len(rows):,} rows; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; in the "
         f"answer: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")

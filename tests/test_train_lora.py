@@ -636,7 +636,8 @@ def test_faults_of_rows_are_found_before_the_training_rows_are_kept(
     refused: Callable[..., str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation rows are read first, and of every file the longest row."""
-    kept, append = [], plan.TokenRows.append
+    kept: list[Example] = []
+    append = plan.TokenRows.append
 
     def counted(rows: plan.TokenRows, example: Example) -> None:
         kept.append(example)
