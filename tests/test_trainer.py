@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_joint_loss_in_one_graph(
 
     model.zero_grad()
     *_, gradient = trainer._scorer_step(batch, CODES)
-    quantization = trainer._encoder_step(gradient, CODES)
+    quantization = trainer._encoder_step(gradient, CODES, gradient)
     found = {name: p.grad for name, p in model.named_parameters()}
 
     model.zero_grad()
@@ -110,7 +110,8 @@ def test_dead_end_the_codes_alone_carry_gradient(trainer_of: TrainerMaker) -> No
     """With the codes' gradient set to zero and no quantization loss, nothing but the relations' way is left."""
     trainer = in_codes(trainer_of(vq_weight=0.0))
     trainer.model.zero_grad()
-    trainer._encoder_step(torch.zeros(M, L, trainer.model.code_dim), CODES)
+    nothing = torch.zeros(M, L, trainer.model.code_dim)
+    trainer._encoder_step(nothing, CODES, nothing)
     gradient = trainer.model.entity_embedding.grad
     assert gradient is None or not gradient.any()
 
@@ -179,12 +180,13 @@ def test_inputs_that_layers_add_to_take_every_step(trainer_of: TrainerMaker, mas
     assert len(plain.heads) > 5 * 8
     for trainer in (plain, layered):
         trainer._train_epoch(trainer.phase())
-    tables = [trainer.model.entity_embedding for trainer in (plain, layered)]
+    wanted, found = (trainer.model.entity_embedding for trainer in (plain, layered))
     if mask:
-        assert not torch.allclose(*tables, rtol=1e-2)
+        assert not torch.allclose(found, wanted, rtol=1e-2)
     else:
-        torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(layered.z.flatten(1), tables[1], rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert layered.z is not None
+    torch.testing.assert_close(layered.z.flatten(1), found, rtol=1e-4, atol=1e-6)
 
 
 def test_every_epoch_takes_every_query_once_in_an_order_of_its_own(trainer_of: TrainerMaker) -> None:
