@@ -372,14 +372,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/compare_llm.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each seed repeats all steps")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="steps that run side by side")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; an interrupted run continues")
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE.json", help='flags that replace RECIPE\'s: {"base": {...}}'
     )
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be 1 or more, got {args.jobs}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, args.seeds))}")
     return args
@@ -406,7 +403,7 @@ def compare(
         refit = places.root / f"{kg.name}_refit"
         write_refit(kg, refit, seed)
         steps[seed] = seed_steps(kg, dataset, refit, places, recipe, seed)
-    seconds = run_steps([step for seed in args.seeds for step in steps[seed]], out, args.jobs)
+    seconds = run_steps([step for seed in args.seeds for step in steps[seed]], out)
     by_seed = {}
     for seed in args.seeds:
         coded = next(step.outputs[1] for step in steps[seed] if step.name.endswith("/codes"))

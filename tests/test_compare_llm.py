@@ -243,17 +243,17 @@ def test_comparison_is_written_and_tables_pass_it_over(
     monkeypatch.setattr(sys, "argv", ["compare_llm.py"])
     asked: list[int] = []
 
-    def run_steps(steps: list[Step], marks: Path, workers: int) -> dict[str, float]:
-        asked.extend((len(steps), workers))
+    def run_steps(steps: list[Step], marks: Path) -> dict[str, float]:
+        asked.append(len(steps))
         return {step.name: 1.0 for step in steps}
 
     monkeypatch.setattr(compare_llm, "run_steps", run_steps)
     out = tmp_path / "out"
     for seed in (0, 2):
         fill(ring_kg, Places(out / f"seed_{seed}"), better=seed)
-    words = ["--dataset", str(ring), "--seeds", "0", "2", "--jobs", "5", "--out", str(out)]
+    words = ["--dataset", str(ring), "--seeds", "0", "2", "--out", str(out)]
     compare_llm.main(words)
-    assert asked == [2 * 16, 5], "every step of both seeds, five side by side"
+    assert asked == [2 * 16], "every step of both seeds"
     found = read_json(out / "comparison.json", "comparison")
     assert [row["row"] for row in found["rows"]] == list(ROWS) and found["dataset"] == "ring"
     by_row = {row["row"]: row for row in found["rows"]}
