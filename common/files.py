@@ -91,17 +91,35 @@ def exclusive_lock(path: Path, flag: str = "--name") -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def check_replaceable(folder: Path, flag: str, record: str | None = None) -> None:
+    """InputError unless ``replaced_folder`` may write ``folder``: it is no file, the present folder is not in it, and
+    it is empty or (``record``) holds this file, which says that a script wrote it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{flag} {folder} is a file, expected a folder; name another")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise InputError(f"{flag} {folder} is replaced as a whole, and you are in it; name another folder")
+    if record and folder.is_dir() and any(folder.iterdir()) and not (folder / record).is_file():
+        raise InputError(f"{flag} {folder} holds files that this script did not write; choose another folder")
+
+
 @contextmanager
-def written_whole(folder: Path) -> Iterator[None]:
-    """Around a library's writing into a new folder: a full disk is one line, and then the folder goes."""
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not is_disk_full(error):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
+def replaced_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Yield a folder beside ``folder`` to write to, under a lock. It takes the place of ``folder`` when all is written;
+    otherwise ``folder`` stays as it was. A full disk is one line."""
+    part = folder.with_name(f".{folder.name}.part")
+    with exclusive_lock(folder.with_name(f"{folder.name}.lock"), flag):
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        try:
+            yield part
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def save_torch(value: Any, path: str | Path) -> None:

@@ -108,14 +108,6 @@ def true_tails(triples: Ints, num_entities: int, num_relations: int) -> TrueTail
     return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
 
 
-class Neighbours(NamedTuple):
-    """Edges by head: those of h are rows ``indptr[h]:indptr[h + 1]``, sorted by (relation, neighbour)."""
-
-    indptr: Ints  # [M + 1]
-    neighbour: Ints  # [2E]
-    relation: Ints  # [2E], R..2R-1 are the inverses
-
-
 @dataclass
 class KnowledgeGraph:
     """A validated graph: M entities, R relations, three splits of (h, r, t). Made by ``KnowledgeGraph.load``."""
@@ -175,14 +167,6 @@ class KnowledgeGraph:
         """The known tails of all queries in these splits (all three when none is named)."""
         triples = np.concatenate([self.split(name) for name in splits or SPLITS])
         return true_tails(triples, self.num_entities, self.num_relations)
-
-    def csr(self) -> Neighbours:
-        """Training edges and their inverses, grouped by head (repeated triples stay repeated)."""
-        edges = with_inverse(self.train, self.num_relations)
-        edges = edges[np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0]))]
-        indptr = np.zeros(self.num_entities + 1, dtype=np.int64)
-        np.cumsum(np.bincount(edges[:, 0], minlength=self.num_entities), out=indptr[1:])
-        return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
 
     @classmethod
     def load(

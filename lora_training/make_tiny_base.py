@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, command, exclusive_lock, write_json, written_whole
+from common.files import ROOT, check_replaceable, command, replaced_folder, write_json
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from lora_training.adapters import RECORD
@@ -188,16 +187,15 @@ def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Nam
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
-        raise InputError(f"--out {args.out} holds files that this script did not write; choose another folder")
-    with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
-        make_base(args)
+    check_replaceable(args.out, "--out", RECORD)
+    with replaced_folder(args.out, "--out") as part:
+        make_base(args, part)
     print(f"wrote {args.out}")
     print(f"next: {command('lora_training/train_lora.py', '--model_name', args.out)}")
 
 
-def make_base(args: argparse.Namespace) -> None:
-    """Corpus, tokenizer, model and training; then the folder with its record replaces the earlier one."""
+def make_base(args: argparse.Namespace, folder: Path) -> None:
+    """Corpus, tokenizer, model and training; model, tokenizer and record go to ``folder``."""
     started = time.monotonic()
     device = str(find_device(args.device))
     kg = KnowledgeGraph.load(args.dataset, args.keep_names)
@@ -222,14 +220,9 @@ def make_base(args: argparse.Namespace) -> None:
         vars(args), kg.input_hashes, time.monotonic() - started, device,
         dataset=kg.name, parameters=size, tokens=len(stream), vocabulary=len(tokenizer), losses=losses,
     )  # fmt: skip
-    part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
-    shutil.rmtree(part, ignore_errors=True)
-    with written_whole(part):
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        write_json(record, part / RECORD)
-    shutil.rmtree(args.out, ignore_errors=True)
-    part.rename(args.out)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(record, folder / RECORD)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -254,10 +247,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
     if args.block < 2:
         parser.error(f"--block must be 2 or more: a token and the next one, got {args.block}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file, and the model is a folder; name another")
-    if Path.cwd().is_relative_to(args.out.resolve()):
-        parser.error(f"--out {args.out} is replaced as a whole, and you are in it; name another folder")
     if args.vocab_size < 300:
         parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):

