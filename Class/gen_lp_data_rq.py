@@ -42,7 +42,7 @@ from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers
 from Class.prompts import ANSWERS, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.files import command
 from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
 
@@ -228,7 +228,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--candidates", nargs="+", required=True, metavar="FILE", help="lists (.npz or .json), all splits"
     )
-    group.add_argument("--num_candidates", type=int, default=20, help="candidates that a prompt lists")
+    group.add_argument("--num_candidates", type=at_least(2), default=20, help="candidates that a prompt lists")
     group.add_argument("--from", dest="tune_from", choices=["train", "valid", "both"], default="valid",
                        help="training rows: queries of the training split, of nine tenths of valid, or "
                        "both")  # fmt: skip
@@ -239,8 +239,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "candidates, answered by the truth's codes (its name without codes)")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
-    if args.num_candidates < 2:
-        parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
     if args.candidate_order == "ranked" and args.tune_from != "valid":
         parser.error(
             "--candidate_order ranked needs --from valid: a model ranks the queries of its training split with the "

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
-from common.errors import CommandParser, InputError, is_hub_id, run_command
+from common.errors import CommandParser, InputError, at_least, is_hub_id, run_command
 from common.files import command, exclusive_lock, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
@@ -271,15 +271,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--model", help="encoder: folder or hub id (default: TF-IDF + SVD)")
-    parser.add_argument("--batch", type=int, default=64, help="texts at once (encoder)")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text that are read (encoder)")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="texts at once (encoder)")
+    parser.add_argument("--max_length", type=at_least(1), default=256, help="tokens of a text that are read (encoder)")
     parser.add_argument("--device", help="of the encoder: cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--dim", type=int, help=f"width of TF-IDF + SVD (default: {TFIDF_DIM})")
+    parser.add_argument("--dim", type=at_least(1), help=f"width of TF-IDF + SVD (default: {TFIDF_DIM})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the SVD")
     args = parser.parse_args()
-    for flag in ("batch", "max_length", "dim"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: expected 1 or more")
     if args.dim and args.model:
         parser.error(f"--dim {args.dim}: the width of an encoder is its own; leave --dim out")
     if args.device and not args.model:

@@ -48,7 +48,7 @@ from Class.candidates import find_rows, read_candidates
 from Class.codes import code_stem
 from Class.gen_lp_data_rq import TASK, disjoint_parts
 from Class.rows import PREDICTED, Row, read_rows, split_path
-from common.errors import CommandParser, InputError, content_of, run_command
+from common.errors import CommandParser, InputError, at_least, content_of, run_command
 from common.files import ROOT, command, exclusive_lock, read_json, write_json, write_text
 from common.metrics import RANKING, check_ranking
 from common.record import make_record
@@ -371,14 +371,14 @@ def read_recipe(path: Path | None) -> Recipe:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/compare_llm.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", metavar="DIR", help="graph folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each seed repeats all steps")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each seed repeats all steps")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; an interrupted run continues")
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE.json", help='flags that replace RECIPE\'s: {"base": {...}}'
     )
     args = parser.parse_args(argv)
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds must be different numbers, 0 or more, got {' '.join(map(str, args.seeds))}")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds must be different, got {' '.join(map(str, args.seeds))}")
     return args
 
 

@@ -35,7 +35,7 @@ from Class import prompts
 from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.files import ROOT, check_replaceable, command, replaced_folder, write_json
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
@@ -230,29 +230,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
     add_keep_names(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
-    parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
-    parser.add_argument("--width", type=int, default=256, help="D, hidden size")
-    parser.add_argument("--layers", type=int, default=4, help="transformer layers")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--block", type=int, default=512, help="tokens per training row")
-    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--vocab_size", type=at_least(300), default=4000, help="at most so many tokens; 259 are taken")
+    parser.add_argument("--width", type=at_least(1), default=256, help="D, hidden size")
+    parser.add_argument("--layers", type=at_least(1), default=4, help="transformer layers")
+    parser.add_argument("--heads", type=at_least(1), default=4, help="attention heads")
+    parser.add_argument("--block", type=at_least(2), default=512, help="tokens per training row")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="rows per step")
     parser.add_argument("--epochs", type=float, default=4.0, help="passes over the corpus")
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
+    parser.add_argument("--steps", type=at_least(0), default=0, help="stop after so many steps instead (0: by epochs)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of everything random")
     args = parser.parse_args(argv)
-    for name in ("width", "layers", "heads", "batch", "lr", "epochs"):
+    for name in ("lr", "epochs"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
-    if args.block < 2:
-        parser.error(f"--block must be 2 or more: a token and the next one, got {args.block}")
-    if args.vocab_size < 300:
-        parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.seed) < 0 or args.seed >= 2**63:
-        parser.error("--steps and --seed must be 0 or more, and --seed less than 2**63")
+    if args.seed >= 2**63:
+        parser.error("--seed must be less than 2**63")
     return args
 
 

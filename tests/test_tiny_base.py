@@ -134,7 +134,7 @@ def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("--vocab_size", "100"): "must be 300 or more",
         ("--steps", "-1"): "must be 0 or more",
         ("--epochs", "inf"): "--epochs must be above 0 and finite, got inf",
-        ("--block", "1"): "--block must be 2 or more",
+        ("--block", "1"): "must be 2 or more",
         ("--seed", str(2**63)): "less than 2**63",
         ("--out", str(tmp_path / "mine")): "is a file, expected a folder",
         ("--out", str(tmp_path)): "holds files that this script did not write",
