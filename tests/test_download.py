@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 import tarfile
 import threading
 import zipfile
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.files import ROOT
 from data import download
 from data.download import DATASETS, PublicFile, fetch
 from data.knowledge_graph import SPLITS, KnowledgeGraph
@@ -245,15 +243,3 @@ def test_every_url_is_pinned_to_a_commit_and_every_hash_is_whole() -> None:
             if public.path is not None and not public.path.startswith("https://zenodo.org/record/"):
                 owner, repository, commit, *rest = public.path.split("/")
                 assert owner and repository and len(commit) == 40 and int(commit, 16) and rest
-
-
-def test_the_readme_lists_every_file_with_its_hash() -> None:
-    row = re.compile(r"^\| (\S+) \| `(\S+)` \| .* \| (`[0-9a-f]{64}`|not verified) \|$", re.MULTILINE)
-    listed = {
-        (name, file): sha.strip("`") for name, file, sha in row.findall((ROOT / "data" / "README.md").read_text())
-    }
-    assert listed == {
-        (name, file): public.sha256 or "not verified"
-        for name, files in DATASETS.items()
-        for file, public in files.items()
-    }
