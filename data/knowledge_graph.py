@@ -17,6 +17,7 @@ import hashlib
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -215,26 +216,46 @@ def train_sha256(path: Path) -> str | None:
 SHOWN_MATCHES = 12
 
 
-def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
-    """The row of a name: by raw name, else by one of the lists ``names``, exactly, else ignoring case.
+class NameIndex:
+    """Rows by raw name, else by one of the lists ``names``, exactly, else ignoring case."""
 
-    ``what`` is "entity" or "relation", ``flag`` the flag with the word. InputError lists the matches of an ambiguous
-    name (by the first list of ``names``), or names that contain the word where there is no match.
-    """
-    if word in raw:
-        return raw.index(word)
-    prefix = f"{flag}: " if flag else ""
-    for same in (lambda name: name == word, lambda name: name.casefold() == word.casefold()):
-        found = sorted({i for column in names for i, name in enumerate(column) if same(name)})
-        if len(found) == 1:
-            return found[0]
-        if found:
-            matches = show_names(found, names[0], raw)
-            raise InputError(f"{prefix}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
-    near = sorted({i for column in names for i, name in enumerate(column) if word.casefold() in name.casefold()})
-    raise InputError(
-        f"{prefix}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
-    )
+    def __init__(self, raw: Sequence[str], names: Sequence[Sequence[str]]) -> None:
+        self.raw, self.names = raw, names
+        exact: dict[str, set[int]] = defaultdict(set)
+        folded: dict[str, set[int]] = defaultdict(set)
+        for column in names:
+            for i, name in enumerate(column):
+                exact[name].add(i)
+                folded[name.casefold()].add(i)
+        self.rows = {name: {i} for i, name in enumerate(raw)}, exact, folded
+
+    def find(self, word: str, what: str, flag: str = "") -> int:
+        """The row of a name. ``what`` is "entity" or "relation", ``flag`` the flag with the word.
+
+        InputError lists the matches of an ambiguous name (by the first list of ``names``), or names that contain the
+        word where there is no match.
+        """
+        prefix = f"{flag}: " if flag else ""
+        for rows, key in zip(self.rows, (word, word, word.casefold()), strict=True):
+            found = sorted(rows.get(key, ()))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                matches = show_names(found, self.names[0], self.raw)
+                raise InputError(
+                    f"{prefix}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full"
+                )
+        part = word.casefold()
+        near = sorted({i for column in self.names for i, name in enumerate(column) if part in name.casefold()})
+        raise InputError(
+            f"{prefix}no {what} is called {word!r}"
+            + (f"; near: {show_names(near, self.names[0], self.raw)}" if near else "")
+        )
+
+
+def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
+    """``NameIndex.find``, for a single name."""
+    return NameIndex(raw, names).find(word, what, flag)
 
 
 def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) -> str:

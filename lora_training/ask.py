@@ -56,9 +56,14 @@ def find_query(head: str, relation: str, source: Source) -> Query:
     """The query of two names; InputError if one is unknown or ambiguous."""
     kg = source.kg
     h = find_name(head, kg.entities, [source.names.names, kg.labels], "entity")
-    inverse = relation.startswith(INVERSE)
+    return Query(h, find_relation(relation, source))
+
+
+def find_relation(relation: str, source: Source) -> int:
+    """The relation of a name, r + R for an inverse one; InputError if it is unknown or ambiguous."""
+    kg, inverse = source.kg, relation.startswith(INVERSE)
     r = find_name(relation.removeprefix(INVERSE), kg.relations, [source.relations, kg.relation_labels], "relation")
-    return Query(h, r + kg.num_relations * inverse)
+    return r + kg.num_relations * inverse
 
 
 def mark_entity(text: str, source: Source) -> tuple[str, int | None]:
