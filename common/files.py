@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from common.errors import InputError, is_disk_full
 
 if TYPE_CHECKING:  # torch takes a second to import: only the functions that need it do so
-    import torch
     from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,8 +148,8 @@ def save_array(array: NDArray[Any], path: str | Path) -> None:
         np.save(_Writer(file), array)
 
 
-def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:
-    """torch.load restricted to plain tensors and containers.
+def load_torch(path: str | Path, what: str) -> Any:
+    """torch.load on the CPU, restricted to plain tensors and containers.
 
     ``what`` names the file's meaning in the error, as in "codes" or "checkpoint".
     Raises InputError where the file is missing, damaged, or holds anything but tensors and plain values.
@@ -163,7 +162,7 @@ def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") 
     try:
         _check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of foreign pickles: the error says it
-            value = torch.load(path, map_location=device, weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(value)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
