@@ -240,7 +240,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError("codes.parquet is written by pyarrow, which is not installed: python -m pip install pyarrow")
-    check_replaceable(args.out, "--out")
     check_out(args.out, args.overwrite)
     contents = read_contents(args)
     with replaced_folder(args.out, "--out") as part:
@@ -266,6 +265,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_licence", metavar="TEXT", help="terms of the data (default: those in data/README.md)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     args = parser.parse_args(argv)
+    check_replaceable(args.out, "--out")
     for flag in ("codes", "checkpoint", "adapter"):
         given = getattr(args, flag)
         if given is not None and given.resolve().is_relative_to(args.out.resolve()):
