@@ -154,9 +154,9 @@ class RQGCN(nn.Module):
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
         mapped = width != seq_len * code_dim  # the expansion to L positions needs a map only if it changes the width
-        self.z_is_table = not (gcn_layers or tf_layers or mapped)
+        starts_as_table = not mapped and init_dim == width  # then all layers start as the identity
         for table in (self.entity_embedding, self.relation_embedding):
-            if self.z_is_table:
+            if starts_as_table:
                 nn.init.normal_(table, std=TABLE_STD)
             else:
                 nn.init.xavier_normal_(table)
@@ -183,9 +183,12 @@ class RQGCN(nn.Module):
             )
             for _ in range(tf_layers)
         )
+        for block in self.transformer:  # starts as the identity
+            for weight in (block.self_attn.out_proj.weight, block.linear2.weight, block.linear2.bias):
+                nn.init.zeros_(weight)
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm: nn.Module = nn.Identity()
-        if mapped or tf_layers:
+        if mapped:
             self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
         self.scorer = CodeScorer(
             seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, ensemble, quantizer

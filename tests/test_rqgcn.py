@@ -23,8 +23,13 @@ def graph(ring_kg: KnowledgeGraph) -> RelationalGraph:
 
 
 def initialized(kg: KnowledgeGraph, graph: RelationalGraph, **changes: Any) -> RQGCN:
-    """A model whose codebooks hold its own vectors."""
+    """A model whose graph layers and transformer blocks are no longer the identity, with codebooks of its vectors."""
     model = make_model(kg, **changes)
+    for layer in model.encoder.layers:
+        if layer.gate is not None:
+            torch.nn.init.ones_(layer.gate)
+    for block in model.transformer:
+        torch.nn.init.xavier_normal_(block.linear2.weight)
     model.rq_codebook.init_from_data(model.clean_z(graph), generator=torch.Generator().manual_seed(0))
     return model.eval()
 
