@@ -15,7 +15,7 @@ from common.errors import InputError
 EXACT_UP_TO = 20_000  # entities; above, a softmax over SAMPLED ones, drawn per step, is several times as fast
 SAMPLED = 4096
 EVERY_STEP_UP_TO = 100_000  # entities; above, the encoder's pass is dearer than many steps (benchmarks/growth.py)
-GRAPH_PACE = 4  # scorer steps per pass of the graph layers
+GRAPH_PACE = 8  # scorer steps per pass of the graph layers
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
 LARGE = 5_000  # entities, from which on other batches and codes were better (docs/DEFAULTS.md)
