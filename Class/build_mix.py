@@ -45,7 +45,7 @@ from Class.rows import (
 )
 from Class.source import Ints, codes_key
 from common.errors import CommandParser, InputError, at_least, content_of, run_command
-from common.files import command, exclusive_lock, read_json, write_json
+from common.files import command, exclusive_lock, output_folder, read_json, write_json
 from common.record import make_record
 
 
@@ -143,7 +143,9 @@ def task_weight(text: str) -> tuple[str, float]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="Class/build_mix.py", description=__doc__.split("\n")[0])
     parser.add_argument("tasks", nargs="*", type=task_weight, metavar="TASK=WEIGHT", help="default: all, weight 1")
-    parser.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
+    parser.add_argument(
+        "--out_dir", type=output_folder, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task"
+    )
     parser.add_argument(
         "--limit", type=at_least(0), default=0, metavar="N", help="at most N rows per file, at random (0: all)"
     )

@@ -38,7 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
+from Class.candidates import Bools, Candidates, Floats, find_rows, need_candidates, other_answers, read_candidates
 from Class.prompts import ANSWERS, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
@@ -276,6 +276,8 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    for path in args.candidates:
+        need_candidates(Path(path))
     source = open_source(args)
     kg = source.kg
     candidates = read_candidates(args.candidates, kg)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import CommandParser, at_least
-from common.files import ROOT, write_json
+from common.files import ROOT, output_file, write_json
 from common.record import make_record
 from model.precision import matmul_precision
 
@@ -29,7 +29,7 @@ def benchmark_parser(doc: str, quick: str) -> CommandParser:
     """A parser with the flags of every benchmark: --quick (``quick``: what it does), --json and --threads."""
     parser = CommandParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}; under 50 s on two cores")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the table to this file as JSON")
+    parser.add_argument("--json", type=output_file, metavar="F", help="also write the table to this file as JSON")
     parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads")
     return parser
 

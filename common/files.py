@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -33,6 +34,34 @@ def command(script: str, *words: object) -> str:
     except OSError:  # the folder is gone
         path = str(ROOT / script)
     return shlex.join(["python", path, *map(str, words)])
+
+
+def output_file(word: str) -> Path:
+    """The type of a flag that names a file to write: a wrong place is an error of the command line, before any work."""
+    path = Path(word)
+    if path.is_dir() or not path.name:
+        raise argparse.ArgumentTypeError(f"{word} is a folder; name a file in it")
+    _try_to_write(path.parent, path)
+    return path
+
+
+def output_folder(word: str) -> Path:
+    """As ``output_file``, for a folder, which may exist."""
+    path = Path(word)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{word} is a file, expected a folder; name another")
+    _try_to_write(path, path)
+    return path
+
+
+def _try_to_write(folder: Path, path: Path) -> None:
+    """ArgumentTypeError where no file can be made in ``folder``, or where it could be made; nothing is left there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = f"cannot write {path}: {error.strerror}; choose a folder that can be written"
+        raise argparse.ArgumentTypeError(reason) from error
 
 
 @contextmanager
@@ -91,10 +120,8 @@ def exclusive_lock(path: Path, flag: str = "--name") -> Iterator[None]:
 
 
 def check_replaceable(folder: Path, flag: str, record: str | None = None) -> None:
-    """InputError unless ``replaced_folder`` may write ``folder``: it is no file, the present folder is not in it, and
-    it is empty or (``record``) holds this file, which says that a script wrote it."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{flag} {folder} is a file, expected a folder; name another")
+    """InputError unless ``replaced_folder`` may write ``folder``: the present folder is not in it, and it is empty or
+    (``record``) holds this file, which says that a script wrote it."""
     if Path.cwd().is_relative_to(folder.resolve()):
         raise InputError(f"{flag} {folder} is replaced as a whole, and you are in it; name another folder")
     if record and folder.is_dir() and any(folder.iterdir()) and not (folder / record).is_file():
@@ -148,15 +175,21 @@ def save_array(array: NDArray[Any], path: str | Path) -> None:
         np.save(_Writer(file), array)
 
 
+def need_file(path: str | Path, what: str) -> Path:
+    """``path``; InputError where it is no file. ``what`` it means, as in "codes"."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    return path
+
+
 def load_torch(path: str | Path, what: str) -> Any:
     """torch.load on the CPU, restricted to plain tensors and containers.
 
     ``what`` names the file's meaning in the error, as in "codes" or "checkpoint".
     Raises InputError where the file is missing, damaged, or holds anything but tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    path = need_file(path, what)
     import torch
 
     try:

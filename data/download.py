@@ -21,7 +21,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, atomic_path, command, read_json, sha256_file
+from common.files import ROOT, atomic_path, command, output_folder, read_json, sha256_file
 from data.knowledge_graph import PUBLIC
 
 BASE_URL = "https://raw.githubusercontent.com"
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--source", type=Path, help="copy from this folder (it holds NAME/... or the files) instead of fetching"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder in which NAME/ is made")
+    parser.add_argument("--out", type=output_folder, default=ROOT / "data", help="folder in which NAME/ is made")
     parser.add_argument("--base_url", default=BASE_URL, help="host to fetch from: a mirror with the same paths")
     args = parser.parse_args()
     everything = [name for name in DATASETS if verified(name)] if "all" in args.names else []

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
-from common.errors import CommandParser, InputError, at_least, is_hub_id, run_command
-from common.files import command, exclusive_lock, save_array, sha256_file, write_json, write_text
+from common.errors import CommandParser, InputError, at_least, hub_answers, is_hub_id, run_command
+from common.files import command, exclusive_lock, output_file, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from data.names import row_names
@@ -138,7 +138,10 @@ def model_folder(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
+        offline = not hub_answers()
+        return Path(
+            snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"], local_files_only=offline)
+        )
     except RepositoryNotFoundError as error:  # also for private and gated models
         reason = "is no folder, and no model of the hub that is readable without a login (hf auth login)"
         raise InputError(f"--model {name} {reason}; check the name") from error
@@ -267,7 +270,7 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file, such as data/FB15k-237")
     add_keep_names(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
+    parser.add_argument("--out", type=output_file, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--model", help="encoder: folder or hub id (default: TF-IDF + SVD)")

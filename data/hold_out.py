@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, at_least, run_command
-from common.files import command, write_json, write_text
+from common.files import command, output_folder, write_json, write_text
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph, add_keep_names
 
 SUPPORT = (1, 3, 10)
@@ -140,7 +140,7 @@ def main() -> None:
     add_keep_names(parser)
     parser.add_argument("--fraction", type=float, default=0.1, help="part of the entities to hold out")
     parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder to write")
     args = parser.parse_args()
     if args.out.resolve() == args.dataset.resolve():
         raise InputError(f"--out {args.out} is the folder of --dataset; choose another")

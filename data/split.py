@@ -101,14 +101,14 @@ def size(word: str) -> float:
 
 
 def main() -> None:
-    from common.files import command, write_json
+    from common.files import command, output_folder, write_json
     from common.record import make_record
     from data.hold_out import by_name, write_graph, write_texts
     from data.knowledge_graph import SPLITS, KnowledgeGraph, add_keep_names
 
     parser = CommandParser(prog="data/split.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="file of triples (.txt, .tsv, .csv, .nt, .ttl, also .gz) or a folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="folder to write")
     for split in ("valid", "test"):
         text = f"triples of {split}: a part, such as 0.1, or a number (default: a tenth, at most {MOST:,})"
         parser.add_argument(f"--{split}", type=size, metavar="SIZE", help=text)

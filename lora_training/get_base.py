@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import check_replaceable, command, replaced_folder, sha256_file, write_json, write_text
+from common.files import check_replaceable, command, output_folder, replaced_folder, sha256_file, write_json, write_text
 from common.record import make_record
 from lora_training.adapters import RECORD
 from lora_training.base_model import load_tokenizer, quiet_libraries
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/get_base.py", description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=list(PACKAGES), help="which model")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the model")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="FOLDER", help="gets the model")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="read this file instead of the package's")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     return parser.parse_args(argv)

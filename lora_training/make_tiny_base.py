@@ -36,7 +36,7 @@ from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
 from common.errors import CommandParser, InputError, at_least, run_command
-from common.files import ROOT, check_replaceable, command, replaced_folder, write_json
+from common.files import ROOT, check_replaceable, command, output_folder, replaced_folder, write_json
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from lora_training.adapters import RECORD
@@ -229,7 +229,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
     add_keep_names(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
+    parser.add_argument(
+        "--out", type=output_folder, default=ROOT / "lora_training" / "tiny_base", help="folder of the model"
+    )
     parser.add_argument("--vocab_size", type=at_least(300), default=4000, help="at most so many tokens; 259 are taken")
     parser.add_argument("--width", type=at_least(1), default=256, help="D, hidden size")
     parser.add_argument("--layers", type=at_least(1), default=4, help="transformer layers")

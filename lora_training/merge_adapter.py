@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.rows import answer_command
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
-from common.files import check_replaceable, replaced_folder, sha256_file, write_json
+from common.files import check_replaceable, output_folder, replaced_folder, sha256_file, write_json
 from common.record import make_record
 from lora_training.adapters import ADAPTER, RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
 from lora_training.base_model import quiet_libraries
@@ -120,7 +120,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/merge_adapter.py", description=__doc__.split("\n")[0])
     parser.add_argument("--lora_adapter", type=Path, default=ADAPTER, help="what train_lora.py wrote")
     parser.add_argument("--base_model", help="hub id or folder (default: the one in the adapter's record)")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "lora_outputs" / "merged", help="merged model")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=HERE / "lora_outputs" / "merged", help="merged model"
+    )
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")
     parser.add_argument("--device", default="cpu", help="device that computes it: auto, cpu, cuda, cuda:1 ...")
     return parser.parse_args(argv)

@@ -178,15 +178,16 @@ class RQGCN(nn.Module):
         )  # fmt: skip
         self.ffn: nn.Module = linear(ensemble, width, seq_len * code_dim) if mapped else nn.Identity()
         self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
-        self.transformer = nn.ModuleList(
+        blocks = [
             nn.TransformerEncoderLayer(
                 code_dim, att_head, 4 * code_dim, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
             )
             for _ in range(tf_layers)
-        )
-        for block in self.transformer:  # starts as the identity
+        ]
+        for block in blocks:  # each starts as the identity
             for weight in (block.self_attn.out_proj.weight, block.linear2.weight, block.linear2.bias):
                 nn.init.zeros_(weight)
+        self.transformer = nn.ModuleList(blocks)
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm: nn.Module = nn.Identity()
         if mapped:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.prompts import prediction
 from Class.rows import Row, need_fields, read_rows
 from common.errors import CommandParser, InputError, at_least, content_of, run_command
-from common.files import read_json, write_text
+from common.files import output_file, read_json, write_text
 from lora_training.inference import OUTPUT, answers_path
 from lora_training.score_answers import (
     SEARCHED,
@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="by inference.py, its run record beside it")  # fmt: skip
     parser.add_argument("--rows", type=Path, metavar="FILE", help="the test rows (default: where the record says)")
     parser.add_argument("--count", type=at_least(1), default=1, metavar="N", help="cases of each kind")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write there (default: the terminal)")
+    parser.add_argument("--out", type=output_file, metavar="FILE.md", help="write there (default: the terminal)")
     return parser.parse_args(argv)
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.codes import load_codes, load_entities
 from Class.source import check_recorded, dumped_codes, read_record
 from common.errors import CommandParser, InputError, at_least, run_command
-from common.files import load_torch, write_json
+from common.files import load_torch, output_file, write_json
 from tables.system import parameters_of, short_count
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--k", type=at_least(1), nargs="+", default=list(KS), metavar="K",
                         help="numbers of nearest entities (default: 200 to 1000)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers to this file")
     return parser.parse_args(argv)
 
 

@@ -24,7 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.codes import render_codes, unique_names
 from Class.source import check_recorded, read_record, training_folder
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import check_replaceable, read_json, replaced_folder, sha256_file, write_json, write_text
+from common.files import (
+    check_replaceable,
+    output_folder,
+    read_json,
+    replaced_folder,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.from_codes import Scored, load_scored_codes
@@ -260,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="CK.pt", help="checkpoint of the same run")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter trained on these codes")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the one in the record)")
     parser.add_argument("--data_licence", metavar="TEXT", help="terms of the data (default: those in data/README.md)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")

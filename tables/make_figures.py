@@ -20,7 +20,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, at_least, run_command
-from common.files import ROOT
+from common.files import ROOT, output_folder
 from tables.figures import answers, embeddings, graph, quality, runs, similarity
 from tables.figures.inputs import Inputs, Missing
 from tables.results import add_record_flags
@@ -67,7 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--figure", nargs="+", choices=[*FIGURES, "all"], default=["all"], metavar="NAME",
                         help=f"{', '.join(FIGURES)} or all (default: all)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder for the PNG and PDF files")
+    parser.add_argument(
+        "--out", type=output_folder, default=OUT, metavar="DIR", help="folder for the PNG and PDF files"
+    )
     group = parser.add_argument_group("inputs")
     group.add_argument("--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)")
     group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")

@@ -74,7 +74,8 @@ def test_layers_that_keep_the_width_start_as_the_identity() -> None:
     out = encoder(x, v, graph)
     assert torch.equal(out.x, x) and torch.equal(out.v, v)
     out.x.square().sum().backward()
-    assert all((layer.gate.grad != 0).all() for layer in layers_of(encoder) if layer.gate is not None)
+    for layer in layers_of(encoder):
+        assert layer.gate is not None and layer.gate.grad is not None and bool((layer.gate.grad != 0).all())
 
 
 def test_zero_layers_are_the_identity_and_widths_are_checked() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common import files
 from common.errors import InputError
@@ -184,6 +184,12 @@ def test_adapters_that_do_not_fit(
     small_model(500).save_pretrained(str(tmp_path / "other"))
     assert "has 500 token rows" in refused("--base_model", tmp_path / "other")
     assert "does not exist" in refused("--base_model", tmp_path / "nothing" / "here")
+    wide = LlamaConfig.from_pretrained(str(base))
+    wide.intermediate_size += 16
+    LlamaForCausalLM(wide).save_pretrained(str(tmp_path / "wide"))
+    assert "has other layers than" in refused("--base_model", tmp_path / "wide")
+    (tmp_path / "wide" / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused("--base_model", tmp_path / "wide")
 
     other = hand_made_tokenizer()
     other.add_tokens(["zebra"])
