@@ -48,6 +48,17 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {self.origin}{message} (see: python {self.prog} --help)\n")
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number of ``low`` or more."""
+
+    def number(word: str) -> int:
+        if not word.isdecimal() or int(word) < low:
+            raise argparse.ArgumentTypeError(f"must be {low} or more, got {word}")
+        return int(word)
+
+    return number
+
+
 class Terminated(BaseException):
     """SIGTERM: unwinds like Ctrl-C, so that temporary files go."""
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from common.errors import InputError, is_disk_full
 
 if TYPE_CHECKING:  # torch takes a second to import: only the functions that need it do so
-    import torch
     from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,17 +119,33 @@ def exclusive_lock(path: Path, flag: str = "--name") -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def check_replaceable(folder: Path, flag: str, record: str | None = None) -> None:
+    """InputError unless ``replaced_folder`` may write ``folder``: the present folder is not in it, and it is empty or
+    (``record``) holds this file, which says that a script wrote it."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise InputError(f"{flag} {folder} is replaced as a whole, and you are in it; name another folder")
+    if record and folder.is_dir() and any(folder.iterdir()) and not (folder / record).is_file():
+        raise InputError(f"{flag} {folder} holds files that this script did not write; choose another folder")
+
+
 @contextmanager
-def written_whole(folder: Path) -> Iterator[None]:
-    """Around a library's writing into a new folder: a full disk is one line, and then the folder goes."""
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not is_disk_full(error):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
+def replaced_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Yield a folder beside ``folder`` to write to, under a lock. It takes the place of ``folder`` when all is written;
+    otherwise ``folder`` stays as it was. A full disk is one line."""
+    part = folder.with_name(f".{folder.name}.part")
+    with exclusive_lock(folder.with_name(f"{folder.name}.lock"), flag):
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        try:
+            yield part
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def save_torch(value: Any, path: str | Path) -> None:
@@ -168,8 +183,8 @@ def need_file(path: str | Path, what: str) -> Path:
     return path
 
 
-def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:
-    """torch.load restricted to plain tensors and containers.
+def load_torch(path: str | Path, what: str) -> Any:
+    """torch.load on the CPU, restricted to plain tensors and containers.
 
     ``what`` names the file's meaning in the error, as in "codes" or "checkpoint".
     Raises InputError where the file is missing, damaged, or holds anything but tensors and plain values.
@@ -180,7 +195,7 @@ def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") 
     try:
         _check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of foreign pickles: the error says it
-            value = torch.load(path, map_location=device, weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(value)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]

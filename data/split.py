@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 
 Ints = NDArray[np.int64]
 
@@ -112,12 +112,10 @@ def main() -> None:
     for split in ("valid", "test"):
         text = f"triples of {split}: a part, such as 0.1, or a number (default: a tenth, at most {MOST:,})"
         parser.add_argument(f"--{split}", type=size, metavar="SIZE", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     add_keep_names(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the split in --out")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: expected 0 or more")
     if args.out.resolve() in (args.file.resolve(), args.file.resolve().parent):
         raise InputError(f"--out {args.out} is where the triples are, and would hold both; choose another folder")
     if (args.out / "train.txt").exists() and not args.overwrite:

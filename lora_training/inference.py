@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.prompts import FALSE, TRUE, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, existing_split, need_fields, read_rows
 from common.device import find_device
-from common.errors import CommandParser, InputError, content_of, run_command
+from common.errors import CommandParser, InputError, at_least, content_of, run_command
 from common.files import command, exclusive_lock, output_file, read_json, sha256_file, write_json
 from common.record import by_name, make_record
 from lora_training.adapters import RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
@@ -504,21 +504,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--val_data", type=Path, metavar="FILE", help="for thresholds (default: the file beside the test data)"
     )
-    group.add_argument("--limit", type=int, default=0, help="answer only the first N test rows (0: all)")
-    group.add_argument("--val_limit", type=int, default=0, help="answer only the first N validation rows (0: all)")
+    group.add_argument("--limit", type=at_least(0), default=0, help="answer only the first N test rows (0: all)")
+    group.add_argument(
+        "--val_limit", type=at_least(0), default=0, help="answer only the first N validation rows (0: all)"
+    )
     group = parser.add_argument_group("answers")
     group.add_argument("--output", type=output_file, default=OUTPUT, help="file for the record, metrics and answers")
     group.add_argument("--decode", choices=DECODES, default="score", help="how link prediction is answered")
-    group.add_argument("--permute", type=int, default=0, metavar="K", help="answer each test list in K more orders")
-    group.add_argument("--seed", type=int, default=0, help="of these orders")
-    group.add_argument("--batch_size", type=int, default=8, help="True/False and free-text rows per batch")
-    group.add_argument("--max_new_tokens", type=int, default=512, help="longest free text")
+    group.add_argument(
+        "--permute", type=at_least(0), default=0, metavar="K", help="answer each test list in K more orders"
+    )
+    group.add_argument("--seed", type=at_least(0), default=0, help="of these orders")
+    group.add_argument("--batch_size", type=at_least(1), default=8, help="True/False and free-text rows per batch")
+    group.add_argument("--max_new_tokens", type=at_least(1), default=512, help="longest free text")
     group.add_argument("--overwrite", action="store_true", help="replace the answers of another or finished run")
     args = parser.parse_args(argv)
-    for name in ("limit", "val_limit", "permute", "seed", "batch_size", "max_new_tokens"):
-        least = int(name in ("batch_size", "max_new_tokens"))
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
     if args.permute and args.decode == "likelihood":
         parser.error(f"--permute {args.permute}: with --decode likelihood the model does not see the list")
     return args

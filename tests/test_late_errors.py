@@ -27,7 +27,7 @@ OUTPUTS = [
     ("data/family.py", "--out", FOLDER), ("data/hold_out.py --dataset x", "--out", FOLDER),
     ("data/split.py x", "--out", FOLDER),
     ("lora_training/train_lora.py", "--output_dir", FOLDER), ("lora_training/inference.py", "--output", FILE),
-    ("lora_training/score_answers.py", "--output", FILE), ("lora_training/compare_llm.py", "--out", FOLDER),
+    ("lora_training/score_answers.py", "--output", FILE),
     ("lora_training/merge_adapter.py", "--output_dir", FOLDER), ("lora_training/get_base.py smollm2", "--out", FOLDER),
     ("lora_training/make_tiny_base.py", "--out", FOLDER),
     ("tables/audit.py --dataset x --answers x", "--json", FILE), ("tables/case_studies.py", "--out", FILE),
@@ -77,13 +77,3 @@ def test_files_are_looked_for_before_the_graph_is_read(
     codes = tmp_path / "codes.pt"
     codes.touch()
     assert_one_line(call(f"run_rq.py {words.replace('CODES', str(codes))}", tmp_path, tmp_path), line)
-
-
-def test_a_recipe_is_checked_before_its_first_step(ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_training import compare_llm
-
-    monkeypatch.setattr(compare_llm, "run_steps", never)
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text('{"answers": {"no_such_flag": 3}}')
-    words = f"lora_training/compare_llm.py --dataset {ring} --out {tmp_path / 'out'} --recipe {recipe}"
-    assert_one_line(call(words, tmp_path, tmp_path), "unrecognized arguments: --no_such_flag 3")
