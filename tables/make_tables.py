@@ -1,7 +1,7 @@
 """The paper's tables: its numbers, those of its peers and those of this toolkit's run records, side by side.
 
     python tables/make_tables.py                                   all tables as Markdown on the terminal
-    python tables/make_tables.py --table 2 --out table2.md
+    python tables/make_tables.py --table 2 --format latex --out table2.tex
     python tables/make_tables.py --reproduce docs/REPRODUCE.md     rewrite the numbers in that page from tables/records
 
 Paper and peers: tables/expected/*.json. Ours: tables/results.py. Table 6 is counted from the data folders. What was not
@@ -26,7 +26,7 @@ from data.knowledge_graph import KnowledgeGraph
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Group, Row, add_record_flags, collect, groups
 from tables.rows import EXPECTED, commit_words, counts, dataset_name
 from tables.system import system_of
-from tables.table_formats import Cell, Column, Line, Table, to_markdown
+from tables.table_formats import Cell, Column, Line, Table, to_latex, to_markdown
 
 NUMBERS = (2, 3, 4, 5, 6)
 OURS, BASELINE, CONTROL = "ours", "baseline", "control"  # a baseline answered the same queries without our model
@@ -212,9 +212,9 @@ def report_untested(found: Iterable[Group]) -> None:
         print(f"{words} without test metrics, not shown; list them: python tables/results.py", file=sys.stderr)
 
 
-def render(tables: list[Table]) -> str:
-    """All tables in one Markdown text."""
-    return "\n".join(map(to_markdown, tables))
+def render(tables: list[Table], form: str) -> str:
+    """All tables in one text."""
+    return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in tables)
 
 
 def reproduced(text: str, data: Path = ROOT / "data", name: object = "the page") -> str:
@@ -226,7 +226,7 @@ def reproduced(text: str, data: Path = ROOT / "data", name: object = "the page")
     found = {int(number) for _, number, _ in pattern.findall(text)}
     if not found or not found <= set(NUMBERS):
         raise InputError(f"{name} has blocks of tables {sorted(found)}, expected <!-- table N --> ... <!-- end -->")
-    blocks = {number: render(make_tables([number], [KEPT], data, BUNDLED)) for number in found}
+    blocks = {number: render(make_tables([number], [KEPT], data, BUNDLED), "md") for number in found}
     return pattern.sub(lambda match: match[1] + "\n" + blocks[int(match[2])] + "\n" + match[3], text)
 
 
@@ -234,6 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_tables.py", description=__doc__.split("\n")[0])
     choices = [*map(str, NUMBERS), "all"]
     parser.add_argument("--table", choices=choices, default="all", help="the paper's number of the table")
+    parser.add_argument("--format", choices=("md", "latex"), default="md", help="Markdown or LaTeX (booktabs)")
     add_record_flags(parser)
     parser.add_argument("--out", type=output_file, metavar="FILE", help="write there (default: the terminal)")
     parser.add_argument("--reproduce", type=Path, metavar="PAGE.md", help="rewrite this page's numbers instead")
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {args.reproduce}")
         return
     numbers = NUMBERS if args.table == "all" else [int(args.table)]
-    text = render(make_tables(numbers, args.records, args.data))
+    text = render(make_tables(numbers, args.records, args.data), args.format)
     if args.out is None:
         print(text, end="")
     else:

@@ -21,7 +21,8 @@ from tables import make_tables, results
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Row, collect, groups, keep
 from tables.rows import public_hashes
 from tables.system import BASELINES
-from tables.table_formats import Cell, Column, Line, Table, to_markdown
+from tables.table_formats import Cell, Column, Line, Table, to_latex, to_markdown
+from tests.test_latex import check_latex
 
 FAMILY = KEPT / "family_4_256_4_rq.json"
 FACTS = "graph encoder of 2 layers, trained quantizer, no text, 1 member"
@@ -632,13 +633,35 @@ def markdown_cells(text: str) -> list[list[str]]:
     return [[cell.strip(" *") for cell in re.split(r"(?<!\\)\|", row)[3:-1]] for row in rows]
 
 
+def latex_cells(text: str) -> list[list[str]]:
+    body = text.split(r"\midrule", 1)[1].split(r"\bottomrule")[0]
+    rows = [line.removesuffix(r" \\") for line in body.splitlines() if " & " in line]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)&", row)[1:]] for row in rows]
+    return [[re.sub(r"\\textbf\{(.*)\}", r"\1", cell).replace(r"$\pm$", "±") for cell in row] for row in cells]
+
+
+def test_formats_agree_on_all_numbers() -> None:
+    for table in [example(), *make_tables.make_tables(make_tables.NUMBERS, [KEPT], ROOT / "data", ["family"])]:
+        found = markdown_cells(to_markdown(table))
+        assert len(found) == len(table.lines)
+        assert found == latex_cells(to_latex(table))
+
+
 def test_the_printed_numbers_and_the_best_of_each_column() -> None:
-    markdown = to_markdown(example())
+    markdown, latex = to_markdown(example()), to_latex(example())
     assert markdown_cells(markdown) == [
         [".250", ".500", ""], [".333 ± .012", ".500", ""], ["", "", ".50"], ["1.000", "", ""]]  # fmt: skip
     assert re.findall(r"\*\*(.*?)\*\*", markdown) == [".500", ".333 ± .012", ".500"], "ties share it"
+    assert re.findall(r"\\textbf\{(.*?)\}", latex) == [".500", r".333 $\pm$ .012", ".500"]
     assert markdown.count("[a]") == 3 and markdown.count("[b]") == 2  # equal notes share a mark
     assert "| ours | two digits [a] |  |  | .50 |" in markdown
+
+
+def test_latex_is_escaped() -> None:
+    text = to_latex(example())
+    assert r"50\% of X \& Y\_z" in text and r"a\textbar{}b \{c\} \textasciitilde{} \#1 \textasciicircum{}" in text
+    assert r"\textbackslash{} \textless{}d\textgreater{} \$" in text and r"A\_1" in text
+    check_latex(text)
 
 
 # ---------------------------------------------------------------- end to end
@@ -663,5 +686,5 @@ def test_from_records_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
             mrr = group.stat("mrr")
             assert mrr is not None and f"{mrr.mean:.3f}".removeprefix("0") in text
             assert all(str(row.path) in text for row in group.rows)
-    make_tables.main([*flags, "--out", str(tmp_path / "all.md")])
-    assert (tmp_path / "all.md").read_text(encoding="utf-8").count("### Table ") >= len(make_tables.NUMBERS)
+    make_tables.main([*flags, "--format", "latex", "--out", str(tmp_path / "all.tex")])
+    assert (tmp_path / "all.tex").read_text(encoding="utf-8").count(r"\begin{table}") >= len(make_tables.NUMBERS)
