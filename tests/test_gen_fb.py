@@ -184,6 +184,14 @@ def test_rows_show_names_and_codes_of_their_triple(tmp_path: Path) -> None:
     assert plain == [(row["id"], row["triple"], row["output"]) for row in rows["test"]], "the ablation: same triples"
     prompts = "\n".join(row["instruction"] for row in without["train"] + without["test"])
     assert not any(mark in prompts for mark in ("<CODE>", "<ENT>", "Q0_", "codes"))
+    short = generate(tmp_path / "short", "--codes", path, "--short", *words)["test"]
+    assert [(row["id"], row["triple"], row["output"]) for row in short] == plain
+    for row in short:
+        question, head, relation, tail = row["instruction"].replace("\n", " | ", 1).split(" | ")
+        assert question == "True or False?" and relation == kg.relation_labels[relations[row["triple"][1]]]
+        for text, entity in ((head, row["triple"][0]), (tail, row["triple"][2])):
+            assert text.startswith(f"<ENT>{kg.labels[ids[entity]]}</ENT> ")
+            assert np.array_equal(parse_codes(text.split("</ENT> ")[1]), codes[ids[entity]])
 
 
 def test_the_seed_decides_everything(tmp_path: Path) -> None:
