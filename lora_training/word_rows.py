@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,7 +40,8 @@ BLOCK = 4096  # entities at once
 def name_vectors(model_name: str, names: list[str]) -> Tensor:
     """The mean embedding [M, D] of each name's tokens, as the name stands after a space."""
     tokenizer = load_tokenizer(model_name)
-    embedding = load_base(model_name, torch.float32).get_input_embeddings().weight.detach()  # type: ignore[union-attr]
+    model: Any = load_base(model_name, torch.float32)
+    embedding = model.get_input_embeddings().weight.detach()
     ids = encode_texts([f" {name}" for name in names], tokenizer)
     flat = torch.tensor([token for name in ids for token in name])
     offsets = torch.tensor([0, *(len(name) for name in ids)]).cumsum(0)[:-1]
