@@ -26,7 +26,7 @@ from common.errors import InputError, run_command
 from common.files import ROOT, command, exclusive_lock, load_torch, read_json, sha256_file
 from common.record import seed_everything
 from model.from_codes import eval_codes
-from model.inputs import choose_device, load_graph, load_text
+from model.inputs import check_files, choose_device, load_graph, load_text
 from model.sizes import explain_oom, with_sizes
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ def fit_until_stopped(trainer: Trainer) -> None:
 def main() -> None:
     """Train, or rank from codes."""
     config = parse_config()
+    check_files(config)
     if not config.eval_codes:
         train(config)
     elif os.environ.get("RANK", "0") == "0":  # ranking from codes is one process's work, under torchrun too

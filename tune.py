@@ -35,9 +35,9 @@ from common.config import (
     given_flags,
 )
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, command, exclusive_lock, read_json, sha256_file, write_json, write_text
+from common.files import ROOT, command, exclusive_lock, output_file, read_json, sha256_file, write_json, write_text
 from common.record import make_record
-from model.inputs import choose_device, load_graph, load_text
+from model.inputs import check_files, choose_device, load_graph, load_text
 from model.sizes import explain_oom, with_sizes
 from run_rq import build_model, inputs_of
 
@@ -435,7 +435,7 @@ def build_tune_parser(defaults: Mapping[str, Any] | None = None) -> CommandParse
     group = parser.add_argument_group("the search")
     group.add_argument("--trials", type=int, default=30, help="trials in all, of all processes (default: 30)")
     group.add_argument("--max_minutes", type=float, default=0.0, help="end after this time (default: 0, never)")
-    group.add_argument("--out", type=Path, help="file of flags to write (default: configs/DATASET_tuned.txt)")
+    group.add_argument("--out", type=output_file, help="file of flags to write (default: configs/DATASET_tuned.txt)")
     group.add_argument("--overwrite", action="store_true", help="replace that file where it is from another search")
     return build_parser(defaults, LEFT_OUT | {"overwrite"}, parser)
 
@@ -477,6 +477,7 @@ def main() -> None:
         import optuna  # noqa: F401
     except ImportError as error:
         raise InputError("tune.py needs Optuna; run: pip install -r requirements.txt") from error
+    check_files(base)
     device = choose_device(base)
     kg = load_graph(base, test=False)
     text = load_text(base.text_emb, kg.num_entities, kg.entities)

@@ -44,8 +44,8 @@ from Class.rows import (
     write_rows,
 )
 from Class.source import Ints, codes_key
-from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import command, exclusive_lock, read_json, write_json
+from common.errors import CommandParser, InputError, at_least, content_of, run_command
+from common.files import command, exclusive_lock, output_folder, read_json, write_json
 from common.record import make_record
 
 
@@ -143,15 +143,17 @@ def task_weight(text: str) -> tuple[str, float]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="Class/build_mix.py", description=__doc__.split("\n")[0])
     parser.add_argument("tasks", nargs="*", type=task_weight, metavar="TASK=WEIGHT", help="default: all, weight 1")
-    parser.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file, at random (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the order")
+    parser.add_argument(
+        "--out_dir", type=output_folder, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task"
+    )
+    parser.add_argument(
+        "--limit", type=at_least(0), default=0, metavar="N", help="at most N rows per file, at random (0: all)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the draw and of the order")
     args = parser.parse_args(argv)
     repeated = [name for name, count in Counter(name for name, _ in args.tasks).items() if count > 1]
     if repeated:
         parser.error(f"task {repeated[0]} is given twice; give one weight")
-    if args.limit < 0 or args.seed < 0:
-        parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
     return args
 
 

@@ -128,7 +128,8 @@ def read_candidates(paths: Sequence[str | Path], kg: KnowledgeGraph) -> Candidat
     return Candidates(queries[first], truth[first], ids[first], kept, rank[first], info)
 
 
-def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
+def need_candidates(path: Path) -> None:
+    """InputError where a candidates file does not exist, or is of another kind: said before a graph is read."""
     if path.suffix not in (".npz", ".json"):
         raise InputError(f"candidates file {path} must end in .npz or .json")
     if not path.exists():
@@ -136,6 +137,10 @@ def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
             f"candidates file {path} does not exist; stage 1 writes one: {command('run_rq.py')} --eval_codes "
             f"CODES.pt --checkpoint CK.pt --split SPLIT --export_candidates {shlex.quote(str(path))}"
         )
+
+
+def _read(path: Path, kg: KnowledgeGraph) -> Candidates:
+    need_candidates(path)
     found = _read_npz(path, kg) if path.suffix == ".npz" else _read_json(path, kg)
     if not len(found.ids):
         raise InputError(f"candidates file {path} has no rows")

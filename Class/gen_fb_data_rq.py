@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.prompts import FALSE, TRUE, classification, short_classification
 from Class.rows import Row, fill_top, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.files import command
 from data.knowledge_graph import KnowledgeGraph
 
@@ -220,12 +220,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="Class/gen_fb_data_rq.py", description=__doc__.split("\n")[0])
     add_flags(parser)
     group = parser.add_argument_group("negatives")
-    group.add_argument("--neg_ratio", type=int, default=16, help="sampled negatives per training triple")
+    group.add_argument("--neg_ratio", type=at_least(1), default=16, help="sampled negatives per training triple")
     parser.add_argument("--short", action="store_true", help="a prompt of a third of the tokens, for small budgets")
     args = parser.parse_args(argv)
     check_flags(args, parser)
-    if args.neg_ratio < 1:
-        parser.error(f"--neg_ratio must be 1 or more, got {args.neg_ratio}")
     return args
 
 

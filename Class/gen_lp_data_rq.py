@@ -7,8 +7,8 @@
     python Class/gen_lp_data_rq.py --codes C.pt --candidates valid.npz test.npz --without_lists
 
 The paper tunes twice: first on the queries of the training split (--from train, into a folder of its own), then on
-nine tenths of the valid split (--from valid); --from both tunes once on all of these. The last tenth is the validation
-set and the test split the test set in all cases. Triples of one pair of entities stay in one part. Queries for the head
+nine tenths of the valid split (--from valid). The last tenth is the validation set and the test split the test set in
+both cases. Triples of one pair of entities stay in one part. Queries for the head
 are queries for the tail of the inverse relation. Lists may come from any other model: see Class/candidates.py.
 
 A row's output is the truth, then the candidate model's two best others. ``candidate_rank`` is the truth's filtered rank
@@ -38,11 +38,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.candidates import Bools, Candidates, Floats, find_rows, other_answers, read_candidates
+from Class.candidates import Bools, Candidates, Floats, find_rows, need_candidates, other_answers, read_candidates
 from Class.prompts import ANSWERS, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.files import command
 from data.knowledge_graph import KnowledgeGraph, TrueTails, with_inverse
 
@@ -228,10 +228,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--candidates", nargs="+", required=True, metavar="FILE", help="lists (.npz or .json), all splits"
     )
-    group.add_argument("--num_candidates", type=int, default=20, help="candidates that a prompt lists")
-    group.add_argument("--from", dest="tune_from", choices=["train", "valid", "both"], default="valid",
-                       help="training rows: queries of the training split, of nine tenths of valid, or "
-                       "both")  # fmt: skip
+    group.add_argument("--num_candidates", type=at_least(2), default=20, help="candidates that a prompt lists")
+    group.add_argument("--from", dest="tune_from", choices=["train", "valid"], default="valid",
+                       help="training rows: queries of the training split, or of nine tenths of valid")  # fmt: skip
     group.add_argument("--candidate_order", choices=ORDERS, default="shuffled", help="order of lists in prompts")
     group.add_argument("--drop_unlisted", action=argparse.BooleanOptionalAction, default=True,
                        help="leave out training queries whose truth is not listed")  # fmt: skip
@@ -239,9 +238,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "candidates, answered by the truth's codes (its name without codes)")  # fmt: skip
     args = parser.parse_args(argv)
     check_flags(args, parser)
-    if args.num_candidates < 2:
-        parser.error(f"--num_candidates must be 2 or more, got {args.num_candidates}")
-    if args.candidate_order == "ranked" and args.tune_from != "valid":
+    if args.candidate_order == "ranked" and args.tune_from == "train":
         parser.error(
             "--candidate_order ranked needs --from valid: a model ranks the queries of its training split with the "
             "truth first"
@@ -255,12 +252,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candidates) -> list[Plan]:
     """The splits' queries with their lists. InputError where a query has none."""
     parts = disjoint_parts(kg, args.seed)
-    both = np.concatenate([parts.train, parts.tuning])
-    train = {"train": parts.train, "valid": parts.tuning, "both": both}[args.tune_from]
-    learned_from = {"both": "training and valid"}.get(args.tune_from, args.tune_from)
+    train = parts.train if args.tune_from == "train" else parts.tuning
     plans, missing = [], []
     for split, triples, name in (
-        ("train", train, learned_from), ("validation", parts.validation, "valid"), ("test", parts.test, "test"),
+        ("train", train, args.tune_from), ("validation", parts.validation, "valid"), ("test", parts.test, "test"),
     ):  # fmt: skip
         queries = both_directions(triples, kg.num_relations)
         if split == "train":
@@ -281,6 +276,8 @@ def make_plans(args: argparse.Namespace, kg: KnowledgeGraph, candidates: Candida
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    for path in args.candidates:
+        need_candidates(Path(path))
     source = open_source(args)
     kg = source.kg
     candidates = read_candidates(args.candidates, kg)

@@ -6,6 +6,7 @@ Rows are streamed: no script holds a list of all rows in memory.
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import json
 import os
@@ -225,6 +226,16 @@ def read_lines(path: str | Path, plain: bool = False) -> Iterator[tuple[int, Row
         raise InputError(f"{path} is empty; write it again")
     if array and last != b"]":
         raise InputError(f"{path}: its array does not end, so the file was cut off; write it again")
+
+
+def longest_rows(path: Path, count: int = 16) -> list[Row]:
+    """The ``count`` longest rows, plain as those of ``read_rows``, for checks before all rows are tokenized."""
+    if _is_other_layout(path):
+        return heapq.nlargest(count, read_rows(path, plain=True), key=lambda row: len(row["instruction"]))
+    with open(path, "rb") as file:
+        lines = heapq.nlargest(count, enumerate(file, 1), key=lambda numbered: len(numbered[1]))
+    rows = (parse_line(line.decode("utf-8-sig", "replace"), path, number, plain=True) for number, line in sorted(lines))
+    return [row for row in rows if row is not None]
 
 
 def read_rows(path: str | Path, plain: bool = False) -> Iterator[Row]:

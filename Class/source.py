@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.codes import CODE_FORMATS, Names, escape_name, load_codes, load_entities, render_codes, unique_names
 from Class.prompts import entity_with_codes, relation_text
 from Class.rows import OUT_FOLDER, Row
-from common.errors import InputError, content_of
-from common.files import ROOT, command, read_json, sha256_file
+from common.errors import InputError, at_least, content_of
+from common.files import ROOT, command, output_folder, read_json, sha256_file
 from data.knowledge_graph import KnowledgeGraph, add_keep_names, train_hash, train_sha256
 
 Ints = NDArray[np.int64]
@@ -43,15 +43,15 @@ def add_flags(parser: argparse.ArgumentParser, code_format: str = "spec") -> Non
     group.add_argument("--shuffle_codes", action="store_true", help="control: give every entity another one's codes")
     group.add_argument("--code_format", choices=CODE_FORMATS, default=code_format, help="text form of the codes")
     group = parser.add_argument_group("output")
-    group.add_argument("--out_dir", type=Path, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task")
-    group.add_argument("--limit", type=int, default=0, metavar="N", help="at most N rows per file (0: all)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument(
+        "--out_dir", type=output_folder, default=OUT_FOLDER, metavar="DIR", help="holds one folder per task"
+    )
+    group.add_argument("--limit", type=at_least(0), default=0, metavar="N", help="at most N rows per file (0: all)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="seed of everything random")
 
 
 def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Errors for flags of ``add_flags`` that are out of range or contradict each other."""
-    if args.limit < 0 or args.seed < 0:
-        parser.error(f"--limit and --seed must be 0 or more, got {args.limit} and {args.seed}")
+    """Errors for flags of ``add_flags`` that contradict each other."""
     if args.no_codes and (args.codes or args.shuffle_codes):
         parser.error("--no_codes writes no codes: leave out --codes and --shuffle_codes")
 

@@ -30,7 +30,7 @@ import torch
 from benchmarks.measure import DATASET, FAMILY, Row, best_times, matmul_rate, print_table
 from benchmarks.step_profile import profile_step, ready_trainer
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, load_torch, read_json, write_json, write_text
+from common.files import ROOT, load_torch, output_folder, read_json, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from model.message_passing import compose_sum, resolve_backend
@@ -161,8 +161,12 @@ def main() -> int:
     parser = CommandParser(description=__doc__.splitlines()[0])
     environment = os.environ
     parser.add_argument("--data", type=Path, default=environment.get("DATA"), help="graph folder (or DATA)")
-    parser.add_argument("--out", type=Path, default=environment.get("OUT"), help="folder of the results (or OUT)")
-    parser.add_argument("--work", type=Path, default=environment.get("WORK"), help="folder of the checkpoint (or WORK)")
+    parser.add_argument(
+        "--out", type=output_folder, default=environment.get("OUT"), help="folder of the results (or OUT)"
+    )
+    parser.add_argument(
+        "--work", type=output_folder, default=environment.get("WORK"), help="folder of the checkpoint (or WORK)"
+    )
     parser.add_argument("--limit_s", type=float, default=530, help="seconds of the whole call")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--dry_run", action="store_true", help="the bundled family graph, toy size, on the CPU")

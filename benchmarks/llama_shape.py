@@ -24,8 +24,8 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import benchmark_parser, finish, matmul_rate, positive, print_table, write_rows
-from common.errors import InputError, run_command
+from benchmarks.measure import benchmark_parser, finish, matmul_rate, print_table, write_rows
+from common.errors import InputError, at_least, run_command
 from lora_training.memory import Shape
 
 if TYPE_CHECKING:
@@ -213,11 +213,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, "a tiny shape and short rows, also on the CPU")
-    parser.add_argument("--micro_batches", type=positive, nargs="+", default=[1, 2, 4], help="rows per step")
-    parser.add_argument("--sequence", type=positive, default=2048, help="tokens per row")
-    parser.add_argument("--answer", type=positive, default=256, help="supervised tokens per row")
-    parser.add_argument("--warm", type=positive, default=3, help="steps before the measurement")
-    parser.add_argument("--steps", type=positive, default=10, help="steps measured")
+    parser.add_argument("--micro_batches", type=at_least(1), nargs="+", default=[1, 2, 4], help="rows per step")
+    parser.add_argument("--sequence", type=at_least(1), default=2048, help="tokens per row")
+    parser.add_argument("--answer", type=at_least(1), default=256, help="supervised tokens per row")
+    parser.add_argument("--warm", type=at_least(1), default=3, help="steps before the measurement")
+    parser.add_argument("--steps", type=at_least(1), default=10, help="steps measured")
     args = parser.parse_args(argv)
     if args.quick:
         args.sequence, args.answer, args.warm, args.steps = 64, 16, 1, 2

@@ -31,9 +31,10 @@ from itertools import islice
 from typing import Any
 
 from Class import gen_fb_data_rq, gen_lp_data_rq
+from Class.candidates import need_candidates
 from Class.rows import read_rows, split_path
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import exclusive_lock, read_json, sha256_file, write_json
+from common.files import exclusive_lock, output_folder, read_json, sha256_file, write_json
 from common.record import make_record
 from common.steps import Step, run_steps
 from lora_training.adapters import RECORD
@@ -140,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "lora_training/word_rows.py, or stage 1's checkpoint")  # fmt: skip
     parser.add_argument("--candidates", type=Path, nargs="+", metavar="FILE", help="lists: link prediction instead")
     parser.add_argument("--model_name", required=True, help="hub id or local folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for everything")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="OUT", help="folder for everything")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one comparison each (default: 0)")
     parser.add_argument("--rows", type=int, default=0, help="rows per file of data (0: all)")
     parser.add_argument("--val_rows", type=int, default=2000, help="validation rows (0: all)")
@@ -162,6 +163,12 @@ def main(argv: list[str] | None = None) -> None:
         if not path.exists():
             raise InputError(f"--{flag} {path} does not exist; make it: python run_rq.py --dataset DIR")
         setattr(args, flag, path)
+    from lora_training.base_model import check_causal, load_tokenizer
+
+    for path in args.candidates or ():
+        need_candidates(path)
+    check_causal(args.model_name)  # else found after the data are made
+    load_tokenizer(args.model_name)
     timer = threading.Timer(args.limit_s, stop_part, [args.limit_s])
     timer.daemon = True
     if args.limit_s:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.errors import CommandParser
-from common.files import ROOT, write_json
+from common.errors import CommandParser, at_least
+from common.files import ROOT, output_file, write_json
 from common.record import make_record
 from model.precision import matmul_precision
 
@@ -25,19 +25,12 @@ DATASET = ROOT / "data" / "FB15k-237"
 FAMILY = ROOT / "data" / "family"
 
 
-def positive(word: str) -> int:
-    """A flag's number, 1 or more; else ArgumentTypeError."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
-    return int(word)
-
-
 def benchmark_parser(doc: str, quick: str) -> CommandParser:
     """A parser with the flags of every benchmark: --quick (``quick``: what it does), --json and --threads."""
     parser = CommandParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}; under 50 s on two cores")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the table to this file as JSON")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads")
+    parser.add_argument("--json", type=output_file, metavar="F", help="also write the table to this file as JSON")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads")
     return parser
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, run_command
-from common.files import sha256_file, write_json
+from common.files import output_file, sha256_file, write_json
 from common.record import make_record, seed_everything
 from data.hold_out import SUPPORT
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph, with_inverse
@@ -171,7 +171,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--entities", type=int, default=10**9, help="new entities to take, the next ones by name")
     parser.add_argument("--reencode", type=int, default=300, help="known entities to encode again")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--out", type=output_file, help="write the results as JSON")
     return parser.parse_args()
 
 

@@ -11,13 +11,13 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from common.errors import CommandParser
-from common.files import ROOT
+from common.files import ROOT, output_file, output_folder
 
 AUTO = -1  # the flag's word is "auto": model/sizes.py puts a number that fits the graph in its place
 DEFAULT_FILE = ROOT / "configs" / "default.txt"
@@ -51,16 +51,18 @@ def flag(
     resume: str = SAME,
     unset: str | None = None,
     unused_without: str | None = None,
+    type: Callable[[str], Any] | None = None,
 ) -> Any:
     """A field of ``Config``. Range of a number: low <= value <= high, above < value < below; ``auto``: or "auto".
 
     ``names``: further names of the flag; ``resume``: SAME, LIMIT or FREE; ``unset``: what None means, for the help;
-    ``unused_without``: the flag that must be set (not 0, not empty) for this one to have an effect.
+    ``unused_without``: the flag that must be set (not 0, not empty) for this one to have an effect; ``type``: reads the
+    word, where the field's own type does not.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={
         "group": group, "help": help, "limits": limits, "auto": auto, "choices": choices, "metavar": metavar,
-        "names": names, "resume": resume, "unset": unset, "unused_without": unused_without,
+        "names": names, "resume": resume, "unset": unset, "unused_without": unused_without, "type": type,
     })  # fmt: skip
 
 
@@ -80,9 +82,9 @@ class Config:
                             "different entities, not an error", resume=FREE)  # fmt: skip
     name: str | None = flag(None, DATA, "name of the run and of its checkpoint", unset="the stem of the codes file")
     out_dir: Path | None = flag(None, DATA, "folder for codes and records", unset="codes_new", metavar="DIR",
-                                resume=FREE)  # fmt: skip
+                                resume=FREE, type=output_folder)  # fmt: skip
     checkpoint_dir: Path | None = flag(None, DATA, "folder for {name}.pt", unset="checkpoints", metavar="DIR",
-                                       resume=FREE)  # fmt: skip
+                                       resume=FREE, type=output_folder)  # fmt: skip
     text_emb: Path | None = flag(None, DATA, "text embeddings [M, T], one row per entity id, for Eq. 8 and --inputs",
                                  metavar="FILE.npy", resume=FREE)  # fmt: skip
     # ------------------------------------------------------------ codes
@@ -171,11 +173,11 @@ class Config:
                                    resume=FREE)  # fmt: skip
     shuffle_codes: bool = flag(False, RANKING, "control: give every entity another one's codes", resume=FREE)
     metrics_out: Path | None = flag(None, RANKING, "also write the metrics to this file", metavar="FILE.json",
-                                    resume=FREE)  # fmt: skip
+                                    resume=FREE, type=output_file)  # fmt: skip
     predict: tuple[str, str] | None = flag(None, RANKING, "print the top tails; '~RELATION', quoted: the top heads",
                                            metavar=("HEAD", "RELATION"), resume=FREE)  # fmt: skip
     export_candidates: Path | None = flag(None, RANKING, "write ranked candidates of --split",
-                                          metavar="FILE.npz", resume=FREE)  # fmt: skip
+                                          metavar="FILE.npz", resume=FREE, type=output_file)  # fmt: skip
     encode: Path | None = flag(None, RANKING, "triples of new entities, which get codes without training",
                                metavar="NEW.txt", resume=FREE)  # fmt: skip
     new_text: Path | None = flag(None, RANKING, "text embeddings of new entities, like those of --text_emb; with one, "
@@ -184,7 +186,7 @@ class Config:
                           "layers, for runs with --mask_inputs", choices=["auto", "encoder", "fold_in"],
                           resume=FREE)  # fmt: skip
     encoded: Path | None = flag(None, RANKING, "write the codes of --eval_codes and of the new entities",
-                                metavar="OUT.pt", resume=FREE)  # fmt: skip
+                                metavar="OUT.pt", resume=FREE, type=output_file)  # fmt: skip
     top: int = flag(20, RANKING, "candidates of --predict and --export_candidates", low=1, resume=FREE)
 
     def as_plain(self) -> dict[str, Any]:
@@ -248,7 +250,11 @@ def build_parser(
             options["action"] = "store_true"
         else:
             options |= {"choices": about["choices"], "metavar": about["metavar"]}
-            options |= {"nargs": 2} if kind is tuple else {"type": _auto_or(kind) if about["auto"] else kind}
+            options |= (
+                {"nargs": 2}
+                if kind is tuple
+                else {"type": about["type"] or (_auto_or(kind) if about["auto"] else kind)}
+            )
         group.add_argument(f"--{field.name}", *about["names"], **options)
     return parser
 
@@ -379,6 +385,10 @@ def _conflict(config: Config) -> str | None:
             return f"--{name} needs --eval_codes CODES.pt and --checkpoint CK.pt"
     if config.metrics_out and (config.predict or config.export_candidates):
         return "--metrics_out writes what a ranking finds: leave --predict and --export_candidates out"
-    if config.metrics_out and config.metrics_out.suffix != ".json":
-        return f"--metrics_out {config.metrics_out} must end with .json"
+    for name, path, end in (
+        ("metrics_out", config.metrics_out, ".json"),
+        ("export_candidates", config.export_candidates, ".npz"),
+    ):
+        if path and path.suffix != end:
+            return f"--{name} {path} must end in {end}"
     return None

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -45,6 +46,17 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message if len(message) < 600 else f"{message[:600]} ..."
         self.exit(2, f"error: {self.origin}{message} (see: python {self.prog} --help)\n")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number of ``low`` or more."""
+
+    def number(word: str) -> int:
+        if not word.isdecimal() or int(word) < low:
+            raise argparse.ArgumentTypeError(f"must be {low} or more, got {word}")
+        return int(word)
+
+    return number
 
 
 class Terminated(BaseException):
@@ -121,3 +133,20 @@ def is_hub_id(name: str) -> bool:
     """Whether a model's name has the form of a hub id; out/merged, where out/ exists, is a mistyped path."""
     parts = Path(name).parts
     return bool(HUB_ID.fullmatch(name)) and not (len(parts) == 2 and Path(parts[0]).is_dir())
+
+
+def hub_answers() -> bool:
+    """Whether the hub of models can be connected to. Without a network its library tries for half a minute."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():  # it fails at once; another host connects
+        return True
+    try:
+        url = urlsplit(constants.ENDPOINT)
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True

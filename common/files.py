@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from common.errors import InputError, is_disk_full
 
 if TYPE_CHECKING:  # torch takes a second to import: only the functions that need it do so
-    import torch
     from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,34 @@ def command(script: str, *words: object) -> str:
     except OSError:  # the folder is gone
         path = str(ROOT / script)
     return shlex.join(["python", path, *map(str, words)])
+
+
+def output_file(word: str) -> Path:
+    """The type of a flag that names a file to write: a wrong place is an error of the command line, before any work."""
+    path = Path(word)
+    if path.is_dir() or not path.name:
+        raise argparse.ArgumentTypeError(f"{word} is a folder; name a file in it")
+    _try_to_write(path.parent, path)
+    return path
+
+
+def output_folder(word: str) -> Path:
+    """As ``output_file``, for a folder, which may exist."""
+    path = Path(word)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{word} is a file, expected a folder; name another")
+    _try_to_write(path, path)
+    return path
+
+
+def _try_to_write(folder: Path, path: Path) -> None:
+    """ArgumentTypeError where no file can be made in ``folder``, or where it could be made; nothing is left there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = f"cannot write {path}: {error.strerror}; choose a folder that can be written"
+        raise argparse.ArgumentTypeError(reason) from error
 
 
 @contextmanager
@@ -91,17 +119,33 @@ def exclusive_lock(path: Path, flag: str = "--name") -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def check_replaceable(folder: Path, flag: str, record: str | None = None) -> None:
+    """InputError unless ``replaced_folder`` may write ``folder``: the present folder is not in it, and it is empty or
+    (``record``) holds this file, which says that a script wrote it."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise InputError(f"{flag} {folder} is replaced as a whole, and you are in it; name another folder")
+    if record and folder.is_dir() and any(folder.iterdir()) and not (folder / record).is_file():
+        raise InputError(f"{flag} {folder} holds files that this script did not write; choose another folder")
+
+
 @contextmanager
-def written_whole(folder: Path) -> Iterator[None]:
-    """Around a library's writing into a new folder: a full disk is one line, and then the folder goes."""
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not is_disk_full(error):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
+def replaced_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Yield a folder beside ``folder`` to write to, under a lock. It takes the place of ``folder`` when all is written;
+    otherwise ``folder`` stays as it was. A full disk is one line."""
+    part = folder.with_name(f".{folder.name}.part")
+    with exclusive_lock(folder.with_name(f"{folder.name}.lock"), flag):
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        try:
+            yield part
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"cannot write {folder}: {reason}; what was there before is untouched") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def save_torch(value: Any, path: str | Path) -> None:
@@ -131,21 +175,27 @@ def save_array(array: NDArray[Any], path: str | Path) -> None:
         np.save(_Writer(file), array)
 
 
-def load_torch(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:
-    """torch.load restricted to plain tensors and containers.
+def need_file(path: str | Path, what: str) -> Path:
+    """``path``; InputError where it is no file. ``what`` it means, as in "codes"."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    return path
+
+
+def load_torch(path: str | Path, what: str) -> Any:
+    """torch.load on the CPU, restricted to plain tensors and containers.
 
     ``what`` names the file's meaning in the error, as in "codes" or "checkpoint".
     Raises InputError where the file is missing, damaged, or holds anything but tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    path = need_file(path, what)
     import torch
 
     try:
         _check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of foreign pickles: the error says it
-            value = torch.load(path, map_location=device, weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(value)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]

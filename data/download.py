@@ -13,16 +13,15 @@ import shutil
 import sys
 import tarfile
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, atomic_path, command, read_json, sha256_file
+from common.files import ROOT, atomic_path, command, output_folder, read_json, sha256_file
 from data.knowledge_graph import PUBLIC
 
 BASE_URL = "https://raw.githubusercontent.com"
@@ -34,7 +33,7 @@ class PublicFile(NamedTuple):
 
     path: str | None  # below BASE_URL, at a pinned commit, or a whole URL; None for a file that only --source gives
     sha256: str | None  # None: the file was never seen where the list was made
-    unpack: Sequence[str] = ()  # of an archive (.tar.gz, .zip): the files to take out of it, by their last name
+    unpack: Sequence[str] = ()  # of an archive (.tar.gz): the files to take out of it, by their last name
 
 
 DATASETS = {
@@ -135,27 +134,17 @@ def _is_there(name: str, file: str, public: PublicFile, target: Path, report: Ca
 def _unpack(name: str, file: str, archive: Path, members: Sequence[str], target: Path) -> None:
     """Write these files of an archive to ``target``: matched by their last name, their folders left out."""
     try:
-        if file.endswith(".zip"):
-            with zipfile.ZipFile(archive) as packed:
-                entries = {Path(entry.filename).name: entry for entry in packed.infolist() if not entry.is_dir()}
-                for member in members:
-                    _write(packed.open(entries[member]), target / member)
-            return
         with tarfile.open(archive) as tar:
             found = {Path(entry.name).name: entry for entry in tar.getmembers() if entry.isfile()}
             for member in members:
-                content_of = tar.extractfile(found[member])
-                assert content_of is not None  # a regular file has content
-                _write(content_of, target / member)
+                content = tar.extractfile(found[member])
+                assert content is not None  # a regular file has content
+                with content, atomic_path(target / member) as temporary, open(temporary, "wb") as whole:
+                    shutil.copyfileobj(content, whole)
     except KeyError as error:
         raise InputError(f"{name}/{file} does not hold {error}, expected {', '.join(members)}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(f"{name}/{file} cannot be unpacked ({error}); fetch it again") from error
-
-
-def _write(content: IO[bytes], path: Path) -> None:
-    with content, atomic_path(path) as temporary, open(temporary, "wb") as whole:
-        shutil.copyfileobj(content, whole)
 
 
 def _check(name: str, file: str, origin: str, path: Path, expected: str | None) -> None:
@@ -213,7 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--source", type=Path, help="copy from this folder (it holds NAME/... or the files) instead of fetching"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder in which NAME/ is made")
+    parser.add_argument("--out", type=output_folder, default=ROOT / "data", help="folder in which NAME/ is made")
     parser.add_argument("--base_url", default=BASE_URL, help="host to fetch from: a mirror with the same paths")
     args = parser.parse_args()
     everything = [name for name in DATASETS if verified(name)] if "all" in args.names else []

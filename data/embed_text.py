@@ -2,12 +2,9 @@
 
     python data/embed_text.py --dataset data/FB15k-237 --out ent_emd.npy                     # TF-IDF + SVD, offline
     python data/embed_text.py --dataset data/FB15k-237 --out ent_emd.npy --model FOLDER      # or a hub id
-    OPENAI_API_KEY=... python data/embed_text.py --dataset data/FB15k-237 --out ent_emd.npy \
-        --endpoint https://api.openai.com/v1 --model text-embedding-3-large
 
-An entity's text is "label: description" (WN18RR: its line "name, gloss"), else the label or raw name alone. Encoder and
-endpoint work in batches, which are kept in the folder ``OUT.parts``: after Ctrl-C, a crash or a lost connection the
-same command continues. OUT.entities.txt beside OUT.npy names the rows.
+An entity's text is "label: description" (WN18RR: its line "name, gloss"), else the label or raw name alone.
+OUT.entities.txt beside OUT.npy names the rows.
 """
 
 from __future__ import annotations
@@ -16,15 +13,12 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +26,13 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.device import find_device
-from common.errors import CommandParser, InputError, is_hub_id, run_command
-from common.files import command, exclusive_lock, read_json, save_array, sha256_file, write_json, write_text
+from common.errors import CommandParser, InputError, at_least, hub_answers, is_hub_id, run_command
+from common.files import command, exclusive_lock, output_file, save_array, sha256_file, write_json, write_text
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from data.names import row_names
 
 if TYPE_CHECKING:
-    import requests
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,8 +44,6 @@ NAME_FILES = {"entity2label.txt", "FB15k_mid2name.txt", "entity2definition.txt"}
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of configuration, tokenizer and weights
 # without any of them transformers invents an empty tokenizer
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-TRIES = 6  # per request to an endpoint, for faults that may pass
-RETRY_SECONDS = 1.0  # before the second try, doubled for each further one
 
 
 def entity_texts(kg: KnowledgeGraph) -> list[str]:
@@ -131,18 +122,7 @@ def embed_tfidf(texts: list[str], dim: int, seed: int) -> Floats:
     return np.where(length > 1e-9, vectors / np.maximum(length, 1e-9), 0).astype(np.float32)
 
 
-# ---------------------------------------------------------------- encoders
-
-
-class Encoder(Protocol):
-    """Turns texts into vectors, batch by batch."""
-
-    identity: dict[str, Any]  # model and settings: rows of two identities are never mixed
-    order: list[int]  # entity ids in the order in which they are embedded
-
-    def encode(self, rows: list[int]) -> Array:
-        """The vectors ``[B, T]`` of these entities, of any length. Raises InputError."""
-        ...
+# ---------------------------------------------------------------- encoder
 
 
 def model_folder(name: str) -> Path:
@@ -158,7 +138,10 @@ def model_folder(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]))
+        offline = not hub_answers()
+        return Path(
+            snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"], local_files_only=offline)
+        )
     except RepositoryNotFoundError as error:  # also for private and gated models
         reason = "is no folder, and no model of the hub that is readable without a login (hf auth login)"
         raise InputError(f"--model {name} {reason}; check the name") from error
@@ -179,6 +162,7 @@ class ModelEncoder:
     """A Hugging Face encoder with the mean pooling of sentence-transformers (Reimers and Gurevych 2019)."""
 
     def __init__(self, folder: Path, texts: list[str], max_length: int, device: str) -> None:
+        self.texts = texts
         files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
         self.hashes = {path.name: sha256_file(path) for path in files}
         self.device = device
@@ -207,6 +191,7 @@ class ModelEncoder:
         self.identity = {"model": digest([json.dumps(self.hashes)]), "max_length": max_length}
 
     def encode(self, rows: list[int]) -> Array:
+        """The vectors ``[B, T]`` of these entities, of any length. InputError if memory does not suffice."""
         import torch
 
         batch = self.tokenizer.pad({"input_ids": [self.tokens[row] for row in rows]}, return_tensors="pt")
@@ -217,6 +202,19 @@ class ModelEncoder:
                 return mean_pool(hidden, inputs["attention_mask"]).cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise InputError(f"--batch {len(rows)} does not fit into the device's memory; lower it") from error
+
+    def embed(self, batch: int) -> Floats:
+        """Unit rows ``[M, T]`` in the order of ids, computed ``batch`` texts at a time."""
+        from tqdm import tqdm
+
+        M = len(self.texts)
+        found: list[Floats] = []
+        with tqdm(total=M, desc="embed", unit="text", disable=None) as progress:
+            for start in range(0, M, batch):
+                rows = self.order[start : start + batch]
+                found.append(unit_rows(self.encode(rows), [self.texts[row] for row in rows]))
+                progress.update(len(rows))
+        return np.concatenate(found)[np.argsort(self.order)]
 
 
 def _load_model(folder: Path) -> PreTrainedModel:
@@ -265,144 +263,6 @@ def _unreadable(folder: Path, error: Exception) -> InputError:
     )
 
 
-class EndpointEncoder:
-    """A server with OpenAI's /v1/embeddings. The key is in the variable OPENAI_API_KEY; without it none is sent."""
-
-    def __init__(self, url: str, model: str, dimensions: int | None, texts: list[str]) -> None:
-        import requests
-
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise InputError("--endpoint: expected http(s)://HOST/v1 without name, password or query in it")
-        self.url = url.rstrip("/").removesuffix("/embeddings") + "/embeddings"
-        self.texts = texts
-        self.fixed: dict[str, Any] = {"model": model, "encoding_format": "float"}
-        if dimensions is not None:
-            self.fixed["dimensions"] = dimensions
-        self.order = list(range(len(texts)))
-        self.identity = {"endpoint": self.url, **self.fixed}
-        self.session = requests.Session()
-        self.session.auth = self._authorize  # a .netrc file would replace a header
-
-    @staticmethod
-    def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if key:
-            request.headers["Authorization"] = f"Bearer {key}"
-        return request
-
-    def encode(self, rows: list[int]) -> Array:
-        try:
-            answer = self._post({**self.fixed, "input": [self.texts[row] for row in rows]})
-            found = {item["index"]: item["embedding"] for item in answer["data"]}
-            if len(answer["data"]) != len(rows) or set(found) != set(range(len(rows))):
-                indices = [item["index"] for item in answer["data"]]
-                raise InputError(
-                    f"--endpoint {self.url} sent {len(indices)} embeddings with the indices {str(indices[:8])[:60]}, "
-                    f"expected 0..{len(rows) - 1} once each"
-                )
-            vectors = np.array([found[i] for i in range(len(rows))], dtype=np.float32)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"--endpoint {self.url} sent no list of equally long embeddings under data[].embedding; "
-                "is it an OpenAI-compatible embeddings server?"
-            ) from error
-        if vectors.ndim != 2:
-            raise InputError(f"--endpoint {self.url} sent embeddings of shape {list(vectors.shape)}, expected [B, T]")
-        return vectors
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        """The JSON answer to one request; tries again after 429, 5xx and broken connections. Raises InputError."""
-        import requests
-
-        for attempt in range(TRIES):
-            try:
-                answer = self.session.post(self.url, json=body, timeout=(10, 120), allow_redirects=False)
-            except requests.RequestException as error:
-                reason = f"no full answer ({type(error).__name__})"
-                if isinstance(error, ValueError):  # an URL or header that can never be sent
-                    break
-            else:
-                if answer.status_code == 200:
-                    return answer.json()
-                reason = _refusal(answer)
-                if answer.status_code != 429 and answer.status_code < 500:
-                    break
-            if attempt < TRIES - 1:
-                sleep(RETRY_SECONDS * 2**attempt)
-        raise InputError(f"--endpoint {self.url}: {reason}")
-
-
-def _refusal(answer: requests.Response) -> str:
-    """``HTTP 401: the server's answer``, on one line, with the remedy where it is known."""
-    message = " ".join(answer.text.split())[:200]
-    remedy = {401: "; set the variable OPENAI_API_KEY", 404: "; check --endpoint and --model"}
-    return f"HTTP {answer.status_code}: {message or answer.reason}{remedy.get(answer.status_code, '')}"
-
-
-# ---------------------------------------------------------------- resuming
-
-
-class Part:
-    """The finished batches of an unfinished run: a folder with the plan and one .npy file per batch."""
-
-    def __init__(self, folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
-        self.folder = folder
-        if overwrite and folder.is_dir():
-            shutil.rmtree(folder)
-        file = folder / "plan.json"
-        found = read_json(file, "plan") if file.is_file() else None
-        if found is None:
-            write_json(plan, file)
-        elif found != plan:
-            keys = [key for key in plan.keys() | dict(found).keys() if plan.get(key) != dict(found).get(key)]
-            raise InputError(
-                f"{folder} is of another run (other {', '.join(sorted(keys))}); give the flags of that run to continue "
-                "it, --overwrite to drop it, or another --out"
-            )
-
-    def read(self, number: int) -> Array | None:
-        """A finished batch; None where its file is absent or damaged."""
-        try:
-            return np.load(self.folder / f"{number}.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-
-    def write(self, number: int, block: Array) -> None:
-        """Keep a batch ``[B, T]``."""
-        save_array(block, self.folder / f"{number}.npy")
-
-
-def embed_batches(encoder: Encoder, texts: list[str], batch: int, part: Part, dtype: str) -> Array:
-    """All rows ``[M, T]`` in the order of ids; batches that ``part`` holds are read. Raises InputError."""
-    from tqdm import tqdm
-
-    starts = range(0, len(texts), batch)
-    blocks: list[Array] = []
-    with tqdm(total=len(texts), desc="embed", unit="text", disable=None) as progress:
-        try:
-            for number, start in enumerate(starts):
-                rows = encoder.order[start : start + batch]
-                block = part.read(number)
-                if block is None:
-                    block = unit_rows(encoder.encode(rows), [texts[row] for row in rows]).astype(dtype)
-                    if blocks and block.shape[1] != blocks[0].shape[1]:
-                        widths = f"{block.shape[1]} numbers came after others of {blocks[0].shape[1]}"
-                        raise InputError(f"embeddings of {widths}; give --overwrite")
-                    part.write(number, block)
-                blocks.append(block)
-                progress.update(len(rows))
-        except (KeyboardInterrupt, InputError) as error:
-            kept = f"{min(len(blocks) * batch, len(texts)):,} of {len(texts):,} rows are kept in {part.folder}"
-            if isinstance(error, InputError):
-                raise InputError(f"{error}; {kept}: the same command continues") from error
-            print(f"\n{kept}: the same command continues", file=sys.stderr)
-            raise
-    matrix = np.empty((len(texts), blocks[0].shape[1]), dtype=dtype)
-    matrix[encoder.order] = np.concatenate(blocks)
-    return matrix
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -410,28 +270,20 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(prog="data/embed_text.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file, such as data/FB15k-237")
     add_keep_names(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
+    parser.add_argument("--out", type=output_file, required=True, metavar="FILE.npy", help="[M, T], row = entity id")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the file's numbers")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out and another run's unfinished batches")
-    parser.add_argument("--model", help="encoder: folder or hub id; with --endpoint, the server's name for it")
-    parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, such as https://api.openai.com/v1")
-    parser.add_argument("--batch", type=int, default=64, help="texts at once (encoder, endpoint)")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text that are read (encoder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--model", help="encoder: folder or hub id (default: TF-IDF + SVD)")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="texts at once (encoder)")
+    parser.add_argument("--max_length", type=at_least(1), default=256, help="tokens of a text that are read (encoder)")
     parser.add_argument("--device", help="of the encoder: cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument(
-        "--dim", type=int, help=f"width of TF-IDF + SVD (default: {TFIDF_DIM}) or of the endpoint's embeddings"
-    )
+    parser.add_argument("--dim", type=at_least(1), help=f"width of TF-IDF + SVD (default: {TFIDF_DIM})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the SVD")
     args = parser.parse_args()
-    for flag in ("batch", "max_length", "dim"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: expected 1 or more")
-    if args.endpoint and not args.model:
-        parser.error("--endpoint needs --model, the server's name for the encoder")
-    if args.dim and args.model and not args.endpoint:
+    if args.dim and args.model:
         parser.error(f"--dim {args.dim}: the width of an encoder is its own; leave --dim out")
-    if args.device and (args.endpoint or not args.model):
-        parser.error(f"--device {args.device} is for an encoder run here; leave it out")
+    if args.device and not args.model:
+        parser.error(f"--device {args.device} is for an encoder; leave it out")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is out of range, expected 0 or more and less than 2**32")
     if args.out.suffix != ".npy":
@@ -440,7 +292,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Embedded(NamedTuple):
-    """Embeddings of one of the three ways."""
+    """Embeddings of either way."""
 
     rows: Array  # [M, T] in --dtype
     facts: dict[str, Any]  # for the record
@@ -465,23 +317,12 @@ def by_tfidf(args: argparse.Namespace, texts: list[str]) -> Embedded:
     return Embedded(rows, facts, {})
 
 
-def by_batches(args: argparse.Namespace, texts: list[str], encoder: Encoder, part: Path) -> Array:
-    """[M, T] by an encoder or an endpoint; finished batches stay in ``part`` until --out is written."""
-    plan = {"texts": digest(texts), "batch": args.batch, "dtype": args.dtype, **encoder.identity}
-    return embed_batches(encoder, texts, args.batch, Part(part, plan, args.overwrite), args.dtype)
-
-
-def by_model(args: argparse.Namespace, texts: list[str], folder: Path, part: Path) -> Embedded:
+def by_model(args: argparse.Namespace, texts: list[str], folder: Path) -> Embedded:
     device = str(find_device(args.device))
     encoder = ModelEncoder(folder, texts, args.max_length, device)
-    rows = by_batches(args, texts, encoder, part)
+    rows = encoder.embed(args.batch).astype(args.dtype)
     inputs = {f"model/{name}": sha for name, sha in encoder.hashes.items()}
     return Embedded(rows, {"encoder": encoder.identity, "cut_texts": encoder.cut_texts}, inputs, device)
-
-
-def by_endpoint(args: argparse.Namespace, texts: list[str], part: Path) -> Embedded:
-    encoder = EndpointEncoder(args.endpoint, args.model, args.dim, texts)
-    return Embedded(by_batches(args, texts, encoder, part), {"encoder": encoder.identity}, {})
 
 
 def main() -> None:
@@ -495,13 +336,10 @@ def main() -> None:
 def embed(args: argparse.Namespace) -> None:
     """Make --out and the record beside it."""
     started = monotonic()
-    folder = model_folder(args.model) if args.model and not args.endpoint else None
+    folder = model_folder(args.model) if args.model else None
     kg = KnowledgeGraph.load(args.dataset, args.keep_names)
-    texts, part = entity_texts(kg), args.out.with_name(args.out.name + ".parts")
-    if folder is not None:
-        made = by_model(args, texts, folder, part)
-    else:
-        made = by_endpoint(args, texts, part) if args.endpoint else by_tfidf(args, texts)
+    texts = entity_texts(kg)
+    made = by_tfidf(args, texts) if folder is None else by_model(args, texts, folder)
     save_array(made.rows, args.out)
     write_text("".join(f"{name}\n" for name in kg.entities), row_names(args.out))
     wall = monotonic() - started
@@ -511,8 +349,6 @@ def embed(args: argparse.Namespace) -> None:
     }  # fmt: skip
     record = make_record(vars(args), kg.input_hashes | made.inputs, wall, made.device, **facts)
     write_json(record, args.out.with_suffix(".json"))
-    if part.is_dir():
-        shutil.rmtree(part)
     shape = f"{made.rows.dtype} {facts['shape']}"
     print(f"{args.out}: {shape}, row = entity id, in {wall:.1f} s; record beside it (.json)")
     print(f"next: {command('run_rq.py', '--dataset', args.dataset, '--text_emb', args.out)}")

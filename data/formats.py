@@ -1,9 +1,8 @@
-"""Files of triples in six formats, each also packed with gzip, turned into the lines of a ``train.txt``.
+"""Files of triples in five formats, each also packed with gzip, turned into the lines of a ``train.txt``.
 
 .txt           head TAB relation TAB tail; read as it is
 .tsv, .csv     a table with three columns, or with a header line that names three of its columns; quotes as in CSV
 .nt, .ttl      RDF: N-Triples and Turtle, read by rdflib; names are IRIs, literals are no entities
-.triples       head TAB tail TAB relation, as NELL-995 comes with MultiHopKG
 
 ``docs/DATA.md`` says what happens with unusual content.
 """
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import InputError
 from data.names import header_columns
 
-FORMATS = ("txt", "tsv", "csv", "nt", "ttl", "triples")
+FORMATS = ("txt", "tsv", "csv", "nt", "ttl")
 ENDINGS = tuple(f".{name}{packed}" for name in FORMATS for packed in ("", ".gz"))  # the order of preference
 # what files of a split are called; also behind a common prefix: wikidata5m_transductive_train.txt, x-valid.txt
 SPLIT_NAMES = {
@@ -143,8 +142,6 @@ def read_triples(path: Path) -> Content:
     if end == ".txt":
         return Content(content)
     text = _decoded(path, content)
-    if end == ".triples":
-        return _table(path, text, "\t", (0, 2, 1))
     if end in (".tsv", ".csv"):
         return _table(path, text, "\t" if end == ".tsv" else ",")
     return _rdf(path, text, end)
@@ -186,8 +183,9 @@ def as_lines(triples: Sequence[Triple]) -> bytes:
 # ---------------------------------------------------------------- tables
 
 
-def _table(path: Path, text: str, separator: str, columns: tuple[int, int, int] = (0, 1, 2)) -> Content:
-    """The triples of a table; ``columns``: those of head, relation and tail where no header line names them."""
+def _table(path: Path, text: str, separator: str) -> Content:
+    """The triples of a table: its three columns, or those that a header line names."""
+    columns = (0, 1, 2)
     rows = list(_rows(path, text, separator))
     header = header_columns(rows[0][1])
     notes = []

@@ -26,8 +26,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
-from common.files import command, write_json, write_text
+from common.errors import CommandParser, InputError, at_least, run_command
+from common.files import command, output_folder, write_json, write_text
 from data.knowledge_graph import SPLITS, Ints, KnowledgeGraph, add_keep_names
 
 SUPPORT = (1, 3, 10)
@@ -139,15 +139,13 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="graph folder or file")
     add_keep_names(parser)
     parser.add_argument("--fraction", type=float, default=0.1, help="part of the entities to hold out")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder to write")
     args = parser.parse_args()
     if args.out.resolve() == args.dataset.resolve():
         raise InputError(f"--out {args.out} is the folder of --dataset; choose another")
-    if not 0 < args.fraction < 1 or args.seed < 0:
-        raise InputError(
-            f"--fraction {args.fraction} --seed {args.seed}: expected a fraction in (0, 1), a seed of 0 or more"
-        )
+    if not 0 < args.fraction < 1:
+        raise InputError(f"--fraction {args.fraction}: expected one in (0, 1)")
     counts = hold_out(args.dataset, args.fraction, args.seed, args.out, args.keep_names)
     print(f"{args.out}: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
     train = command("run_rq.py", "--dataset", args.out)

@@ -17,6 +17,7 @@ import hashlib
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -108,14 +109,6 @@ def true_tails(triples: Ints, num_entities: int, num_relations: int) -> TrueTail
     return TrueTails(keys, np.append(start, len(pairs)).astype(np.int64), pairs % M, R)
 
 
-class Neighbours(NamedTuple):
-    """Edges by head: those of h are rows ``indptr[h]:indptr[h + 1]``, sorted by (relation, neighbour)."""
-
-    indptr: Ints  # [M + 1]
-    neighbour: Ints  # [2E]
-    relation: Ints  # [2E], R..2R-1 are the inverses
-
-
 @dataclass
 class KnowledgeGraph:
     """A validated graph: M entities, R relations, three splits of (h, r, t). Made by ``KnowledgeGraph.load``."""
@@ -176,14 +169,6 @@ class KnowledgeGraph:
         triples = np.concatenate([self.split(name) for name in splits or SPLITS])
         return true_tails(triples, self.num_entities, self.num_relations)
 
-    def csr(self) -> Neighbours:
-        """Training edges and their inverses, grouped by head (repeated triples stay repeated)."""
-        edges = with_inverse(self.train, self.num_relations)
-        edges = edges[np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0]))]
-        indptr = np.zeros(self.num_entities + 1, dtype=np.int64)
-        np.cumsum(np.bincount(edges[:, 0], minlength=self.num_entities), out=indptr[1:])
-        return Neighbours(indptr, edges[:, 2].copy(), edges[:, 1].copy())
-
     @classmethod
     def load(
         cls, path: str | Path, keep_names: bool = False, sizes: Sizes | None = None, test: bool = True
@@ -231,26 +216,46 @@ def train_sha256(path: Path) -> str | None:
 SHOWN_MATCHES = 12
 
 
-def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
-    """The row of a name: by raw name, else by one of the lists ``names``, exactly, else ignoring case.
+class NameIndex:
+    """Rows by raw name, else by one of the lists ``names``, exactly, else ignoring case."""
 
-    ``what`` is "entity" or "relation", ``flag`` the flag with the word. InputError lists the matches of an ambiguous
-    name (by the first list of ``names``), or names that contain the word where there is no match.
-    """
-    if word in raw:
-        return raw.index(word)
-    prefix = f"{flag}: " if flag else ""
-    for same in (lambda name: name == word, lambda name: name.casefold() == word.casefold()):
-        found = sorted({i for column in names for i, name in enumerate(column) if same(name)})
-        if len(found) == 1:
-            return found[0]
-        if found:
-            matches = show_names(found, names[0], raw)
-            raise InputError(f"{prefix}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full")
-    near = sorted({i for column in names for i, name in enumerate(column) if word.casefold() in name.casefold()})
-    raise InputError(
-        f"{prefix}no {what} is called {word!r}" + (f"; near: {show_names(near, names[0], raw)}" if near else "")
-    )
+    def __init__(self, raw: Sequence[str], names: Sequence[Sequence[str]]) -> None:
+        self.raw, self.names = raw, names
+        exact: dict[str, set[int]] = defaultdict(set)
+        folded: dict[str, set[int]] = defaultdict(set)
+        for column in names:
+            for i, name in enumerate(column):
+                exact[name].add(i)
+                folded[name.casefold()].add(i)
+        self.rows = {name: {i} for i, name in enumerate(raw)}, exact, folded
+
+    def find(self, word: str, what: str, flag: str = "") -> int:
+        """The row of a name. ``what`` is "entity" or "relation", ``flag`` the flag with the word.
+
+        InputError lists the matches of an ambiguous name (by the first list of ``names``), or names that contain the
+        word where there is no match.
+        """
+        prefix = f"{flag}: " if flag else ""
+        for rows, key in zip(self.rows, (word, word, word.casefold()), strict=True):
+            found = sorted(rows.get(key, ()))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                matches = show_names(found, self.names[0], self.raw)
+                raise InputError(
+                    f"{prefix}{what} {word!r} is ambiguous, {len(found)} match: {matches}; give one in full"
+                )
+        part = word.casefold()
+        near = sorted({i for column in self.names for i, name in enumerate(column) if part in name.casefold()})
+        raise InputError(
+            f"{prefix}no {what} is called {word!r}"
+            + (f"; near: {show_names(near, self.names[0], self.raw)}" if near else "")
+        )
+
+
+def find_name(word: str, raw: Sequence[str], names: Sequence[Sequence[str]], what: str, flag: str = "") -> int:
+    """``NameIndex.find``, for a single name."""
+    return NameIndex(raw, names).find(word, what, flag)
 
 
 def show_names(rows: Sequence[int], names: Sequence[str], raw: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 
 Ints = NDArray[np.int64]
 
@@ -101,23 +101,21 @@ def size(word: str) -> float:
 
 
 def main() -> None:
-    from common.files import command, write_json
+    from common.files import command, output_folder, write_json
     from common.record import make_record
     from data.hold_out import by_name, write_graph, write_texts
     from data.knowledge_graph import SPLITS, KnowledgeGraph, add_keep_names
 
     parser = CommandParser(prog="data/split.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="file of triples (.txt, .tsv, .csv, .nt, .ttl, also .gz) or a folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="folder to write")
     for split in ("valid", "test"):
         text = f"triples of {split}: a part, such as 0.1, or a number (default: a tenth, at most {MOST:,})"
         parser.add_argument(f"--{split}", type=size, metavar="SIZE", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     add_keep_names(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the split in --out")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: expected 0 or more")
     if args.out.resolve() in (args.file.resolve(), args.file.resolve().parent):
         raise InputError(f"--out {args.out} is where the triples are, and would hold both; choose another folder")
     if (args.out / "train.txt").exists() and not args.overwrite:

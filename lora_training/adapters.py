@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import InputError
 from common.files import ROOT, command, read_json
-from lora_training.base_model import MEMORY_ERRORS, load_base, load_config, load_error, load_saved_tokenizer
+from lora_training.base_model import MEMORY_ERRORS, check_causal, load_base, load_error, load_saved_tokenizer
 from lora_training.code_tokens import CodeShape, code_shape, is_codes_info, resize_model, token_ids
+from lora_training.memory import model_shape
 
 if TYPE_CHECKING:
     import torch
@@ -94,13 +95,40 @@ def adapter_config(folder: Path) -> LoraConfig:
 
 
 def check_base(saved: Saved, base_model: str) -> None:
-    """InputError unless ``base_model`` exists and has the vocabulary that the adapter was trained on."""
-    size, expected = load_config(base_model).get_text_config().vocab_size, saved.record.get("base_vocabulary")
+    """InputError unless ``base_model`` exists and has the vocabulary and layers that the adapter was trained on.
+
+    Nothing of the weights is loaded.
+    """
+    config = check_causal(base_model)
+    size, expected = config.get_text_config().vocab_size, saved.record.get("base_vocabulary")
     if expected is not None and size != expected:
         raise InputError(
             f"base model {base_model} has {size} token rows, {saved.folder} was trained on {expected} "
             f"({saved.record['base_model']}): give that one"
         )
+    layers = {name: (inner, outer) for name, inner, outer in model_shape(config).layer_sizes}
+    for name, sizes in adapted_layers(saved.folder).items():
+        if layers.get(name) != sizes:
+            found = "none" if name not in layers else "{} x {}".format(*layers[name])
+            raise InputError(
+                f"base model {base_model} has other layers than {saved.folder} was trained on: {name} is "
+                f"{'{} x {}'.format(*sizes)} there, {found} here; give {saved.record['base_model']}"
+            )
+
+
+def adapted_layers(folder: Path) -> dict[str, tuple[int, int]]:
+    """The (inputs, outputs) of each layer with a LoRA pair, by its name in the base model."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, int]] = {}
+    with safe_open(str(folder / WEIGHTS), "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    for key, shape in shapes.items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_A.weight")
+        other = shapes.get(key.replace("lora_A", "lora_B"))
+        if name and not part and other is not None:
+            found[name] = (shape[1], other[0])
+    return found
 
 
 def load_adapted(saved: Saved, base_model: str, dtype: torch.dtype) -> PeftModel:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class import prompts
 from Class.source import Source, open_source
 from common.device import find_device
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from data.knowledge_graph import find_name, show_names
 from lora_training.adapters import ADAPTER
 from lora_training.base_model import load_config
@@ -56,9 +56,14 @@ def find_query(head: str, relation: str, source: Source) -> Query:
     """The query of two names; InputError if one is unknown or ambiguous."""
     kg = source.kg
     h = find_name(head, kg.entities, [source.names.names, kg.labels], "entity")
-    inverse = relation.startswith(INVERSE)
+    return Query(h, find_relation(relation, source))
+
+
+def find_relation(relation: str, source: Source) -> int:
+    """The relation of a name, r + R for an inverse one; InputError if it is unknown or ambiguous."""
+    kg, inverse = source.kg, relation.startswith(INVERSE)
     r = find_name(relation.removeprefix(INVERSE), kg.relations, [source.relations, kg.relation_labels], "relation")
-    return Query(h, r + kg.num_relations * inverse)
+    return r + kg.num_relations * inverse
 
 
 def mark_entity(text: str, source: Source) -> tuple[str, int | None]:
@@ -242,16 +247,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--head", metavar="NAME", help='entity, by label or raw name (starts with "-": --head=NAME)')
     group.add_argument("--relation", metavar="NAME", help=f'relation, by label or raw name; "{INVERSE}NAME" for heads')
     group.add_argument("--question", metavar="TEXT", help="a question in words")
-    group.add_argument("--top", type=int, default=10, help="answers to print")
-    group.add_argument("--beams", type=int, default=20, help="width of the search over all entities")
+    group.add_argument("--top", type=at_least(1), default=10, help="answers to print")
+    group.add_argument("--beams", type=at_least(1), default=20, help="width of the search over all entities")
     add_entity_flags(parser.add_argument_group("entities"))
     args = parser.parse_args(argv)
     if (args.head is None) != (args.relation is None):
         parser.error("--head and --relation go together")
     if (args.question is None) == (args.head is None):
         parser.error("give --head and --relation, or --question")
-    if args.top < 1 or args.beams < 1:
-        parser.error(f"--top and --beams must be 1 or more, got {args.top} and {args.beams}")
     return args
 
 

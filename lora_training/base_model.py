@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError, is_hub_id
+from common.errors import InputError, content_of, hub_answers, is_hub_id
+from common.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -92,9 +93,11 @@ def load_config(name: str) -> PretrainedConfig:
     from huggingface_hub import get_token, try_to_load_from_cache
     from transformers import AutoConfig
 
-    gated = not Path(name).is_dir() and name.split("/")[0] in GATED_OWNERS
-    if gated and not get_token() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        raise load_error(name, OSError("gated repo"))
+    if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if name.split("/")[0] in GATED_OWNERS and not get_token():
+            raise load_error(name, OSError("gated repo"))
+        if not hub_answers():
+            raise load_error(name, ConnectionError())
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -106,15 +109,53 @@ def causal_model_class(config: PretrainedConfig, name: str) -> type[PreTrainedMo
 
     InputError if there is none, or if it computes logits at all positions only (``logits_to_keep`` is missing).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
+    masked: Any = AutoModelForMaskedLM._model_mapping
+    both_ways = type(config) in masked and not getattr(config, "is_decoder", False)  # BERT would read the answer
+    if type(config) not in mapping or both_ways:
         raise InputError(f"model {name}: a {config.model_type} model is not a causal language model; give another base")
     found: type[PreTrainedModel] = mapping[type(config)]
     if "logits_to_keep" not in inspect.signature(found.forward).parameters:
         raise InputError(f"model {name}: {found.__name__} does not take logits_to_keep, which training needs")
     return found
+
+
+def check_causal(name: str) -> PretrainedConfig:
+    """The configuration of a causal language model whose weights are there; nothing of them is loaded.
+
+    InputError for another kind of model, and for a folder whose weights are missing or were cut off.
+    """
+    config = load_config(name)
+    causal_model_class(config, name)
+    if Path(name).is_dir():  # of a hub id, the hub knows its files
+        check_weights(Path(name))
+    return config
+
+
+def check_weights(folder: Path) -> None:
+    """InputError unless a model's folder has the files of its weights; of safetensors files the header is read."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if not names and (folder / single).is_file():
+            names = {single}
+        elif not names and index.is_file():
+            with content_of(index, "index of weights", "fetch the model anew"):
+                names = set(read_json(index, "index")["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing or not names:
+        raise InputError(f"model folder {folder} has no {(missing or ['model.safetensors'])[0]}; fetch the model anew")
+    for name in sorted(names):
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(str(folder / name), "pt"):
+                    pass
+            except Exception as error:
+                raise load_error(str(folder / name), error) from error
 
 
 def attention_of(config: PretrainedConfig, name: str) -> str:

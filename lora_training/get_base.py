@@ -13,7 +13,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import io
-import shutil
 import sys
 import time
 from contextlib import redirect_stderr
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import command, exclusive_lock, sha256_file, write_json, write_text, written_whole
+from common.files import check_replaceable, command, output_folder, replaced_folder, sha256_file, write_json, write_text
 from common.record import make_record
 from lora_training.adapters import RECORD
 from lora_training.base_model import load_tokenizer, quiet_libraries
@@ -97,30 +96,22 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
     path = find_gguf(args.model, args.gguf)
-    if args.out.exists() and not (args.out / RECORD).is_file():
-        raise InputError(f"--out {args.out} exists and this script did not write it; choose another folder")
-    if args.out.exists() and not args.overwrite:
+    check_replaceable(args.out, "--out", RECORD)
+    if (args.out / RECORD).exists() and not args.overwrite:
         raise InputError(f"--out {args.out} is a finished model; give another folder, or --overwrite to replace it")
     quiet_libraries()
-    part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
-    with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
-        shutil.rmtree(part, ignore_errors=True)
+    with replaced_folder(args.out, "--out") as part:
         model, tokenizer = read_gguf(path)
         size = sum(parameter.numel() for parameter in model.parameters())
         licence = licence_text(args.model, path, args.gguf is not None)
-        with written_whole(part):
-            model.save_pretrained(str(part))
-            tokenizer.save_pretrained(str(part))
-            load_tokenizer(str(part))
-            if licence:
-                write_text(licence, part / "LICENSE")
-            inputs = {path.name: sha256_file(path)}
-            record = make_record(
-                vars(args), inputs, time.monotonic() - started, parameters=size, vocabulary=len(tokenizer)
-            )
-            write_json(record, part / RECORD)
-        shutil.rmtree(args.out, ignore_errors=True)
-        part.rename(args.out)
+        model.save_pretrained(str(part))
+        tokenizer.save_pretrained(str(part))
+        load_tokenizer(str(part))
+        if licence:
+            write_text(licence, part / "LICENSE")
+        inputs = {path.name: sha256_file(path)}
+        record = make_record(vars(args), inputs, time.monotonic() - started, parameters=size, vocabulary=len(tokenizer))
+        write_json(record, part / RECORD)
     print(f"wrote {args.out}: {type(model).__name__}, {size:,} parameters, {len(tokenizer):,} tokens")
     print(f"next: {command('lora_training/train_lora.py', '--model_name', args.out)}")
 
@@ -128,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/get_base.py", description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=list(PACKAGES), help="which model")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the model")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="FOLDER", help="gets the model")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="read this file instead of the package's")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     return parser.parse_args(argv)

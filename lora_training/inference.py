@@ -44,11 +44,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.prompts import FALSE, TRUE, link_prediction, numbered, prediction
 from Class.rows import PREDICTED, STATS, Row, existing_split, need_fields, read_rows
 from common.device import find_device
-from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import command, exclusive_lock, read_json, sha256_file, write_json
+from common.errors import CommandParser, InputError, at_least, content_of, run_command
+from common.files import command, exclusive_lock, output_file, read_json, sha256_file, write_json
 from common.record import by_name, make_record
 from lora_training.adapters import RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
-from lora_training.base_model import check_model_name, load_base, load_config, load_tokenizer
+from lora_training.base_model import check_causal, check_model_name, load_base, load_config, load_tokenizer
 from lora_training.code_tokens import read_codes_info, refuse_other_codes
 from lora_training.memory import enough_memory
 from lora_training.prompts import decode_answer, encode_answer, encode_prompt
@@ -165,8 +165,9 @@ def check_model(base_model: str | None, lora_adapter: Path | None) -> Reader:
         record = read_json(Path(base_model) / RECORD, "record")
         if isinstance(record, dict) and "codes" in record:
             saved = read_saved(base_model, weights="config.json")
+            check_causal(base_model)
             return Reader(base_model, saved, True, saved.tokenizer)
-    load_config(base_model)
+    check_causal(base_model)
     return Reader(base_model, None, False, load_tokenizer(base_model))
 
 
@@ -503,23 +504,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--val_data", type=Path, metavar="FILE", help="for thresholds (default: the file beside the test data)"
     )
-    group.add_argument("--limit", type=int, default=0, help="answer only the first N test rows (0: all)")
-    group.add_argument("--val_limit", type=int, default=0, help="answer only the first N validation rows (0: all)")
+    group.add_argument("--limit", type=at_least(0), default=0, help="answer only the first N test rows (0: all)")
+    group.add_argument(
+        "--val_limit", type=at_least(0), default=0, help="answer only the first N validation rows (0: all)"
+    )
     group = parser.add_argument_group("answers")
-    group.add_argument("--output", type=Path, default=OUTPUT, help="file for the record, metrics and answers")
+    group.add_argument("--output", type=output_file, default=OUTPUT, help="file for the record, metrics and answers")
     group.add_argument("--decode", choices=DECODES, default="score", help="how link prediction is answered")
-    group.add_argument("--permute", type=int, default=0, metavar="K", help="answer each test list in K more orders")
-    group.add_argument("--seed", type=int, default=0, help="of these orders")
-    group.add_argument("--batch_size", type=int, default=8, help="True/False and free-text rows per batch")
-    group.add_argument("--max_new_tokens", type=int, default=512, help="longest free text")
+    group.add_argument(
+        "--permute", type=at_least(0), default=0, metavar="K", help="answer each test list in K more orders"
+    )
+    group.add_argument("--seed", type=at_least(0), default=0, help="of these orders")
+    group.add_argument("--batch_size", type=at_least(1), default=8, help="True/False and free-text rows per batch")
+    group.add_argument("--max_new_tokens", type=at_least(1), default=512, help="longest free text")
     group.add_argument("--overwrite", action="store_true", help="replace the answers of another or finished run")
     args = parser.parse_args(argv)
-    for name in ("limit", "val_limit", "permute", "seed", "batch_size", "max_new_tokens"):
-        least = int(name in ("batch_size", "max_new_tokens"))
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
-    if not args.output.name or args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; name a file in it, like {args.output / OUTPUT.name}")
     if args.permute and args.decode == "likelihood":
         parser.error(f"--permute {args.permute}: with --decode likelihood the model does not see the list")
     return args
@@ -569,14 +568,24 @@ class Job(NamedTuple):
     settings: Settings
     rows: int
     device: torch.device
+    hashes: dict[str, str]  # of the data
+    plan: dict[str, Any]  # what answers depend on
+    done: set[tuple[str, str]]  # (split, id) of the rows that are answered
 
 
 def check_all(args: argparse.Namespace) -> Job:
-    """Check model, data, lengths and device. InputError for the first problem."""
+    """Check model, device, data, earlier answers, and then all rows. InputError for the first problem."""
     reader = check_model(args.base_model, args.lora_adapter)
     device = find_device(args.device)
     parts, info = check_data(args, reader)
     settings = Settings(args.decode, args.batch_size, args.max_new_tokens, args.permute, args.seed)
+    named = by_name({"" if part.split == "test" else part.split: part.path for part in parts})
+    hashes = {name: sha256_file(file) for name, file in named.items()}
+    plan = {
+        **reader.identity(), **{f"{name}_sha256": value for name, value in hashes.items()}, **settings._asdict(),
+        "limit": args.limit, "val_limit": args.val_limit, "device": device.type, "dtype": args.dtype,
+    }  # fmt: skip
+    done = resume(answers_path(args.output), args.output, plan, args.overwrite)
     found = survey(parts, settings)
     if not found.rows:
         raise InputError(f"--test_data {args.test_data} has no rows to answer")
@@ -587,7 +596,7 @@ def check_all(args: argparse.Namespace) -> Job:
             f"link_prediction/ that gen_lp_data_rq.py wrote (beside {PREDICTED}/)"
         )
     check_lengths(found, reader, settings)
-    return Job(reader, parts, info, settings, found.rows, device)
+    return Job(reader, parts, info, settings, found.rows, device, hashes, plan, done)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -600,15 +609,7 @@ def answer_rows(args: argparse.Namespace) -> None:
     """Check everything, answer what is missing, write record, metrics and answers."""
     started = time.monotonic()
     job = check_all(args)
-    reader, parts, settings = job.reader, job.parts, job.settings
-    named = by_name({"" if part.split == "test" else part.split: part.path for part in parts})
-    hashes = {name: sha256_file(file) for name, file in named.items()}
-    path = answers_path(args.output)
-    plan = {
-        **reader.identity(), **{f"{name}_sha256": value for name, value in hashes.items()}, **settings._asdict(),
-        "limit": args.limit, "val_limit": args.val_limit, "device": job.device.type, "dtype": args.dtype,
-    }  # fmt: skip
-    done = resume(path, args.output, plan, args.overwrite)
+    reader, parts, settings, done, path = job.reader, job.parts, job.settings, job.done, answers_path(args.output)
     print(
         f"{job.rows:,} rows to answer, {len(done):,} of them answered before; loading {reader.base_model} on "
         f"{job.device}"
@@ -618,13 +619,13 @@ def answer_rows(args: argparse.Namespace) -> None:
             model = load_model(reader, job.device, args.dtype)
             if not done:  # earlier answers are removed only after the model is loaded
                 path.unlink(missing_ok=True)
-                write_json(plan, plan_path(path))
+                write_json(job.plan, plan_path(path))
             answer_all(Answerer(model, reader.tokenizer, settings), parts, path, done, job.rows)
     answers = in_file_order(path, parts)
     metrics = report(answers)
     orders = {part.split: candidate_order(part.path, part.split) for part in parts}
     record = make_record(
-        vars(args), hashes, time.monotonic() - started, job.device, model=reader.identity(), codes=job.info,
+        vars(args), job.hashes, time.monotonic() - started, job.device, model=reader.identity(), codes=job.info,
         candidate_order=orders, answered_before=len(done), metrics=metrics, answers=answers,
     )  # fmt: skip
     write_json(record, args.output)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -36,8 +35,8 @@ from Class import prompts
 from Class.codes import escape_name, unique_names
 from Class.source import Source
 from common.device import find_device
-from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, command, exclusive_lock, write_json, written_whole
+from common.errors import CommandParser, InputError, at_least, run_command
+from common.files import ROOT, check_replaceable, command, output_folder, replaced_folder, write_json
 from common.record import make_record, seed_everything
 from data.knowledge_graph import KnowledgeGraph, add_keep_names
 from lora_training.adapters import RECORD
@@ -188,16 +187,15 @@ def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Nam
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / RECORD).is_file():
-        raise InputError(f"--out {args.out} holds files that this script did not write; choose another folder")
-    with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
-        make_base(args)
+    check_replaceable(args.out, "--out", RECORD)
+    with replaced_folder(args.out, "--out") as part:
+        make_base(args, part)
     print(f"wrote {args.out}")
     print(f"next: {command('lora_training/train_lora.py', '--model_name', args.out)}")
 
 
-def make_base(args: argparse.Namespace) -> None:
-    """Corpus, tokenizer, model and training; then the folder with its record replaces the earlier one."""
+def make_base(args: argparse.Namespace, folder: Path) -> None:
+    """Corpus, tokenizer, model and training; model, tokenizer and record go to ``folder``."""
     started = time.monotonic()
     device = str(find_device(args.device))
     kg = KnowledgeGraph.load(args.dataset, args.keep_names)
@@ -222,48 +220,37 @@ def make_base(args: argparse.Namespace) -> None:
         vars(args), kg.input_hashes, time.monotonic() - started, device,
         dataset=kg.name, parameters=size, tokens=len(stream), vocabulary=len(tokenizer), losses=losses,
     )  # fmt: skip
-    part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
-    shutil.rmtree(part, ignore_errors=True)
-    with written_whole(part):
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        write_json(record, part / RECORD)
-    shutil.rmtree(args.out, ignore_errors=True)
-    part.rename(args.out)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(record, folder / RECORD)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/make_tiny_base.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "family", help="graph folder or file")
     add_keep_names(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "lora_training" / "tiny_base", help="folder of the model")
-    parser.add_argument("--vocab_size", type=int, default=4000, help="at most so many tokens")
-    parser.add_argument("--width", type=int, default=256, help="D, hidden size")
-    parser.add_argument("--layers", type=int, default=4, help="transformer layers")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--block", type=int, default=512, help="tokens per training row")
-    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument(
+        "--out", type=output_folder, default=ROOT / "lora_training" / "tiny_base", help="folder of the model"
+    )
+    parser.add_argument("--vocab_size", type=at_least(300), default=4000, help="at most so many tokens; 259 are taken")
+    parser.add_argument("--width", type=at_least(1), default=256, help="D, hidden size")
+    parser.add_argument("--layers", type=at_least(1), default=4, help="transformer layers")
+    parser.add_argument("--heads", type=at_least(1), default=4, help="attention heads")
+    parser.add_argument("--block", type=at_least(2), default=512, help="tokens per training row")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="rows per step")
     parser.add_argument("--epochs", type=float, default=4.0, help="passes over the corpus")
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead (0: by epochs)")
+    parser.add_argument("--steps", type=at_least(0), default=0, help="stop after so many steps instead (0: by epochs)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of everything random")
     args = parser.parse_args(argv)
-    for name in ("width", "layers", "heads", "batch", "lr", "epochs"):
+    for name in ("lr", "epochs"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be above 0 and finite, got {getattr(args, name)}")
-    if args.block < 2:
-        parser.error(f"--block must be 2 or more: a token and the next one, got {args.block}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file, and the model is a folder; name another")
-    if Path.cwd().is_relative_to(args.out.resolve()):
-        parser.error(f"--out {args.out} is replaced as a whole, and you are in it; name another folder")
-    if args.vocab_size < 300:
-        parser.error(f"--vocab_size must be 300 or more (259 are taken), got {args.vocab_size}")
     if args.width % (2 * args.heads):
         parser.error(f"--width {args.width} must be a multiple of twice --heads {args.heads}")
-    if min(args.steps, args.seed) < 0 or args.seed >= 2**63:
-        parser.error("--steps and --seed must be 0 or more, and --seed less than 2**63")
+    if args.seed >= 2**63:
+        parser.error("--seed must be less than 2**63")
     return args
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.rows import answer_command
 from common.device import find_device
 from common.errors import CommandParser, InputError, run_command
-from common.files import exclusive_lock, sha256_file, write_json, written_whole
+from common.files import check_replaceable, output_folder, replaced_folder, sha256_file, write_json
 from common.record import make_record
 from lora_training.adapters import ADAPTER, RECORD, WEIGHTS, Saved, check_base, load_adapted, read_saved
 from lora_training.base_model import quiet_libraries
@@ -97,26 +96,22 @@ def main(argv: list[str] | None = None) -> None:
     check_base(saved, base_model)
     used = saved.record.get("args", {})
     dtype = args.dtype or ("bfloat16" if used.get("bf16") else "float16" if used.get("fp16") else "float32")
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not (args.output_dir / RECORD).is_file():
-        raise InputError(f"--output_dir {args.output_dir} holds files that this script did not write; choose another")
+    check_replaceable(args.output_dir, "--output_dir", RECORD)
     if args.output_dir.resolve() in (saved.folder.resolve(), Path(base_model).resolve()):
         raise InputError(f"--output_dir {args.output_dir} is the adapter or the base model itself; choose another")
     device = find_device(args.device)
     quiet_libraries()
-    name = args.output_dir.name
-    part = args.output_dir.with_name(f".{name}.part")  # the folder is complete, with its record, or not there
-    with exclusive_lock(args.output_dir.with_name(f"{name}.lock"), "--output_dir"):
-        shutil.rmtree(part, ignore_errors=True)
-        with written_whole(part), enough_memory("give --device cpu, or --dtype bfloat16"):
-            difference = merge(saved, base_model, part, dtype, device)
-            record = make_record(
-                vars(args), {WEIGHTS: sha256_file(saved.folder / WEIGHTS)}, time.monotonic() - started, device,
-                base_model=base_model, base_vocabulary=saved.record.get("base_vocabulary"),
-                vocabulary=len(saved.tokenizer), codes=saved.record["codes"], dtype=dtype, logit_difference=difference,
-            )  # fmt: skip
-            write_json(record, part / RECORD)
-        shutil.rmtree(args.output_dir, ignore_errors=True)
-        part.rename(args.output_dir)
+    with (
+        replaced_folder(args.output_dir, "--output_dir") as part,
+        enough_memory("give --device cpu, or --dtype bfloat16"),
+    ):
+        difference = merge(saved, base_model, part, dtype, device)
+        record = make_record(
+            vars(args), {WEIGHTS: sha256_file(saved.folder / WEIGHTS)}, time.monotonic() - started, device,
+            base_model=base_model, base_vocabulary=saved.record.get("base_vocabulary"),
+            vocabulary=len(saved.tokenizer), codes=saved.record["codes"], dtype=dtype, logit_difference=difference,
+        )  # fmt: skip
+        write_json(record, part / RECORD)
     print(f"wrote {args.output_dir} ({dtype}); logits differ by {difference:.1e} of the largest from the adapter's")
     print(f"next: {answer_command('--base_model', args.output_dir, Path(str(used.get('train_data') or DATA)))}")
 
@@ -125,15 +120,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="lora_training/merge_adapter.py", description=__doc__.split("\n")[0])
     parser.add_argument("--lora_adapter", type=Path, default=ADAPTER, help="what train_lora.py wrote")
     parser.add_argument("--base_model", help="hub id or folder (default: the one in the adapter's record)")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "lora_outputs" / "merged", help="merged model")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=HERE / "lora_outputs" / "merged", help="merged model"
+    )
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")
     parser.add_argument("--device", default="cpu", help="device that computes it: auto, cpu, cuda, cuda:1 ...")
-    args = parser.parse_args(argv)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"--output_dir {args.output_dir} is a file, and the model is a folder; name another")
-    if Path.cwd().is_relative_to(args.output_dir.resolve()):
-        parser.error(f"--output_dir {args.output_dir} is replaced as a whole, and you are in it; name another folder")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

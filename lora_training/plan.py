@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from Class.rows import read_rows
+from Class.rows import longest_rows, read_rows
 from common.errors import InputError
 from common.files import command, read_json, read_text
 from lora_training.adapters import RECORD, adapter_config, check_base, read_saved
-from lora_training.base_model import attention_of, causal_model_class, check_version, load_config, load_tokenizer
+from lora_training.base_model import attention_of, causal_model_class, check_causal, check_version, load_tokenizer
 from lora_training.checkpoints import check_checkpoint, check_plan, find_checkpoint
 from lora_training.code_tokens import (
     CodeShape,
@@ -101,9 +101,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Plan:
         check_checkpoint(checkpoint)
     base = check_model(args, code_shape(codes))
     plain = plain_examples(args.plain_text, base)
-    train, validation = (
+    validation, train = (  # the smaller file first: its faults are found at once
         encode_file(path, base.tokenizer, args.max_length, args.skip_long, base.context, limit)
-        for path, limit in ((args.train_data, 0), (args.val_data, args.val_limit))
+        for path, limit in ((args.val_data, args.val_limit), (args.train_data, 0))
     )
     micro = micro_batch(args, base, train, device)
     return Plan(codes, code_shape(codes), base, train, validation, plain, micro, checkpoint)
@@ -154,7 +154,7 @@ def use_adapter(args: argparse.Namespace, codes: dict[str, Any]) -> None:
 
 def check_model(args: argparse.Namespace, shape: CodeShape | None) -> Base:
     """Configuration and tokenizer of the base. InputError for what cannot be trained with these flags."""
-    config = load_config(args.model_name)
+    config = check_causal(args.model_name)
     kind = causal_model_class(config, args.model_name)
     sizes = model_shape(config)
     if attention_of(config, args.model_name) == "eager":
@@ -207,9 +207,12 @@ def encode_file(
 ) -> TokenRows:  # fmt: skip
     """The rows of an instruction-data file (the first ``limit``, 0: all) as tokens. InputError if it is missing, empty
     or has a row that is too long."""
-    rows, skipped = TokenRows(), 0
+    rows, skipped, most = TokenRows(), 0, 0 if skip_long else max_length
+    if not limit:  # a row that is too long is found at once, wherever it is
+        sizes = (len(example.input_ids) for example in encode_examples(longest_rows(path), tokenizer, most))
+        check_context(path, max((size for size in sizes if size <= max_length), default=0), context)
     chosen = itertools.islice(read_rows(path, plain=True), limit or None)
-    for example in encode_examples(chosen, tokenizer, 0 if skip_long else max_length):
+    for example in encode_examples(chosen, tokenizer, most):
         if skip_long and len(example.input_ids) > max_length:
             skipped += 1
         else:
@@ -218,16 +221,21 @@ def encode_file(
         why = f"its {skipped} rows are all longer than --max_length {max_length}" if skipped else "it has no rows"
         raise InputError(f"{path} cannot be used: {why}; write it: {command('Class/gen_fb_data_rq.py')}")
     lengths, answers = rows.lengths, rows.answers
-    if lengths.max() > context:
-        raise InputError(
-            f"{path} has a row of {lengths.max()} tokens, the base model reads {context}; leave such rows out: "
-            f"--max_length {context} --skip_long"
-        )
+    check_context(path, int(lengths.max()), context)
     print_once(
         f"{path}: {len(rows):,} rows; tokens per row: mean {lengths.mean():.0f}, longest {lengths.max()}; in the "
         f"answer: mean {answers.mean():.1f}, longest {answers.max()}" + (f"; {skipped:,} too long" if skipped else "")
     )
     return rows
+
+
+def check_context(path: Path, longest: int, context: float) -> None:
+    """InputError where the longest row of a file, in tokens, is more than the base model reads."""
+    if longest > context:
+        raise InputError(
+            f"{path} has a row of {longest} tokens, the base model reads {context}; leave such rows out: "
+            f"--max_length {context} --skip_long"
+        )
 
 
 def micro_batch(args: argparse.Namespace, base: Base, train: TokenRows, device: torch.device) -> int:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import command, parse_json, sha256_file, write_json
+from common.files import command, output_file, parse_json, sha256_file, write_json
 
 Answer = dict[str, Any]
 Metrics = dict[str, Any]
@@ -517,7 +517,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], metavar="FILE", help="other answers to the same queries"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the metrics to this file")
+    parser.add_argument("--output", type=output_file, metavar="FILE.json", help="also write the metrics to this file")
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.source import Source
 from common.device import find_device
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.record import versions
 from lora_training.ask import Asker, add_entity_flags, open_model
 from lora_training.base_model import quiet_libraries
@@ -40,14 +40,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback are public")
     group.add_argument("--port", type=int, default=8000, help="0: any free one")
-    group.add_argument("--beams", type=int, default=20, help="width of the search over all entities; the largest top")
-    group.add_argument("--batch_size", type=int, default=8, help="most requests in one forward pass")
-    group.add_argument("--queue", type=int, default=64, help="most requests at a time; more get 503")
+    group.add_argument(
+        "--beams", type=at_least(1), default=20, help="width of the search over all entities; the largest top"
+    )
+    group.add_argument("--batch_size", type=at_least(1), default=8, help="most requests in one forward pass")
+    group.add_argument("--queue", type=at_least(1), default=64, help="most requests at a time; more get 503")
     group.add_argument("--timeout", type=float, default=30, help="seconds for a request; then it gets 503")
     args = parser.parse_args(argv)
-    for name in ("beams", "batch_size", "queue"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
     if not 0 < args.timeout <= 3600:
         parser.error(f"--timeout must be above 0 and at most 3600, got {args.timeout:g}")
     if not 0 <= args.port <= 65535:

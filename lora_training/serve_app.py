@@ -10,7 +10,7 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -27,8 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from Class.source import Source
 from common.errors import InputError
-from data.knowledge_graph import find_name
-from lora_training.ask import Asker, Found, Task, find_query, mark_entity
+from data.knowledge_graph import NameIndex
+from lora_training.ask import Asker, Found, Query, Task, find_relation, mark_entity
 from lora_training.memory import memory_wanted
 
 PAGE = Path(__file__).resolve().parent / "serve_page.html"
@@ -114,16 +114,8 @@ class Desk:
 
     def __init__(self, asker: Asker) -> None:
         self.asker = asker
-        names, kg = asker.source.names.names, asker.source.kg
-        places = Counter(
-            {pair for column in (names, kg.labels) for pair in zip(column, range(len(names)), strict=True)}
-        )
-        times = Counter(name for name, _ in places)
-        exact = {name: e for name, e in places if times[name] == 1}
-        self.exact = exact | {raw: e for e, raw in enumerate(kg.entities)}  # find_name takes a raw name first, too
-        self.folded: dict[str, set[int]] = defaultdict(set)  # by names without case
-        for name, e in places:
-            self.folded[name.casefold()].add(e)
+        kg = asker.source.kg
+        self.index = NameIndex(kg.entities, [asker.source.names.names, kg.labels])  # made once: M may be large
         asker.trie(False), asker.trie(True)  # now, since the two threads share them
 
     @property
@@ -131,14 +123,8 @@ class Desk:
         return self.asker.source
 
     def find(self, name: str) -> int:
-        """``find_name``, without a search for names that are known: 1,000 of them must not hold up other requests."""
-        if name in self.exact:
-            return self.exact[name]
-        same = self.folded.get(name.casefold(), set())
-        if len(same) == 1:
-            return next(iter(same))
-        kg = self.source.kg
-        return find_name(name, kg.entities, [self.source.names.names, kg.labels], "entity")
+        """The entity of a name."""
+        return self.index.find(name, "entity")
 
     def prepare(self, asked: RankRequest) -> tuple[Task, dict[str, Any]]:
         """The task of a request, and what the answer says of it. InputError if it cannot be answered."""
@@ -154,7 +140,7 @@ class Desk:
             head = None if about is None else self.entity(about)
             return self.asker.question_task(asked.question, listed), {"head": head, "relation": None, "over": over}
         assert asked.head is not None and asked.relation is not None, "checked by the form"
-        query = find_query(self.source.kg.entities[self.find(asked.head)], asked.relation, self.source)
+        query = Query(self.find(asked.head), find_relation(asked.relation, self.source))
         relation = self.source.query_fields(*query)["relation"]
         head = self.entity(query.head)
         return self.asker.query_task(query, listed), {"head": head, "relation": relation, "over": over}

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.rows import answer_command
 from common.device import memory_wanted
 from common.errors import CommandParser, InputError, is_disk_full, run_command
-from common.files import command, exclusive_lock, sha256_file
+from common.files import command, exclusive_lock, output_folder, sha256_file
 from common.files import write_json as write_record
 from common.record import by_name, make_record
 from lora_training.adapters import RECORD, WEIGHTS, put_adapter
@@ -355,7 +355,7 @@ def build_parser() -> CommandParser:
     flag("--val_limit", type=int, default=0, help="use only the first N validation rows (0: all)")
     flag("--plain_text", type=Path, default=HERE / "plain_text.txt", help="sentences, one per line, whose loss shows "
          "whether the language model is damaged")  # fmt: skip
-    flag("--output_dir", type=Path, default=HERE / "lora_outputs", help="gets lora_adapters/")
+    flag("--output_dir", type=output_folder, default=HERE / "lora_outputs", help="gets lora_adapters/")
     flag("--overwrite", action="store_true", help="replace a finished adapter or an unfinished run")
     flag("--resume_from_checkpoint", metavar="DIR|last", help="continue an unfinished run")
     flag(
@@ -414,8 +414,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 parser.error(f"--{name} must be {words}, got {value}")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"--output_dir {args.output_dir} is a file, and adapters go to a folder; name another")
     if args.micro_batch_size and args.batch_size % args.micro_batch_size:
         parser.error(f"--micro_batch_size {args.micro_batch_size} does not divide --batch_size {args.batch_size}")
     return args

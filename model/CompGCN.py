@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 class CompGCNLayer(nn.Module):
     """One layer of Eq. 1-2:
 
-        x'_j = act(BN((in_j + out_j + loop_j) / 3)),        v' = v W_rel
+        x'_j = x_j + g * act(BN((in_j + out_j + loop_j) / 3)),        v' = v W_rel
         in_j   = sum over training triples (i, r, j) of W_in  w phi(x_i, v_r)
         out_j  = sum over training triples (j, r, i) of W_out w phi(x_i, v_(r + R))
         loop_j = W_loop phi(x_j, v_loop)
@@ -39,6 +39,10 @@ class CompGCNLayer(nn.Module):
     with phi(a, b) = a * b (``mult``) or a - b (``sub``) and w = 1/sqrt(d d') of the direction. W is linear, so the
     neighbours are summed first and W_in, W_out are applied once per entity, not once per edge. The shift of the batch
     norm is the layer's bias. ``v_loop`` is a parameter of the layer: the 2R relations contain no self-loop.
+
+    A layer that keeps the width starts as the identity: the learned g [out_dim] is 0 at first, and W_rel the identity,
+    so that a run begins as one without graph layers (ReZero, Bachlechner et al. 2021). A layer that changes the width
+    has no ``x_j +``, and g = 1.
 
     ``dropout`` applies to the summed in- and out-neighbours, as in CompGCN; ``backend``: see message_passing.
     """
@@ -63,7 +67,9 @@ class CompGCNLayer(nn.Module):
         self.w_in = _weight(in_dim, out_dim)
         self.w_out = _weight(in_dim, out_dim)
         self.w_loop = _weight(in_dim, out_dim)
-        self.w_rel = _weight(in_dim, out_dim)
+        keeps_width = in_dim == out_dim
+        self.w_rel = nn.Parameter(torch.eye(in_dim)) if keeps_width else _weight(in_dim, out_dim)
+        self.gate = nn.Parameter(torch.zeros(out_dim)) if keeps_width else None
         self.v_loop = _weight(1, in_dim)
         self.dropout = nn.Dropout(dropout)
         # every pass contains all entities, so batch statistics are population statistics, in training and in eval
@@ -86,7 +92,7 @@ class CompGCNLayer(nn.Module):
             loop = (x - self.v_loop) @ self.w_loop
         total = torch.addmm(loop, sums, torch.cat([self.w_in, self.w_out]))  # [M, out_dim]
         found: Tensor = self.act(self.norm(total / 3))
-        return found
+        return found if self.gate is None else x + self.gate * found
 
 
 class CompGCN(nn.Module):

@@ -154,9 +154,10 @@ class RQGCN(nn.Module):
         self.entity_embedding = nn.Parameter(torch.empty(num_entities, init_dim))
         self.relation_embedding = nn.Parameter(torch.empty(2 * num_relations, init_dim))
         mapped = width != seq_len * code_dim  # the expansion to L positions needs a map only if it changes the width
-        self.z_is_table = not (gcn_layers or tf_layers or mapped)
+        # then z is the inputs plus what the layers add, which is nothing at first
+        self.layers_add = not mapped and init_dim == width
         for table in (self.entity_embedding, self.relation_embedding):
-            if self.z_is_table:
+            if self.layers_add:
                 nn.init.normal_(table, std=TABLE_STD)
             else:
                 nn.init.xavier_normal_(table)
@@ -177,15 +178,19 @@ class RQGCN(nn.Module):
         )  # fmt: skip
         self.ffn: nn.Module = linear(ensemble, width, seq_len * code_dim) if mapped else nn.Identity()
         self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
-        self.transformer = nn.ModuleList(
+        blocks = [
             nn.TransformerEncoderLayer(
                 code_dim, att_head, 4 * code_dim, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
             )
             for _ in range(tf_layers)
-        )
+        ]
+        for block in blocks:  # each starts as the identity
+            for weight in (block.self_attn.out_proj.weight, block.linear2.weight, block.linear2.bias):
+                nn.init.zeros_(weight)
+        self.transformer = nn.ModuleList(blocks)
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm: nn.Module = nn.Identity()
-        if mapped or tf_layers:
+        if mapped:
             self.norm = nn.BatchNorm1d(seq_len * code_dim, track_running_stats=False)
         self.scorer = CodeScorer(
             seq_len, num_code, num_quantizers, code_dim, width, decoder, decoder_drop, ensemble, quantizer
@@ -214,9 +219,15 @@ class RQGCN(nn.Module):
 
         text [M, T]: needed where a member starts from it; masked, bool [M]: entities without their learned input.
         """
-        learned = self.entity_embedding if masked is None else self.entity_embedding.masked_fill(masked[:, None], 0)
-        e, relations = self.encoder(self.start(learned, text), self.relation_embedding, g)
+        e, relations = self.encoder(self.start(self._learned(masked), text), self.relation_embedding, g)
         return Encoded(self.expand(e), relations)
+
+    def _learned(self, masked: Tensor | None) -> Tensor:
+        return self.entity_embedding if masked is None else self.entity_embedding.masked_fill(masked[:, None], 0)
+
+    def without_layers(self, text: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+        """The inputs in the form of z, [M, L, code_dim]; arguments as of ``encode``. Only where ``layers_add``."""
+        return self.start(self._learned(masked), text).view(-1, self.seq_len, self.code_dim)
 
     def start(self, learned: Tensor, text: Tensor | None) -> Tensor:
         """What the graph layers start from, [M, init_dim]."""

@@ -126,8 +126,6 @@ def export_candidates(config: Config, kg: KnowledgeGraph, scored: Scored) -> Non
 
     assert config.export_candidates is not None and config.eval_codes is not None and config.checkpoint is not None
     path = config.export_candidates
-    if path.suffix != ".npz":
-        raise InputError(f"--export_candidates {path} must end in .npz")
     found = top_candidates(*scored, kg, config.split, count=config.top, filter_splits=("train", "valid"))
     write_candidates(
         path, found, kg, model=config.checkpoint.name, codes=config.eval_codes.name, split=config.split,

@@ -13,7 +13,7 @@ from Class.codes import load_entities
 from common.config import Config
 from common.device import find_device
 from common.errors import InputError
-from common.files import ROOT
+from common.files import ROOT, need_file
 from data.knowledge_graph import TRAIN_FILES
 from data.names import ROW_ORDER, row_names, rows_by_name
 
@@ -70,6 +70,25 @@ def load_graph(config: Config, test: bool = True) -> KnowledgeGraph:
     return kg
 
 
+def check_files(config: Config) -> None:
+    """InputError where a file of the settings does not exist: said before a graph is read, which may take minutes."""
+    for path, what in ((config.eval_codes, "codes"), (config.checkpoint, "checkpoint"), (config.encode, "--encode")):
+        if path is not None:
+            need_file(path, what)
+    for path, flag in ((config.text_emb, "--text_emb"), (config.new_text, "--new_text")):
+        if path is not None:
+            need_text(path, flag)
+
+
+def need_text(path: Path, flag: str) -> None:
+    """InputError where the file of text embeddings of ``flag`` does not exist."""
+    if not path.exists():
+        raise InputError(
+            f"{flag} {path} does not exist; write it: python data/embed_text.py --dataset DATASET --out {path} "
+            "(for the recipes in configs/ with --model sentence-transformers/all-MiniLM-L6-v2)"
+        )
+
+
 def load_text(
     path: Path | None, num_entities: int, entities: Sequence[str] | None = None, flag: str = "--text_emb"
 ) -> torch.Tensor | None:
@@ -83,11 +102,7 @@ def load_text(
 
     if path is None:
         return None
-    if not path.exists():
-        raise InputError(
-            f"{flag} {path} does not exist; write it: python data/embed_text.py --dataset DATASET --out {path} "
-            "(for the recipes in configs/ with --model sentence-transformers/all-MiniLM-L6-v2)"
-        )
+    need_text(path, flag)
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:

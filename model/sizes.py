@@ -15,6 +15,7 @@ from common.errors import InputError
 EXACT_UP_TO = 20_000  # entities; above, a softmax over SAMPLED ones, drawn per step, is several times as fast
 SAMPLED = 4096
 EVERY_STEP_UP_TO = 100_000  # entities; above, the encoder's pass is dearer than many steps (benchmarks/growth.py)
+GRAPH_PACE = 8  # scorer steps per pass of the graph layers
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
 LARGE = 5_000  # entities, from which on other batches and codes were better (docs/DEFAULTS.md)
@@ -22,6 +23,7 @@ STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
 MOST_N3_SMALL, MOST_N3_LARGE = 0.03, 0.05  # weight of the N3 norm; less where an entity has many triples (docs/LOG.md)
 RATES = {"adagrad": 0.1, "adam": 0.005}
+LEAST_ADAGRAD_RATE = 0.02  # below, Adagrad hardly learns, and a given rate is meant for Adam
 
 
 def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
@@ -44,12 +46,15 @@ def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
 
 
 def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
-    """``sizes_for``, adapted to given settings: one level has 16 positions; weights that all entities share are trained
-    by Adam, and N3 is for vectors that are multiplied as they are; each optimizer has its own rate."""
+    """``sizes_for``, adapted to given settings: one level has 16 positions; a pass of graph layers costs as much as
+    several steps; N3 is for vectors that are multiplied as they are; each optimizer has its own rate, and a low --lr is
+    one for Adam."""
     if config.quantizer == "vq":
         found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
-    if config.gcn_layers or config.tf_layers:
-        found = found | {"optimizer": "adam", "n3": 0.0}
+    if config.gcn_layers:
+        found = found | {"encoder_every": max(GRAPH_PACE, found["encoder_every"])}
+    if AUTO != config.lr < LEAST_ADAGRAD_RATE:
+        found = found | {"optimizer": "adam"}
     if config.decoder not in ("complex", "distmult"):
         found = found | {"n3": 0.0}
     return found | {"lr": RATES[found["optimizer"] if config.optimizer == "auto" else config.optimizer]}

@@ -2,8 +2,9 @@
 
 One step (Eq. 9): the scorer sees only decoded codes; their gradient is handed, straight through, to the encoder,
 together with the quantization loss. The encoder changes the scores through its codes only, so its pass over the graph
-may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Codes are assigned again at the
-first such pass after some scorer steps (``Schedule.assign_every``), and at the end of an epoch.
+may be taken once per ``encoder_every`` scorer steps (gradients are averaged over them). Where layers add to the
+entities' inputs, the inputs take every step, and what the layers add is renewed by each pass. Codes are assigned again
+at the first such pass after some scorer steps (``Schedule.assign_every``), and at the end of an epoch.
 
 All exchange between processes is in this file: the quantizer, the losses and the scorer run as in one process.
 """
@@ -39,6 +40,7 @@ from model.queries import training_queries
 from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN
 from model.schedule import CODES, FROZEN, PATIENCE, WARM_UP, Phase, schedule_of
+from model.sizes import EVERY_STEP_UP_TO
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
 MAP_RATE = 0.05  # learning rate of shared maps under Adagrad, relative to that of tables
@@ -96,6 +98,8 @@ class Trainer:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
         share_batch_norms(model.scorer, world)
         world.copy_from_first(model.state_dict().values())
+        has_layers = len(model.encoder.layers) + len(model.transformer) > 0
+        self.inputs_every_step = has_layers and model.layers_add and kg.num_entities <= EVERY_STEP_UP_TO
         self.optimizer = self._make_optimizer()
         self.average = self._make_average()
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -131,7 +135,8 @@ class Trainer:
             for is_table in (True, False):
                 parameters = [p for p in self.model.parameters()
                               if (id(p) in every_step, id(p) in tables) == (in_scorer, is_table)]  # fmt: skip
-                rate = (1.0 if in_scorer else encoder_rate) * (1.0 if is_table else map_rate)
+                every = in_scorer or (is_table and self.inputs_every_step)
+                rate = (1.0 if every else encoder_rate) * (1.0 if is_table else map_rate)
                 groups.append({"params": parameters, "rate": rate})
         optimizer: Any = OPTIMIZERS[self.config.optimizer]
         made: torch.optim.Optimizer = optimizer(groups, lr=self.config.lr, weight_decay=self.config.l2)
@@ -233,14 +238,21 @@ class Trainer:
                 scored = self._scorer_step(batch, phase)
                 quantization = 0.0
                 if phase.trains_encoder:
-                    gradient = scored.gradient.to_dense() if gradient is None else gradient.add_(scored.gradient)
+                    now = scored.gradient.to_dense()
+                    gradient = now if gradient is None else gradient + now
                     waiting, unassigned = waiting + 1, unassigned + 1
-                if gradient is not None and (waiting == self.config.encoder_every or last):
-                    quantization = self._encoder_step(gradient / waiting, phase)
-                    gradient, waiting = None, 0
+                    if waiting == self.config.encoder_every or last:
+                        quantization = self._encoder_step(gradient / waiting, phase, now)
+                        gradient, waiting = None, 0
+                    elif self.inputs_every_step:
+                        self.model.without_layers(self.text, self.masked).backward(now)
             values = [float(scored.structure), float(scored.semantic), quantization]
             losses.append(Losses(*self.world.sum_gradients(self.model.parameters(), values)))
+            before = self._inputs() if waiting and self.inputs_every_step and not phase.quantized else None
             self.optimizer.step()
+            if before is not None:
+                assert self.z is not None
+                self.z = self.z + (self._inputs() - before)
             if averaging is not None:
                 averaging.update()
             if phase.trains_encoder and not waiting and (unassigned >= assign_every or last or not phase.quantized):
@@ -248,6 +260,10 @@ class Trainer:
                 unassigned = 0
             self._check_finite(sum(losses[-1]), step)
         return self._means(losses, phase) | {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    @torch.no_grad()
+    def _inputs(self) -> Tensor:
+        return self.model.without_layers(self.text, self.masked).clone()
 
     def _means(self, losses: list[Losses], phase: Phase) -> dict[str, Any]:
         """Mean of each loss term over the steps that have it; ``levels``: each level's quantization loss."""
@@ -448,13 +464,16 @@ class Trainer:
         of_loss, of_triples = (LOSSES[name].share(tails, self.world.own(tails)) for name in (self.config.loss, "ce"))
         return of_loss, self.world.share(len(batch)), of_triples
 
-    def _encoder_step(self, gradient: Tensor, phase: Phase) -> float:
+    def _encoder_step(self, gradient: Tensor, phase: Phase, now: Tensor) -> float:
         """Backward through the encoder: ``gradient`` of z, straight through the codes, and L_q. Returns L_q's value.
 
-        Of several processes, each brings its part of ``gradient`` and takes its entities' part of L_q.
+        ``gradient`` is the mean since the last pass; inputs that took those steps get that of this one, ``now``.
+        Of several processes, each brings its part of both and takes its entities' part of L_q.
         """
         z = self.model.encode(self.graph, self.text, self.masked).z
         surrogate, quantization = (z * gradient).sum(), 0.0
+        if self.inputs_every_step:
+            surrogate = surrogate + (self.model.without_layers(self.text, self.masked) * (now - gradient)).sum()
         if phase == CODES:
             assert self.codes is not None
             own = self.world.own

@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import write_json
+from common.files import output_file, write_json
 from data.knowledge_graph import KnowledgeGraph, TrueTails, add_keep_names, with_inverse
 from lora_training.score_answers import best_threshold, classification_metrics, ranking_metrics
 from tables.audit_formats import NO_ENTITY, READERS, Contents, Query, Row, Triple, name_key, read_contents
@@ -484,7 +484,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lists", type=Path, metavar="FILE", help="rows that were answered, if in a file of their own")
     parser.add_argument("--format", choices=["auto", *READERS], default="auto", help="auto: by the fields of the file")
     parser.add_argument("--against", type=Path, metavar="FILE", help="other answers to the same queries")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the report there too")
     return parser.parse_args(argv)
 
 

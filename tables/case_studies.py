@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.prompts import prediction
 from Class.rows import Row, need_fields, read_rows
-from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import read_json, write_text
+from common.errors import CommandParser, InputError, at_least, content_of, run_command
+from common.files import output_file, read_json, write_text
 from lora_training.inference import OUTPUT, answers_path
 from lora_training.score_answers import (
     SEARCHED,
@@ -267,12 +267,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answers", type=Path, default=answers_path(OUTPUT), metavar="FILE.jsonl",
                         help="by inference.py, its run record beside it")  # fmt: skip
     parser.add_argument("--rows", type=Path, metavar="FILE", help="the test rows (default: where the record says)")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="cases of each kind")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write there (default: the terminal)")
-    args = parser.parse_args(argv)
-    if args.count < 1:
-        parser.error(f"--count must be 1 or more, got {args.count}")
-    return args
+    parser.add_argument("--count", type=at_least(1), default=1, metavar="N", help="cases of each kind")
+    parser.add_argument("--out", type=output_file, metavar="FILE.md", help="write there (default: the terminal)")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.codes import load_codes, load_entities
 from Class.source import check_recorded, dumped_codes, read_record
-from common.errors import CommandParser, InputError, run_command
-from common.files import load_torch, write_json
+from common.errors import CommandParser, InputError, at_least, run_command
+from common.files import load_torch, output_file, write_json
 from tables.system import parameters_of, short_count
 
 if TYPE_CHECKING:
@@ -188,13 +188,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)"
     )
-    parser.add_argument("--k", type=int, nargs="+", default=list(KS), metavar="K",
+    parser.add_argument("--k", type=at_least(1), nargs="+", default=list(KS), metavar="K",
                         help="numbers of nearest entities (default: 200 to 1000)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
-    args = parser.parse_args(argv)
-    if min(args.k) < 1:
-        parser.error(f"--k must be 1 or more, got {min(args.k)}")
-    return args
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers to this file")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

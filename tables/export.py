@@ -24,7 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Class.codes import render_codes, unique_names
 from Class.source import check_recorded, read_record, training_folder
 from common.errors import CommandParser, InputError, content_of, run_command
-from common.files import exclusive_lock, read_json, sha256_file, write_json, write_text, written_whole
+from common.files import (
+    check_replaceable,
+    output_folder,
+    read_json,
+    replaced_folder,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.from_codes import Scored, load_scored_codes
@@ -242,16 +250,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("codes.parquet is written by pyarrow, which is not installed: python -m pip install pyarrow")
     check_out(args.out, args.overwrite)
     contents = read_contents(args)
-    part = args.out.with_name(f".{args.out.name}.part")  # the folder is complete or as it was
-    with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        try:
-            with written_whole(part):
-                difference = write_folder(args, contents, part, started)
-            shutil.rmtree(args.out, ignore_errors=True)
-            part.rename(args.out)
-        finally:  # Ctrl-C
-            shutil.rmtree(part, ignore_errors=True)
+    with replaced_folder(args.out, "--out") as part:
+        difference = write_folder(args, contents, part, started)
     print(f"wrote {args.out}; the scores of its load.py differ by {difference:.1e} from the checkpoint's")
     card, repository = args.out / "card.md", f"hf upload USER/{repository_name(args.codes.stem)}"
     print(
@@ -268,15 +268,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="CK.pt", help="checkpoint of the same run")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter trained on these codes")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the one in the record)")
     parser.add_argument("--data_licence", metavar="TEXT", help="terms of the data (default: those in data/README.md)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     args = parser.parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file, and an export is a folder; name another")
-    if Path.cwd().is_relative_to(args.out.resolve()):
-        parser.error(f"--out {args.out} is replaced as a whole, and you are in it; name another folder")
+    check_replaceable(args.out, "--out")
     for flag in ("codes", "checkpoint", "adapter"):
         given = getattr(args, flag)
         if given is not None and given.resolve().is_relative_to(args.out.resolve()):

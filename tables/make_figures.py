@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT
+from common.errors import CommandParser, InputError, at_least, run_command
+from common.files import ROOT, output_folder
 from tables.figures import answers, embeddings, graph, quality, runs, similarity
 from tables.figures.inputs import Inputs, Missing
 from tables.results import add_record_flags
@@ -67,7 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="tables/make_figures.py", description=__doc__.split("\n")[0])
     parser.add_argument("--figure", nargs="+", choices=[*FIGURES, "all"], default=["all"], metavar="NAME",
                         help=f"{', '.join(FIGURES)} or all (default: all)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder for the PNG and PDF files")
+    parser.add_argument(
+        "--out", type=output_folder, default=OUT, metavar="DIR", help="folder for the PNG and PDF files"
+    )
     group = parser.add_argument_group("inputs")
     group.add_argument("--codes", type=Path, nargs="+", metavar="FILE.pt", help="codes files (default: all of stage 1)")
     group.add_argument("--dataset", type=Path, nargs="+", metavar="DIR", help="graphs (default: those of the codes)")
@@ -75,12 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--tokenizer", metavar="DIR", help="its tokens are counted in prompts (default: an estimate)")
     add_record_flags(parser)
     group = parser.add_argument_group("drawing")
-    group.add_argument("--sample", type=int, default=2000, metavar="N", help="most entities in figures 2 and 9")
-    group.add_argument("--seed", type=int, default=0, help="seed of samples, baselines and t-SNE")
-    args = parser.parse_args(argv)
-    if args.sample < 1 or args.seed < 0:
-        parser.error(f"--sample must be 1 or more and --seed 0 or more, got {args.sample} and {args.seed}")
-    return args
+    group.add_argument("--sample", type=at_least(1), default=2000, metavar="N", help="most entities in figures 2 and 9")
+    group.add_argument("--seed", type=at_least(0), default=0, help="seed of samples, baselines and t-SNE")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, read_json, read_text, write_text
+from common.files import ROOT, output_file, read_json, read_text, write_text
 from data.knowledge_graph import KnowledgeGraph
 from tables.results import CODES, KEPT, LINKS, TRIPLES, Group, Row, add_record_flags, collect, groups
 from tables.rows import EXPECTED, commit_words, counts, dataset_name
@@ -236,7 +236,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", choices=choices, default="all", help="the paper's number of the table")
     parser.add_argument("--format", choices=("md", "latex"), default="md", help="Markdown or LaTeX (booktabs)")
     add_record_flags(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there (default: the terminal)")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write there (default: the terminal)")
     parser.add_argument("--reproduce", type=Path, metavar="PAGE.md", help="rewrite this page's numbers instead")
     return parser.parse_args(argv)
 

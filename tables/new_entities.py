@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, read_json
+from common.files import ROOT, output_file, read_json
 from tables.figures.style import line, new_figure, save
 
 KEPT = ROOT / "tables" / "new_entities"
@@ -86,7 +86,7 @@ def draw(records: dict[str, Results], out: Path) -> list[Path]:
 def main() -> None:
     parser = CommandParser(prog="tables/new_entities.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=Path, nargs="+", help=f"default: those of {KEPT.relative_to(ROOT)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "new_entities",
+    parser.add_argument("--out", type=output_file, default=ROOT / "docs" / "figures" / "new_entities",
                         help="figure to write, without .png and .pdf")  # fmt: skip
     args = parser.parse_args()
     records: dict[str, Any] = read_records(args.records or sorted(KEPT.glob("*.json")))

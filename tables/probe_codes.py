@@ -40,7 +40,7 @@ from Class.codes import unique_names
 from Class.prompts import classification
 from Class.source import fit_codes
 from common.errors import CommandParser, InputError, run_command
-from common.files import sha256_file, write_json
+from common.files import output_file, sha256_file, write_json
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.base_model import load_base, load_tokenizer
@@ -233,7 +233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_name", metavar="DIR", help="also probe an untuned LLM that reads the names")
     parser.add_argument("--triples", type=int, default=0, metavar="N", help="also N triples to fit and N to test on")
     parser.add_argument("--seed", type=int, default=0, help="of the entities' split and the shuffling")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table and a run record")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table and a run record")
     args = parser.parse_args(argv)
     if args.triples and not args.model_name:
         parser.error("--triples needs --model_name")

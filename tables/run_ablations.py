@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import CommandParser, content_of, run_command
-from common.files import ROOT, exclusive_lock, read_json, write_json
+from common.files import ROOT, exclusive_lock, output_folder, read_json, write_json
 from common.metrics import RANKING, check_ranking, number
 from common.steps import Step, run_steps
 from tables.system import system_of
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10, help="epochs of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every setting (default: 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "codes_new" / "ablations",
+    parser.add_argument("--out", type=output_folder, metavar="DIR", default=ROOT / "codes_new" / "ablations",
                         help="folder for the runs and ablations.json")  # fmt: skip
     args = parser.parse_args(argv)
     settings = grid(args.text_emb)

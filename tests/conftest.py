@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +43,7 @@ FAMILY_FLAGS: dict[str, Any] = {
 
 
 class Outcome(NamedTuple):
-    """What one call of run_rq.py left."""
+    """What one call of a script left."""
 
     code: int
     out: str
@@ -123,17 +125,23 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def rq(capsys: pytest.CaptureFixture[str]) -> Command:
-    """run_rq.py as the shell would run it, without a second process: rq("--dataset", ...) -> Outcome."""
+def shell(capsys: pytest.CaptureFixture[str]) -> Command:
+    """A script as the shell would run it, without a second process: shell(run_rq, "--dataset", ...) -> Outcome."""
 
-    def call(*words: str) -> Outcome:
+    def call(script: ModuleType, *words: object) -> Outcome:
         capsys.readouterr()
-        with arguments(list(words)), pytest.raises(SystemExit) as end:
-            errors.run_command(run_rq.main)
+        with arguments([str(word) for word in words]), pytest.raises(SystemExit) as end:
+            errors.run_command(script.main)
         captured = capsys.readouterr()
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def rq(shell: Command) -> Command:
+    """run_rq.py: rq("--dataset", ...) -> Outcome."""
+    return partial(shell, run_rq)
 
 
 class Run(NamedTuple):

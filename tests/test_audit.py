@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from Class.gen_lp_data_rq import both_directions
-from common.errors import run_command
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from lora_training.score_answers import report as scored
 from tables import audit
 from tables.audit_formats import name_key
+from tests.conftest import Command, assert_refused
 
 Rows = list[dict[str, Any]]
 M = 30
@@ -379,7 +379,7 @@ def test_uniform_places() -> None:
     assert audit.uniform_test([]) == (None, None)
 
 
-def test_paired_difference(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paired_difference(graph: Path, tmp_path: Path, shell: Command) -> None:
     rows = dift_rows(graph)
     worse = [row | {"pred": "Atlantis"} for row in rows]
     (tmp_path / "worse.json").write_text(json.dumps(worse))
@@ -390,7 +390,7 @@ def test_paired_difference(graph: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert pair["interval_95"][0] < pair["difference"] < pair["interval_95"][1]
     (tmp_path / "worse.json").write_text(json.dumps(worse[1:]))
     words = ["--dataset", graph, "--answers", tmp_path / "prediction.json", "--against", tmp_path / "worse.json"]
-    assert_refused(words, capsys, "--against")
+    assert_refused(shell(audit, *words), "--against")
 
 
 # ---------------------------------------------------------------- triple classification
@@ -447,15 +447,6 @@ def test_validated_threshold_of_our_answers(graph: Path, tmp_path: Path) -> None
 # ---------------------------------------------------------------- bad input
 
 
-def assert_refused(words: list[Any], capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: audit.main([str(word) for word in words]))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    assert all(name in lines[0] for name in named), lines
-
-
 @pytest.mark.parametrize("content", [
     "", "[]", "{", "[1]", "[{}]", '{"x": 1}', '[{"triplet": 3}]', '[{"triplet": ["a", "b", "c"]}]',
     '[{"triplet": ["e0", "likes", "e5"], "topk_ents": 4}]',
@@ -463,25 +454,22 @@ def assert_refused(words: list[Any], capsys: pytest.CaptureFixture[str], *named:
     '[{"triplet": ["e0", "likes", "e5"], "topk_ents": [], "topk_names": [], "rank": "x"}]',
     '[{"prompt": "x", "output": "y"}]', '[{"embedding_ids": 4, "output": "maybe"}]', '[{"metadata": 3}]', "\x00",
 ])  # fmt: skip
-def test_bad_input_is_one_line(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+def test_bad_input_is_one_line(graph: Path, tmp_path: Path, shell: Command, content: str) -> None:
     path = tmp_path / "answers.json"
     path.write_text(content)
-    assert_refused(["--dataset", graph, "--answers", path], capsys, "answers.json")
-    assert_refused(["--dataset", graph, "--answers", tmp_path / "none.json"], capsys, "--answers")
+    assert_refused(shell(audit, "--dataset", graph, "--answers", path), "answers.json")
+    assert_refused(shell(audit, "--dataset", graph, "--answers", tmp_path / "none.json"), "--answers")
 
 
-def test_the_report_does_not_replace_a_file_that_is_read(
-    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_does_not_replace_a_file_that_is_read(graph: Path, tmp_path: Path, shell: Command) -> None:
     paths = {flag: tmp_path / f"{flag}.json" for flag in ("answers", "lists", "against")}
     for path in paths.values():
         path.write_text(json.dumps(dift_rows(graph)))
     words = [word for flag, path in paths.items() for word in (f"--{flag}", path)]
     for flag, path in paths.items():
         before = path.read_bytes()
-        assert_refused(
-            ["--dataset", graph, *words, "--json", tmp_path / "." / path.name], capsys, "--json", f"--{flag}"
-        )
+        outcome = shell(audit, "--dataset", graph, *words, "--json", tmp_path / "." / path.name)
+        assert_refused(outcome, "--json", f"--{flag}")
         assert path.read_bytes() == before
 
 

@@ -38,19 +38,24 @@ def equation_1(layer: CompGCNLayer, x: Tensor, v: Tensor, triples: list[list[int
     total = torch.stack(rows) / 3
     centred = total - total.mean(0)
     normed = centred / (centred.square().mean(0) + layer.norm.eps).sqrt()
-    return torch.tanh(normed * layer.norm.weight + layer.norm.bias)
+    found = torch.tanh(normed * layer.norm.weight + layer.norm.bias)
+    return found if layer.gate is None else x + layer.gate * found
 
 
 @pytest.mark.parametrize("composition", ["mult", "sub"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layer_is_equation_1_and_2(backend: str, composition: str) -> None:
+@pytest.mark.parametrize("out", [5, D])
+def test_layer_is_equation_1_and_2(out: int, backend: str, composition: str) -> None:
     triples, graph = small_graph()
     torch.manual_seed(0)
-    layer = CompGCNLayer(D, 5, R, composition, dropout=0.0, act="tanh", backend=backend).double()
+    layer = CompGCNLayer(D, out, R, composition, dropout=0.0, act="tanh", backend=backend).double()
+    for weight in (layer.w_rel, layer.gate):
+        if weight is not None:
+            torch.nn.init.normal_(weight)
     x = torch.randn(M, D, dtype=torch.float64, requires_grad=True)
     v = torch.randn(2 * R, D, dtype=torch.float64, requires_grad=True)
     leaves = {"x": x, "v": v, **{n: p for n, p in layer.named_parameters() if n != "w_rel"}}
-    direction = torch.randn(M, 5, dtype=torch.float64)
+    direction = torch.randn(M, out, dtype=torch.float64)
     ours, relations = layer(x, v, graph)
     theirs = equation_1(layer, x, v, triples)
     assert relative(ours.detach(), theirs.detach()) <= 1e-12
@@ -60,6 +65,17 @@ def test_layer_is_equation_1_and_2(backend: str, composition: str) -> None:
     for name, a, b in zip(leaves, our_grads, their_grads, strict=True):
         # batch norm removes what all rows share: the gradient of `sub`'s v_loop is zero, so the bound is absolute
         assert (a - b).norm() <= 1e-10 * max(1.0, float(b.norm())), name
+
+
+def test_layers_that_keep_the_width_start_as_the_identity() -> None:
+    _, graph = small_graph()
+    x, v = torch.randn(M, D), torch.randn(2 * R, D)
+    encoder = CompGCN(2, D, D, D, R)
+    out = encoder(x, v, graph)
+    assert torch.equal(out.x, x) and torch.equal(out.v, v)
+    out.x.square().sum().backward()
+    for layer in layers_of(encoder):
+        assert layer.gate is not None and layer.gate.grad is not None and bool((layer.gate.grad != 0).all())
 
 
 def test_zero_layers_are_the_identity_and_widths_are_checked() -> None:
@@ -81,9 +97,10 @@ def test_dropout_does_not_affect_the_self_loop_and_is_off_in_eval() -> None:
     _, graph = small_graph()
     torch.manual_seed(0)
     layer = CompGCNLayer(D, D, R, dropout=1.0, act="identity", backend="torch")
+    layer.gate = torch.nn.Parameter(torch.ones(D))
     x, v = torch.randn(M, D), torch.randn(2 * R, D)
-    alone = layer.norm(x * layer.v_loop @ layer.w_loop / 3)
+    alone = x + layer.norm(x * layer.v_loop @ layer.w_loop / 3)
     assert torch.allclose(layer(x, v, graph).x, alone, atol=1e-5)
     layer.eval()
     assert torch.equal(layer(x, v, graph).x, layer(x, v, graph).x)
-    assert not torch.allclose(layer(x, v, graph).x, layer.norm(x * layer.v_loop @ layer.w_loop / 3), atol=1e-3)
+    assert not torch.allclose(layer(x, v, graph).x, alone, atol=1e-3)

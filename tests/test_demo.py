@@ -49,7 +49,7 @@ class InProcess:
             except SystemExit as end:
                 self.returncode = int(end.code or 0)
 
-    def poll(self) -> int:
+    def wait(self) -> int:
         return self.returncode
 
 

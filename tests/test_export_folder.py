@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 
 from Class.codes import load_codes, load_entities, parse_codes
-from common import errors
 from common.files import ROOT, load_torch, save_torch, sha256_file, write_json
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from lora_training.adapters import load_adapted, read_saved
@@ -32,7 +31,7 @@ from model.RQGCN import CodeScorer
 from tables import export
 from tables.card import data_terms, metrics
 from tables.load import Decoder
-from tests.conftest import Command, Outcome, Run, assert_refused, finished, ranked, write_graph
+from tests.conftest import Command, Run, assert_refused, finished, ranked, write_graph
 from tests.test_train_lora import base, data, libraries, trained  # noqa: F401
 
 SITE = """import sys
@@ -75,18 +74,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 @pytest.fixture
-def exporting(capsys: pytest.CaptureFixture[str]) -> Command:
+def exporting(shell: Command) -> Command:
     """exporting(run, out, *flags) -> Outcome of export.py."""
-
-    def call(run: Run, out: Path, *words: str) -> Outcome:
-        capsys.readouterr()
-        flags = ["--codes", str(run.codes), "--checkpoint", str(run.checkpoint), "--out", str(out), *words]
-        with pytest.raises(SystemExit) as end:
-            errors.run_command(lambda: export.main(flags))
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return call
+    return lambda run, out, *words: shell(
+        export, "--codes", run.codes, "--checkpoint", run.checkpoint, "--out", out, *words
+    )
 
 
 # ---------------------------------------------------------------- every decoder, ensemble, map and quantizer

@@ -38,7 +38,6 @@ WRITERS: dict[str, Callable[[Triples], str]] = {
     ".tsv": lambda rows: "subject\tpredicate\tobject\n" + "".join("\t".join(row) + "\r\n" for row in rows),
     ".csv": lambda rows: "".join(f'"{h}",{r}, "{t}"\n' for h, r, t in rows),
     ".nt": lambda rows: "# a comment\n\n" + "".join(f"<{h}> <{r}> <{t}> .\n" for h, r, t in rows),
-    ".triples": lambda rows: "".join(f"{h}\t{t}\t{r}\n" for h, r, t in rows),
     ".ttl": lambda rows: (
         f"@prefix : <{BASE}> .\n@prefix p: <{BASE}p/> .\n"
         + "".join(f"<{h}> p:{r.rsplit('/', 1)[1]} <{t}> .\n" for h, r, t in rows)

@@ -172,7 +172,7 @@ def test_predicted_rows_are_the_query_and_the_truth(
         source: (generate(tmp_path / source, *words, "--from", source, "--no-drop_unlisted"),
                  generate(tmp_path / f"{source}_more", *words, "--from", source, "--without_lists"),
                  written(tmp_path / f"{source}_more", "tail_prediction"))
-        for source in (("train", "valid", "both") if with_codes else ("valid",))
+        for source in (("train", "valid") if with_codes else ("valid",))
     }  # fmt: skip
     for whole, dropped, alone in parts.values():
         assert dropped["test"] == whole["test"] and dropped["validation"] == whole["validation"]
@@ -187,14 +187,6 @@ def test_predicted_rows_are_the_query_and_the_truth(
                 assert one["output"] == row["output"].split("\n")[0].removeprefix("1. ")
                 assert one["truth"] == row["truth"][:1]
                 assert one["triple"] == row["triple"] and one["candidates"] is None
-    if not with_codes:
-        return
-    asked = {
-        source: Counter((*row["triple"], row["direction"]) for row in alone["train"])
-        for source, (_, _, alone) in parts.items()
-    }
-    assert asked["both"] == asked["train"] + asked["valid"], "--from both tunes on the queries of the two"
-    assert parts["both"][2]["validation"] == parts["valid"][2]["validation"]
 
 
 def test_ranked_lists_of_a_model_that_knows_the_queries_are_refused(

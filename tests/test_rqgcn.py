@@ -23,8 +23,13 @@ def graph(ring_kg: KnowledgeGraph) -> RelationalGraph:
 
 
 def initialized(kg: KnowledgeGraph, graph: RelationalGraph, **changes: Any) -> RQGCN:
-    """A model whose codebooks hold its own vectors."""
+    """A model whose graph layers and transformer blocks are no longer the identity, with codebooks of its vectors."""
     model = make_model(kg, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate"):
+            torch.nn.init.ones_(parameter)
+        elif name.endswith(".linear2.weight"):
+            torch.nn.init.xavier_normal_(parameter)
     model.rq_codebook.init_from_data(model.clean_z(graph), generator=torch.Generator().manual_seed(0))
     return model.eval()
 

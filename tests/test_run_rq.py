@@ -719,6 +719,15 @@ def test_sizes_of_the_graphs_that_were_measured() -> None:
     assert [size["epoch"] for size in found] == [200, 122, 91, 40, 40]
 
 
+@pytest.mark.parametrize(("flags", "optimizer", "every"), [
+    ([], "adagrad", 1), (["--gcn_layers", "2", "--tf_layers", "1"], "adagrad", 8), (["--lr", "0.0005"], "adam", 1),
+    (["--lr", "0.05"], "adagrad", 1), (["--lr", "0.0005", "--optimizer", "adagrad"], "adagrad", 1),
+])  # fmt: skip
+def test_a_low_rate_is_for_adam_and_graph_layers_pass_less_often(flags: list[str], optimizer: str, every: int) -> None:
+    config = with_sizes(run_rq.parse_config(flags), 14_541, 237, 272_115)
+    assert (config.optimizer, config.encoder_every, config.n3) == (optimizer, every, 0.0267)
+
+
 # ---------------------------------------------------------------- flags
 
 

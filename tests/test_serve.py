@@ -25,10 +25,10 @@ from fastapi import FastAPI
 
 from common import errors
 from common.errors import InputError
-from lora_training import serve, serve_app
+from lora_training import serve
 from lora_training.adapters import load_adapted, read_saved
 from lora_training.ask import Asker, Found, Query, Task, find_query, open_codes
-from lora_training.serve_app import MAX_BODY, Batcher, Desk, Limits, build_app, page_headers
+from lora_training.serve_app import MAX_BODY, Batcher, Limits, build_app, page_headers
 from tests.browser import browser
 from tests.conftest import M
 from tests.test_inference import World, of, rows_by_id, run, world  # noqa: F401
@@ -156,13 +156,6 @@ def test_candidates_go_by_any_of_their_names_and_count_once(url: str, asker: Ask
     known = {answer["entity"]: answer["known"] for answer in body["answers"]}
     h, r = find_query("e7", "next", asker.source)
     assert known["e9"] is None and (known["e8"] == "train") == ([h, r, asker.source.kg.entities.index("e8")] in triples)
-
-
-def test_names_in_another_case_need_no_search(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search takes 16 ms in WN18RR, and 1,000 candidates would hold up all other requests."""
-    desk, e = Desk(asker), asker.source.kg.entities.index("e9")
-    monkeypatch.setattr(serve_app, "find_name", lambda *_: pytest.fail("all names were searched"))
-    assert [desk.find(name) for name in ("e9", "Entity 9", "ENTITY 9")] == [e] * 3
 
 
 def test_fifty_clients_get_their_own_answers(asker: Asker) -> None:

@@ -1,4 +1,4 @@
-"""Steps: run once, in order or side by side, each after those it depends on, stopped together."""
+"""Steps: run once, in order, stopped together with the process that runs them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from common import steps as module
 from common.errors import InputError
 from common.files import ROOT, read_json
-from common.steps import Running, Step, run_steps
+from common.steps import Step, run_steps
 
 
 def step(folder: Path, name: str, code: int = 0) -> Step:
@@ -55,47 +55,6 @@ def test_a_step_that_another_command_finished_is_an_error(tmp_path: Path) -> Non
         run_steps([step(tmp_path, "b"), changed], marks)
     assert not (tmp_path / "b").exists()
     assert run_steps([step(tmp_path, "a")._replace(more=lambda: ["--restore"])], marks), "not part of the command"
-
-
-def meeting(folder: Path, name: str, other: str) -> Step:
-    """A step that writes ``name`` and succeeds only if ``other`` appears while it runs."""
-    made = folder / name
-    text = f"""
-import pathlib, time
-pathlib.Path({str(made)!r}).touch()
-until = time.monotonic() + 20
-while not pathlib.Path({str(folder / other)!r}).exists():
-    assert time.monotonic() < until
-    time.sleep(0.02)
-print("met")
-"""
-    return Step(name, ["-c", text], [made])
-
-
-def test_steps_run_side_by_side_once_what_they_name_exists(tmp_path: Path) -> None:
-    marks, early = tmp_path / "done", tmp_path / "model" / "weights"
-    first = Step("first", ["-c", f"import pathlib, time; time.sleep(.5); p = pathlib.Path({str(early)!r}); "
-                           "p.parent.mkdir(); p.touch()"], [early])  # fmt: skip
-    reads = Step("reads", ["-c", f"open({str(early)!r}); open({str(tmp_path / 'read')!r}, 'w')", str(early.parent)],
-                 [tmp_path / "read"])  # fmt: skip
-    steps = [first, reads, meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]
-    assert run_steps(steps, marks, workers=4).keys() == {"first", "reads", "a", "b"}
-    assert (marks / "a.log").read_text().endswith("met\n")
-
-
-def test_a_folder_that_all_steps_name_delays_none(tmp_path: Path) -> None:
-    """An output folder inside the data folder: every step names a folder above what all of them make."""
-    steps = [step(tmp_path, name) for name in "abc"]
-    run_steps([one._replace(words=[*one.words, str(tmp_path)]) for one in steps], tmp_path / "done", workers=2)
-    assert runs(tmp_path, *"abc") == [1, 1, 1]
-
-
-def test_after_a_failure_no_step_is_started(tmp_path: Path) -> None:
-    later = Step("later", [*step(tmp_path, "later").words, str(tmp_path / "b")], [tmp_path / "later"])
-    steps = [step(tmp_path, "a"), step(tmp_path, "b", 3), later]
-    with pytest.raises(InputError, match=r"b\.log"):
-        run_steps(steps, tmp_path / "done", workers=2)
-    assert not (tmp_path / "later").exists()
 
 
 def test_a_step_that_writes_nothing_is_not_done(tmp_path: Path) -> None:
@@ -145,12 +104,12 @@ def test_sigterm_stops_the_steps_too(tmp_path: Path, signals: int, wanted: str) 
 
 
 def test_a_signal_while_a_step_starts_stops_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal is held until the process is in the list of those to stop."""
-    begun: list[Running] = []
-    start = module.start
+    """The signal is held until the process can be stopped."""
+    begun: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
 
-    def interrupted(step: Step, place: str, logs: Path | None) -> Running:
-        begun.append(start(step, place, logs))
+    def interrupted(*words: Any, **how: Any) -> subprocess.Popen[bytes]:
+        begun.append(start(*words, **how))
         signal.raise_signal(signal.SIGTERM)
         return begun[-1]
 
@@ -160,7 +119,7 @@ def test_a_signal_while_a_step_starts_stops_it_too(tmp_path: Path, monkeypatch: 
     def stop(number: int, frame: object) -> None:
         raise Stopped
 
-    monkeypatch.setattr(module, "start", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
     sleeping = Step("sleeps", ["-c", "import time; time.sleep(60)"], [tmp_path / "never"])
     previous = signal.signal(signal.SIGTERM, stop)
     try:
@@ -168,4 +127,4 @@ def test_a_signal_while_a_step_starts_stops_it_too(tmp_path: Path, monkeypatch: 
             run_steps([sleeping], tmp_path / "done")
     finally:
         signal.signal(signal.SIGTERM, previous)
-    assert [one.process.returncode for one in begun] == [-signal.SIGTERM]
+    assert [process.returncode for process in begun] == [-signal.SIGTERM]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from Class import prompts
 from Class.codes import unique_names
 from Class.source import Source
-from common import errors, files
+from common import files
 from common.errors import InputError
 from common.files import ROOT
 from data.knowledge_graph import KnowledgeGraph
@@ -20,6 +20,7 @@ from lora_training import make_tiny_base
 from lora_training.base_model import load_tokenizer
 from lora_training.code_tokens import CodeShape, add_code_tokens, reload_check
 from lora_training.prompts import encode_text, prompt_text
+from tests.conftest import Command, assert_refused
 
 FAMILY = ROOT / "data" / "family"
 
@@ -126,7 +127,7 @@ def test_queries_and_keys_begin_smaller() -> None:
     assert len(spread) == 5 and list(spread.values()) == pytest.approx([0.125] * 5, rel=0.1)
 
 
-def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Command) -> None:
     (tmp_path / "mine").write_text("x")
     monkeypatch.setattr(make_tiny_base, "train", lambda *_: pytest.fail("trained for nothing"))
     for words, problem in {
@@ -134,18 +135,15 @@ def test_bad_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("--vocab_size", "100"): "must be 300 or more",
         ("--steps", "-1"): "must be 0 or more",
         ("--epochs", "inf"): "--epochs must be above 0 and finite, got inf",
-        ("--block", "1"): "--block must be 2 or more",
+        ("--block", "1"): "must be 2 or more",
         ("--seed", str(2**63)): "less than 2**63",
-        ("--out", str(tmp_path / "mine")): "is a file, and the model is a folder",
+        ("--out", str(tmp_path / "mine")): "is a file, expected a folder",
         ("--out", str(tmp_path)): "holds files that this script did not write",
         ("--out", str(tmp_path / "new"), "--dataset", "/nowhere"): "/nowhere",
         ("--out", str(tmp_path / "new"), "--device", "cuda:99"): "--device cuda:99 is not there",
         ("--out", "."): "--out . is replaced as a whole, and you are in it",
     }.items():
-        with pytest.raises(SystemExit) as end:
-            errors.run_command(lambda words=words: make_tiny_base.main(list(words)))  # type: ignore[misc]
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and problem in error and error.count("\n") == 1
+        assert_refused(shell(make_tiny_base, *words), problem)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> None:

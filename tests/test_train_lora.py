@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -374,15 +376,25 @@ def test_token_rows_have_a_rate_of_their_own(base: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_two_threads_give_the_same_bits_every_time(base: Path, data: Path, tmp_path: Path) -> None:
-    for name in ("one", "again"):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "lora_training" / "train_lora.py"), *words(base, data, tmp_path / name)],
-            env={**ENVIRONMENT, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    one, again = adapter(tmp_path / "one"), adapter(tmp_path / "again")
-    assert all(torch.equal(one[name], again[name]) for name in one)
+def test_two_threads_give_the_same_bits_every_time_and_after_a_kill(base: Path, data: Path, tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}
+
+    def command(place: str, *more: str) -> list[str]:
+        line = words(base, data, tmp_path / place, max_steps=20)
+        return [sys.executable, str(ROOT / "lora_training" / "train_lora.py"), *line, *more]
+
+    for place in ("one", "again"):
+        subprocess.run(command(place), env=environment, check=True, capture_output=True, timeout=300)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    with subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL) as process:
+        while not any(checkpoints.glob("checkpoint-*/seconds.json")) and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and checkpoints.is_dir(), "it had ended before it was killed"
+    resume = command("killed", "--resume_from_checkpoint", "last")
+    subprocess.run(resume, env=environment, check=True, capture_output=True, timeout=300)
+    one, again, killed = (adapter(tmp_path / place) for place in ("one", "again", "killed"))
+    assert all(torch.equal(one[name], again[name]) and torch.equal(one[name], killed[name]) for name in one)
 
 
 # ---------------------------------------------------------------- loss and order
@@ -558,7 +570,7 @@ def test_bad_flags(refused: Callable[..., str]) -> None:
     assert "--epochs must be above 0 and finite, got inf" in refused(epochs="inf")
     assert "--learning_rate must be above 0 and finite, got nan" in refused(learning_rate="nan")
     assert f"--seed must be from 0 to 2**32 - 1, got {2**32}" in refused(seed=2**32)
-    assert "is a file, and adapters go to a folder" in refused(output_dir=__file__)
+    assert "is a file, expected a folder" in refused(output_dir=__file__)
     assert "nowhere/model does not exist" in refused(model_name="/nowhere/model")
     assert "has no checkpoint" in refused(resume_from_checkpoint="last")
     assert "is no checkpoint" in refused(resume_from_checkpoint="/nowhere")
@@ -604,13 +616,41 @@ def test_bad_bases_are_found_before_rows_are_encoded(
         shutil.copytree(base, tmp_path / name)
         tokenizer.save_pretrained(str(tmp_path / name))
         assert problem in refused(model_name=tmp_path / name)
-    (tmp_path / "t5").mkdir()
-    write_json({"model_type": "t5"}, tmp_path / "t5" / "config.json")
-    assert "not a causal language model" in refused(model_name=tmp_path / "t5")
+    for name, content in (("empty", None), ("cut", (base / "model.safetensors").read_bytes()[:-9])):
+        weights = shutil.copytree(base, tmp_path / name) / "model.safetensors"
+        weights.unlink()
+        if content is not None:
+            weights.write_bytes(content)
+        assert "model.safetensors" in refused(model_name=tmp_path / name)
+    for kind in ("t5", "bert"):
+        (tmp_path / kind).mkdir()
+        write_json({"model_type": kind}, tmp_path / kind / "config.json")
+        assert f"a {kind} model is not a causal language model" in refused(model_name=tmp_path / kind)
     assert "has down_proj, gate_proj, k_proj" in refused(lora_target="q_proj,query")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert f"--plain_text {empty} has no sentences" in refused(plain_text=empty)
+
+
+def test_faults_of_rows_are_found_before_the_training_rows_are_kept(
+    refused: Callable[..., str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation rows are read first, and of every file the longest row."""
+    kept: list[Example] = []
+    append = plan.TokenRows.append
+
+    def counted(rows: plan.TokenRows, example: Example) -> None:
+        kept.append(example)
+        append(rows, example)
+
+    monkeypatch.setattr(plan.TokenRows, "append", counted)
+    changed = Path(shutil.copytree(data, tmp_path / "changed"))
+    lines = read_json(data / "train.json", "rows")
+    write_rows([*lines, lines[0] | {"id": "last", "instruction": "word " * 3000}], changed / "train.json")
+    assert "row last has" in refused(changed) and len(kept) == len(read_json(data / "validation.json", "rows"))
+    kept.clear()
+    (changed / "validation.json").write_text('{"instruction": "x"}\n')
+    assert "validation.json:1: a row needs" in refused(changed) and not kept
 
 
 def test_bad_data(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from model.losses import LOSSES, gather_targets
 from model.RQGCN import scorer_of
 from model.schedule import CODES, FROZEN, WARM_UP, Phase
 from model.trainer import Trainer
-from tests.conftest import L, M, Q, TrainerMaker, books_of
+from tests.conftest import CODE_DIM, L, M, Q, TrainerMaker, books_of
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_joint_loss_in_one_graph(
 
     model.zero_grad()
     *_, gradient = trainer._scorer_step(batch, CODES)
-    quantization = trainer._encoder_step(gradient, CODES)
+    quantization = trainer._encoder_step(gradient, CODES, gradient)
     found = {name: p.grad for name, p in model.named_parameters()}
 
     model.zero_grad()
@@ -110,7 +110,8 @@ def test_dead_end_the_codes_alone_carry_gradient(trainer_of: TrainerMaker) -> No
     """With the codes' gradient set to zero and no quantization loss, nothing but the relations' way is left."""
     trainer = in_codes(trainer_of(vq_weight=0.0))
     trainer.model.zero_grad()
-    trainer._encoder_step(torch.zeros(M, L, trainer.model.code_dim), CODES)
+    nothing = torch.zeros(M, L, trainer.model.code_dim)
+    trainer._encoder_step(nothing, CODES, nothing)
     gradient = trainer.model.entity_embedding.grad
     assert gradient is None or not gradient.any()
 
@@ -153,7 +154,7 @@ def test_averaged_encoder_gradient_is_the_mean_over_the_steps(trainer_of: Traine
     trainer = in_codes(trainer_of({"decoder_drop": 0.0, "gcn_drop": 0.0}, encoder_every=3, batch=40, lr=1e-30))
     handed: list[Tensor] = []
     inner = trainer._encoder_step
-    trainer._encoder_step = lambda gradient, phase: (handed.append(gradient.clone()), inner(gradient, phase))[1]  # type: ignore
+    trainer._encoder_step = lambda gradient, *others: (handed.append(gradient.clone()), inner(gradient, *others))[1]  # type: ignore
     trainer.epoch = 1  # past the warm-up
     own: list[Tensor] = []
     step = trainer._scorer_step
@@ -162,6 +163,30 @@ def test_averaged_encoder_gradient_is_the_mean_over_the_steps(trainer_of: Traine
     assert len(own) > 3
     for i, gradient in enumerate(handed):
         torch.testing.assert_close(gradient, torch.stack(own[3 * i : 3 * i + 3]).mean(0))
+
+
+@pytest.mark.parametrize("mask", [0.0, 0.4])
+def test_inputs_that_layers_add_to_take_every_step(trainer_of: TrainerMaker, mask: float) -> None:
+    """With layers that stay the identity, rare passes give the run without layers; masks are drawn at each pass."""
+    width = {"init_dim": L * CODE_DIM, "gcn_dim": L * CODE_DIM, "decoder_drop": 0.0, "gcn_drop": 0.0}
+    settings: dict[str, Any] = {"batch": 8, "quantizer": "none", "optimizer": "adagrad", "lr": 0.1, "z_noise": 0.0}
+    plain = trainer_of(width | {"gcn_layers": 0, "tf_layers": 0}, encoder_every=1, **settings)
+    layered = trainer_of(width | {"gcn_layers": 2, "tf_layers": 1}, encoder_every=5, mask_inputs=mask, **settings)
+    for name, parameter in layered.model.named_parameters():
+        if name in ("entity_embedding", "relation_embedding"):
+            parameter.data.copy_(plain.model.get_parameter(name).data)
+        else:
+            parameter.requires_grad_(False)
+    assert len(plain.heads) > 5 * 8
+    for trainer in (plain, layered):
+        trainer._train_epoch(trainer.phase())
+    wanted, found = (trainer.model.entity_embedding for trainer in (plain, layered))
+    if mask:
+        assert not torch.allclose(found, wanted, rtol=1e-2)
+    else:
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert layered.z is not None
+    torch.testing.assert_close(layered.z.flatten(1), found, rtol=1e-4, atol=1e-6)
 
 
 def test_every_epoch_takes_every_query_once_in_an_order_of_its_own(trainer_of: TrainerMaker) -> None:

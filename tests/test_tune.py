@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +17,12 @@ import optuna
 import pytest
 
 import tune
-from common import errors
 from common.config import Config, parse_config
 from common.files import ROOT
-from tests.conftest import Command, Outcome, assert_refused, flags_of, write_graph
+from tests.conftest import Command, assert_refused, flags_of, write_graph
 
 # a run of half a second
 FIXED = {"epoch": 4, "init_dim": 12, "seq_len": 3, "num_code": 8, "num_quantizers": 2, "device": "cpu"}
-
-Tune = Callable[..., Outcome]
 
 
 def words_of(data: Path, folder: Path, **more: Any) -> list[str]:
@@ -33,18 +30,9 @@ def words_of(data: Path, folder: Path, **more: Any) -> list[str]:
 
 
 @pytest.fixture
-def tuned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Tune:
-    """tune.py as the shell would run it, without a second process."""
-
-    def call(*words: str) -> Outcome:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["tune.py", *words])
-        with pytest.raises(SystemExit) as end:
-            errors.run_command(tune.main)
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return call
+def tuned(shell: Command) -> Command:
+    """tune.py."""
+    return partial(shell, tune)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +49,7 @@ def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=name, storage=storage).trials
 
 
-def test_a_search_is_no_worse_than_its_first_trial_and_goes_on(tuned: Tune, untested: Path, tmp_path: Path) -> None:
+def test_a_search_is_no_worse_than_its_first_trial_and_goes_on(tuned: Command, untested: Path, tmp_path: Path) -> None:
     words, out = words_of(untested, tmp_path), tmp_path / "out.txt"
     first = tuned(*words, "--trials", "3")
     assert first.code == 0, first.err
@@ -87,7 +75,7 @@ def test_a_search_is_no_worse_than_its_first_trial_and_goes_on(tuned: Tune, unte
 
 
 def test_the_first_trial_scores_what_a_run_without_the_search_does(
-    tuned: Tune, untested: Path, tmp_path: Path, rq: Command
+    tuned: Command, untested: Path, tmp_path: Path, rq: Command
 ) -> None:
     """With valid as test split, which adds no answer to the filter."""
     assert tuned(*words_of(untested, tmp_path), "--trials", "1").code == 0
@@ -102,7 +90,7 @@ def test_the_first_trial_scores_what_a_run_without_the_search_does(
     assert found["plain"] == found["tuned"] == pytest.approx(trials_of(tmp_path)[0].value)
 
 
-def test_a_result_of_another_search_is_kept(tuned: Tune, untested: Path, tmp_path: Path) -> None:
+def test_a_result_of_another_search_is_kept(tuned: Command, untested: Path, tmp_path: Path) -> None:
     words, out = words_of(untested, tmp_path), tmp_path / "out.txt"
     out.write_text("--lr 1\n")  # a person's
     assert_refused(tuned(*words, "--trials", "1"), str(out), "--overwrite")
@@ -112,7 +100,7 @@ def test_a_result_of_another_search_is_kept(tuned: Tune, untested: Path, tmp_pat
     assert_refused(tuned(*words, "--trials", "1", "--lbl_smooth", "0.2"), str(out), "--out")
 
 
-def test_trials_of_killed_processes_do_not_count(tuned: Tune, untested: Path, tmp_path: Path) -> None:
+def test_trials_of_killed_processes_do_not_count(tuned: Command, untested: Path, tmp_path: Path) -> None:
     """Two processes share a search after a third was killed in its first trial."""
     command = [sys.executable, str(ROOT / "tune.py"), *words_of(untested, tmp_path, epoch=12, trials=3)]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -142,18 +130,18 @@ def running(storage: Path) -> bool:
         return False
 
 
-def test_no_time_for_the_first_trial_is_one_line(tuned: Tune, untested: Path, tmp_path: Path) -> None:
+def test_no_time_for_the_first_trial_is_one_line(tuned: Command, untested: Path, tmp_path: Path) -> None:
     outcome = tuned(*words_of(untested, tmp_path), "--max_minutes", "0.00001")
     assert_refused(outcome, "--max_minutes")
     assert not (tmp_path / "out.txt").exists()
 
 
-def test_settings_that_do_not_work_are_one_line(tuned: Tune, untested: Path, tmp_path: Path) -> None:
+def test_settings_that_do_not_work_are_one_line(tuned: Command, untested: Path, tmp_path: Path) -> None:
     outcome = tuned(*words_of(untested, tmp_path, ensemble=5))  # does not divide the width
     assert_refused(outcome, "default settings")
 
 
-def test_a_file_that_is_no_search_is_named(tuned: Tune, untested: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_search_is_named(tuned: Command, untested: Path, tmp_path: Path) -> None:
     (tmp_path / "ring_tune.db").write_text("no database")
     assert_refused(tuned(*words_of(untested, tmp_path)), "ring_tune.db")
     assert (tmp_path / "ring_tune.db").read_text() == "no database"
@@ -169,7 +157,7 @@ def test_flags_of_the_command_line_are_not_searched() -> None:
 
 
 @pytest.mark.parametrize("words", [["--eval_codes", "c.pt"], ["--restore"], ["--name", "x"], ["--split", "test"]])
-def test_flags_without_a_meaning_here_are_refused(tuned: Tune, words: list[str]) -> None:
+def test_flags_without_a_meaning_here_are_refused(tuned: Command, words: list[str]) -> None:
     assert_refused(tuned("--dataset", "none", *words), words[0])
 
 
