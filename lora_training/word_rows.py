@@ -24,7 +24,7 @@ import torch
 from Class.codes import unique_names
 from Class.source import fit_codes
 from common.errors import CommandParser, run_command
-from common.files import command, save_torch, sha256_file, write_json
+from common.files import command, output_file, save_torch, sha256_file, write_json
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
 from lora_training.base_model import load_base, load_tokenizer, quiet_libraries
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codes", type=Path, required=True, metavar="C.pt", help="codes file")
     parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="the graph of these codes")
     parser.add_argument("--model_name", required=True, help="the base LLM: hub id or local folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.pt", help="gets the rows")
+    parser.add_argument("--out", type=output_file, required=True, metavar="FILE.pt", help="gets the rows")
     return parser.parse_args(argv)
 
 
