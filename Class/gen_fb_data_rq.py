@@ -221,7 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser)
     group = parser.add_argument_group("negatives")
     group.add_argument("--neg_ratio", type=at_least(1), default=16, help="sampled negatives per training triple")
-    parser.add_argument("--short", action="store_true", help="a prompt of a third of the tokens, for small budgets")
+    parser.add_argument("--short", action="store_true", help="a prompt of half the tokens, for small budgets")
     args = parser.parse_args(argv)
     check_flags(args, parser)
     return args

@@ -38,7 +38,7 @@ JUDGE = "True or False?\n"
 
 
 def short_classification(relation: str, head_text: str, tail_text: str) -> str:
-    """``classification`` in a third of the tokens, names and codes of each entity once."""
+    """``classification`` in half the tokens: names and codes of each entity once."""
     return f"{JUDGE}{head_text} | {relation} | {tail_text}"
 
 

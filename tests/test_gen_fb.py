@@ -57,8 +57,8 @@ def test_draws_follow_the_relations_triples() -> None:
     kg = graph_of([[0, 0, 4], [1, 0, 5], [2, 0, 5], [3, 0, 5], [1, 0, 6]], 7, 1)
     known = np.sort(triple_keys(kg.train, kg))
     negatives, _ = sample_negatives(kg.train[:1], 20_000, known, kg, training_ranges(kg), np.random.default_rng(1))
-    counts = Counter(int(t) for h, _, t in negatives.tolist() if h == 0)
-    assert counts.keys() == {5, 6} and abs(counts[5] / counts[6] - 3) < 0.2
+    tails = Counter(int(t) for h, _, t in negatives.tolist() if h == 0)
+    assert tails.keys() == {5, 6} and abs(tails[5] / tails[6] - 3) < 0.2
 
 
 def graph_of(train: list[list[int]], M: int, R: int, **splits: Any) -> KnowledgeGraph:
