@@ -57,10 +57,15 @@ def test_code_vectors_are_scored_as_they_are_where_the_widths_agree() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "is_table"),
-    [({}, True), ({"init_dim": D + 2}, False), ({"tf_layers": 1}, False), ({"gcn_layers": 1, "gcn_dim": D}, False)],
+    [
+        ({}, True),
+        ({"init_dim": D + 2}, False),
+        ({"tf_layers": 1, "gcn_layers": 1, "gcn_dim": L * CODE_DIM}, True),
+        ({"gcn_layers": 1, "gcn_dim": D}, False),
+    ],
     ids=str,
 )
-def test_z_is_the_table_only_without_maps(ring_kg: KnowledgeGraph, changes: dict[str, Any], is_table: bool) -> None:
+def test_z_starts_as_the_table_where_no_map_changes_the_width(ring_kg: KnowledgeGraph, changes: dict[str, Any], is_table: bool) -> None:
     from model.relational_graph import RelationalGraph
 
     model = make_model(ring_kg, **(TABLE_ONLY | changes))
