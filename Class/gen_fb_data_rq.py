@@ -9,7 +9,8 @@ a data set without these files gets one sampled negative per triple.
 
 Negatives of FB15k-237N are adversarial: their entities occur with the relation in training more often than those of
 the positives. Uniform negatives teach the opposite, so the replaced end is drawn from the relation's training range:
-the entities at that end of its training triples. Where that gives none, it is drawn from all entities.
+the entities at that end of its training triples, each as often as it occurs there (otherwise frequent entities would
+be a sign of True). Where that gives none, it is drawn from all entities.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Class.prompts import FALSE, TRUE, classification
+from Class.prompts import FALSE, TRUE, classification, short_classification
 from Class.rows import Row, fill_top, make_row, train_command, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, at_least, run_command
@@ -39,9 +40,9 @@ CHUNK = 1 << 16
 
 
 class Ranges(NamedTuple):
-    """The entities at one end of each relation in training, as CSR over relations."""
+    """The entities at one end of each relation's training triples, once per triple, as CSR over relations."""
 
-    keys: Ints  # sorted distinct r * M + entity
+    keys: Ints  # sorted r * M + entity
     indptr: Ints  # [R + 1]
 
 
@@ -71,7 +72,7 @@ def training_ranges(kg: KnowledgeGraph) -> tuple[Ranges, Ranges]:
     """The heads and the tails of each relation's training triples."""
 
     def of(column: int) -> Ranges:
-        keys = np.unique(kg.train[:, 1] * kg.num_entities + kg.train[:, column])
+        keys = np.sort(kg.train[:, 1] * kg.num_entities + kg.train[:, column])
         return Ranges(keys, np.searchsorted(keys, np.arange(kg.num_relations + 1) * kg.num_entities).astype(np.int64))
 
     return of(0), of(2)
@@ -156,16 +157,21 @@ def make_splits(kg: KnowledgeGraph, ratio: int, seed: int) -> dict[str, Split]:
     return splits
 
 
-def rows_of(source: Source, split: str, labelled: Labelled) -> Iterator[Row]:
-    """The split's rows, one by one."""
+def rows_of(source: Source, split: str, labelled: Labelled, short: bool = False) -> Iterator[Row]:
+    """The split's rows, one by one; ``short``: with the prompt for small budgets."""
     shown, texts, relations = source.shown, source.entity_texts, source.relations
     number = 0
     for start in range(0, len(labelled.triples), CHUNK):
         part = slice(start, start + CHUNK)
         for (h, r, t), holds in zip(labelled.triples[part].tolist(), labelled.labels[part].tolist(), strict=True):
             answer = TRUE if holds else FALSE
+            prompt = (
+                short_classification(relations[r], texts[h], texts[t])
+                if short
+                else classification(shown[h], relations[r], shown[t], texts[h], texts[t], source.with_codes)
+            )
             yield make_row(
-                classification(shown[h], relations[r], shown[t], texts[h], texts[t], source.with_codes),
+                prompt,
                 answer,
                 id=f"{TASK}-{split}-{number}",
                 task_type=TASK,
@@ -215,6 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser)
     group = parser.add_argument_group("negatives")
     group.add_argument("--neg_ratio", type=at_least(1), default=16, help="sampled negatives per training triple")
+    parser.add_argument("--short", action="store_true", help="a prompt of half the tokens, for small budgets")
     args = parser.parse_args(argv)
     check_flags(args, parser)
     return args
@@ -228,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     counts, controls = negative_counts(kg, splits), range_controls(kg, splits)
     folder = args.out_dir / TASK
     write_task(
-        folder, TASK, args, source, {name: rows_of(source, name, split.rows) for name, split in splits.items()},
+        folder, TASK, args, source,
+        {name: rows_of(source, name, split.rows, args.short) for name, split in splits.items()},
         lambda: {"labelled": counts, "range_controls": controls},
     )  # fmt: skip
     for name, count in counts.items():

@@ -34,6 +34,14 @@ def classification(head: str, relation: str, tail: str, head_text: str, tail_tex
     )
 
 
+JUDGE = "True or False?\n"
+
+
+def short_classification(relation: str, head_text: str, tail_text: str) -> str:
+    """``classification`` in half the tokens: names and codes of each entity once."""
+    return f"{JUDGE}{head_text} | {relation} | {tail_text}"
+
+
 def entity_with_codes(name: str, codes: str | None) -> str:
     """``<ENT>name</ENT> <CODE>...</CODE>`` of an escaped name and a code text; without codes (None) the bare name."""
     return name if codes is None else f"<ENT>{name}</ENT> {codes}"

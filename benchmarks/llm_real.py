@@ -1,13 +1,14 @@
 """Do codes help a pretrained LLM? With codes, without codes, shuffled codes: equal rows, steps and seeds.
 
-    python benchmarks/llm_real.py --dataset data/FB15k-237N --codes C.pt --checkpoint CK.pt --model_name DIR --out OUT
-    python benchmarks/llm_real.py --dataset data/FB15k-237 --codes C.pt --checkpoint CK.pt --model_name DIR --out OUT \
+    python benchmarks/llm_real.py --dataset data/FB15k-237N --codes C.pt --code_init ROWS.pt --model_name DIR --out OUT
+    python benchmarks/llm_real.py --dataset data/FB15k-237 --codes C.pt --code_init ROWS.pt --model_name DIR --out OUT \
         --candidates train.npz valid.npz test.npz
 
-Without --candidates: triple classification (accuracy); with them: link prediction over 20 listed candidates (MRR). Each
-step is a command of another script with a mark in OUT/done. After --limit_s the running step is stopped with its
-checkpoint, and the same command continues: nine-minute parts suit machines that end longer commands. All three
-variants take the same number of rows per step: as many as have --step_tokens tokens with codes. bfloat16 on a GPU.
+ROWS.pt: lora_training/word_rows.py. Without --candidates: triple classification (accuracy), with the short prompt; with
+them: link prediction over 20 listed candidates (MRR). Each step is a command of another script with a mark in OUT/done.
+After --limit_s the running step is stopped with its checkpoint, and the same command continues: nine-minute parts suit
+machines that end longer commands. All three variants take the same number of rows per step: as many as have
+--step_tokens tokens with codes. bfloat16 on a GPU.
 
 OUT/llm_real.json gets the metrics of each seed, the validation losses over tokens, and the paired differences of the
 LLM with codes with their standard errors over test queries.
@@ -60,7 +61,7 @@ def data_of(args: argparse.Namespace, variant: Variant, seed: int, split: str) -
 
 def data_step(args: argparse.Namespace, variant: Variant, seed: int) -> Step:
     """Instruction data of one variant."""
-    words = ["Class/gen_fb_data_rq.py", *flags({"neg_ratio": args.neg_ratio})]
+    words = ["Class/gen_fb_data_rq.py", "--short", *flags({"neg_ratio": args.neg_ratio})]
     if args.candidates:
         words = ["Class/gen_lp_data_rq.py", "--from", "valid", "--candidates", *map(str, args.candidates)]
     out = folder_of(args, variant, seed) / "data"
@@ -93,9 +94,9 @@ def llm_steps(args: argparse.Namespace, variant: Variant, seed: int, rows: int) 
     words = ["lora_training/train_lora.py", *flags({
         "model_name": args.model_name, "output_dir": adapter.parent, "train_data": train, "val_data": validation,
         "val_limit": args.val_rows, "epochs": args.epochs, "batch_size": rows, "learning_rate": args.learning_rate,
-        "rows_lr": args.rows_lr, "seed": seed, "eval_steps": args.eval_steps,
+        "rows_lr": args.rows_lr, "adam_beta2": 0.99, "lora_dropout": 0, "seed": seed, "eval_steps": args.eval_steps,
     })]  # fmt: skip
-    words += [] if variant is WITHOUT else ["--code_init", str(args.checkpoint)]
+    words += [] if variant is WITHOUT else ["--code_init", str(args.code_init)]
     answer = ["lora_training/inference.py", *flags({
         "lora_adapter": adapter, "output": folder / RESULTS, "test_data": test, "limit": args.test_rows,
         "val_limit": args.val_rows,
@@ -136,7 +137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="benchmarks/llm_real.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder")
     parser.add_argument("--codes", type=Path, required=True, metavar="C.pt", help="codes that the LLM reads")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="CK.pt", help="their stage-1 checkpoint")
+    parser.add_argument("--code_init", type=Path, required=True, metavar="FILE.pt", help="start of the code rows: of "
+                        "lora_training/word_rows.py, or stage 1's checkpoint")  # fmt: skip
     parser.add_argument("--candidates", type=Path, nargs="+", metavar="FILE", help="lists: link prediction instead")
     parser.add_argument("--model_name", required=True, help="hub id or local folder")
     parser.add_argument("--out", type=output_folder, required=True, metavar="OUT", help="folder for everything")
@@ -156,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse_args(argv), time.monotonic()
-    for flag in ("dataset", "codes", "checkpoint"):
+    for flag in ("dataset", "codes", "code_init"):
         path = getattr(args, flag).resolve()
         if not path.exists():
             raise InputError(f"--{flag} {path} does not exist; make it: python run_rq.py --dataset DIR")
@@ -173,14 +175,14 @@ def main(argv: list[str] | None = None) -> None:
         timer.start()
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(args.out / "llm_real.lock", "--out"):
-        cells = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
+        cells = [(variant, seed) for seed in args.seeds for variant in reversed(VARIANTS)]
         run_steps([data_step(args, variant, seed) for variant, seed in cells], args.out / "done")
         rows = rows_per_step(args)
         steps = [step for variant, seed in cells for step in llm_steps(args, variant, seed, rows)]
         seconds = run_steps(steps, args.out / "done")
         timer.cancel()
         found = summary(args)
-        hashes = {name: sha256_file(getattr(args, name)) for name in ("codes", "checkpoint")}
+        hashes = {name: sha256_file(getattr(args, name)) for name in ("codes", "code_init")}
         record = make_record(vars(args) | {"seed": None}, hashes, time.monotonic() - started, model=args.model_name,
                              rows_per_step=rows, seconds=seconds, **found)  # fmt: skip
         write_json(record, args.out / "llm_real.json")

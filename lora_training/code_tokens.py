@@ -4,7 +4,8 @@ Each token of ``Class.codes.code_tokens`` becomes ONE id after the base vocabula
 and head start from the mean of the base's rows:
 
     row = mean + NOISE * spread * noise                       noise: normal, of expected length 1
-    row = mean + DIRECTION * spread * codebook_vector         with --code_init; vectors of mean length 1
+    row = mean + DIRECTION * spread * vector                  with --code_init; vectors of mean length 1: codebooks of
+                                                              stage 1, or the rows of word_rows.py
 
 where spread is the root mean square distance of the base's rows from their mean. Rows of a pretrained model share a
 strong mean direction; a row without it gets too much or too little probability after every word of plain text.
@@ -234,21 +235,22 @@ def _directions(model: PreTrainedModel, codebooks: torch.Tensor, generator: torc
     """The codebooks as [Q * K, D] with mean length 1, in the order of the code tokens.
 
     One random orthogonal matrix maps them to the model's width D, so inner products between codes stay as stage 1
-    learned them (if code_dim > D: in D random directions).
+    learned them (if code_dim > D: in D random directions). Where code_dim is D, they are used as they are.
     """
     import torch
 
     Q, K, C = codebooks.shape
     D = next(iter(token_matrices(model).values())).shape[1]
-    rotation = torch.linalg.qr(torch.randn(max(C, D), max(C, D), generator=generator))[0][:C, :D]
-    rows = codebooks.reshape(Q * K, C) @ rotation
+    rows = codebooks.reshape(Q * K, C)
+    if C != D:
+        rows = rows @ torch.linalg.qr(torch.randn(max(C, D), max(C, D), generator=generator))[0][:C, :D]
     return rows / rows.norm(dim=1).mean()
 
 
 def read_codebooks(path: str | Path, shape: CodeShape) -> torch.Tensor:
-    """The codebooks [Q, K, code_dim] of the best epoch in stage 1's checkpoint, float32.
+    """The codebooks [Q, K, code_dim] of the best epoch in stage 1's checkpoint, or the rows of word_rows.py; float32.
 
-    InputError if the file is no checkpoint of run_rq.py, or has codebooks of other sizes than ``shape``.
+    InputError if the file is neither, or has other sizes than ``shape``.
     """
     from model.quantizers import codebooks_of
 
@@ -257,7 +259,8 @@ def read_codebooks(path: str | Path, shape: CodeShape) -> torch.Tensor:
     if not isinstance(stored, Mapping):
         raise InputError(f"checkpoint {path} is a {type(stored).__name__}; give the one that run_rq.py wrote")
     try:
-        codebooks = codebooks_of(stored["best"]["model"]).float()
+        rows = stored.get("codebooks")  # of word_rows.py
+        codebooks = (codebooks_of(stored["best"]["model"]) if rows is None else rows).float()
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"checkpoint {path} has no codebooks; give the one that run_rq.py wrote") from error
     if codebooks.dim() != 3 or codebooks.shape[:2] != (Q, K) or not bool(codebooks.isfinite().all()):

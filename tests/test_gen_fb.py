@@ -45,14 +45,20 @@ def test_sampled_negatives(family: KnowledgeGraph, ratio: int) -> None:
     assert inside.sum() >= len(negatives) - outside and outside < 0.01 * len(negatives)
 
 
-def test_draws_are_uniform_over_the_range() -> None:
-    """One triple between two ranges of 50 entities: each of the 49 new tails and the 49 new heads equally often."""
+def test_draws_follow_the_relations_triples() -> None:
+    """One triple between two ranges of 50 entities: each of the 49 new tails and the 49 new heads equally often; a tail
+    of three triples three times as often as one of one."""
     kg = graph_of([[e, 0, 50 + e] for e in range(50)], 100, 1)
     known = np.sort(triple_keys(kg.train, kg))
     ranges = training_ranges(kg)
     negatives, _ = sample_negatives(kg.train[:1], 98_000, known, kg, ranges, np.random.default_rng(1))
     counts = Counter(map(tuple, negatives.tolist()))
     assert len(counts) == 98 and abs(check_leaks.chi_square_z(list(counts.values()))) < 4
+    kg = graph_of([[0, 0, 4], [1, 0, 5], [2, 0, 5], [3, 0, 5], [1, 0, 6]], 7, 1)
+    known = np.sort(triple_keys(kg.train, kg))
+    negatives, _ = sample_negatives(kg.train[:1], 20_000, known, kg, training_ranges(kg), np.random.default_rng(1))
+    tails = Counter(int(t) for h, _, t in negatives.tolist() if h == 0)
+    assert tails.keys() == {5, 6} and abs(tails[5] / tails[6] - 3) < 0.2
 
 
 def graph_of(train: list[list[int]], M: int, R: int, **splits: Any) -> KnowledgeGraph:
@@ -184,6 +190,14 @@ def test_rows_show_names_and_codes_of_their_triple(tmp_path: Path) -> None:
     assert plain == [(row["id"], row["triple"], row["output"]) for row in rows["test"]], "the ablation: same triples"
     prompts = "\n".join(row["instruction"] for row in without["train"] + without["test"])
     assert not any(mark in prompts for mark in ("<CODE>", "<ENT>", "Q0_", "codes"))
+    short = generate(tmp_path / "short", "--codes", path, "--short", *words)["test"]
+    assert [(row["id"], row["triple"], row["output"]) for row in short] == plain
+    for row in short:
+        question, head, relation, tail = row["instruction"].replace("\n", " | ", 1).split(" | ")
+        assert question == "True or False?" and relation == kg.relation_labels[relations[row["triple"][1]]]
+        for text, entity in ((head, row["triple"][0]), (tail, row["triple"][2])):
+            assert text.startswith(f"<ENT>{kg.labels[ids[entity]]}</ENT> ")
+            assert np.array_equal(parse_codes(text.split("</ENT> ")[1]), codes[ids[entity]])
 
 
 def test_the_seed_decides_everything(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.test_train_lora import base  # noqa: F401
 
 def words(base: Path, run: Run, out: Path) -> list[str]:  # noqa: F811
     return [
-        "--dataset", str(run.dataset), "--codes", str(run.codes), "--checkpoint", str(run.checkpoint), "--model_name",
+        "--dataset", str(run.dataset), "--codes", str(run.codes), "--code_init", str(run.checkpoint), "--model_name",
         str(base), "--out", str(out), "--rows", "24", "--val_rows", "6", "--test_rows", "8", "--step_tokens", "1500",
         "--eval_steps", "2",
     ]  # fmt: skip
@@ -59,6 +59,6 @@ def test_the_end_of_a_part_is_a_sigterm_to_itself(monkeypatch: pytest.MonkeyPatc
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    flags = ["--dataset", str(tmp_path), "--codes", str(tmp_path / "c.pt"), "--checkpoint", "x", "--model_name", "m"]
+    flags = ["--dataset", str(tmp_path), "--codes", str(tmp_path / "c.pt"), "--code_init", "x", "--model_name", "m"]
     with pytest.raises(InputError, match=r"--codes .*c\.pt does not exist"):
         llm_real.main([*flags, "--out", str(tmp_path / "out")])

@@ -65,7 +65,9 @@ def test_code_vectors_are_scored_as_they_are_where_the_widths_agree() -> None:
     ],
     ids=str,
 )
-def test_z_starts_as_the_table_where_no_map_changes_the_width(ring_kg: KnowledgeGraph, changes: dict[str, Any], is_table: bool) -> None:
+def test_z_starts_as_the_table_where_no_map_changes_the_width(
+    ring_kg: KnowledgeGraph, changes: dict[str, Any], is_table: bool
+) -> None:
     from model.relational_graph import RelationalGraph
 
     model = make_model(ring_kg, **(TABLE_ONLY | changes))
