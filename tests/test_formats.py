@@ -244,7 +244,10 @@ def test_plain_lines_are_read_as_rdflib_reads_them(tmp_path: Path) -> None:
     assert ours == {tuple(map(str, triple)) for triple in Graph().parse(data=text, format="nt")} and len(ours) > 50
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"a\tr\tb\n" * 99)[:-9], b""])
+DAMAGED = [b"no gzip", gzip.compress(b"a\tr\tb\n" * 99)[:-9], b""]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=["no gzip", "cut off", "empty"])
 def test_a_damaged_gzip_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tsv.gz").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.tsv\.gz") as error:
