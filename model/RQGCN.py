@@ -178,16 +178,7 @@ class RQGCN(nn.Module):
         )  # fmt: skip
         self.ffn: nn.Module = linear(ensemble, width, seq_len * code_dim) if mapped else nn.Identity()
         self.position = nn.Parameter(torch.zeros(seq_len, code_dim))
-        blocks = [
-            nn.TransformerEncoderLayer(
-                code_dim, att_head, 4 * code_dim, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
-            )
-            for _ in range(tf_layers)
-        ]
-        for block in blocks:  # each starts as the identity
-            for weight in (block.self_attn.out_proj.weight, block.linear2.weight, block.linear2.bias):
-                nn.init.zeros_(weight)
-        self.transformer = nn.ModuleList(blocks)
+        self.transformer = nn.ModuleList(_transformer_block(code_dim, att_head) for _ in range(tf_layers))
         # all entities pass at once, so their own statistics are the population's, in training and after
         self.norm: nn.Module = nn.Identity()
         if mapped:
@@ -273,6 +264,16 @@ class RQGCN(nn.Module):
     def cal_allent_codes_emds(self, g: RelationalGraph, text: Tensor | None = None) -> Tensor:
         """Vectors that those codes stand for, [M, L, code_dim]."""
         return self.rq_codebook.decode_from_codes(self.cal_allent_codes(g, text))
+
+
+def _transformer_block(width: int, heads: int) -> nn.TransformerEncoderLayer:
+    """A transformer block over positions that starts as the identity."""
+    block = nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+    )
+    for weight in (block.self_attn.out_proj.weight, block.linear2.weight, block.linear2.bias):
+        nn.init.zeros_(weight)
+    return block
 
 
 def _check_sharing(ensemble: int, seq_len: int, code_dim: int, init_dim: int, gcn_layers: int, tf_layers: int) -> None:
