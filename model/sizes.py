@@ -15,7 +15,7 @@ from common.errors import InputError
 EXACT_UP_TO = 20_000  # entities; above, a softmax over SAMPLED ones, drawn per step, is several times as fast
 SAMPLED = 4096
 EVERY_STEP_UP_TO = 100_000  # entities; above, the encoder's pass is dearer than many steps (benchmarks/growth.py)
-GRAPH_PACE = 8  # scorer steps per pass of the graph layers
+GRAPH_PACE = 8  # scorer steps per pass of graph layers and transformer blocks
 WIDTH = 256
 FEWEST_CODES, MOST_CODES = 8, 1024
 LARGE = 5_000  # entities, from which on other batches and codes were better (docs/DEFAULTS.md)
@@ -23,6 +23,7 @@ STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
 MOST_N3_SMALL, MOST_N3_LARGE = 0.03, 0.05  # weight of the N3 norm; less where an entity has many triples (docs/LOG.md)
 RATES = {"adagrad": 0.1, "adam": 0.005}
+WIDTHS = ("init_dim", "gcn_dim", "seq_len")
 LEAST_ADAGRAD_RATE = 0.02  # below, Adagrad hardly learns, and a given rate is meant for Adam
 
 
@@ -46,13 +47,18 @@ def sizes_for(entities: int, relations: int, triples: int) -> dict[str, Any]:
 
 
 def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
-    """``sizes_for``, adapted to given settings: one level has 16 positions; a pass of graph layers costs as much as
-    several steps; N3 is for vectors that are multiplied as they are; each optimizer has its own rate, and a low --lr is
-    one for Adam."""
+    """``sizes_for``, adapted to given settings: one level has 16 positions; layers that add to the inputs pass once per
+    several steps, those that change the width are trained by Adam; N3 is for vectors that are multiplied as they are;
+    each optimizer has its own rate, and a low --lr is one for Adam."""
     if config.quantizer == "vq":
         found = found | {"seq_len": found["seq_len"] * found["num_quantizers"]}
-    if config.gcn_layers:
-        found = found | {"encoder_every": max(GRAPH_PACE, found["encoder_every"])}
+    if config.gcn_layers or config.tf_layers:
+        sized = dataclasses.replace(config, **{name: found[name] for name in WIDTHS if getattr(config, name) == AUTO})
+        width, codes = _width(sized), sized.seq_len * (_code_dim(sized) if sized.code_dim == AUTO else sized.code_dim)
+        if sized.init_dim == width == codes:
+            found = found | {"encoder_every": max(GRAPH_PACE, found["encoder_every"])}
+        else:
+            found = found | {"optimizer": "adam", "n3": 0.0}
     if AUTO != config.lr < LEAST_ADAGRAD_RATE:
         found = found | {"optimizer": "adam"}
     if config.decoder not in ("complex", "distmult"):
@@ -71,9 +77,7 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
     if config.loss != "ce":
         sized = dataclasses.replace(sized, num_negatives=0, tails_at_once=0)  # those of SOFTMAX_ONLY
     if config.code_dim == AUTO:
-        width = sized.gcn_dim if sized.gcn_layers else sized.init_dim
-        step = sized.att_head if sized.tf_layers else 1
-        chosen["code_dim"] = max(8, width // sized.seq_len // step * step)
+        chosen["code_dim"] = _code_dim(sized)
         sized = dataclasses.replace(sized, code_dim=chosen["code_dim"])
     if chosen:
         flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
@@ -81,6 +85,17 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
     if sized.tf_layers and sized.code_dim % sized.att_head:
         raise InputError(f"--code_dim {sized.code_dim} is no multiple of --att_head {sized.att_head}; change one")
     return sized
+
+
+def _width(config: Config) -> int:
+    """D."""
+    return config.gcn_dim if config.gcn_layers else config.init_dim
+
+
+def _code_dim(config: Config) -> int:
+    """An equal part of D for each position."""
+    step = config.att_head if config.tf_layers else 1
+    return max(8, _width(config) // config.seq_len // step * step)
 
 
 def encoder_pace(entities: int) -> int:

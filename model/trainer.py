@@ -98,8 +98,8 @@ class Trainer:
             raise InputError(f"a batch has {least} queries for {world.size} processes; start fewer or raise --batch")
         share_batch_norms(model.scorer, world)
         world.copy_from_first(model.state_dict().values())
-        has_layers = len(model.encoder.layers) + len(model.transformer) > 0
-        self.inputs_every_step = has_layers and model.layers_add and kg.num_entities <= EVERY_STEP_UP_TO
+        rare_layers = config.encoder_every > 1 and len(model.encoder.layers) + len(model.transformer) > 0
+        self.inputs_every_step = rare_layers and model.layers_add and kg.num_entities <= EVERY_STEP_UP_TO
         self.optimizer = self._make_optimizer()
         self.average = self._make_average()
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -238,13 +238,13 @@ class Trainer:
                 scored = self._scorer_step(batch, phase)
                 quantization = 0.0
                 if phase.trains_encoder:
-                    now = scored.gradient.to_dense()
-                    gradient = now if gradient is None else gradient + now
+                    gradient = scored.gradient.to_dense() if gradient is None else gradient.add_(scored.gradient)
                     waiting, unassigned = waiting + 1, unassigned + 1
                     if waiting == self.config.encoder_every or last:
-                        quantization = self._encoder_step(gradient / waiting, phase, now)
+                        quantization = self._encoder_step(gradient / waiting, phase, scored.gradient)
                         gradient, waiting = None, 0
                     elif self.inputs_every_step:
+                        now = scored.gradient.to_dense().clone()  # processes sum their gradients in place
                         self.model.without_layers(self.text, self.masked).backward(now)
             values = [float(scored.structure), float(scored.semantic), quantization]
             losses.append(Losses(*self.world.sum_gradients(self.model.parameters(), values)))
@@ -473,7 +473,8 @@ class Trainer:
         z = self.model.encode(self.graph, self.text, self.masked).z
         surrogate, quantization = (z * gradient).sum(), 0.0
         if self.inputs_every_step:
-            surrogate = surrogate + (self.model.without_layers(self.text, self.masked) * (now - gradient)).sum()
+            rest = now.to_dense() - gradient
+            surrogate = surrogate + (self.model.without_layers(self.text, self.masked) * rest).sum()
         if phase == CODES:
             assert self.codes is not None
             own = self.world.own

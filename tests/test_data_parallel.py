@@ -32,7 +32,7 @@ from model.data_parallel import SharedBatchNorm, World
 from model.evaluation import evaluate_vectors
 from model.RQGCN import RQGCN, model_arguments
 from model.trainer import Trainer
-from tests.conftest import ROOT, SHAPE, D, M, R, make_model, small_flags
+from tests.conftest import CODE_DIM, ROOT, SHAPE, D, L, M, R, make_model, small_flags
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -98,6 +98,9 @@ def trained(model: dict[str, Any], double: bool = True, **settings: Any) -> Scen
 
 EQUAL: dict[str, Scenario] = {
     "distmult": trained({"decoder": "distmult"}),
+    "layers that add": trained(
+        {"init_dim": L * CODE_DIM, "gcn_dim": L * CODE_DIM, "tf_layers": 1, "decoder": "complex"}, encoder_every=3
+    ),
     "conve": trained({"decoder": "conve"}, weight_average=0.9),
     "tucker": trained({"decoder": "tucker"}, loss="bce", n3=0.1),
     "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),

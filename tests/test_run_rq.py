@@ -720,12 +720,19 @@ def test_sizes_of_the_graphs_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize(("flags", "optimizer", "every"), [
-    ([], "adagrad", 1), (["--gcn_layers", "2", "--tf_layers", "1"], "adagrad", 8), (["--lr", "0.0005"], "adam", 1),
+    ([], "adagrad", 1), (["--gcn_layers", "2", "--tf_layers", "1"], "adagrad", 8),
+    (["--tf_layers", "1"], "adagrad", 8), (["--lr", "0.0005"], "adam", 1),
     (["--lr", "0.05"], "adagrad", 1), (["--lr", "0.0005", "--optimizer", "adagrad"], "adagrad", 1),
 ])  # fmt: skip
 def test_a_low_rate_is_for_adam_and_graph_layers_pass_less_often(flags: list[str], optimizer: str, every: int) -> None:
     config = with_sizes(run_rq.parse_config(flags), 14_541, 237, 272_115)
     assert (config.optimizer, config.encoder_every, config.n3) == (optimizer, every, 0.0267)
+
+
+@pytest.mark.parametrize("flags", [["--init_dim", "200"], ["--seq_len", "4", "--code_dim", "32"]])
+def test_layers_that_change_the_width_are_trained_by_adam_at_every_step(flags: list[str]) -> None:
+    config = with_sizes(run_rq.parse_config(["--gcn_layers", "2", *flags]), 14_541, 237, 272_115)
+    assert (config.optimizer, config.lr, config.encoder_every, config.n3) == ("adam", 0.005, 1, 0)
 
 
 # ---------------------------------------------------------------- flags
