@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import DATASET, Row, benchmark_parser, print_table, write_rows
-from common.errors import run_command
+from common.errors import at_least, run_command
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.ranking import filtered_ranks, rank_scores
 
@@ -52,7 +52,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def main() -> int:
     parser = benchmark_parser(__doc__, "a sample of the batches")
     parser.add_argument("--dataset", type=Path, default=DATASET, help="graph folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the scores")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the scores")
     args = parser.parse_args()
     begun = time.perf_counter()
     torch.set_num_threads(args.threads)
