@@ -117,7 +117,7 @@ class Config:
     tf_layers: int = flag(1, MODEL, "transformer blocks over the L positions", low=0)
     att_head: int = flag(4, MODEL, "attention heads of those blocks", low=1, unused_without="tf_layers")
     decoder: str = flag("conve", MODEL, "score of head, relation and tail (Eq. 6)",
-                        choices=["conve", "distmult", "complex", "tucker", "mlp"])  # fmt: skip
+                        choices=["conve", "distmult", "complex"])  # fmt: skip
     decoder_drop: float | None = flag(None, MODEL, "dropout of the decoder", low=0, below=1, unset="the decoder's own")
     ensemble: int = flag(1, MODEL, "ensemble members that share positions and widths, train by their own losses and "
                          "add their scores (needs --gcn_layers 0)", low=1, metavar="N")  # fmt: skip

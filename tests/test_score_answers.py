@@ -225,10 +225,10 @@ def test_the_threshold_comes_from_validation_never_from_test() -> None:
 
 
 def test_exact_matches_and_failures() -> None:
-    one = answer(task_type="one_hop_question", text=" b\na", expected="a\nb")
+    one = answer(task_type="predict_tail", text=" b\na", expected="a\nb")
     assert is_match(one) and not is_match(one | {"text": "a"}) and not is_match(one | {"parsed": False})
     answers = [one | {"id": str(i)} for i in range(3)] + [one | {"id": "3", "parsed": False}]
-    assert report(answers)["one_hop_question"]["test"] == {
+    assert report(answers)["predict_tail"]["test"] == {
         "exact_match": 0.75,
         "count": 4,
         "parse_failures": 1,
@@ -247,6 +247,8 @@ def test_a_torn_last_line_is_left_out_and_other_faults_are_named(tmp_path: Path)
         ([whole[0], 5], "2 "),
         ([whole[0] | {"scores": [1.0]}], "1 .*differ in length"),
         ([whole[0] | {"truth": "b"}], "1 .*truth"),
+        ([whole[0] | {"scores": "high"}], "1 "),
+        ([whole[0] | {"id": [1]}], "1 "),
     ):
         with pytest.raises(InputError, match=rf"answers\.jsonl:{message}"):
             read_answers(write(path, lines))  # type: ignore[arg-type]
