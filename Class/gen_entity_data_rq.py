@@ -1,14 +1,17 @@
-"""Tasks about entities, facts and codes, each into a folder of its own.
+"""Tasks about entities, facts, codes and questions, each into a folder of its own.
 
-    python Class/gen_entity_data_rq.py                                        all three, with the newest codes
-    python Class/gen_entity_data_rq.py --tasks knowledge_reasoning --no_codes
+    python Class/gen_entity_data_rq.py                                        all four, with the newest codes
+    python Class/gen_entity_data_rq.py --tasks knowledge_reasoning question_answering --no_codes
 
 entity_representation  name -> codes, codes -> name, both -> description
 knowledge_reasoning    predict a tail, complete a triple (head or relation), validate a triple: as many True as False
 code_understanding     levels shared at a position, a hidden code: computed from the codes
+question_answering     questions over one relation in words, answered by all known answers
 
 The first and the third hold out entities, a tenth each for validation and test (a mix shows their names and codes in
-prompts of other tasks). The second holds out facts: a row rests on triples of its own split only.
+prompts of other tasks). The others hold out facts: a training row rests on training triples only, one of validation or
+test on triples of its split only, and a question of validation or test is made only where every known answer is of its
+split.
 
 A row whose prompt holds its answer by chance (equal names, a loop) is left out and counted.
 """
@@ -35,10 +38,11 @@ from Class.rows import Row, make_row, write_task
 from Class.source import Ints, Source, add_flags, check_flags, open_source, triple_keys
 from common.errors import CommandParser, InputError, run_command
 from common.files import command
-from data.knowledge_graph import KnowledgeGraph
+from data.knowledge_graph import KnowledgeGraph, TrueTails, true_tails
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # of the entities, for validation and for test each
+MAX_ANSWERS = 20  # of a question
 
 Draft = Row | None  # None: there is no such row for this item
 Maker = Callable[[int, np.random.Generator], Draft]
@@ -214,6 +218,36 @@ def code_kinds(source: Source, part: Ints) -> list[Kind]:
     ]
 
 
+# ---------------------------------------------------------------- questions
+
+
+def question_kinds(source: Source, own: TrueTails, known: TrueTails) -> list[Kind]:
+    """Questions over one relation whose answers are all ``own``; items are rows of ``own``.
+
+    ``known``: all answers; a query with more of them than ``own`` has is left out.
+    """
+    kg, R = source.kg, source.kg.num_relations
+    heads, relation = own.keys // (2 * R), own.keys % (2 * R)
+    sizes, rows = np.diff(own.indptr), known.rows(heads, relation)
+    complete = sizes == np.where(rows >= 0, np.diff(known.indptr)[rows], 0)
+
+    def question(row: int, rng: np.random.Generator) -> Draft:
+        h, r = int(heads[row]), int(relation[row])
+        tails = own.targets[own.indptr[row] : own.indptr[row + 1]].tolist()
+        facts = sorted((h, r, t) if r < R else (t, r - R, h) for t in tails)
+        words = prompts.relation_text(source.relations[r % R], "tail" if r < R else "head")
+        names = [source.shown[tail] for tail in tails]
+        return {
+            "instruction": prompts.question(source.entity_texts[h], words, int(rng.integers(len(prompts.QUESTIONS)))),
+            "output": "\n".join(names),
+            "answers": names,
+            "triple": [name for fact in facts for name in source.raw_triple(*fact)],
+            "truth": [kg.entities[tail] for tail in tails],
+        }
+
+    return [Kind("one_hop_question", np.flatnonzero(complete & (sizes <= MAX_ANSWERS)), question)]
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -227,14 +261,21 @@ def make_tasks(source: Source, seed: int) -> dict[str, Callable[[], dict[str, li
         judged = judged_triples(kg, facts, seed)
         return {split: fact_kinds(source, triples[split], *judged[split]) for split in SPLITS}
 
+    def questions() -> dict[str, list[Kind]]:
+        own = {split: true_tails(triples[split], kg.num_entities, kg.num_relations) for split in SPLITS}
+        # training uses its own triples only; in the others, a query with answers in another split is left out
+        known = {"train": own["train"], "validation": kg.answers(), "test": kg.answers()}
+        return {split: question_kinds(source, own[split], known[split]) for split in SPLITS}
+
     return {
         "entity_representation": lambda: {split: entity_kinds(source, entities[split]) for split in SPLITS},
         "knowledge_reasoning": reasoning,
         "code_understanding": lambda: {split: code_kinds(source, entities[split]) for split in SPLITS},
+        "question_answering": questions,
     }
 
 
-TASKS = ("entity_representation", "knowledge_reasoning", "code_understanding")
+TASKS = ("entity_representation", "knowledge_reasoning", "code_understanding", "question_answering")
 NEED_CODES = ("entity_representation", "code_understanding")
 
 

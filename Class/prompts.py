@@ -155,3 +155,22 @@ def hidden_level(masked_text: str) -> str:
         "Code understanding: one code of the entity is hidden behind a question mark.\n"
         f"Entity: {masked_text}\nGive the hidden code."
     )
+
+
+# ---------------------------------------------------------------- question answering
+
+QUESTIONS = (
+    'What is {entity} linked to by "{relation}"?',
+    'Starting at {entity} and following "{relation}", where do we arrive?',
+    'Whom or what does "{relation}" give for {entity}?',
+)
+
+
+def question(entity_text: str, relation: str, wording: int) -> str:
+    """A question over one relation (``relation_text``), in one of three wordings."""
+    return asked(QUESTIONS[wording].format(entity=entity_text, relation=relation))
+
+
+def asked(words: str) -> str:
+    """A question in words."""
+    return f"Question: {words}\nName all answers, one per line."

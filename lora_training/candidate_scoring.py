@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -285,15 +285,16 @@ class TokenTrie:
     21 MB for 41,000 entities of 130 tokens; nodes as objects would need gigabytes.
     """
 
-    def __init__(self, rows: NDArray[np.int32]) -> None:
-        """``rows`` int32 [N, T], padded with -1. ``order`` [N]: the given row of each sorted one.
+    def __init__(self, rows: NDArray[np.int32], owners: ArrayLike | None = None) -> None:
+        """``rows`` int32 [N, T], padded with -1; ``owners`` [N]: what each sequence stands for (default: its row).
 
         Raises ValueError if one sequence is a proper prefix of another.
         """
         if rows.ndim != 2 or not rows.size or (rows[:, 0] < 0).any():
             raise ValueError(f"a trie needs sequences of one token or more, got {list(rows.shape)}")
-        self.order: Ints = np.lexsort(rows.T[::-1])
-        self.rows: NDArray[np.int32] = rows[self.order]
+        order = np.lexsort(rows.T[::-1])
+        self.rows: NDArray[np.int32] = rows[order]
+        self.owners: Ints = (np.arange(len(rows)) if owners is None else np.asarray(owners, dtype=np.int64))[order]
         before, after = self.rows[:-1], self.rows[1:]
         same = before == after
         differs = same.argmin(axis=1)  # the first column that differs
@@ -302,12 +303,12 @@ class TokenTrie:
             raise ValueError(f"sequence {before[int(prefix.argmax())].tolist()} is a prefix of another one")
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Sequence[int]]) -> TokenTrie:
+    def from_sequences(cls, sequences: Sequence[Sequence[int]], owners: ArrayLike | None = None) -> TokenTrie:
         """A trie of sequences of any length."""
         rows = np.full((len(sequences), max(map(len, sequences))), -1, dtype=np.int32)
         for row, sequence in zip(rows, sequences, strict=True):
             row[: len(sequence)] = sequence
-        return cls(rows)
+        return cls(rows, owners)
 
     def common(self) -> list[int]:
         """``common_prefix`` of all sequences."""
@@ -344,9 +345,9 @@ class _Beam(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Sequences by descending score, ties in ascending order."""
+    """Owners by descending score, ties by ascending owner."""
 
-    entities: Ints  # [n], in the order in which the trie got them
+    owners: Ints  # [n]
     scores: NDArray[np.float64]  # [n] log-likelihoods
 
 
@@ -357,8 +358,9 @@ def constrained_beams(
     """The most likely sequences of ``trie`` after each of B prompts, by beam search of width ``beams``.
 
     With ``beams`` >= number of sequences it is exact and equals ``score_candidates``; 1 is greedy decoding. All beams
-    share their prompt's cache. When each beam has only one continuation left, the rest is one pass. Equal sequences are
-    all returned. Raises ValueError for ``beams`` < 1 or an attention that accepts no mask.
+    share their prompt's cache. When each beam has only one continuation left, the rest is one pass. An owner of several
+    sequences gets the sum of their probabilities; owners that share a sequence are all returned. Raises ValueError for
+    ``beams`` < 1 or an attention that accepts no mask.
     """
     if beams < 1:
         raise ValueError(f"beams must be 1 or more, got {beams}")
@@ -386,12 +388,14 @@ def constrained_beams(
 
 
 def _ranked(trie: TokenTrie, done: list[_Beam], beams: int) -> Ranked:
-    """The best ``beams`` sequences, and those that are equal to one of them."""
+    """Owners of the best ``beams`` sequences, with the sum of their probabilities."""
     best = sorted(done, key=lambda beam: (-beam.total, beam.low))[:beams]
-    entities = np.concatenate([trie.order[beam.low : beam.high] for beam in best])
-    scores = np.repeat([beam.total for beam in best], [beam.high - beam.low for beam in best])
-    order = np.lexsort([entities, -scores])
-    return Ranked(entities[order], scores[order])
+    totals: dict[int, float] = {}
+    for beam in best:
+        for owner in np.unique(trie.owners[beam.low : beam.high]).tolist():
+            totals[owner] = float(np.logaddexp(totals[owner], beam.total)) if owner in totals else beam.total
+    owners = sorted(totals, key=lambda owner: (-totals[owner], owner))
+    return Ranked(np.array(owners, dtype=np.int64), np.array([totals[owner] for owner in owners]))
 
 
 def _step(

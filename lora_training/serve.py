@@ -1,8 +1,8 @@
-"""Serve a tuned model over HTTP: entities ranked as answers to a query, and a page to look at them.
+"""Serve a tuned model over HTTP: entities ranked as answers to a query or a question, and a page to look at them.
 
     python lora_training/serve.py --lora_adapter lora_training/lora_outputs/lora_adapters
 
-POST /rank takes "head" and "relation", and if wanted "top" and "candidates". GET / is a page for people,
+POST /rank takes "head" and "relation", or "question", and if wanted "top" and "candidates". GET / is a page for people,
 /health, /card and /docs say what runs. Waiting requests are computed in one batch. The scores are those of inference.py
 --decode likelihood. Needs two more packages: python -m pip install fastapi uvicorn
 """

@@ -21,14 +21,14 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from Class.source import Source
 from common.errors import InputError
 from data.knowledge_graph import NameIndex
-from lora_training.ask import Asker, Found, Query, Task, find_relation
+from lora_training.ask import Asker, Found, Query, Task, find_relation, mark_entity
 from lora_training.memory import memory_wanted
 
 PAGE = Path(__file__).resolve().parent / "serve_page.html"
@@ -49,18 +49,27 @@ class Limits(NamedTuple):
 
 
 class RankRequest(BaseModel):
-    """A query: head and relation."""
+    """A query (head and relation) or a question in words."""
 
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={"examples": [{"head": "Ada Ashley", "relation": "mother", "top": 3}]},
     )
-    head: Name = Field(description="entity, by id, name or label")
-    relation: Name = Field(description='relation, by id or label; "inverse of ..." ranks heads')
+    head: Name | None = Field(None, description="entity, by id, name or label")
+    relation: Name | None = Field(None, description='relation, by id or label; "inverse of ..." ranks heads')
+    question: Annotated[str, Field(min_length=1, max_length=2000)] | None = Field(
+        None, description="a question in words, instead of head and relation; an entity's name in it gets its codes"
+    )
     top: int = Field(10, ge=1, le=MAX_CANDIDATES, description="answers to return")
     candidates: Annotated[list[Name], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = Field(
         None, description="entities to rank, by id, name or label; without them all entities are searched"
     )
+
+    @model_validator(mode="after")
+    def one_way_to_ask(self) -> RankRequest:
+        if (self.head is None) != (self.relation is None) or (self.question is None) == (self.head is None):
+            raise ValueError("give head and relation, or question")
+        return self
 
 
 class Entity(BaseModel):
@@ -77,7 +86,7 @@ class RankedEntity(BaseModel):
     rank: int
     entity: str = Field(description="id, as in ``head``")
     name: str
-    log_likelihood: float = Field(description="log P of the entity's codes (of its name, without codes)")
+    log_likelihood: float = Field(description="log P of the entity's codes (of its name, for a question)")
     known: str | None = Field(description="the split that contains this answer, or null")
     codes: list[list[int]] | None
 
@@ -85,8 +94,8 @@ class RankedEntity(BaseModel):
 class Ranking(BaseModel):
     """The answers, best first."""
 
-    head: Entity
-    relation: str
+    head: Entity | None = Field(description="the entity of the query, or the one recognised in the question")
+    relation: str | None
     over: str = Field(description='"list": all candidates were scored; "all": beam search over all entities')
     answers: list[RankedEntity]
 
@@ -107,7 +116,7 @@ class Desk:
         self.asker = asker
         kg = asker.source.kg
         self.index = NameIndex(kg.entities, [asker.source.names.names, kg.labels])  # made once: M may be large
-        asker.trie  # now, since the two threads share it  # noqa: B018
+        asker.trie(False), asker.trie(True)  # now, since the two threads share them
 
     @property
     def source(self) -> Source:
@@ -125,12 +134,16 @@ class Desk:
                 f"top is {asked.top}, and all entities are searched with {self.asker.beams} beams; ask for fewer, give "
                 "candidates, or start the server with more --beams"
             )
+        over = "all" if listed is None else "list"
+        if asked.question is not None:
+            about = mark_entity(asked.question, self.source)[1]
+            head = None if about is None else self.entity(about)
+            return self.asker.question_task(asked.question, listed), {"head": head, "relation": None, "over": over}
+        assert asked.head is not None and asked.relation is not None, "checked by the form"
         query = Query(self.find(asked.head), find_relation(asked.relation, self.source))
         relation = self.source.query_fields(*query)["relation"]
-        over = "all" if listed is None else "list"
-        return self.asker.query_task(query, listed), {
-            "head": self.entity(query.head), "relation": relation, "over": over,
-        }  # fmt: skip
+        head = self.entity(query.head)
+        return self.asker.query_task(query, listed), {"head": head, "relation": relation, "over": over}
 
     def entity(self, e: int) -> dict[str, Any]:
         """The fields of ``Entity``."""
@@ -159,7 +172,7 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """Computes waiting tasks in one thread: the oldest, and with it others, all with lists or all without."""
+    """Computes waiting tasks in one thread: the oldest, and with it others of its kind."""
 
     def __init__(self, rank: Callable[[list[Task]], list[list[Found]]], batch_size: int) -> None:
         self.rank, self.batch_size = rank, batch_size
@@ -184,9 +197,9 @@ class Batcher:
                 await self._compute(batch)
 
     def _next(self) -> list[_Waiting]:
-        """The next tasks, all with lists or all without, oldest first; those that were given up are dropped."""
+        """The next tasks of one kind, oldest first; those that were given up are dropped."""
         live = [one for one in self.waiting if not one.found.done()]
-        batch = [one for one in live if (one.task.listed is None) == (live[0].task.listed is None)][: self.batch_size]
+        batch = [one for one in live if one.task.kind == live[0].task.kind][: self.batch_size]
         chosen = set(map(id, batch))
         self.waiting = deque(one for one in live if id(one) not in chosen)
         return batch
@@ -357,7 +370,7 @@ def build_app(asker: Asker, limits: Limits, card: dict[str, Any], hosts: frozens
 
     @app.post("/rank", responses=refusals)
     async def rank(asked: RankRequest) -> Ranking:
-        """Rank entities as answers to a query, over a list or over all entities."""
+        """Rank entities as answers to a query or a question, over a list or over all entities."""
         return await service.answer(asked)
 
     @app.get("/health")

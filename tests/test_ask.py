@@ -1,4 +1,4 @@
-"""Queries to a tiny model: answers are likelihoods by hand, names are found or their matches listed."""
+"""Questions to a tiny model: answers are likelihoods by hand, names are found or their matches listed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.errors import InputError
 from data.knowledge_graph import KnowledgeGraph, find_name
 from lora_training import ask
 from lora_training.adapters import load_adapted, read_saved
-from lora_training.ask import Asker, Query, find_query, open_codes
+from lora_training.ask import Asker, Query, find_query, mark_entity, open_codes
 from tests.test_inference import World, likelihoods, world  # noqa: F401
 from tests.test_instructions import write_graph
 
@@ -62,6 +62,19 @@ def test_names_are_found_or_their_matches_listed(namesakes: Source) -> None:
         find_query("m1", "likes", namesakes)
 
 
+def test_the_longest_name_in_a_question_gets_its_codes(namesakes: Source, asker: Asker) -> None:
+    text, entity = mark_entity("Who won the Mercury Prize?", namesakes)
+    assert entity == namesakes.kg.entities.index("a") and text == "Who won the Mercury Prize?", "no codes, no change"
+    assert mark_entity("What did O'Neill write?", namesakes)[1] == namesakes.kg.entities.index("c")
+    assert mark_entity("What is mercurial?", namesakes) == ("What is mercurial?", None)
+    with pytest.raises(InputError, match="entity 'Mercury' is ambiguous, 2 match"):
+        mark_entity("How hot is Mercury?", namesakes)
+    source = asker.source
+    text, entity = mark_entity("What comes after Entity 12, and why?", source)
+    assert entity == source.kg.labels.index("Entity 12"), "not Entity 1"
+    assert text == f"What comes after {source.entity_texts[entity]}, and why?" and "<CODE>" in text
+
+
 # ---------------------------------------------------------------- answers
 
 
@@ -81,6 +94,19 @@ def test_a_query_ranks_all_entities_by_their_likelihood(asker: Asker) -> None:
         assert known[other] == "train" and sum(map(bool, known.values())) < 6
 
 
+def test_a_question_adds_both_ends_of_a_name(asker: Asker) -> None:
+    found = asker.question("What is next to Entity 3?")
+    assert len(found) == asker.source.kg.num_entities
+    text = f"Question: What is next to {asker.source.entity_texts[asker.source.kg.labels.index('Entity 3')]}?"
+    row = {"instruction": f"{text}\nName all answers, one per line."}
+    lines, ended = (
+        likelihoods(asker.model, asker.tokenizer, row, texts, end=end)
+        for texts, end in (([f"{name}\n" for name in asker.source.shown], False), (asker.source.shown, True))
+    )
+    assert np.allclose([answer.score for answer in sorted(found)], np.logaddexp(lines, ended), atol=1e-3)
+    assert [answer.score for answer in found] == sorted((answer.score for answer in found), reverse=True)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -92,19 +118,26 @@ def test_the_command_prints_ranked_answers(
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("(Entity 7 | next | ?)"))
     assert [line.split(".")[0].strip() for line in lines[start + 1 :]] == ["1", "2", "3"]
-    with pytest.raises(SystemExit) as end:
-        ask.main([str(word) for word in (*base, "--head", "Entity 7")])
-    assert end.value.code == 2 and "--relation" in capsys.readouterr().err
+    ask.main([str(word) for word in (*base, "--question", "What is next to Entity 7?")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-4] == "What is next to Entity 7?  (about Entity 7)" and out[-3:] != lines[start + 1 :]
+    for words, message in (
+        (["--head", "Entity 7"], "go together"), ([], "or --question"),
+        (["--question", "x", "--head", "a", "--relation", "b"], "or --question"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            ask.main([str(word) for word in (*base, *words)])
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_without_a_model_it_is_the_one_that_training_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    query = ["--head", "Entity 77", "--relation", "next"]
+    question = ["--head", "Entity 77", "--relation", "next"]
     monkeypatch.setattr(ask, "ADAPTER", world.folder / "nothing")
     with pytest.raises(InputError, match="no model given"):
-        ask.main(query)
+        ask.main(question)
     monkeypatch.setattr(ask, "ADAPTER", world.named_adapter)
     with pytest.raises(InputError, match="without codes; give --dataset"):
-        ask.main(query)
+        ask.main(question)
 
 
 def test_names_are_checked_before_the_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -130,7 +131,7 @@ def test_a_batch_of_prompts_is_each_prompt_alone(attention: str) -> None:
     for beams in (1, 4, len(sequences)):
         alone = [constrained_beams(model, [prompt], trie, beams)[0] for prompt in prompts]
         for one, other in zip(constrained_beams(model, prompts, trie, beams), alone, strict=True):
-            assert one.entities.tolist() == other.entities.tolist() and np.allclose(one.scores, other.scores, atol=1e-5)
+            assert one.owners.tolist() == other.owners.tolist() and np.allclose(one.scores, other.scores, atol=1e-5)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
@@ -224,7 +225,7 @@ def test_a_trie_gives_back_its_sequences() -> None:
 
     def leaves(low: int, high: int, path: list[int]) -> list[tuple[list[int], list[int]]]:
         if trie.ends(low, len(path)):
-            return [(path, trie.order[low:high].tolist())]
+            return [(path, trie.owners[low:high].tolist())]
         tokens, bounds = trie.children(low, high, len(path))
         assert bounds[0] == low and bounds[-1] == high and (np.diff(tokens) > 0).all()
         return [
@@ -233,8 +234,8 @@ def test_a_trie_gives_back_its_sequences() -> None:
         ]  # fmt: skip
 
     found = leaves(0, len(sequences), [])
-    assert sorted(row for _, rows in found for row in rows) == list(range(60))
-    assert all(sequences[row] == path for path, rows in found for row in rows)
+    assert sorted(owner for _, owners in found for owner in owners) == list(range(60))
+    assert all(sequences[owner] == path for path, owners in found for owner in owners)
     with pytest.raises(ValueError, match="prefix of another"):
         TokenTrie.from_sequences([[4, 5], [4, 5, 6], [7]])
     assert TokenTrie.from_sequences([[4, 5], [4, 5]]).is_chain(0, 2)
@@ -248,9 +249,9 @@ def test_a_wide_search_is_scoring_every_sequence() -> None:
     trie = TokenTrie.from_sequences([list(s) for s in sequences])
     scores = score_candidates(model, prompt, sequences, "full").numpy()
     found = constrained_beams(model, [prompt], trie, beams=len(sequences))[0]
-    assert sorted(found.entities.tolist()) == list(range(len(sequences)))
-    assert np.allclose(found.scores, scores[found.entities], atol=1e-4) and (np.diff(found.scores) <= 0).all()
-    assert found.entities[0] == scores.argmax()
+    assert sorted(found.owners.tolist()) == list(range(len(sequences)))
+    assert np.allclose(found.scores, scores[found.owners], atol=1e-4) and (np.diff(found.scores) <= 0).all()
+    assert found.owners[0] == scores.argmax()
 
 
 def test_a_narrow_search_is_the_textbook_one() -> None:
@@ -272,24 +273,27 @@ def test_a_narrow_search_is_the_textbook_one() -> None:
     trie = TokenTrie.from_sequences(sequences)
     for width in (1, 2, 5):
         found, expected = constrained_beams(model, [prompt], trie, width)[0], textbook(width)
-        assert [sequences[i] for i in found.entities.tolist()] == list(expected)
+        assert [sequences[i] for i in found.owners.tolist()] == list(expected)
         assert np.allclose(found.scores, list(expected.values()), atol=1e-4)
 
 
-def test_equal_sequences_are_all_found_and_tie() -> None:
+def test_owners_of_several_sequences_get_their_sum_and_sharers_tie() -> None:
     model, prompt = tiny_llama(), [3, 14, 15, 92]
-    sequences = [[8, 1], [6, 1], [8, 1], [7, 2]]
-    trie = TokenTrie.from_sequences(sequences)
-    found = constrained_beams(model, [prompt], trie, beams=4)[0]
-    scores = score_candidates(model, prompt, sequences, "full").numpy()
-    assert np.allclose(found.scores, scores[found.entities], atol=1e-4)
-    order = found.entities.tolist()
-    assert sorted(order) == [0, 1, 2, 3] and order.index(0) + 1 == order.index(2)
+    sequences, owners = [[6, 1], [6, 2], [7, 1], [7, 2], [8, 1], [8, 1]], [0, 0, 1, 1, 2, 3]
+    found = constrained_beams(model, [prompt], TokenTrie.from_sequences(sequences, owners), beams=6)[0]
+    scores = score_candidates(model, prompt, sequences, "full").tolist()
+    expected = {0: math.log(math.exp(scores[0]) + math.exp(scores[1])),
+                1: math.log(math.exp(scores[2]) + math.exp(scores[3])), 2: scores[4], 3: scores[5]}  # fmt: skip
+    by_owner = dict(zip(found.owners.tolist(), found.scores.tolist(), strict=True))
+    assert by_owner.keys() == expected.keys() and by_owner[2] == by_owner[3]
+    assert all(abs(by_owner[owner] - value) < 1e-4 for owner, value in expected.items())
+    order = found.owners.tolist()
+    assert order.index(2) + 1 == order.index(3), "equal scores stand in the order of their owners"
     with pytest.raises(ValueError, match="1 or more"):
-        constrained_beams(model, [prompt], trie, 0)
+        constrained_beams(model, [prompt], TokenTrie.from_sequences(sequences), 0)
 
 
 def test_one_sequence_is_found_without_a_choice() -> None:
     model = tiny_llama()
     found = constrained_beams(model, [[3, 4]], TokenTrie.from_sequences([[5, 6, 7]]), beams=4)[0]
-    assert found.entities.tolist() == [0] and abs(found.scores[0] - by_hand(model, [3, 4], [5, 6, 7])) < 1e-4
+    assert found.owners.tolist() == [0] and abs(found.scores[0] - by_hand(model, [3, 4], [5, 6, 7])) < 1e-4

@@ -1,4 +1,4 @@
-"""Entities, facts and codes: every answer recomputed, splits apart, leaks found when planted."""
+"""Entities, facts, codes and questions: every answer recomputed, splits apart, leaks found when planted."""
 
 from __future__ import annotations
 
@@ -111,13 +111,14 @@ def test_codes_that_two_entities_share_are_not_asked_for(tmp_path: Path) -> None
 def test_facts_come_from_their_split(family: KnowledgeGraph, made: tuple[Path, dict[str, Rows]]) -> None:
     allowed = {"train": known(family, "train"), "validation": known(family, "valid"), "test": known(family, "test")}
     everything = set().union(*allowed.values())
-    for split, rows in made[1]["knowledge_reasoning"].items():
-        for row in rows:
-            facts = set(row_triples(row))
-            if row["truth"] == ["False"]:
-                assert not facts & (allowed["train"] if split == "train" else everything)
-            else:
-                assert facts and facts <= allowed[split]
+    for task in ("knowledge_reasoning", "question_answering"):
+        for split, rows in made[1][task].items():
+            for row in rows:
+                facts = set(row_triples(row))
+                if row["truth"] == ["False"]:
+                    assert not facts & (allowed["train"] if split == "train" else everything)
+                else:
+                    assert facts and facts <= allowed[split]
     validation = {fact for rows in made[1].values() for row in rows["validation"] if row["truth"] != ["False"]
                   for fact in row_triples(row)}  # fmt: skip
     parts = disjoint_parts(family, 0)
@@ -184,15 +185,66 @@ def test_answers_about_codes_are_computed_from_them(
     assert all(counts[f"{n} of 3"] > 100 for n in range(3)) and all(counts[f"level {q}"] > 100 for q in range(3))
 
 
+# ---------------------------------------------------------------- questions
+
+
+def follow(facts: set[tuple[str, ...]], start: set[str], relation: str) -> set[str]:
+    """All ends of ``relation`` (``~r``: against its direction) from ``start``, by brute force."""
+    if relation.startswith("~"):
+        return {h for h, r, t in facts if t in start and r == relation[1:]}
+    return {t for h, r, t in facts if h in start and r == relation}
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_answer_sets_are_complete(family: KnowledgeGraph, made: tuple[Path, dict[str, Rows]], split: str) -> None:
+    splits = ["train"] if split == "train" else ["train", "valid", "test"]  # train knows nothing but itself
+    facts, label = known(family, *splits), dict(zip(family.labels, family.entities, strict=True))
+    words = {f"{way}{text}": f"{mark}{raw}" for raw, text in zip(family.relations, family.relation_labels, strict=True)
+             for way, mark in (("", ""), ("inverse of ", "~"))}  # fmt: skip
+    rows = made[1]["question_answering"][split]
+    assert len(rows) > 10
+    for row in rows[:150]:
+        relation = words[re.search(r'"([^"]*)"', row["instruction"])[1]]  # type: ignore[index]
+        start = label[re.search(r"<ENT>(.*?)</ENT>", row["instruction"])[1]]  # type: ignore[index]
+        ends = follow(facts, {start}, relation)
+        assert set(row["truth"]) == ends and len(row["truth"]) == len(ends) <= 20 and start not in ends
+        assert row["output"].split("\n") == [family.labels[family.entities.index(name)] for name in row["truth"]]
+
+
+def test_all_answers_or_no_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a has two r, one of them known to test alone; b has one r; the limit is two answers."""
+    graph = write_graph(
+        tmp_path / "data" / "g", train=["a r c", "b r c", "d s c", "d s b", "d s a"], valid=["e r d"],
+        test=["a r d", "e s c"],
+    )  # fmt: skip
+    monkeypatch.setattr(gen_entity_data_rq, "MAX_ANSWERS", 2)
+    rows = generate(tmp_path / "out", "--no_codes", "--dataset", graph, "--tasks", "question_answering")
+    asked = {
+        split: {
+            (tuple(sorted(row_triples(row))), tuple(row["truth"]))
+            for row in found
+            if row["task_type"] == "one_hop_question"
+        }
+        for split, found in rows["question_answering"].items()
+    }
+    a, b = ("a", "r", "c"), ("b", "r", "c")
+    assert ((a,), ("c",)) in asked["train"], "complete by all that training knows"
+    assert ((a, b), ("a", "b")) in asked["train"] and not any(len(facts) > 2 for facts, _ in asked["train"])
+    assert asked["test"] == {((("e", "s", "c"),), ("c",))}, (
+        "training knows another answer of (a, r) and of the inverse (c, s), valid one of the inverse (d, r)"
+    )
+
+
 # ---------------------------------------------------------------- the whole
 
 
 def test_prompts_do_not_hold_their_answers(made: tuple[Path, dict[str, Rows]]) -> None:
     assert holds_answer("x Mexico y", ["Mexico"]) and holds_answer("a|b (c)", ["(c)"])
     assert not holds_answer("x Mexicos y", ["Mexico"]) and not holds_answer("Q1_23", ["Q1_2"])
-    for split, rows in made[1]["entity_representation"].items():
-        for row in rows:
-            assert not holds_answer(row["instruction"], [row["output"]]), (split, row["id"])
+    for task in ("entity_representation", "question_answering"):
+        for split, rows in made[1][task].items():
+            for row in rows:
+                assert not holds_answer(row["instruction"], row["output"].split("\n")), (split, row["id"])
 
 
 def test_no_leaks_apart_and_mixed(made: tuple[Path, dict[str, Rows]]) -> None:
@@ -206,7 +258,7 @@ def test_no_leaks_apart_and_mixed(made: tuple[Path, dict[str, Rows]]) -> None:
 
 @pytest.mark.parametrize("plant", ["answer", "fact", "label", "twice"])
 def test_planted_leaks_are_found(tmp_path: Path, made: tuple[Path, dict[str, Rows]], plant: str) -> None:
-    task = "entity_representation" if plant in ("answer", "twice") else "knowledge_reasoning"
+    task = "question_answering" if plant in ("answer", "twice") else "knowledge_reasoning"
     rows = {split: part[:600] for split, part in read_task(made[0], task).items()}
     if plant == "answer":
         one = rows["train"][5]
@@ -237,7 +289,7 @@ def test_same_seed_same_bytes(tmp_path: Path, codes: Path, made: tuple[Path, dic
 
 def test_without_codes(tmp_path: Path) -> None:
     rows = generate(tmp_path, "--no_codes", "--dataset", FAMILY, "--limit", "500")
-    assert set(rows) == {"knowledge_reasoning"}
+    assert set(rows) == {"knowledge_reasoning", "question_answering"}
     assert not any("<" in row["instruction"] + row["output"] for split in rows.values() for row in split["test"])
     assert check_leaks.check(tmp_path) == []
     with pytest.raises(SystemExit):

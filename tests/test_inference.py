@@ -489,8 +489,8 @@ def test_a_lack_of_memory_is_one_line(world: World, tmp_path: Path, monkeypatch:
     for module, name, words, way in (
         (inference, "load_model", [*adapter, "--test_data", str(world.mix / "test_tasks.json"), "--output",
                                    str(tmp_path / "r.json")], "--batch_size below 8"),
-        (ask, "load_model", ["--lora_adapter", str(world.named_adapter), *family, "--head", "ada_ashley",
-                             "--relation", "mother"], "fewer --beams than 20"),
+        (ask, "load_model", ["--lora_adapter", str(world.named_adapter), *family, "--question", "Who?"],
+         "fewer --beams than 20"),
         (merge_adapter, "merge", [*adapter, "--output_dir", str(tmp_path / "m")], "give --device cpu"),
         (make_tiny_base, "train", [*family, "--out", str(tmp_path / "b"), *base], "lower --batch 8, --block 512"),
     ):  # fmt: skip

@@ -86,6 +86,7 @@ def rows() -> dict[str, dict[str, Any]]:
         "name_to_codes": (tasks.name_to_codes("Ada"), print_codes(CODES["Ada"], "compact")),
         "predict_tail": (tasks.predict_tail("Ada", "has mother", ADA, True), ANN),
         "hidden_level": (tasks.hidden_level(ADA.replace("Q1_9", "?")), "Q1_9"),
+        "question_answering": (tasks.question(ADA, "has mother", 0), "Ann"),
     }
     return {task: {"instruction": i, "input": "", "output": o, "id": task} for task, (i, o) in made.items()}
 

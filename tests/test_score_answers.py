@@ -225,10 +225,10 @@ def test_the_threshold_comes_from_validation_never_from_test() -> None:
 
 
 def test_exact_matches_and_failures() -> None:
-    one = answer(task_type="predict_tail", text=" b\na", expected="a\nb")
+    one = answer(task_type="one_hop_question", text=" b\na", expected="a\nb")
     assert is_match(one) and not is_match(one | {"text": "a"}) and not is_match(one | {"parsed": False})
     answers = [one | {"id": str(i)} for i in range(3)] + [one | {"id": "3", "parsed": False}]
-    assert report(answers)["predict_tail"]["test"] == {
+    assert report(answers)["one_hop_question"]["test"] == {
         "exact_match": 0.75,
         "count": 4,
         "parse_failures": 1,

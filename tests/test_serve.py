@@ -126,7 +126,7 @@ def test_a_list_has_the_scores_of_inference(world: World, ring: Path, tmp_path: 
 
 def test_all_entities_are_ranked_and_nothing_else(url: str, asker: Asker) -> None:
     source = asker.source
-    for asked in ({"head": "e7", "relation": "inverse of over"}, {"head": "e3", "relation": "next"}):
+    for asked in ({"head": "e7", "relation": "inverse of over"}, {"question": "What is next to Entity 3?"}):
         everything = call(url, "/rank", {**asked, "top": 2 * M}).body
         listed = call(url, "/rank", {**asked, "top": M, "candidates": source.names.names}).body
         assert everything["over"] == "all" and everything["head"]["name"] in ("Entity 7", "Entity 3")
@@ -145,7 +145,7 @@ def test_all_entities_are_ranked_and_nothing_else(url: str, asker: Asker) -> Non
 
 def test_a_narrow_search_returns_as_many_as_are_wanted(asker: Asker) -> None:
     narrow = replace(asker, beams=4)
-    assert len(narrow.query(Query(7, 1))) >= 4
+    assert len(narrow.question("What is next to Entity 3?")) >= 4 and len(narrow.query(Query(7, 1))) >= 4
 
 
 def test_candidates_go_by_any_of_their_names_and_count_once(url: str, asker: Asker) -> None:
@@ -166,11 +166,14 @@ def test_fifty_clients_get_their_own_answers(asker: Asker) -> None:
     for i in range(100):
         query: dict[str, Any] = {"head": names[i % M], "relation": ["next", "over", "inverse of hub"][i % 3]}
         listed = query | {"candidates": [names[(i * 7 + j * 5) % M] for j in range(i % 6 + 2)]}
-        asked.append([query, listed][i // 2 % 2])
+        asked.append([query, listed, {"question": f"What is {i} from {names[i % M]}?"}][i // 2 % 3])
 
     def alone(request: dict[str, Any]) -> dict[str, float]:
         listed = tuple(names.index(name) for name in request["candidates"]) if "candidates" in request else None
-        task = asker.query_task(find_query(request["head"], request["relation"], asker.source), listed)
+        if "question" in request:
+            task = asker.question_task(request["question"], listed)
+        else:
+            task = asker.query_task(find_query(request["head"], request["relation"], asker.source), listed)
         found = asker.rank([task])[0][:10]
         return {kg.entities[answer.entity]: answer.score for answer in found}
 
@@ -201,7 +204,8 @@ QUERY = {"head": "e7", "relation": "next"}
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"head": "e7"}, "relation: "),
+        ({"head": "e7"}, "give head and relation, or question"),
+        (QUERY | {"question": "x"}, "give head and relation, or question"),
         ({"head": "Entity 77", "relation": "next"}, "no entity is called 'Entity 77'"),
         ({"head": "e7", "relation": "likes"}, "no relation is called 'likes'"),
         (QUERY | {"candidates": ["e8", "e99"]}, "no entity is called 'e99'"),
@@ -211,6 +215,7 @@ QUERY = {"head": "e7", "relation": "next"}
         (QUERY | {"top": 2 * M + 1}, f"searched with {2 * M} beams"),
         (QUERY | {"tpo": 3}, "tpo: "),
         ({"head": "x" * 501, "relation": "next"}, "head: "),
+        ({"question": "東" * 900}, "the model reads 2048"),
         (b'{"head": ', "not a JSON object"),
         (b"[1]", "not a JSON object"),
         (b"\xff\xfe", "not a JSON object"),
@@ -280,7 +285,7 @@ def test_a_late_answer_is_503_and_is_not_computed(asker: Asker) -> None:
 
 
 def test_one_failing_task_does_not_take_others_with_it() -> None:
-    tasks = [Task([i], None if i % 2 else (i,), {}) for i in range(8)]
+    tasks = [Task([i], i % 2 == 0, None, {}) for i in range(8)]
     seen: list[list[int]] = []
 
     def rank(batch: list[Task]) -> list[list[Found]]:
