@@ -400,9 +400,9 @@ def build_app(asker: Asker, limits: Limits, card: dict[str, Any], hosts: frozens
     @app.exception_handler(RequestValidationError)
     async def bad_form(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        if not where or first["type"] == "json_invalid":
+        if first["type"] in ("json_invalid", "model_attributes_type", "missing"):
             return problem(422, "the body is not a JSON object with the header Content-Type: application/json")
-        return problem(422, f"{where}: {first['msg']}")
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return problem(422, (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, "))
 
     return app
