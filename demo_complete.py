@@ -3,7 +3,7 @@
 Trains and dumps codes, ranks from the dumped integers alone, shuffles them and ranks again (the control), turns codes
 into instruction data, tunes a small LLM on them, lets it answer test queries, and draws figures. The LLM is tuned
 twice: with the codes, and with every entity given the codes of another one (the control). Each step prints its command
-and its files; the table at the end and PROJECT_SUMMARY.md are made from the records of the steps.
+and its files; the table at the end is made from the records of the steps.
 
 The LLM has shorter codes, from a stage-1 run of their own: a model of this size learns 2 codes per entity in a minute,
 16 take much longer. Candidates come from the first run, as in the paper.
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import CommandParser, run_command
-from common.files import ROOT, read_json, write_json, write_text
+from common.files import ROOT, read_json, write_json
 from common.record import make_record
 from common.steps import Step, run_steps
 
 GRAPH = "data/family"
 STEM = "family_4_256_4_rq"
 TASK, PREDICTED = "link_prediction", "tail_prediction"
-SUMMARY, RECORD = "PROJECT_SUMMARY.md", "demo.json"
+RECORD = "demo.json"
 RANKED, SHUFFLED, ANSWERED = "ranked.json", "ranked_shuffled.json", "answered.json"
 RESULTS = "inference_results.json"
 COLUMNS = {"mrr": "MRR", "hits@1": "Hits@1", "hits@3": "Hits@3", "hits@10": "Hits@10"}
@@ -147,24 +147,22 @@ def llm_steps(out: Path, size: Size, lists: Sequence[Path]) -> list[Step]:
 
 
 class Line(NamedTuple):
-    """One line of the table: metrics and the file below the output folder that they come from."""
+    """One line of the table."""
 
     label: str
     metrics: dict[str, Any]
-    path: str
 
 
 def table(out: Path) -> list[Line]:
     """The lines of the table, from the files that the steps wrote below ``out``."""
-    results = {name: f"{name}/{RESULTS}" for name in VARIANTS}
-    found = {name: read_json(out / path, "answers' record")["metrics"][TASK]["test"] for name, path in results.items()}
+    found = {name: read_json(out / name / RESULTS, "answers' record")["metrics"][TASK]["test"] for name in VARIANTS}
     return [
-        Line("stage 1, recorded at the dump", read_json(out / f"{STEM}.json", "record")["test"], f"{STEM}.json"),
-        Line("the dumped integers alone", read_json(out / RANKED, "metrics"), RANKED),
-        Line("shuffled codes (control)", read_json(out / SHUFFLED, "metrics"), SHUFFLED),
-        Line(f"LLM with codes, among {CANDIDATES} candidates", found[WITH], results[WITH]),
-        Line("LLM with shuffled codes (control)", found[OTHER], results[OTHER]),
-        Line(f"the {CANDIDATES} candidates in their random order", found[WITH]["as_listed"], results[WITH]),
+        Line("stage 1, recorded at the dump", read_json(out / f"{STEM}.json", "record")["test"]),
+        Line("the dumped integers alone", read_json(out / RANKED, "metrics")),
+        Line("shuffled codes (control)", read_json(out / SHUFFLED, "metrics")),
+        Line(f"LLM with codes, among {CANDIDATES} candidates", found[WITH]),
+        Line("LLM with shuffled codes (control)", found[OTHER]),
+        Line(f"the {CANDIDATES} candidates in their random order", found[WITH]["as_listed"]),
     ]
 
 
@@ -185,38 +183,11 @@ def fault(lines: Sequence[Line]) -> str | None:
     return None
 
 
-def cells(line: Line) -> list[str]:
-    """The line's numbers as text."""
-    return [f"{line.metrics[name]:.3f}" for name in COLUMNS]
-
-
 def printed(lines: Sequence[Line]) -> str:
     """The table for a terminal."""
     heads = f"{'test split of the family graph':46}" + "".join(f"{name:>10}" for name in COLUMNS.values())
-    return "\n".join([heads, *(f"{line.label:46}" + "".join(f"{cell:>10}" for cell in cells(line)) for line in lines)])
-
-
-def summary(lines: Sequence[Line], gained: str, plan: Sequence[Step], record: dict[str, Any]) -> str:
-    """PROJECT_SUMMARY.md: the table, the LLM's gain, the steps with their seconds and files, all commands."""
-    rows = [f"| {line.label} | {' | '.join(cells(line))} | `{line.path}` |" for line in lines]
-    taken = [
-        f"| {step.name} | {record['seconds'][step.name]:.0f} | {', '.join(f'`{path.name}`' for path in step.outputs)} |"
-        for step in plan
-    ]
-    commands = [f"    python {shlex.join(step.words)}" for step in plan]
-    return "\n".join([
-        "# Codes of the family graph, and a small LLM that reads them", "",
-        f"Written by `{record['command']}` on {record['finished']}: commit {record['git_commit']}, {record['device']}, "
-        f"{record['wall_seconds']:.0f} s. Every number comes from the file beside it.", "",
-        f"| test split | {' | '.join(COLUMNS.values())} | from |", "|---|---:|---:|---:|---:|---|", *rows, "",
-        f"Filtered ranks, both directions, over all entities; the LLM ranks {CANDIDATES} candidates by the likelihood "
-        f"of their codes. MRR of the LLM with codes minus that with shuffled codes: {gained}.", "",
-        "| step | seconds | wrote |", "|---|---:|---|", *taken, "",
-        "The commands, from the repository root:", "", *commands, "",
-        "The LLM is a LLaMA of a few hundred thousand parameters: it shows that an LLM reads the codes, not what "
-        "a large one gains from them. README.md has the commands for your own graph and for LLaMA2.",
-        "",
-    ])  # fmt: skip
+    rows = [f"{line.label:46}" + "".join(f"{line.metrics[name]:10.3f}" for name in COLUMNS) for line in lines]
+    return "\n".join([heads, *rows])
 
 
 def main() -> int:
@@ -233,7 +204,6 @@ def main() -> int:
     record = make_record(vars(args) | {"seed": 0}, {}, time.monotonic() - started, seconds=seconds)
     write_json(record, ROOT / out / RECORD)
     gained = gain(ROOT / out)
-    write_text(summary(lines, gained, plan, record), ROOT / out / SUMMARY)
     print(f"\n{printed(lines)}")
     print(f"MRR of the LLM with codes minus that with shuffled codes: {gained}")
     problem = fault(lines)
@@ -241,7 +211,7 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     print(f"the integers alone give the recorded score ({record['wall_seconds']:.0f} s)")
-    print(f"wrote {out / SUMMARY}, figures in {out / 'figures'}, all other files in {out}")
+    print(f"figures are in {out / 'figures'}, all other files in {out}")
     print("next: python data/download.py FB15k-237 && python run_rq.py --dataset data/FB15k-237")
     return 0
 

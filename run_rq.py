@@ -17,17 +17,18 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from Class.codes import CodeFiles, code_files, code_stem
-from common.config import BASELINES, Config, parse_config
+from common.config import AUTO, BASELINES, Config, parse_config
 from common.errors import InputError, run_command
-from common.files import ROOT, command, exclusive_lock, load_torch, read_json, sha256_file
+from common.files import ROOT, command, exclusive_lock, load_torch, read_json, save_torch, sha256_file
 from common.record import seed_everything
 from model.from_codes import eval_codes
 from model.inputs import check_files, choose_device, load_graph, load_text
-from model.sizes import explain_oom, with_sizes
+from model.sizes import N3_TRIAL, N3_WEIGHTS, explain_oom, with_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 class Inputs(NamedTuple):
     """What a run reads and where it writes."""
 
-    config: Config  # with its name and sizes
+    config: Config  # with its name and sizes; n3 is "auto" until valid has chosen it
     kg: KnowledgeGraph
     text: torch.Tensor | None  # [M, T]
     hashes: dict[str, str]  # file -> sha256
@@ -56,7 +57,7 @@ def read_inputs(config: Config) -> Inputs:
     kg = load_graph(config)
     for note in config.unused():
         print(f"note: {note}")
-    config = with_sizes(config, kg.num_entities, kg.num_relations, len(kg.train))
+    config = with_sizes(config, kg.num_entities, kg.num_relations, len(kg.train), n3_by_valid=len(kg.valid) > 0)
     return inputs_of(config, kg, load_text(config.text_emb, kg.num_entities, kg.entities))
 
 
@@ -83,7 +84,6 @@ def inputs_of(config: Config, kg: KnowledgeGraph, text: torch.Tensor | None) -> 
 
 def build_model(inputs: Inputs, device: torch.device) -> RQGCN:
     """The model of the settings, seeded; InputError where sizes do not fit together."""
-    from model.message_passing import resolve_backend
     from model.precision import keep_freed_memory
     from model.RQGCN import RQGCN
 
@@ -95,10 +95,6 @@ def build_model(inputs: Inputs, device: torch.device) -> RQGCN:
         model = RQGCN(kg.num_entities, kg.num_relations, **inputs.model_args)
     except ValueError as error:
         raise InputError(f"these flags do not fit together: {error}") from error
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}, "
-        f"message passing by {resolve_backend(config.graph_backend, device)}"
-    )
     return model
 
 
@@ -123,23 +119,82 @@ def train(config: Config) -> None:
                 lock_outputs(inputs, locks)
             stored = stored_run(inputs)
         with explain_oom(inputs.config):
+            if inputs.config.n3 == AUTO:
+                stored = stored or choose_n3(inputs, device, world)
+                inputs = with_n3(inputs, stored["config"]["n3"])
             train_and_dump(inputs, stored, device, world)
+
+
+def make_trainer(inputs: Inputs, stored: dict[str, Any] | None, device: torch.device, world: World) -> Trainer:
+    """The model and what trains it; ``stored``: the checkpoint to continue, None for a new run."""
+    from model.trainer import Trainer
+
+    with world.together():
+        model = build_model(inputs, device)
+    trainer = Trainer(
+        inputs.kg, model, inputs.config, inputs.checkpoint, inputs.model_args, inputs.hashes, inputs.text, device,
+        world=world,
+    )  # fmt: skip
+    if stored is not None:
+        with world.together():
+            continue_from(trainer, stored)
+    return trainer
+
+
+def choose_n3(inputs: Inputs, device: torch.device, world: World) -> dict[str, Any]:
+    """Start the run with each weight of the N3 norm; the one with the best valid MRR becomes the run's checkpoint.
+
+    The run goes on from it as if that weight had been given. A stopped choice goes on, too.
+    """
+    from model.checkpoint import check_same_run, load_checkpoint
+
+    until = max(1, round(N3_TRIAL * inputs.config.epoch))
+    print(f"--n3 auto: epochs 1 to {until} with each of {', '.join(map(str, N3_WEIGHTS))}; the best on valid goes on")
+    mrr, seconds, trials = dict[float, float](), 0.0, [with_n3(inputs, n3, trial=True) for n3 in N3_WEIGHTS]
+    for trial in trials:
+        stored, path = None, trial.checkpoint
+        with world.together():
+            if path.exists() and not trial.config.overwrite:
+                stored = load_checkpoint(path)
+                check_same_run(stored, path, trial.config, trial.hashes)
+        trainer = make_trainer(trial, stored, device, world)
+        trainer.report = partial(print, f"--n3 {trial.config.n3}:")
+        fit_until_stopped(trainer, until)
+        mrr[trial.config.n3] = trainer.history[-1]["valid"]["mrr"]
+        seconds += trainer.seconds
+    best = max(mrr, key=mrr.__getitem__)
+    print(f"--n3 {best}: valid MRR {' '.join(f'{value:.4f}' for value in mrr.values())}")
+    with world.together():
+        stored = load_checkpoint(trials[N3_WEIGHTS.index(best)].checkpoint)
+        stored["last"]["history"][-1]["n3_trials"] = {str(n3): value for n3, value in mrr.items()}
+        stored["last"]["seconds"] = seconds
+    with world.together():
+        if world.first:
+            save_torch(stored, inputs.checkpoint)
+            for trial in trials:
+                trial.checkpoint.unlink()
+    return stored
+
+
+def with_n3(inputs: Inputs, n3: float, trial: bool = False) -> Inputs:
+    """``inputs`` of a run with this weight of the N3 norm; a trial has a checkpoint of its own."""
+    path = inputs.checkpoint
+    if trial:
+        path = path.with_name(f"{path.stem}_n3_{n3}.pt")
+    return inputs._replace(config=dataclasses.replace(inputs.config, n3=n3), checkpoint=path)
 
 
 def train_and_dump(inputs: Inputs, stored: dict[str, Any] | None, device: torch.device, world: World) -> None:
     """``train`` with its inputs read; ``stored``: the checkpoint to continue, None for a new run."""
+    from model.message_passing import resolve_backend
     from model.tracking import open_log
-    from model.trainer import Trainer
 
     config = inputs.config
-    with world.together():
-        model = build_model(inputs, device)
-    trainer = Trainer(
-        inputs.kg, model, config, inputs.checkpoint, inputs.model_args, inputs.hashes, inputs.text, device, world=world
+    trainer = make_trainer(inputs, stored, device, world)
+    print(
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {device}, "
+        f"message passing by {resolve_backend(config.graph_backend, device)}"
     )
-    if stored is not None:
-        with world.together():
-            continue_from(trainer, stored)
     log_folder = inputs.checkpoint.with_name(f"{inputs.checkpoint.stem}_log")
     with open_log(config, log_folder, trainer.epoch + 1, writes=world.first) as log:
         trainer.watchers.append(log.epoch)
@@ -171,7 +226,8 @@ def lock_outputs(inputs: Inputs, locks: ExitStack) -> None:
     """Keep other runs from writing the same files, and remove what a killed one left half written."""
     locks.enter_context(exclusive_lock(inputs.checkpoint.with_suffix(".lock")))
     locks.enter_context(exclusive_lock(inputs.files.codes.with_suffix(".lock")))
-    for path in (inputs.checkpoint, *inputs.files):
+    trials = [with_n3(inputs, n3, trial=True).checkpoint for n3 in N3_WEIGHTS]
+    for path in (inputs.checkpoint, *trials, *inputs.files):
         for killed in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             killed.unlink(missing_ok=True)
 
@@ -198,6 +254,8 @@ def stored_run(inputs: Inputs) -> dict[str, Any] | None:
             raise InputError(f"{files.codes} exists, but no {checkpoint}; give --out_dir DIR or --overwrite")
         return None
     stored = load_checkpoint(checkpoint)
+    if config.n3 == AUTO:
+        config = dataclasses.replace(config, n3=stored["config"]["n3"])
     check_same_run(stored, checkpoint, config, inputs.hashes)
     return stored
 
@@ -214,18 +272,21 @@ def continue_from(trainer: Trainer, stored: dict[str, Any]) -> None:
     print(f"continuing {trainer.checkpoint.name} after epoch {trainer.epoch}")
 
 
-def fit_until_stopped(trainer: Trainer) -> None:
-    """Train; on Ctrl-C or SIGTERM say what is saved and how to go on, and leave with 130 or 143."""
+def fit_until_stopped(trainer: Trainer, until: int | None = None) -> None:
+    """Train, for a trial ``until`` an epoch; on Ctrl-C or SIGTERM say what is saved and how to go on, and leave with
+    130 or 143."""
     world = trainer.world
     handled = [signal.SIGTERM] if world.size == 1 else [signal.SIGTERM, signal.SIGINT]
     previous = {number: signal.signal(number, world.interrupt) for number in handled}
     try:
-        trainer.fit()
+        trainer.fit(until)
         if world.stop_signal:
             world.stop()
     except (KeyboardInterrupt, SystemExit) as stop:
         where = "no epoch was finished, nothing is saved"
-        if trainer.saved_epoch:
+        if until is not None:
+            where = "finished epochs are saved; the same command goes on"
+        elif trainer.saved_epoch:
             where = (
                 f"epoch {trainer.saved_epoch} is saved in {trainer.checkpoint}; --restore goes on, "
                 f"--restore --epoch {trainer.saved_epoch} dumps the best epoch so far"

@@ -19,8 +19,10 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +37,7 @@ from common.config import (
     given_flags,
 )
 from common.errors import CommandParser, InputError, run_command
-from common.files import ROOT, command, exclusive_lock, output_file, read_json, sha256_file, write_json, write_text
+from common.files import ROOT, command, output_file, read_json, sha256_file, write_json, write_text
 from common.record import make_record
 from model.inputs import check_files, choose_device, load_graph, load_text
 from model.sizes import explain_oom, with_sizes
@@ -81,7 +83,7 @@ SPACE: dict[str, Between | Times | tuple[Any, ...]] = {
     "epoch": Times((0.5, 1, 2)),
 }
 STARTUP_TRIALS = 8  # at random, before TPE
-WORKERS = 64  # processes that share a search, at most
+HEARTBEAT, GRACE = 5, 30  # seconds between a running trial's signs of life; without one for GRACE it is done again
 OWN = ("trials", "max_minutes", "out", "overwrite")
 LEFT_OUT = NOT_COMPARED - {
     "config", "dataset", "checkpoint_dir", "text_emb", "graph_backend", "device", "gpu", "num_workers",
@@ -92,21 +94,15 @@ class Search(NamedTuple):
     """What all trials share."""
 
     study: optuna.Study
-    storage: Path  # the SQLite file
     base: Config  # a run without the search, with "auto" where it has it
     space: dict[str, Any]
     kg: KnowledgeGraph
     text: torch.Tensor | None
     device: torch.device
     trials: int
-    deadline: float  # of time.monotonic()
     out: Path
     command: str
     flags: dict[str, Any]  # of the file or the command line, as they were given
-
-
-class TimeIsUpError(Exception):
-    """--max_minutes ended within a trial."""
 
 
 # ---------------------------------------------------------------- the space
@@ -175,8 +171,21 @@ def draw(trial: optuna.Trial, name: str, values: Between | tuple[Any, ...], defa
 def run_trial(trial: optuna.Trial, search: Search) -> float:
     """Valid MRR from the codes of a run with this trial's settings; nothing is written.
 
-    Raises TrialPruned where it is behind other trials, InputError where the settings do not work.
+    Raises TrialPruned where it is behind other trials or its settings do not work.
     """
+    import optuna
+
+    try:
+        return score_settings(trial, search)
+    except InputError as error:
+        if trial.user_attrs.get("default"):
+            raise InputError(f"the default settings do not work here: {error}") from error
+        trial.set_user_attr("error", " ".join(str(error).split())[:300])
+        raise optuna.TrialPruned from error
+
+
+def score_settings(trial: optuna.Trial, search: Search) -> float:
+    """Train with a trial's settings -> valid MRR. Raises TrialPruned, and InputError where they do not work."""
     from model.collisions import TooFewCodes
     from model.trainer import Trainer
 
@@ -195,7 +204,7 @@ def run_trial(trial: optuna.Trial, search: Search) -> float:
             search.kg, model, config, inputs.checkpoint, inputs.model_args, {}, search.text, search.device,
             report=lambda line: None,
         )  # fmt: skip
-        watch_trial(trainer, trial, search)
+        watch_trial(trainer, trial)
         trainer.fit()
         assert trainer.best is not None
         if trainer.best["codes"] is not None:
@@ -204,162 +213,93 @@ def run_trial(trial: optuna.Trial, search: Search) -> float:
     return float(trainer.best["valid"]["mrr"])
 
 
-def watch_trial(trainer: Trainer, trial: optuna.Trial, search: Search) -> None:
-    """After each epoch: is the time over; is the trial, by its MRR from codes at each tenth of the run, far behind."""
+def watch_trial(trainer: Trainer, trial: optuna.Trial) -> None:
+    """After each epoch: is the trial, by its MRR from codes at each tenth of the run, far behind the others?"""
     import optuna
 
-    reported, last_line = [0], [time.monotonic()]
+    reported, last_line = 0, time.monotonic()
     is_default = trial.user_attrs.get("default", False)
 
     def watch(row: dict[str, Any]) -> None:
-        if time.monotonic() > search.deadline:
-            raise TimeIsUpError
-        if time.monotonic() - last_line[0] > 60:
-            last_line[0] = time.monotonic()
+        nonlocal reported, last_line
+        if time.monotonic() - last_line > 60:
+            last_line = time.monotonic()
             score = f", valid MRR {row['valid']['mrr']:.4f}" if "valid" in row else ""
             print(f"  trial {trial.number}: epoch {row['epoch']} of {trainer.config.epoch}{score}", flush=True)
         if "valid" not in row or trainer.best is None:
             return
         tenths = int(10 * trainer.schedule.progress(row["epoch"]) + 1e-9)
-        for step in range(reported[0] + 1, tenths + 1):  # rankings may be further apart
+        for step in range(reported + 1, tenths + 1):  # rankings may be further apart
             trial.report(row["valid"]["mrr"], step)
-        reported[0] = max(reported[0], tenths)
+        reported = max(reported, tenths)
         if not is_default and trial.should_prune():
             raise optuna.TrialPruned
 
     trainer.watchers.append(watch)
 
 
-# ---------------------------------------------------------------- a search that processes share
+# ---------------------------------------------------------------- the search
 
 
-@contextmanager
-def alone(storage: Path) -> Iterator[None]:
-    """Wait until no other process of the search is in such a block."""
-    with open(storage.with_suffix(".wait"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def worker_lock(storage: Path, number: int) -> Path:
-    return storage.with_suffix(f".worker{number}")
-
-
-def enter_as_worker(storage: Path, stack: ExitStack) -> int:
-    """The number of this process among those of the search, which is locked for as long as it lives."""
-    for number in range(WORKERS):
-        with suppress(InputError):
-            stack.enter_context(exclusive_lock(worker_lock(storage, number)))
-            return number
-    raise InputError(f"{WORKERS} processes share {storage} already")
-
-
-def open_study(storage: Path, name: str, seed: int) -> optuna.Study:
+def open_study(storage: Path, name: str) -> optuna.Study:
     """The study of this name in the SQLite file, new where there is none; InputError for another kind of file.
 
-    ``seed``: of what this process draws, which must differ from what others draw, and from what it drew before.
+    A trial whose process was killed fails after GRACE seconds and is done again.
     """
     import optuna
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
     try:
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(f"sqlite:///{storage}", engine_kwargs={"connect_args": {"timeout": 60}}),
+        return optuna.create_study(
+            storage=RDBStorage(
+                f"sqlite:///{storage}", engine_kwargs={"connect_args": {"timeout": 60}},
+                heartbeat_interval=HEARTBEAT, grace_period=GRACE,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+            ),
+            sampler=optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
             study_name=name, direction="maximize", load_if_exists=True,
         )  # fmt: skip
-        seed += len(study.get_trials(deepcopy=False))
-        study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=STARTUP_TRIALS)
-        return study
     except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:160]
         raise InputError(f"{storage} cannot be read as a search ({reason}); remove it to start anew") from error
 
 
-def next_trial(search: Search, worker: int) -> optuna.Trial | None:
-    """A trial for this process, or None where enough are finished or running; trials of killed processes do not count.
-
-    The default settings come first, and again where their process was killed.
-    """
-    from optuna.trial import TrialState
-
-    with alone(search.storage):
-        trials = search.study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and not lives(trial.user_attrs.get("worker"), worker, search.storage):
-                search.study.tell(trial.number, state=TrialState.FAIL)
-        counted = [trial for trial in search.study.get_trials(deepcopy=False) if counts(trial)]
-        if len(counted) >= search.trials:
-            return None
-        if not any(trial.user_attrs.get("default") for trial in counted):
-            values = {label(name, search.space[name]): value for name, value in default_values(search).items()}
-            search.study.enqueue_trial(values, user_attrs={"default": True})
-        found = search.study.ask()
-        found.set_user_attr("worker", worker)
-        return found
-
-
-def lives(owner: int | None, worker: int, storage: Path) -> bool:
-    """Whether the process of a running trial still holds its lock; this one's own number is that of an earlier one."""
-    if owner is None or owner == worker:
-        return False
-    try:
-        with exclusive_lock(worker_lock(storage, owner)):
-            return False
-    except InputError:
-        return True
-
-
-def counts(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial counts as one of --trials: finished, pruned, running, or its settings did not work."""
-    from optuna.trial import TrialState
-
-    known = trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    return known or "error" in trial.user_attrs
-
-
-def run_search(search: Search, worker: int) -> None:
-    """Trials until there are enough or the time is over; after each, the result so far is written."""
+def enqueue_default(search: Search) -> None:
+    """Let the next trial have the default settings, where none has them yet."""
     import optuna
+
+    optuna.storages.fail_stale_trials(search.study)
+    trials = search.study.get_trials(deepcopy=False)
+    if not any(trial.user_attrs.get("default") and trial.state.name != "FAIL" for trial in trials):
+        values = {label(name, search.space[name]): value for name, value in default_values(search).items()}
+        search.study.enqueue_trial(values, user_attrs={"default": True})
+
+
+def run_search(search: Search, max_minutes: float) -> None:
+    """Trials until all processes have made enough, or the time is over; after each, the result so far is written."""
+    from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
-    study = search.study
-    while time.monotonic() < search.deadline and (trial := next_trial(search, worker)) is not None:
-        try:
-            study.tell(trial, run_trial(trial, search))
-        except optuna.TrialPruned:
-            study.tell(trial, state=TrialState.PRUNED)
-        except InputError as error:
-            trial.set_user_attr("error", " ".join(str(error).split())[:300])
-            study.tell(trial, state=TrialState.FAIL)
-            if trial.user_attrs.get("default"):
-                raise InputError(f"the default settings do not work here: {error}") from error
-        except TimeIsUpError:
-            study.tell(trial, state=TrialState.FAIL)
-        except BaseException:
-            study.tell(trial, state=TrialState.FAIL)
-            print("the search is kept; repeat the command to continue it", file=sys.stderr)
-            raise
-        print(progress_line(search, trial.number), flush=True)
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+
+    def after_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        count = len(study.get_trials(deepcopy=False, states=states))
+        value = f"valid MRR {trial.value:.4f}" if trial.value is not None else trial.state.name.lower()
+        settings = " ".join(f"--{name} {value}" for name, value in trial.user_attrs["settings"].items())
+        error = f" ({trial.user_attrs['error']})" if "error" in trial.user_attrs else ""
+        print(f"{count} of {search.trials}: {value}{error}, {seconds_of(trial):.0f} s; {settings}", flush=True)
         write_result(search)
 
-
-def progress_line(search: Search, number: int) -> str:
-    """What a trial found, the best so far, the time left and the trial's settings."""
-    trials = search.study.get_trials(deepcopy=False)
-    trial, done = trials[number], [one for one in trials if counts(one) and one.datetime_complete]
-    state = {"COMPLETE": f"valid MRR {trial.value or 0:.4f}", "PRUNED": "pruned", "FAIL": "stopped"}[trial.state.name]
-    state = f"failed: {trial.user_attrs['error']}" if "error" in trial.user_attrs else state
-    best = best_trial(search)
-    parts = [f"{len(done)} of {search.trials}: {state}"]
-    if best is not None:
-        parts.append(f"best {best.value:.4f}" + (" (the default)" if best.user_attrs.get("default") else ""))
-    parts.append(f"{seconds_of(trial):.0f} s")
-    left = sum(map(seconds_of, done)) / max(1, len(done)) * (search.trials - len(done))
-    parts.append(f"about {left / 60:.0f} min left")
-    settings = " ".join(f"--{name} {value}" for name, value in trial.user_attrs.get("settings", {}).items())
-    return f"{', '.join(parts)}; {settings}"
+    left = search.trials - len(search.study.get_trials(deepcopy=False, states=states))
+    if left > 0:
+        search.study.optimize(
+            partial(run_trial, search=search), n_trials=left, timeout=60 * max_minutes or None,
+            callbacks=[after_trial, MaxTrialsCallback(search.trials, states)],
+        )  # fmt: skip
 
 
 def seconds_of(trial: optuna.trial.FrozenTrial) -> float:
@@ -369,35 +309,39 @@ def seconds_of(trial: optuna.trial.FrozenTrial) -> float:
 # ---------------------------------------------------------------- the result
 
 
-def finished_trials(search: Search) -> list[optuna.trial.FrozenTrial]:
-    return [trial for trial in search.study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+class Best(NamedTuple):
+    """What the search has found so far."""
+
+    default: optuna.trial.FrozenTrial
+    best: optuna.trial.FrozenTrial  # the earliest one
 
 
-def best_trial(search: Search) -> optuna.trial.FrozenTrial | None:
-    """The earliest of the best; None before one is finished."""
-    return max(finished_trials(search), key=lambda trial: trial.value or 0.0, default=None)
+def best_of(search: Search) -> Best | None:
+    """The default and the best trial; None before the default settings are scored."""
+    finished = [trial for trial in search.study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    default = next((trial for trial in finished if trial.user_attrs.get("default")), None)
+    return None if default is None else Best(default, max(finished, key=lambda trial: trial.value or 0.0))
 
 
 def write_result(search: Search) -> None:
     """The flags of the best trial and, beside them, the record; nothing before the default settings are scored."""
-    with alone(search.storage):
-        default = next((one for one in finished_trials(search) if one.user_attrs.get("default")), None)
-        best = best_trial(search)
-        if default is None or best is None:
-            return
-        trials = search.study.get_trials(deepcopy=False)
-        record = make_record(
-            search.base.as_plain(), search.kg.input_hashes, sum(map(seconds_of, trials)), search.device,
-            study=search.study.study_name, dataset=search.kg.name, trained_on=search.kg.train_digest(),
-            space={name: repr(values) for name, values in search.space.items()},
-            valid_mrr={"default": default.value, "best": best.value}, best_trial=best.number,
-            trials=[
-                {"number": one.number, "state": one.state.name.lower(), "valid_mrr": one.value,
-                 "seconds": round(seconds_of(one), 1), **one.user_attrs} for one in trials
-            ],
-        )  # fmt: skip
-        write_json(record, search.out.with_suffix(".json"))
-        write_text(flags_text(search, best, default, sum(map(counts, trials))), search.out)
+    found = best_of(search)
+    if found is None:
+        return
+    default, best = found
+    trials = search.study.get_trials(deepcopy=False)
+    record = make_record(
+        search.base.as_plain(), search.kg.input_hashes, sum(map(seconds_of, trials)), search.device,
+        study=search.study.study_name, dataset=search.kg.name, trained_on=search.kg.train_digest(),
+        space={name: repr(values) for name, values in search.space.items()},
+        valid_mrr={"default": default.value, "best": best.value}, best_trial=best.number,
+        trials=[
+            {"number": one.number, "state": one.state.name.lower(), "valid_mrr": one.value,
+             "seconds": round(seconds_of(one), 1), **one.user_attrs} for one in trials
+        ],
+    )  # fmt: skip
+    write_json(record, search.out.with_suffix(".json"))
+    write_text(flags_text(search, best, default, len(trials)), search.out)
 
 
 def flags_text(search: Search, best: optuna.trial.FrozenTrial, default: optuna.trial.FrozenTrial, trials: int) -> str:
@@ -434,7 +378,9 @@ def build_tune_parser(defaults: Mapping[str, Any] | None = None) -> CommandParse
     )
     group = parser.add_argument_group("the search")
     group.add_argument("--trials", type=int, default=30, help="trials in all, of all processes (default: 30)")
-    group.add_argument("--max_minutes", type=float, default=0.0, help="end after this time (default: 0, never)")
+    group.add_argument(
+        "--max_minutes", type=float, default=0.0, help="start no trial after this time (default: 0, off)"
+    )
     group.add_argument("--out", type=output_file, help="file of flags to write (default: configs/DATASET_tuned.txt)")
     group.add_argument("--overwrite", action="store_true", help="replace that file where it is from another search")
     return build_parser(defaults, LEFT_OUT | {"overwrite"}, parser)
@@ -472,7 +418,6 @@ def study_name(base: Config, space: Mapping[str, Any], kg: KnowledgeGraph) -> st
 def main() -> None:
     """Search, or continue a search."""
     own, base, fixed, kept = parse(sys.argv[1:])
-    start = time.monotonic()
     try:
         import optuna  # noqa: F401
     except ImportError as error:
@@ -489,32 +434,29 @@ def main() -> None:
     check_out(out, name, own["overwrite"])
     storage = (base.checkpoint_dir or ROOT / "checkpoints") / f"{kg.name}_tune.db"
     storage.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        worker = enter_as_worker(storage, stack)
-        with alone(storage):
-            study = open_study(storage, name, base.seed + 10_000 * worker)
-        before = len(study.get_trials(deepcopy=False))
-        print(f"{'continuing' if before else 'starting'} search {name} in {storage}, {own['trials']} trials in all")
-        deadline = start + 60 * own["max_minutes"] if own["max_minutes"] else float("inf")
-        words = f"python tune.py {shlex.join(sys.argv[1:])}"
-        search = Search(study, storage, base, space, kg, text, device, own["trials"], deadline, out, words, kept)
-        run_search(search, worker)
-        report(search)
+    words = f"python tune.py {shlex.join(sys.argv[1:])}"
+    with open(storage.with_suffix(".lock"), "w") as lock:  # one process makes the file and the first trial
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        search = Search(open_study(storage, name), base, space, kg, text, device, own["trials"], out, words, kept)
+        enqueue_default(search)
+    print(f"search {name} in {storage}, {own['trials']} trials in all; repeat the command to continue it")
+    run_search(search, own["max_minutes"])
+    report(search)
 
 
 def report(search: Search) -> None:
     """The best settings and the next command; InputError where the default settings are not scored yet."""
     write_result(search)
-    best, default = best_trial(search), [one for one in finished_trials(search) if one.user_attrs.get("default")]
-    if best is None or not default:
+    found = best_of(search)
+    if found is None:
         if any(trial.state.name == "RUNNING" for trial in search.study.get_trials(deepcopy=False)):
-            print("other processes run the remaining trials")
+            print("another process runs the default settings; it will write the result")
             return
-        raise InputError("the default settings took longer than --max_minutes; give more minutes or a smaller --epoch")
+        raise InputError("the default settings are not scored yet; repeat the command")
     run = ["--dataset", search.base.dataset or ROOT / "data/FB15k-237", "--config", search.out]
     print(
-        f"wrote {search.out} and its record: valid MRR {best.value:.4f} (trial {best.number}), "
-        f"default settings {default[0].value:.4f}\n"
+        f"wrote {search.out} and its record: valid MRR {found.best.value:.4f} (trial {found.best.number}), "
+        f"default settings {found.default.value:.4f}\n"
         f"next: {command('run_rq.py', *run)}"
     )
 

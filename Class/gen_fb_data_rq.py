@@ -34,7 +34,6 @@ from common.files import command
 from data.knowledge_graph import KnowledgeGraph
 
 TASK = "triple_classification"
-PREFERRED = "FB15k-237N"
 RANGE_ROUNDS, ROUNDS = 100, 2000  # draws per negative before the range, then the whole search, is given up
 CHUNK = 1 << 16
 
@@ -76,15 +75,6 @@ def training_ranges(kg: KnowledgeGraph) -> tuple[Ranges, Ranges]:
         return Ranges(keys, np.searchsorted(keys, np.arange(kg.num_relations + 1) * kg.num_entities).astype(np.int64))
 
     return of(0), of(2)
-
-
-def in_range(triples: Ints, kg: KnowledgeGraph, ranges: tuple[Ranges, Ranges]) -> NDArray[np.bool_]:
-    """Whether both ends of each triple are in the relation's training range: [n, 3] -> [n]."""
-    heads, tails = (
-        member(triples[:, 1] * kg.num_entities + triples[:, column], ranges[end].keys)
-        for end, column in enumerate((0, 2))
-    )
-    return heads & tails
 
 
 def sample_negatives(
@@ -185,21 +175,6 @@ def rows_of(source: Source, split: str, labelled: Labelled, short: bool = False)
             number += 1
 
 
-def range_controls(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, float]]:
-    """Per split: shares of positives and negatives in range, accuracy of "in range = True" and of its inverse."""
-    ranges = training_ranges(kg)
-    found = {}
-    for name, split in splits.items():
-        inside, labels = in_range(split.rows.triples, kg, ranges), split.rows.labels
-        found[name] = {
-            "positives_in_range": round(float(inside[labels].mean()), 4),
-            "negatives_in_range": round(float(inside[~labels].mean()), 4),
-            "accuracy_in_range_is_true": round(float((inside == labels).mean()), 4),
-            "accuracy_in_range_is_false": round(float((inside != labels).mean()), 4),
-        }
-    return found
-
-
 def negative_counts(kg: KnowledgeGraph, splits: dict[str, Split]) -> dict[str, dict[str, Any]]:
     """Per split: positives, negatives and their source, how many negatives are repeated."""
     found: dict[str, dict[str, Any]] = {}
@@ -229,27 +204,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    source = open_source(args, preferred=PREFERRED)
+    source = open_source(args)
     kg = source.kg
     splits = make_splits(kg, args.neg_ratio, args.seed)
-    counts, controls = negative_counts(kg, splits), range_controls(kg, splits)
+    counts = negative_counts(kg, splits)
     folder = args.out_dir / TASK
     write_task(
         folder, TASK, args, source,
         {name: rows_of(source, name, split.rows, args.short) for name, split in splits.items()},
-        lambda: {"labelled": counts, "range_controls": controls},
+        lambda: {"labelled": counts},
     )  # fmt: skip
     for name, count in counts.items():
         print(
             f"  {name:10} {count['positives']:,} positives, {count['negatives']:,} negatives "
             f"({count['negatives_from']}, {count['repeated_negatives']:,} repeated)"
-        )
-    print('baseline without a model, "both ends in the relation\'s training range = True" and its inverse:')
-    for name, control in controls.items():
-        print(
-            f"  {name:10} accuracy {control['accuracy_in_range_is_true']:.3f} and "
-            f"{control['accuracy_in_range_is_false']:.3f} (in range: {control['positives_in_range']:.1%} of positives, "
-            f"{control['negatives_in_range']:.1%} of negatives)"
         )
     if fill_top(folder, args.out_dir):
         print(f"wrote this task to {args.out_dir}/train.json, validation.json, test_tasks.json too")

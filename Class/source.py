@@ -127,15 +127,15 @@ class _Choice(NamedTuple):
     dataset: Path
 
 
-def open_source(args: argparse.Namespace, preferred: str | None = None) -> Source:
+def open_source(args: argparse.Namespace) -> Source:
     """The data set and codes of the flags, or the newest that stage 1 wrote; prints which, and checks them.
 
-    Without ``--dataset``: the data set called ``preferred`` if there are codes for it, else that of the codes. Without
-    ``--codes``: the newest of codes_new/ that fit, those trained on the data set first, the bundled graph's last.
+    Without ``--dataset``: the data set of the codes. Without ``--codes``: the newest of codes_new/ that fit, those
+    trained on the data set first, the bundled graph's last.
     Raises InputError where nothing fits.
     """
     started = time.monotonic()
-    choices = _choices(args, preferred)
+    choices = _choices(args)
     if not choices:
         raise InputError(
             f"{CODES_FOLDER} holds no codes; make some: "
@@ -190,27 +190,19 @@ def _announce(source: Source, choice: _Choice) -> None:
         print(f"codes: {choice.codes} ({L} x {Q} of {source.num_code}), {info['origin']}{shuffled}")
 
 
-def _choices(args: argparse.Namespace, preferred: str | None) -> list[_Choice]:
+def _choices(args: argparse.Namespace) -> list[_Choice]:
     """Codes and data sets that may fit, best first."""
     if args.no_codes and args.dataset:
         return [_Choice(None, args.dataset)]
     found = dumped_codes() if args.codes is None else [args.codes]
     records = {codes: read_record(codes) for codes in found}
-    folders = {codes: training_folder(codes, record, args.dataset) for codes, record in records.items()}
-    home: Path | None = args.dataset
-    if home is None and preferred:
-        places = [ROOT / "data", *(folder.resolve().parent for folder in folders.values() if folder)]
-        home = next((place / preferred for place in places if (place / preferred).is_dir()), None)
-    choices = []
-    if home is not None and args.no_codes:
-        choices = [_Choice(None, home)]
-    elif home is not None:  # codes that were trained on it first
-        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != train_sha256(home))
-        choices = [_Choice(codes, home) for codes in order]
-    if args.dataset:
-        return choices
-    own = [_Choice(None if args.no_codes else codes, folder) for codes, folder in folders.items() if folder]
-    choices += sorted(own, key=lambda choice: choice.dataset.resolve() == BUNDLED)
+    if args.dataset:  # codes that were trained on it first
+        own = train_sha256(args.dataset)
+        order = sorted(found, key=lambda codes: train_hash(records[codes]["inputs"]) != own)
+        return [_Choice(codes, args.dataset) for codes in order]
+    folders = {codes: training_folder(codes, record) for codes, record in records.items()}
+    choices = [_Choice(None if args.no_codes else codes, folder) for codes, folder in folders.items() if folder]
+    choices.sort(key=lambda choice: choice.dataset.resolve() == BUNDLED)
     if args.no_codes:
         choices.append(_Choice(None, BUNDLED))
     elif args.codes and not choices:

@@ -1,11 +1,11 @@
 """Checks that need a GPU, in one run: kernels against float64, the time of a step, and a short training.
 
-    bash benchmarks/gpu_checklist.sh [--data DIR] [--out DIR] [--limit_s 530] [--dry_run]
+    python3 benchmarks/gpu_checklist.py [--data DIR] [--out DIR] [--limit_s 530] [--dry_run]
 
-Needs torch, numpy, tqdm and Triton (part of CUDA torch); no DGL, no Numba, no network. --data (or DATA) is a graph
-folder, by default data/FB15k-237, which git ignores: copy it to the machine first. --out (or OUT) receives table.txt,
-checklist.json, train.log and, after training, the run record and the codes. The checkpoint stays in --work (or WORK): a
-second call with the same folder continues from it.
+Needs torch, numpy, tqdm and Triton (part of CUDA torch); no DGL, no Numba, no network. --data is a graph folder, by
+default data/FB15k-237, which git ignores: copy it to the machine first. --out receives table.txt, checklist.json,
+train.log and, after training, the run record and the codes. The checkpoint stays in --work: a second call with the same
+folder continues from it.
 """
 
 from __future__ import annotations
@@ -159,14 +159,9 @@ def attempt(rows: list[Row], what: str, section: Callable[[], list[Row]]) -> Non
 
 def main() -> int:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    environment = os.environ
-    parser.add_argument("--data", type=Path, default=environment.get("DATA"), help="graph folder (or DATA)")
-    parser.add_argument(
-        "--out", type=output_folder, default=environment.get("OUT"), help="folder of the results (or OUT)"
-    )
-    parser.add_argument(
-        "--work", type=output_folder, default=environment.get("WORK"), help="folder of the checkpoint (or WORK)"
-    )
+    parser.add_argument("--data", type=Path, help="graph folder (default: data/FB15k-237)")
+    parser.add_argument("--out", type=output_folder, help="folder of the results (default: in --work)")
+    parser.add_argument("--work", type=output_folder, help="folder of the checkpoint (default: below checkpoints)")
     parser.add_argument("--limit_s", type=float, default=530, help="seconds of the whole call")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--dry_run", action="store_true", help="the bundled family graph, toy size, on the CPU")

@@ -86,12 +86,9 @@ def best_times(
     return best
 
 
-def matmul_rate(
-    precision: str, device: torch.device | str = "cpu", size: int = 2048, repeats: int = 5,
-    dtype: torch.dtype = torch.float32,
-) -> float:  # fmt: skip
-    """FLOP/s of a product of two [size, size] matrices of ``dtype``, float32 under ``matmul_precision(precision)``."""
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
+def matmul_rate(precision: str, device: torch.device | str = "cpu", size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a product of two float32 [size, size] matrices under ``matmul_precision(precision)``."""
+    a, b = torch.randn(2, size, size, device=device)
     out = torch.empty_like(a)
     with matmul_precision(precision):
         seconds = best_times({"product": lambda: torch.mm(a, b, out=out)}, repeats, device)["product"]

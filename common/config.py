@@ -117,7 +117,7 @@ class Config:
     tf_layers: int = flag(1, MODEL, "transformer blocks over the L positions", low=0)
     att_head: int = flag(4, MODEL, "attention heads of those blocks", low=1, unused_without="tf_layers")
     decoder: str = flag("conve", MODEL, "score of head, relation and tail (Eq. 6)",
-                        choices=["conve", "distmult", "complex", "tucker", "mlp"])  # fmt: skip
+                        choices=["conve", "distmult", "complex"])  # fmt: skip
     decoder_drop: float | None = flag(None, MODEL, "dropout of the decoder", low=0, below=1, unset="the decoder's own")
     ensemble: int = flag(1, MODEL, "ensemble members that share positions and widths, train by their own losses and "
                          "add their scores (needs --gcn_layers 0)", low=1, metavar="N")  # fmt: skip
@@ -137,8 +137,8 @@ class Config:
                               low=0, auto=True)  # fmt: skip
     tails_at_once: int = flag(0, TRAINING, "high-degree queries are split: at most N tails per batch entry (0: all)",
                               low=0, auto=True, metavar="N")  # fmt: skip
-    n3: float = flag(0.0, TRAINING, "weight of the nuclear 3-norm (N3) of a triple's vectors", low=0,
-                     auto=True)  # fmt: skip
+    n3: float = flag(0.0, TRAINING, "weight of the nuclear 3-norm (N3) of a triple's vectors; auto: of four, the best "
+                     "on valid after a tenth of the run", low=0, auto=True)  # fmt: skip
     lbl_smooth: float = flag(0.1, TRAINING, "label smoothing", low=0, below=1)
     text_weight: float = flag(1.0, TRAINING, "weight of the semantic loss of Eq. 8", low=0, unused_without="text_emb")
     warmup_epochs: float = flag(1.0, TRAINING, "epochs before the codebooks are initialised; below 1: part of the run",

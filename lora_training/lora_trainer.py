@@ -24,7 +24,7 @@ from common.record import seed_everything
 from lora_training.adapters import WEIGHTS, adapter_config
 from lora_training.checkpoints import SECONDS, saved_sums
 from lora_training.code_tokens import trainable_rows
-from lora_training.memory import Shape, adapted, print_once, sharding
+from lora_training.memory import Shape, adapted, print_once
 from lora_training.prompts import IGNORED, Example
 from lora_training.token_rows import ByLength, Collate, TokenRows
 
@@ -77,15 +77,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, row_ids: Sequenc
     made = AdaptedModel(model, config)
     if settings.init_adapter is not None:
         set_peft_model_state_dict(made, load_file(str(settings.init_adapter / WEIGHTS)))
-    if recomputation()["use_reentrant"]:
-        made.enable_input_require_grads()  # otherwise the first layer has no gradient to pass on
     return made
-
-
-def recomputation() -> dict[str, Any]:
-    """Settings of torch's checkpoint. DeepSpeed up to 0.19.2 releases frozen weights while a layer is recomputed (its
-    pull request 8148), which fails with the non-reentrant form and not with the reentrant one."""
-    return {"use_reentrant": sharding() == "zero3"}
 
 
 def check_ranks(model: torch.nn.Module) -> None:

@@ -51,12 +51,8 @@ def print_once(text: str) -> None:
 
 
 def sharding() -> str:
-    """How `accelerate launch` distributes the model: ddp, fsdp, zero2 or zero3."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
-    return "ddp"
+    """How `accelerate launch` distributes the model: ddp or fsdp."""
+    return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
 
 
 class Shape(NamedTuple):
@@ -165,7 +161,7 @@ def expected_memory(
     """Bytes per GPU at ``batch`` rows of ``length`` tokens, ``answer`` of them supervised, on each.
 
     ``lora``, ``rows``: trained parameters, as counted above. ``added_rows``: rows that the embedding grows by.
-    ``sharding``: ddp splits nothing; fsdp and zero3 split weights and state; zero2 splits gradients and moments.
+    ``sharding``: ddp splits nothing, fsdp weights and state.
     """
     V, trained = shape.vocabulary + added_rows, lora + rows
     D, F, tokens = shape.width, shape.inner, batch * length
@@ -174,11 +170,9 @@ def expected_memory(
     weights = shape.layer_matrices * (NF4_BYTES if four_bit else bytes_per_weight) + rest * bytes_per_weight
     state = 16.0 * trained
     copies = 4.0 * trained if world_size > 1 else 0.0
-    if sharding in ("fsdp", "zero3"):  # plus one whole layer at a time
+    if sharding == "fsdp":  # plus one whole layer at a time
         weights = weights / world_size + shape.layer_matrices / max(shape.layers, 1) * bytes_per_weight
         state /= world_size
-    elif sharding == "zero2":
-        state = 4.0 * trained + 12.0 * trained / world_size
     boundary = tokens * D * bytes_per_weight
     # inside one layer: residuals and attention in the compute type (8 D), the norms' float32 (4 D), the adapters'
     # float32 inputs with their dropped-out copies (12 D, 2 F); gate, up, activation, product and gradients (6 F)

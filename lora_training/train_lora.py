@@ -93,8 +93,6 @@ def grown_base(args: argparse.Namespace, base: Base, dtype: torch.dtype, local_r
 def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.device) -> TrainingArguments:
     from transformers import TrainingArguments
 
-    from lora_training.lora_trainer import recomputation
-
     passes = args.batch_size // plan.micro_batch * args.gradient_accumulation
     when: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     if args.eval_steps:
@@ -106,7 +104,8 @@ def training_arguments(args: argparse.Namespace, plan: Plan, device: torch.devic
         per_device_eval_batch_size=args.eval_batch_size or plan.micro_batch, learning_rate=args.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=args.warmup_ratio, weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch", adam_beta2=args.adam_beta2, bf16=args.bf16, fp16=args.fp16, use_cpu=device.type == "cpu",
-        activation_checkpointing=args.gradient_checkpointing, activation_checkpointing_kwargs=recomputation(),
+        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False, logging_steps=args.logging_steps, logging_nan_inf_filter=False,
         eval_on_start=plan.checkpoint is None, save_total_limit=2, load_best_model_at_end=True,
         greater_is_better=False, metric_for_best_model="eval_loss", seed=args.seed, remove_unused_columns=False,
@@ -184,7 +183,7 @@ def tune(args: argparse.Namespace) -> None:
         f"step; {device}, {str(dtype).removeprefix('torch.')}"
     )
     run(args, plan, trainer, stop)
-    if not is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         lora_trainer.check_ranks(model)
     best = trainer.evaluate(metric_key_prefix="best")
     folder, expected = save(args, plan, trainer)
@@ -225,11 +224,6 @@ def run(args: argparse.Namespace, plan: Plan, trainer: CodeTrainer, stop: Any) -
         sys.exit(128 + stop.signal)
 
 
-def is_sharded(trainer: CodeTrainer) -> bool:
-    """Whether no process has the whole model."""
-    return bool(trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and sharding() == "zero3"))
-
-
 def save(args: argparse.Namespace, plan: Plan, trainer: CodeTrainer) -> tuple[Path, torch.Tensor | None]:
     """Write adapter and tokenizer to a temporary folder; also returns logits to compare with (None if sharded)."""
     from lora_training.lora_trainer import probe_logits
@@ -245,7 +239,7 @@ def save(args: argparse.Namespace, plan: Plan, trainer: CodeTrainer) -> tuple[Pa
             return folder, None
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; all of it is in the record
         save_tokenizer(plan.base.tokenizer, folder, plan.code_shape)
-    if is_sharded(trainer):
+    if trainer.is_fsdp_enabled:
         return folder, None
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return folder, probe_logits(model, probes(plan), trainer.collate)

@@ -80,35 +80,6 @@ class ComplEx(Decoder):
         return (re.square() + im.square() + 1e-12).pow(1.5).sum(-1)  # the small term: a finite gradient at 0
 
 
-class TuckER(Decoder):
-    """s = W x_1 q_h x_2 v_r x_3 q_t (Balazevic et al., EMNLP 2019, arXiv 1901.09590).
-
-    The core W is [D, D, D]. Batch norm and dropout on q_h, dropout on the matrix of r, batch norm and dropout on the
-    query, as in the paper's code. The matrices of r need B * D * D floats of memory.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        input_dropout: float = 0.3,
-        relation_dropout: float = 0.4,
-        hidden_dropout: float = 0.5,
-    ) -> None:
-        super().__init__(dim)
-        # q_h and v_r of unit variance give a query of unit variance
-        self.core = nn.Parameter(torch.randn(dim, dim, dim) * (1 / dim))
-        self.input_norm, self.hidden_norm = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)
-        self.input_dropout = nn.Dropout(input_dropout)
-        self.relation_dropout = nn.Dropout(relation_dropout)
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
-
-    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
-        x = self.input_dropout(self.input_norm(q_h))
-        of_relation = self.relation_dropout(torch.einsum("br,irj->bij", v_r, self.core))  # [B, D, D]
-        x = torch.bmm(x.unsqueeze(1), of_relation).squeeze(1)  # [B, D]
-        return self.hidden_dropout(self.hidden_norm(x))
-
-
 class ConvE(Decoder):
     """s = Flat(Conv(q_h || v_r))^T W_c q_t (Eq. 6; Dettmers et al., AAAI 2018, arXiv 1707.01476).
 
@@ -145,29 +116,6 @@ class ConvE(Decoder):
         x = self.feature_dropout(torch.relu(self.feature_norm(x)))
         x = self.hidden_dropout(self.project(x.flatten(1)))
         return torch.relu(self.hidden_norm(x))
-
-
-class MLP(Decoder):
-    """query = W_2 ReLU(BN(W_1 [q_h; v_r; q_h * v_r])) + q_h * v_r: DistMult with a learned correction.
-
-    Not from a paper: a non-linear decoder of two matrix products, far cheaper than ConvE's convolution.
-    hidden: width of the middle layer, default 2 D.
-    """
-
-    def __init__(
-        self, dim: int, hidden: int | None = None, input_dropout: float = 0.2, hidden_dropout: float = 0.3
-    ) -> None:
-        super().__init__(dim)
-        hidden = 2 * dim if hidden is None else hidden
-        self.expand = nn.Linear(3 * dim, hidden)
-        self.hidden_norm = nn.BatchNorm1d(hidden)
-        self.project = nn.Linear(hidden, dim)
-        self.input_dropout, self.hidden_dropout = nn.Dropout(input_dropout), nn.Dropout(hidden_dropout)
-
-    def query(self, q_h: Tensor, v_r: Tensor) -> Tensor:
-        both = q_h * v_r
-        x = self.expand(self.input_dropout(torch.cat([q_h, v_r, both], dim=1)))
-        return self.project(self.hidden_dropout(torch.relu(self.hidden_norm(x)))) + both
 
 
 class JointDecoder(Decoder):
@@ -224,8 +172,6 @@ DECODERS: dict[str, type[Decoder]] = {
     "conve": ConvE,
     "distmult": DistMult,
     "complex": ComplEx,
-    "tucker": TuckER,
-    "mlp": MLP,
 }
 
 

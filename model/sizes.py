@@ -22,6 +22,8 @@ LARGE = 5_000  # entities, from which on other batches and codes were better (do
 STEPS = 4000  # of a run on a small graph
 FEWEST_EPOCHS, MOST_EPOCHS = 24, 200  # on a small graph
 MOST_N3_SMALL, MOST_N3_LARGE = 0.03, 0.05  # weight of the N3 norm; less where an entity has many triples (docs/LOG.md)
+N3_WEIGHTS = (0.003, 0.01, 0.03, 0.1)  # of which valid chooses, where a run is long enough to try them
+N3_TRIAL = 0.1  # part of the run that each is tried for
 RATES = {"adagrad": 0.1, "adam": 0.005}
 WIDTHS = ("init_dim", "gcn_dim", "seq_len")
 LEAST_ADAGRAD_RATE = 0.02  # below, Adagrad hardly learns, and a given rate is meant for Adam
@@ -66,12 +68,18 @@ def adapted(found: dict[str, Any], config: Config) -> dict[str, Any]:
     return found | {"lr": RATES[found["optimizer"] if config.optimizer == "auto" else config.optimizer]}
 
 
-def with_sizes(config: Config, entities: int, relations: int, triples: int) -> Config:
+def with_sizes(config: Config, entities: int, relations: int, triples: int, n3_by_valid: bool = False) -> Config:
     """``config`` with a value in place of every "auto"; one line says which.
 
-    ``code_dim``, where it is "auto", shares D out among the L positions. Raises InputError where widths do not fit.
+    ``code_dim``, where it is "auto", shares D out among the L positions. ``n3_by_valid``: n3 stays "auto" where its
+    weights are to be tried: not in runs of a few epochs or minutes, nor without a warm-up. Raises InputError where
+    widths do not fit.
     """
     found = adapted(sizes_for(entities, relations, triples), config)
+    epochs = found["epoch"] if config.epoch == AUTO else config.epoch
+    enough = N3_TRIAL * epochs >= 1 and not config.max_minutes
+    if n3_by_valid and enough and found["n3"] > 0 and config.quantizer != "random":
+        found["n3"] = AUTO
     chosen: dict[str, Any] = {name: value for name, value in found.items() if getattr(config, name) in (AUTO, "auto")}
     sized = dataclasses.replace(config, **chosen)
     if config.loss != "ce":
@@ -80,7 +88,7 @@ def with_sizes(config: Config, entities: int, relations: int, triples: int) -> C
         chosen["code_dim"] = _code_dim(sized)
         sized = dataclasses.replace(sized, code_dim=chosen["code_dim"])
     if chosen:
-        flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
+        flags = " ".join(f"--{name} {value}" for name, value in chosen.items() if value != AUTO)
         print(f"sizes for {entities:,} entities, {relations} relations, {triples:,} triples: {flags}")
     if sized.tf_layers and sized.code_dim % sized.att_head:
         raise InputError(f"--code_dim {sized.code_dim} is no multiple of --att_head {sized.att_head}; change one")

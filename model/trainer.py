@@ -154,31 +154,34 @@ class Trainer:
 
     # ---------------------------------------------------------------- all epochs
 
-    def fit(self) -> None:
+    def fit(self, until: int | None = None) -> None:
         """Train to the last epoch, the time limit or until valid stalls; resumes where ``restore`` left it.
 
-        A run that ends while it warms up still gets codes, scored as they are.
+        A run that ends while it warms up still gets codes, scored as they are. ``until``: stop within the run, after
+        that epoch, which is ranked; ``fit`` goes on from there.
         """
         self._clock = time.monotonic()
-        done = self._finished()
+        done = self._finished() or self.epoch == until
         while not done:
             phase = self.phase()
             row = {"epoch": self.epoch + 1, "phase": phase.name, **self._train_epoch(phase)}
             self.epoch += 1
-            done = self._finished()
+            done = self._finished() or self.epoch == until
             if self.epoch % self.config.eval_every == 0 or done:
                 row["valid"] = self._validate(phase)
             self.seconds, self._clock = self._elapsed(), time.monotonic()
             row["seconds"] = self.seconds
             self.history.append(row)
             if "valid" in row:
-                done = self._finished()  # the time may have ended while it was ranked
+                done = done or self._finished()  # the time may have ended while it was ranked
             self.report(format_epoch(row))
             self._warn_of_divergence()
             self.save()
             for watch in self.watchers:
                 watch(row)
             return_freed_memory()
+        if self.epoch == until:
+            return
         if self.epoch < self.config.epoch and self._stalled(min(1.0, self._progress(self.epoch))):
             self.report(f"no better valid MRR in {PATIENCE:.0%} of the run: ended after epoch {self.epoch}")
         ends_as = CODES if self.schedule.makes_codes else WARM_UP

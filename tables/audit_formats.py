@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from common.errors import InputError, content_of
 from common.files import parse_json, read_text
 from data.knowledge_graph import KnowledgeGraph, with_inverse
-from lora_training.score_answers import margin, per_token, rank_of, ranking_metrics, read_answers
+from lora_training.score_answers import SEARCHED, margin, per_token, rank_of, ranking_metrics, read_answers
 
 JsonRow = dict[str, Any]
 Query = tuple[int, int, int]  # h, r, t; the query is (h, r, ?), r + R for queries for the head
@@ -38,7 +38,6 @@ CODES = re.compile(r"\[CODE\d+\]")
 SSQR_QUERY = re.compile(r"The query triplet is \((.*), \?\)")
 INVERSE = "inverse relation of "
 NAME_FILES = ("entity2text.txt", "FB15k_mid2name.txt")  # other names than the labels; read where present
-SEARCHED = "constrained_all"  # inference.py --decode whose candidates are the results of a search, not a list
 
 
 def is_true(value: Any) -> bool:

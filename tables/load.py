@@ -27,18 +27,10 @@ class Decoder(dict[str, Tensor]):
         (h_re, h_im), (r_re, r_im) = h.chunk(2, dim=-1), r.chunk(2, dim=-1)
         return torch.cat([h_re * r_re - h_im * r_im, h_re * r_im + h_im * r_re], dim=-1)
 
-    def tucker(self, h: Tensor, r: Tensor) -> Tensor:
-        x = torch.bmm(self.norm(h, "input_norm").unsqueeze(1), torch.einsum("br,irj->bij", r, self["core"]))
-        return self.norm(x.squeeze(1), "hidden_norm")
-
     def conve(self, h: Tensor, r: Tensor) -> Tensor:
         x = self.norm(torch.cat([h, r], dim=1).view(len(h), 1, 2 * int(self["height"]), -1), "input_norm")
         x = torch.relu(self.norm(F.conv2d(x, self["conv.weight"], self["conv.bias"]), "feature_norm")).flatten(1)
         return torch.relu(self.norm(F.linear(x, self["project.weight"], self["project.bias"]), "hidden_norm"))
-
-    def mlp(self, h: Tensor, r: Tensor) -> Tensor:
-        x = self.norm(F.linear(torch.cat([h, r, h * r], 1), self["expand.weight"], self["expand.bias"]), "hidden_norm")
-        return F.linear(torch.relu(x), self["project.weight"], self["project.bias"]) + h * r
 
 
 class Codes:

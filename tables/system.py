@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx", "tucker": "TuckER", "mlp": "MLP"}
+DECODERS = {"conve": "ConvE", "distmult": "DistMult", "complex": "ComplEx"}
 CONTROLS = {
     "unquantized": "unquantized", "random_codes": "random codes", "posthoc": "codes made after training",
 }  # fmt: skip

@@ -179,6 +179,9 @@ def test_bad_files_are_refused(tmp_path: Path, little: KnowledgeGraph, family: K
         ("direction", np.array(["up"]), "another direction"),
         ("candidates", np.array([[1.0, 2.0]]), "expected ids"),
         ("query", np.array([[{}, 1]], dtype=object), "cannot be read"),
+        ("scores", np.array([[1.0, np.nan]]), "not finite"),
+        ("scores", np.array([[1.0, 2.0]]), "rise"),
+        ("info", np.array("{"), "info is no JSON"),
     ]:
         np.savez(path, **(arrays | {name: value}))
         with pytest.raises(InputError, match=words):

@@ -102,9 +102,11 @@ EQUAL: dict[str, Scenario] = {
         {"init_dim": L * CODE_DIM, "gcn_dim": L * CODE_DIM, "tf_layers": 1, "decoder": "complex"}, encoder_every=3
     ),
     "conve": trained({"decoder": "conve"}, weight_average=0.9),
-    "tucker": trained({"decoder": "tucker"}, loss="bce", n3=0.1),
-    "mlp with text": trained({"decoder": "mlp", "text_dim": 7}, text_weight=2.0),
-    "ensemble": trained({"decoder": "mlp", "ensemble": 3, "gcn_layers": 0}, n3=0.1),  # each has batch norms of its own
+    "binary cross-entropy": trained({"decoder": "complex"}, loss="bce", n3=0.1),
+    "text": trained({"decoder": "distmult", "text_dim": 7}, text_weight=2.0),
+    "ensemble": trained(  # each member has batch norms of its own
+        {"decoder": "conve", "ensemble": 3, "gcn_layers": 0, "init_dim": L * CODE_DIM}, n3=0.1
+    ),
     "codes that die": trained({"num_code": 32}, epoch=6),
     "masked inputs": trained({}, mask_inputs=0.3),
     "sampled softmax": trained({"decoder": "complex"}, num_negatives=9, n3=0.1),

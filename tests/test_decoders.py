@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.decoders import DECODERS, ComplEx, ConvE, Decoder, DistMult, JointDecoder, TuckER, conve_shape, make_decoder
+from model.decoders import DECODERS, ComplEx, ConvE, Decoder, DistMult, JointDecoder, conve_shape, make_decoder
 
 B, N, D = 5, 9, 12
 
@@ -81,16 +81,6 @@ def test_complex_equals_complex_arithmetic() -> None:
     assert not torch.allclose(back, want[range(B), range(B)]), "(h, r, t) and (t, r, h) should have different scores"
     with pytest.raises(ValueError):
         ComplEx(13)
-
-
-def test_tucker_equals_einsum() -> None:
-    q_h, v_r, q_t = vectors()
-    decoder = TuckER(D)
-    ready(decoder)
-    x = normed(q_h.numpy(), decoder.input_norm)
-    x = np.einsum("bi,bj,ijk->bk", x, v_r.numpy(), decoder.core.detach().numpy())
-    want = normed(x, decoder.hidden_norm) @ q_t.numpy().T
-    np.testing.assert_allclose(decoder(q_h, v_r, q_t).detach().numpy(), want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kernel", "height"), [(3, None), (2, 6), (3, 4), (1, 1)])

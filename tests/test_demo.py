@@ -118,14 +118,9 @@ def test_the_order_of_the_lists_is_random(done: Done) -> None:
     assert abs(listed["mrr"] - ranks.mean()) < 4 * ranks.std() / demo.QUICK.test_rows**0.5
 
 
-def test_the_summary_holds_the_table_the_commands_and_the_files(done: Done) -> None:
-    text = (done.out / demo.SUMMARY).read_text(encoding="utf-8")
-    for line in demo.table(done.out):
-        assert f"| {line.label} | {' | '.join(demo.cells(line))} | `{line.path}` |" in text
-        assert (done.out / line.path).is_file()
+def test_the_record_has_the_seconds_of_every_step(done: Done) -> None:
     record = json.loads((done.out / demo.RECORD).read_text())
     assert len(record["seconds"]) == 18 and sum(record["seconds"].values()) <= record["wall_seconds"] + 1
-    assert record["git_commit"] in text and text.count("\n    python ") == 18
     assert {path.suffix for path in (done.out / "figures").iterdir()} == {".png", ".pdf"}
 
 

@@ -327,23 +327,6 @@ def test_the_newest_fitting_codes_are_taken_and_named(
     assert open_source(flags("--dataset", graph)).codes_info["file"] == old.name
 
 
-def test_the_preferred_data_set_takes_its_own_codes_before_mapped_ones(
-    tmp_path: Path, codes_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "ROOT", tmp_path)  # its data/, not the repository's
-    small = write_graph(tmp_path / "data" / "FB15k-237N", train=["a r b"], valid=["b r c"], test=["c r a"])
-    large = write_graph(tmp_path / "data" / "FB15k-237", train=["a r b", "c r b"], valid=["b r a"], test=["c r d"])
-    mapped = write_codes(large, codes_folder)
-    source = open_source(flags(), preferred="FB15k-237N")
-    assert (source.kg.name, source.codes_info["file"]) == ("FB15k-237N", mapped.name)
-    own = write_codes(small, codes_folder)
-    os.utime(own, (1e9, 1e9))
-    assert open_source(flags(), preferred="FB15k-237N").codes_info["file"] == own.name
-    assert open_source(flags("--codes", mapped), preferred="FB15k-237N").codes_info["dataset"] == "FB15k-237"
-    assert open_source(flags("--no_codes"), preferred="FB15k-237N").kg.name == "FB15k-237N"
-    assert open_source(flags("--no_codes"), preferred="elsewhere").kg.name == "FB15k-237"
-
-
 # ---------------------------------------------------------------- mixes
 
 

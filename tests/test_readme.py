@@ -140,8 +140,7 @@ def test_the_memory_table_is_computed() -> None:
     ways: dict[str, dict[str, Any]] = {
         "one GPU": {},
         "DDP, 2 GPUs": {"world_size": 2},
-        "FSDP2, ZeRO-3": {"world_size": 2, "sharding": "fsdp"},
-        "ZeRO-2": {"world_size": 2, "sharding": "zero2"},
+        "FSDP2, 2 GPUs": {"world_size": 2, "sharding": "fsdp"},
         "QLoRA (`--load_in_4bit`)": {"four_bit": True},
     }
     for name, how in ways.items():

@@ -198,7 +198,10 @@ def test_any_layout_of_plain_rows_is_read_for_training(tmp_path: Path, text: str
     assert check_leaks.check_folder(tmp_path)[0] == []
 
 
-@pytest.mark.parametrize("text", ['{"rows": []}', '{\n"a": 1\n}', '[{"instruction": "x"}]', "[1, 2]", '[{"a": 1}, '])
+@pytest.mark.parametrize("text", [
+    '{"rows": []}', '{\n"a": 1\n}', '[{"instruction": "x"}]', "[1, 2]", '[{"a": 1}, ', "[null]",
+    '[{"instruction": "x", "output": null}]', '[{"instruction": "x", "output": [1]}]',
+])  # fmt: skip
 def test_other_json_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(text)

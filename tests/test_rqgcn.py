@@ -14,7 +14,7 @@ from model.relational_graph import RelationalGraph
 from model.RQGCN import RQGCN, CodeScorer, scorer_of
 from tests.conftest import CODE_DIM, SHAPE, D, K, L, M, Q, R, books_of, make_model
 
-DECODERS = ["conve", "distmult", "complex", "tucker", "mlp"]
+DECODERS = ["conve", "distmult", "complex"]
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,14 @@ import pytest
 import torch
 
 import run_rq
-from common.config import BASELINES, Config, build_parser
+from common.config import AUTO, BASELINES, Config, build_parser
 from common.errors import InputError
 from common.files import load_torch, save_torch
 from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model import inputs
 from model.checkpoint import fault_of
 from model.from_codes import load_scored_codes
-from model.sizes import explain_oom, sizes_for, smaller_model, with_sizes
+from model.sizes import N3_WEIGHTS, explain_oom, sizes_for, smaller_model, with_sizes
 from model.trainer import Trainer
 from tests.conftest import (
     CODE_DIM,
@@ -457,7 +457,7 @@ def test_one_run_twice_writes_the_same_bytes(rq: Command, ring: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["conve", "distmult", "complex", "tucker", "mlp"])
+@pytest.mark.parametrize("decoder", ["conve", "distmult", "complex"])
 def test_two_threads_give_the_same_codes_each_time_and_after_a_kill(tmp_path: Path, decoder: str) -> None:
     """Rows are taken by index_select: the backward pass of x[i] is not deterministic with several threads."""
     sizes = {"decoder": decoder, "init_dim": 36, "gcn_dim": 36, "tf_layers": 0, "batch": 1024, "epoch": 4}
@@ -733,6 +733,66 @@ def test_a_low_rate_is_for_adam_and_graph_layers_pass_less_often(flags: list[str
 def test_layers_that_change_the_width_are_trained_by_adam_at_every_step(flags: list[str]) -> None:
     config = with_sizes(run_rq.parse_config(["--gcn_layers", "2", *flags]), 14_541, 237, 272_115)
     assert (config.optimizer, config.lr, config.encoder_every, config.n3) == ("adam", 0.005, 1, 0)
+
+
+# ---------------------------------------------------------------- the weight of N3, chosen on valid
+
+BY_VALID = {"n3": "auto", "decoder": "complex", "init_dim": 24, "gcn_layers": 0, "tf_layers": 0, "epoch": 10,
+            "seq_len": 3, "code_dim": 8, "warmup_epochs": 0.3, "optimizer": "adagrad", "lr": 0.1}  # fmt: skip
+
+
+def test_the_weight_of_n3_is_the_best_on_valid_and_its_run_is_that_of_the_flag(
+    rq: Command, ring: Path, tmp_path: Path
+) -> None:
+    chosen = rq(*small_flags(ring, tmp_path / "auto", **BY_VALID))
+    assert chosen.code == 0, chosen.err
+    record = json.loads(next(tmp_path.glob("auto/codes/*.json")).read_text())
+    trials = record["history"][0]["n3_trials"]
+    assert list(trials) == [str(n3) for n3 in N3_WEIGHTS]
+    assert str(record["args"]["n3"]) == max(trials, key=trials.__getitem__)
+    given = rq(*small_flags(ring, tmp_path / "given", **BY_VALID | {"n3": record["args"]["n3"]}))
+    assert given.code == 0, given.err
+    codes = [
+        load_torch(next(tmp_path.glob(f"{name}/codes/{record['name']}.pt")), "codes") for name in ("auto", "given")
+    ]
+    assert torch.equal(*codes)
+    assert len(list(tmp_path.glob("auto/checkpoints/*.pt"))) == 1
+    again = rq(*small_flags(ring, tmp_path / "auto", **BY_VALID))  # dumps the finished run again
+    assert again.code == 0 and "n3 0" not in again.out
+
+
+def test_a_choice_of_n3_that_was_killed_goes_on(
+    rq: Command, ring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [small_flags(ring, tmp_path / name, **BY_VALID | {"epoch": 20}) for name in ("whole", "killed")]
+    assert rq(*flags[0]).code == 0
+    save, saved = Trainer.save, list[float]()
+
+    def stop_in_the_second_trial(self: Trainer) -> None:
+        save(self)
+        saved.append(self.config.n3)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", stop_in_the_second_trial)
+        outcome = rq(*flags[1])
+    assert outcome.code == 130 and "the same command goes on" in outcome.err
+    resumed = rq(*flags[1])
+    assert resumed.code == 0, resumed.err
+    whole, killed = (load_torch(next(tmp_path.glob(f"{name}/codes/*rq.pt")), "codes") for name in ("whole", "killed"))
+    assert torch.equal(whole, killed)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--n3", "0"], ["--max_minutes", "5"], ["--epoch", "9"], ["--quantizer", "random"], ["--decoder", "conve"]],
+)
+def test_n3_is_not_tried_where_it_is_given_or_a_run_is_short(flags: list[str]) -> None:
+    graph = (14_541, 237, 272_115)
+    assert with_sizes(run_rq.parse_config([]), *graph, n3_by_valid=True).n3 == AUTO
+    assert with_sizes(run_rq.parse_config(flags), *graph, n3_by_valid=True).n3 != AUTO
+    assert with_sizes(run_rq.parse_config([]), 14_541, 237, 9_000_000, n3_by_valid=True).n3 != AUTO
 
 
 # ---------------------------------------------------------------- flags

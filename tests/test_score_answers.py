@@ -247,6 +247,8 @@ def test_a_torn_last_line_is_left_out_and_other_faults_are_named(tmp_path: Path)
         ([whole[0], 5], "2 "),
         ([whole[0] | {"scores": [1.0]}], "1 .*differ in length"),
         ([whole[0] | {"truth": "b"}], "1 .*truth"),
+        ([whole[0] | {"scores": "high"}], "1 "),
+        ([whole[0] | {"id": [1]}], "1 "),
     ):
         with pytest.raises(InputError, match=rf"answers\.jsonl:{message}"):
             read_answers(write(path, lines))  # type: ignore[arg-type]

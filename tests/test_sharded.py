@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from common.errors import InputError
-from lora_training import lora_trainer, plan, train_lora
+from lora_training import plan, train_lora
 from lora_training.base_model import check_version
-from lora_training.lora_trainer import recomputation
-from lora_training.token_rows import Collate
 from tests.test_train_lora import adapter, base, data, record, two_processes, words  # noqa: F401 (fixtures)
 
 FLAGS = {"lora_dropout": 0, "max_steps": 4, "eval_steps": 2, "batch_size": 2, "gradient_checkpointing": True}
@@ -37,43 +33,6 @@ def test_fsdp2_equals_plain_processes(base: Path, data: Path, tmp_path: Path) ->
     losses = [[e[key] for e in record(tmp_path / name)["history"] if key in e]
               for name in ("plain", "sharded") for key in ("loss", "eval_loss")]  # fmt: skip
     assert losses[0] == pytest.approx(losses[2], abs=1e-4) and losses[1] == pytest.approx(losses[3], abs=1e-4)
-
-
-def test_zero3_recomputes_reentrantly_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recomputation() == {"use_reentrant": False}
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert recomputation() == {"use_reentrant": False}
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert recomputation() == {"use_reentrant": True}
-
-
-@pytest.mark.parametrize("rows", [True, False])
-def test_reentrant_recomputation_has_the_same_gradients(
-    rows: bool,
-    base: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With and without trained rows: without them nothing that enters the first layer has a gradient of its own."""
-    from lora_training.prompts import encode_examples
-    from tests.test_prompts_tokens import SHAPE
-    from tests.test_prompts_tokens import rows as task_rows
-
-    args = train_lora.parse_args(["--model_name", str(base), "--lora_dropout", "0"])
-    checked = plan.check_model(args, SHAPE)
-    batch = Collate(0)(list(encode_examples(task_rows().values(), checked.tokenizer)))
-    labels = batch.pop("labels")
-    found: list[dict[str, torch.Tensor]] = []
-    for kind in ("ddp", "zero3"):
-        monkeypatch.setattr(lora_trainer, "sharding", lambda kind=kind: kind)
-        grown, settings = train_lora.grown_base(args, checked, torch.float32, 0), train_lora.lora_settings(args)
-        model: Any = lora_trainer.add_adapter(grown, settings, checked.row_ids if rows else [], checked.shape)
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=recomputation())
-        lora_trainer.mean_loss(model.train()(**batch), labels).backward()
-        found.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
-    assert found[0].keys() == found[1].keys() and all(value is not None for value in found[1].values())
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
-    assert any(float(value.abs().max()) > 0 for name, value in found[1].items() if "layers.0." in name)
 
 
 def test_an_old_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

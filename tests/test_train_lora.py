@@ -497,9 +497,7 @@ def test_processes_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_configurations_are_known_to_accelerate() -> None:
     files = sorted((ROOT / "lora_training" / "configs").glob("*.yaml"))
     kinds = {file.stem: load_config_from_file(str(file)).distributed_type.value for file in files}
-    assert kinds == {
-        "ddp": "MULTI_GPU", "fsdp2": "FSDP", "multi_node": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED",
-    }  # fmt: skip
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "multi_node": "MULTI_GPU"}
 
 
 # ---------------------------------------------------------------- memory
@@ -523,7 +521,6 @@ def test_parameters_and_memory_of_llama2_7b() -> None:
 
     assert 16 < need(world_size=2) < 21
     assert need(world_size=2, sharding="fsdp") < 13 and need(four_bit=True) < 10
-    assert need(world_size=2) > need(world_size=2, sharding="zero2") > need(world_size=2, sharding="zero3")
     assert need(checkpointing=False) > 35, "without checkpointing it does not fit"
 
 

@@ -649,13 +649,12 @@ def test_a_parameter_spoilt_by_the_last_step_is_an_input_error_too(trainer_of: T
         trainer.fit()
 
 
-@pytest.mark.parametrize("decoder", ["conve", "mlp", "tucker"])
-def test_a_last_batch_of_one_query_trains(trainer_of: TrainerMaker, decoder: str) -> None:
+def test_a_last_batch_of_one_query_trains(trainer_of: TrainerMaker) -> None:
     """Batch norm needs two rows: a number of queries that leaves one over must not end the run."""
-    trainer = trainer_of({"decoder": decoder}, epoch=2)
+    trainer = trainer_of({"decoder": "conve"}, epoch=2)
     queries = len(trainer.heads)
     batch = next(size for size in range(2, queries) if queries % size == 1)
-    trainer = trainer_of({"decoder": decoder}, epoch=2, batch=batch)
+    trainer = trainer_of({"decoder": "conve"}, epoch=2, batch=batch)
     trainer.fit()
     assert trainer.epoch == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -100,40 +99,49 @@ def test_a_result_of_another_search_is_kept(tuned: Command, untested: Path, tmp_
     assert_refused(tuned(*words, "--trials", "1", "--lbl_smooth", "0.2"), str(out), "--out")
 
 
-def test_trials_of_killed_processes_do_not_count(tuned: Command, untested: Path, tmp_path: Path) -> None:
-    """Two processes share a search after a third was killed in its first trial."""
-    command = [sys.executable, str(ROOT / "tune.py"), *words_of(untested, tmp_path, epoch=12, trials=3)]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not running(tmp_path / "ring_tune.db") and time.monotonic() < until:
-        assert killed.poll() is None
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+def test_a_killed_trial_is_done_again(
+    tuned: Command, untested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, str(ROOT / "tune.py"), *words_of(untested, tmp_path, epoch=60, trials=3)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as killed:
+        until = time.monotonic() + 120
+        while not running(tmp_path / "ring_tune.db") and time.monotonic() < until:
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.kill()
+    monkeypatch.setattr(tune, "GRACE", 1)
+    time.sleep(2.5)
+    assert tuned(*words_of(untested, tmp_path, epoch=60, trials=3)).code == 0
     trials = trials_of(tmp_path)
     states = [trial.state.name for trial in trials]
     assert states.count("FAIL") == 1 and states.count("COMPLETE") + states.count("PRUNED") == 3
-    assert any(trial.user_attrs.get("default") and trial.state.name == "COMPLETE" for trial in trials)
-    assert any("3 of 3" in text for text in said) and (tmp_path / "out.txt").exists()
-    assert not list(tmp_path.glob("*.worker*"))
+    assert [trial.state.name for trial in trials if trial.user_attrs.get("default")] == ["FAIL", "COMPLETE"]
+
+
+def test_two_processes_share_a_search(untested: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tune.py"), *words_of(untested, tmp_path, trials=4)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert sorted(process.returncode for process in both)[0] == 0, said
+    trials = trials_of(tmp_path)
+    assert 4 <= len(trials) <= 5, "the last trials of both may end together"
+    assert [trial.user_attrs.get("default") for trial in trials].count(True) == 1
+    assert (tmp_path / "out.txt").exists()
 
 
 def running(storage: Path) -> bool:
-    """Whether a trial runs and its process has said which one it is."""
+    """Whether a trial runs and has given a sign of life."""
     try:
         with sqlite3.connect(storage, timeout=10) as base:
-            return bool(base.execute("SELECT count(*) FROM trial_user_attributes WHERE key = 'worker'").fetchone()[0])
+            return bool(base.execute("SELECT count(*) FROM trial_heartbeats").fetchone()[0])
     except sqlite3.OperationalError:  # no table yet
         return False
 
 
-def test_no_time_for_the_first_trial_is_one_line(tuned: Command, untested: Path, tmp_path: Path) -> None:
-    outcome = tuned(*words_of(untested, tmp_path), "--max_minutes", "0.00001")
-    assert_refused(outcome, "--max_minutes")
-    assert not (tmp_path / "out.txt").exists()
+def test_no_trial_starts_after_the_time(tuned: Command, untested: Path, tmp_path: Path) -> None:
+    assert tuned(*words_of(untested, tmp_path), "--max_minutes", "0.0001").code == 0
+    (trial,) = trials_of(tmp_path)
+    assert trial.user_attrs["default"] and (tmp_path / "out.txt").exists()
 
 
 def test_settings_that_do_not_work_are_one_line(tuned: Command, untested: Path, tmp_path: Path) -> None:
@@ -168,7 +176,7 @@ def watched(study: optuna.Study, scores: list[float], default: bool) -> None:
     trainer: Any = SimpleNamespace(
         watchers=[], best={}, config=Config(epoch=10), schedule=SimpleNamespace(progress=lambda epoch: epoch / 10)
     )
-    tune.watch_trial(trainer, trial, SimpleNamespace(deadline=float("inf")))  # type: ignore[arg-type]
+    tune.watch_trial(trainer, trial)
     for epoch, score in enumerate(scores, 1):
         if epoch % 3 == 1:  # an epoch that is not ranked reports nothing
             trainer.watchers[0]({"epoch": epoch, "valid": {"mrr": score}})
