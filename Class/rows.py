@@ -10,10 +10,11 @@ import heapq
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,14 +229,32 @@ def read_lines(path: str | Path, plain: bool = False) -> Iterator[tuple[int, Row
         raise InputError(f"{path}: its array does not end, so the file was cut off; write it again")
 
 
-def longest_rows(path: Path, count: int = 16) -> list[Row]:
-    """The ``count`` longest rows, plain as those of ``read_rows``, for checks before all rows are tokenized."""
+def longest_rows(path: Path, plain: bool = False, count: int = 16) -> Iterator[Row]:
+    """The ``count`` longest rows of each task type, for checks before all rows are parsed; ``plain`` as in
+    ``read_rows``."""
+    longest: dict[Any, list[tuple[int, int, Any]]] = defaultdict(list)  # by task type: length, place, row or line
+
+    def keep(task_type: Any, found: tuple[int, int, Any]) -> None:
+        kept = longest[task_type]
+        (heapq.heappush if len(kept) < count else heapq.heappushpop)(kept, found)
+
     if _is_other_layout(path):
-        return heapq.nlargest(count, read_rows(path, plain=True), key=lambda row: len(row["instruction"]))
-    with open(path, "rb") as file:
-        lines = heapq.nlargest(count, enumerate(file, 1), key=lambda numbered: len(numbered[1]))
-    rows = (parse_line(line.decode("utf-8-sig", "replace"), path, number, plain=True) for number, line in sorted(lines))
-    return [row for row in rows if row is not None]
+        for number, row in enumerate(read_rows(path, plain), 1):
+            keep(row["task_type"], (len(row["instruction"]), number, row))
+    else:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                task_type = _TASK_TYPE.search(line)
+                keep(task_type and task_type[1], (len(line), number, line))
+    for _, number, value in sorted(itertools.chain(*longest.values()), key=lambda found: found[1]):
+        found = value
+        if isinstance(value, bytes):
+            found = parse_line(value.decode("utf-8-sig", "replace"), path, number, plain)
+        if found is not None:
+            yield found
+
+
+_TASK_TYPE = re.compile(rb'"task_type"\s*:\s*("[^"]*")')
 
 
 def read_rows(path: str | Path, plain: bool = False) -> Iterator[Row]:

@@ -232,9 +232,8 @@ def read_record(codes: Path) -> dict[str, Any]:
     """The run record beside a codes file; InputError where it is missing or incomplete."""
     path = codes.with_suffix(".json")
     if not codes.is_file():
-        raise InputError(
-            f"codes file {codes} does not exist; stage 1 writes it: {command('run_rq.py', '--dataset', 'DIR')}"
-        )
+        what = "is a folder" if codes.is_dir() else "does not exist"
+        raise InputError(f"codes file {codes} {what}; stage 1 writes it: {command('run_rq.py', '--dataset', 'DIR')}")
     if not path.is_file():
         raise InputError(f"codes file {codes} has no record {path.name} beside it, so its training data is unknown")
     record = read_json(path, "record")

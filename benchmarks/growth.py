@@ -37,7 +37,7 @@ from benchmarks.measure import (
 )
 from benchmarks.random_graph import random_kg
 from common.device import peak_memory_mb
-from common.errors import InputError, run_command
+from common.errors import InputError, at_least, run_command
 from model.precision import keep_freed_memory
 from model.schedule import CODES
 from model.sizes import EXACT_UP_TO, encoder_pace
@@ -99,12 +99,12 @@ def in_own_process(args: argparse.Namespace, M: int, negatives: int) -> Row:
 def main() -> int:
     parser = benchmark_parser(__doc__, "10^3 and 10^4 entities, eight steps")
     sizes = [10_000, 100_000, 1_000_000]
-    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="M of each graph; 10^6 need 16 GB")
-    parser.add_argument("--num_negatives", type=int, default=4096, help="N of the sampled softmax")
-    parser.add_argument("--steps", type=int, default=64, help="steps that are measured and scaled to an epoch")
-    parser.add_argument("--batch", type=int, default=1024, help="B, queries per step")
-    parser.add_argument("--encoder_every", type=int, help="steps per encoder pass (default: 64 per 10^5 entities)")
-    parser.add_argument("--seed", type=int, default=0, help="of the graph and the model")
+    parser.add_argument("--sizes", type=at_least(1), nargs="+", default=sizes, help="M of each graph; 10^6 need 16 GB")
+    parser.add_argument("--num_negatives", type=at_least(1), default=4096, help="N of the sampled softmax")
+    parser.add_argument("--steps", type=at_least(1), default=64, help="steps that are measured and scaled to an epoch")
+    parser.add_argument("--batch", type=at_least(1), default=1024, help="B, queries per step")
+    parser.add_argument("--encoder_every", type=at_least(1), help="steps per encoder pass (default: 64 per 10^5 rows)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the graph and the model")
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.quick:

@@ -33,7 +33,7 @@ from typing import Any
 from Class import gen_fb_data_rq, gen_lp_data_rq
 from Class.candidates import need_candidates
 from Class.rows import read_rows, split_path
-from common.errors import CommandParser, InputError, content_of, run_command
+from common.errors import CommandParser, InputError, at_least, content_of, run_command
 from common.files import exclusive_lock, output_folder, read_json, sha256_file, write_json
 from common.record import make_record
 from common.steps import Step, run_steps
@@ -142,16 +142,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=Path, nargs="+", metavar="FILE", help="lists: link prediction instead")
     parser.add_argument("--model_name", required=True, help="hub id or local folder")
     parser.add_argument("--out", type=output_folder, required=True, metavar="OUT", help="folder for everything")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one comparison each (default: 0)")
-    parser.add_argument("--rows", type=int, default=0, help="rows per file of data (0: all)")
-    parser.add_argument("--val_rows", type=int, default=2000, help="validation rows (0: all)")
-    parser.add_argument("--test_rows", type=int, default=0, help="test rows (0: all)")
-    parser.add_argument("--neg_ratio", type=int, default=1, help="sampled negatives per training triple")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="one comparison each (default: 0)")
+    parser.add_argument("--rows", type=at_least(0), default=0, help="rows per file of data (0: all)")
+    parser.add_argument("--val_rows", type=at_least(0), default=2000, help="validation rows (0: all)")
+    parser.add_argument("--test_rows", type=at_least(0), default=0, help="test rows (0: all)")
+    parser.add_argument("--neg_ratio", type=at_least(1), default=1, help="sampled negatives per training triple")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the rows")
-    parser.add_argument("--step_tokens", type=int, default=16_384, help="tokens per step, with codes")
+    parser.add_argument("--step_tokens", type=at_least(1), default=16_384, help="tokens per step, with codes")
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="of LoRA")
     parser.add_argument("--rows_lr", type=float, default=1e-3, help="of the new token rows")
-    parser.add_argument("--eval_steps", type=int, default=200, help="steps between validations")
+    parser.add_argument("--eval_steps", type=at_least(1), default=200, help="steps between validations")
     parser.add_argument("--limit_s", type=float, default=530, help="seconds of this part (0: no limit)")
     return parser.parse_args(argv)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, run_command
+from common.errors import CommandParser, at_least, run_command
 from common.files import output_file, sha256_file, write_json
 from common.record import make_record, seed_everything
 from data.hold_out import SUPPORT
@@ -167,10 +167,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--retrained_checkpoint", type=Path, help="their checkpoint")
     parser.add_argument("--text_emb", type=Path, help="text embeddings, for nearest by text")
     parser.add_argument("--text_dataset", type=Path, help="graph folder whose entities are the rows of --text_emb")
-    parser.add_argument("--skip", type=int, default=0, help="new entities to leave out, the first ones by name")
-    parser.add_argument("--entities", type=int, default=10**9, help="new entities to take, the next ones by name")
-    parser.add_argument("--reencode", type=int, default=300, help="known entities to encode again")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--skip", type=at_least(0), default=0, help="new entities to leave out, the first ones by name")
+    parser.add_argument("--entities", type=at_least(1), default=10**9, help="new entities to take, the next by name")
+    parser.add_argument("--reencode", type=at_least(0), default=300, help="known entities to encode again")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     parser.add_argument("--out", type=output_file, help="write the results as JSON")
     return parser.parse_args()
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import CommandParser, run_command
+from common.errors import CommandParser, at_least, run_command
 from data.knowledge_graph import KnowledgeGraph, add_keep_names, with_inverse
 from model.decoders import ComplEx
 from model.ranking import filtered_ranks, summarize
@@ -70,15 +70,17 @@ def main() -> None:
     parser = CommandParser(description="Train a plain ComplEx and print its filtered metrics.")
     parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder or file")
     add_keep_names(parser)
-    parser.add_argument("--rank", type=int, default=128, help="complex numbers per entity (default: 128)")
-    parser.add_argument("--epochs", type=int, default=50, help="passes over the triples (default: 50)")
-    parser.add_argument("--batch", type=int, default=1000, help="triples per step (default: 1000)")
+    parser.add_argument("--rank", type=at_least(1), default=128, help="complex numbers per entity (default: 128)")
+    parser.add_argument("--epochs", type=at_least(1), default=50, help="passes over the triples (default: 50)")
+    parser.add_argument("--batch", type=at_least(1), default=1000, help="triples per step (default: 1000)")
     parser.add_argument("--lr", type=float, default=0.1, help="of Adagrad (default: 0.1)")
     parser.add_argument("--dropout", type=float, default=0.4, help="on the query (default: 0.4)")
     parser.add_argument("--n3", type=float, default=0.0, help="weight of the N3 norm (default: 0)")
-    parser.add_argument("--eval_every", type=int, default=10, help="epochs between rankings of valid (default: 10)")
+    parser.add_argument(
+        "--eval_every", type=at_least(1), default=10, help="epochs from ranking to ranking (default: 10)"
+    )
     parser.add_argument("--test", action="store_true", help="rank test by the best epoch on valid")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and order (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of initial weights and order (default: 0)")
     args = parser.parse_args()
     kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     torch.manual_seed(args.seed)

@@ -39,7 +39,7 @@ from benchmarks.measure import (
     write_rows,
 )
 from common.device import find_device
-from common.errors import run_command
+from common.errors import at_least, run_command
 from data.knowledge_graph import KnowledgeGraph
 from model.precision import FULL, keep_freed_memory
 from model.schedule import CODES
@@ -118,7 +118,7 @@ def main() -> int:
     parser = benchmark_parser(__doc__, "the bundled family graph, one cycle")
     parser.add_argument("--dataset", type=Path, help="graph folder (default: data/FB15k-237, with --quick data/family)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--cycles", type=int, default=3, help="cycles timed, the best counts")
+    parser.add_argument("--cycles", type=at_least(1), default=3, help="cycles timed, the best counts")
     args = parser.parse_args(words[:end])
     begun = time.perf_counter()
     keep_freed_memory()

@@ -43,9 +43,27 @@ class CommandParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse. A file to write (of type ``output_file``) that is also the file of another flag is an error."""
+        found = super().parse_args(args, namespace)
+        files = {action: _files_of(getattr(found, action.dest, None)) for action in self._actions}
+        for action in files:
+            for other in files:
+                written = getattr(action.type, "__name__", "") == "output_file" and files[action] & files[other]
+                if written and action is not other:
+                    flag, read = action.option_strings[0], (*other.option_strings, other.dest)[0]
+                    self.error(f"argument {flag}: {min(written)} is the file of {read}, which it would replace")
+        return found
+
     def error(self, message: str) -> NoReturn:
         message = message if len(message) < 600 else f"{message[:600]} ..."
         self.exit(2, f"error: {self.origin}{message} (see: python {self.prog} --help)\n")
+
+
+def _files_of(value: Any) -> set[Path]:
+    """The files that a flag names."""
+    values = value if isinstance(value, list) else [value]
+    return {Path(one).resolve() for one in values if isinstance(one, str | Path) and os.path.isfile(one)}
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -278,7 +278,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_length", type=at_least(1), default=256, help="tokens of a text that are read (encoder)")
     parser.add_argument("--device", help="of the encoder: cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--dim", type=at_least(1), help=f"width of TF-IDF + SVD (default: {TFIDF_DIM})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the SVD")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the SVD")
     args = parser.parse_args()
     if args.dim and args.model:
         parser.error(f"--dim {args.dim}: the width of an encoder is its own; leave --dim out")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.files import ROOT, command, output_folder, write_text
 
 Triple = tuple[str, str, str]
@@ -261,8 +261,8 @@ def write_family(out: str | Path, seed: int = 7, people: int = 1000) -> dict[str
 def main() -> None:
     parser = CommandParser(prog="data/family.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=output_folder, default=ROOT / "data" / "family", help="folder to write")
-    parser.add_argument("--seed", type=int, default=7, help="random seed")
-    parser.add_argument("--people", type=int, default=1000, help="number of entities")
+    parser.add_argument("--seed", type=at_least(0), default=7, help="random seed")
+    parser.add_argument("--people", type=at_least(1), default=1000, help="number of entities")
     args = parser.parse_args()
     counts = write_family(args.out, args.seed, args.people)
     shown = ", ".join(f"{split} {count}" for split, count in counts.items())

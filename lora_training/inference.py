@@ -42,7 +42,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Class.prompts import FALSE, TRUE, link_prediction, numbered, prediction
-from Class.rows import PREDICTED, STATS, Row, existing_split, need_fields, read_rows
+from Class.rows import PREDICTED, STATS, Row, existing_split, longest_rows, need_fields, read_rows
 from common.device import find_device
 from common.errors import CommandParser, InputError, at_least, content_of, run_command
 from common.files import command, exclusive_lock, output_file, read_json, sha256_file, write_json
@@ -341,6 +341,10 @@ class Part(NamedTuple):
         for row in itertools.islice(rows, self.limit or None):
             yield row | {"candidate_order": order} if is_ranking(row) else row
 
+    def longest(self) -> Iterator[Row]:
+        """The longest rows of each task type, or all where there is a limit."""
+        return self.rows() if self.limit else filter(self.keep, longest_rows(self.path))
+
 
 def candidate_order(data: Path, split: str) -> str | None:
     """Order of the lists in a file, ranked or shuffled; None if the statistics beside it do not contain it."""
@@ -376,14 +380,14 @@ class Survey(NamedTuple):
     longest: dict[str, Row]  # by kind, the row with the longest prompt in characters
 
 
-def survey(parts: Sequence[Part], settings: Settings) -> Survey:
+def survey(parts: Sequence[Part], settings: Settings, sample: bool = False) -> Survey:
     """Count the rows and check each. InputError, with the row's id, if one lacks what its answer needs, or if a file is
-    damaged or was cut off after the rows to answer."""
+    damaged or was cut off after the rows to answer. ``sample``: only the ``longest`` rows of each part."""
     count, lists, longest, seen = 0, 0, dict[str, Row](), set[tuple[str, str]]()
     for part in parts:
-        if part.limit:
+        if part.limit and not sample:
             deque(read_rows(part.path), maxlen=0)
-        for row in part.rows():
+        for row in part.longest() if sample else part.rows():
             count += 1
             if not row.get("truth") or "split" not in row:
                 raise InputError(f"{part.path}: row {row['id']} has no truth or split; write the data again")
@@ -413,8 +417,17 @@ def check_list(row: Row, path: Path, settings: Settings) -> None:
         )
 
 
-def check_lengths(found: Survey, reader: Reader, settings: Settings) -> None:
-    """InputError if the longest prompt and its answer do not fit the model; nothing is truncated."""
+def check_rows(found: Survey, reader: Reader, settings: Settings, test_data: Path) -> None:
+    """InputError if there are no rows, no lists where they are needed, or if the longest prompt and its answer do not
+    fit the model; nothing is truncated."""
+    if not found.rows:
+        raise InputError(f"--test_data {test_data} has no rows to answer")
+    if not found.lists and (settings.decode == "likelihood" or settings.permute):
+        flag = f"--permute {settings.permute}" if settings.permute else "--decode likelihood"
+        raise InputError(
+            f"{flag} needs lists of candidates, and --test_data {test_data} has none; give the file in "
+            f"link_prediction/ that gen_lp_data_rq.py wrote (beside {PREDICTED}/)"
+        )
     limit = getattr(load_config(reader.base_model).get_text_config(), "max_position_embeddings", None)
     for kind, row in found.longest.items():
         query_alone = kind == "rank" and settings.decode == "likelihood"
@@ -534,29 +547,34 @@ def add_model_flags(group: Any) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
 
 
-def check_data(args: argparse.Namespace, reader: Reader) -> tuple[list[Part], dict[str, Any]]:
-    """The files to answer, and whose codes they contain. InputError if a file is missing or of other codes."""
+def check_data(args: argparse.Namespace) -> tuple[list[Part], dict[str, Any]]:
+    """The files to answer, and whose codes they contain. InputError if a file is missing, or if they are of several
+    codes."""
     if not args.test_data.is_file():
         raise InputError(f"--test_data {args.test_data} does not exist; write it: {command('Class/gen_fb_data_rq.py')}")
     if args.val_data is not None and not args.val_data.is_file():
         raise InputError(f"--val_data {args.val_data} does not exist; leave the flag out, or write the data again")
     info = read_codes_info(args.test_data)
+    parts = [Part(args.test_data, "test", args.limit)]
+    validation = args.val_data or existing_split(args.test_data.parent, "validation")
+    if validation is not None:
+        test = f"--test_data {args.test_data}"
+        refuse_other_codes(info, read_codes_info(validation), test, f"--val_data {validation}")
+        keep = partial(decides, with_codes=info.get("file") is not None, decode=args.decode)
+        parts.insert(0, Part(validation, "validation", args.val_limit, keep))
+    return parts, info
+
+
+def check_codes(args: argparse.Namespace, reader: Reader, info: dict[str, Any]) -> None:
+    """InputError if the rows contain other codes than the model was tuned on."""
     if reader.saved is None and info.get("file") is not None:
         raise InputError(
             f"--base_model {reader.base_model} was not tuned on codes, and {args.test_data} contains those of "
             f"{info['file']}; give --lora_adapter DIR, or a merged model"
         )
-    test = f"--test_data {args.test_data}"
     if reader.saved is not None:
         model = f"--lora_adapter {args.lora_adapter}" if args.lora_adapter else f"--base_model {reader.base_model}"
-        refuse_other_codes(reader.codes, info, model, test)
-    parts = [Part(args.test_data, "test", args.limit)]
-    validation = args.val_data or existing_split(args.test_data.parent, "validation")
-    if validation is not None:
-        refuse_other_codes(info, read_codes_info(validation), test, f"--val_data {validation}")
-        keep = partial(decides, with_codes=info.get("file") is not None, decode=args.decode)
-        parts.insert(0, Part(validation, "validation", args.val_limit, keep))
-    return parts, info
+        refuse_other_codes(reader.codes, info, model, f"--test_data {args.test_data}")
 
 
 class Job(NamedTuple):
@@ -574,11 +592,14 @@ class Job(NamedTuple):
 
 
 def check_all(args: argparse.Namespace) -> Job:
-    """Check model, device, data, earlier answers, and then all rows. InputError for the first problem."""
+    """Check files, model, device, the longest rows, earlier answers, and then all rows. InputError for the first
+    problem."""
+    parts, info = check_data(args)
     reader = check_model(args.base_model, args.lora_adapter)
+    check_codes(args, reader, info)
     device = find_device(args.device)
-    parts, info = check_data(args, reader)
     settings = Settings(args.decode, args.batch_size, args.max_new_tokens, args.permute, args.seed)
+    check_rows(survey(parts, settings, sample=True), reader, settings, args.test_data)
     named = by_name({"" if part.split == "test" else part.split: part.path for part in parts})
     hashes = {name: sha256_file(file) for name, file in named.items()}
     plan = {
@@ -587,15 +608,7 @@ def check_all(args: argparse.Namespace) -> Job:
     }  # fmt: skip
     done = resume(answers_path(args.output), args.output, plan, args.overwrite)
     found = survey(parts, settings)
-    if not found.rows:
-        raise InputError(f"--test_data {args.test_data} has no rows to answer")
-    if not found.lists and (args.decode == "likelihood" or args.permute):
-        flag = f"--permute {args.permute}" if args.permute else "--decode likelihood"
-        raise InputError(
-            f"{flag} needs lists of candidates, and --test_data {args.test_data} has none; give the file in "
-            f"link_prediction/ that gen_lp_data_rq.py wrote (beside {PREDICTED}/)"
-        )
-    check_lengths(found, reader, settings)
+    check_rows(found, reader, settings, args.test_data)
     return Job(reader, parts, info, settings, found.rows, device, hashes, plan, done)
 
 

@@ -209,7 +209,7 @@ def encode_file(
     or has a row that is too long."""
     rows, skipped, most = TokenRows(), 0, 0 if skip_long else max_length
     if not limit:  # a row that is too long is found at once, wherever it is
-        sizes = (len(example.input_ids) for example in encode_examples(longest_rows(path), tokenizer, most))
+        sizes = (len(example.input_ids) for example in encode_examples(longest_rows(path, plain=True), tokenizer, most))
         check_context(path, max((size for size in sizes if size <= max_length), default=0), context)
     chosen = itertools.islice(read_rows(path, plain=True), limit or None)
     for example in encode_examples(chosen, tokenizer, most):

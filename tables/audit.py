@@ -493,8 +493,6 @@ def main(argv: list[str] | None = None) -> int:
     for flag, path in (("answers", args.answers), ("lists", args.lists), ("against", args.against)):
         if path is not None and not path.is_file():
             raise InputError(f"--{flag} {path} is no file; give a file of answers or lists, see docs/AUDIT.md")
-        if path is not None and args.json is not None and args.json.resolve() == path.resolve():
-            raise InputError(f"--json {args.json} is the file of --{flag}, which would be replaced; name another")
     kg = KnowledgeGraph.load(args.dataset, args.keep_names)
     contents = read_contents(args.answers, args.lists, args.format, kg, Path(args.dataset))
     if not contents.rows and not any(triple.split == "test" for triple in contents.triples):

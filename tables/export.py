@@ -65,6 +65,8 @@ def read_contents(args: argparse.Namespace) -> Contents:
     """Record, graph, checkpoint, codes and adapter. InputError where one is missing, unfinished or of another run."""
     import torch
 
+    if args.dataset is not None and not args.dataset.exists():
+        raise InputError(f"--dataset {args.dataset} does not exist; leave the flag out for the graph in the record")
     record = read_record(args.codes)
     for file in (args.codes, args.codes.with_suffix(".entities.txt")):
         check_recorded(file, record)

@@ -84,6 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    for folder in args.model or []:
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise InputError(f"--model {folder} has no config.json or adapter_config.json: it is no model")
     inputs = Inputs(
         codes=args.codes, records=args.records, data=args.data, datasets=args.dataset, models=args.model,
         tokenizer=args.tokenizer, sample=args.sample, seed=args.seed,

@@ -39,7 +39,7 @@ from torch import Tensor
 from Class.codes import unique_names
 from Class.prompts import classification
 from Class.source import fit_codes
-from common.errors import CommandParser, InputError, run_command
+from common.errors import CommandParser, InputError, at_least, run_command
 from common.files import output_file, sha256_file, write_json
 from common.record import make_record
 from data.knowledge_graph import KnowledgeGraph
@@ -190,8 +190,7 @@ def beside_names(
 ) -> dict[str, Any]:
     """Accuracy on test triples of linear maps of the LLM's states, alone and beside the margins of the codes."""
     valid, test = (labelled(kg, split) for split in ("valid", "test"))
-    if valid is None or test is None:
-        raise InputError(f"--triples {args.triples}: {kg.name} has no valid_neg.txt and test_neg.txt")
+    assert valid is not None and test is not None  # checked at the start
     order = torch.randperm(len(valid.labels), generator=generator)
     fit, rest = (
         Rows(valid.triples[part], valid.labels[part]) for part in (order[: args.triples], order[args.triples :])
@@ -228,11 +227,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="graph folder")
     parser.add_argument("--codes", type=Path, required=True, metavar="C.pt", help="codes file")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="CK.pt", help="the stage-1 checkpoint")
-    parser.add_argument("--least", type=int, default=100, help="entities that a fact must hold for, and not hold for")
-    parser.add_argument("--entities", type=int, default=5000, metavar="N", help="use at most N entities, at random")
+    parser.add_argument(
+        "--least", type=at_least(1), default=100, help="entities a fact must hold for, and not hold for"
+    )
+    parser.add_argument("--entities", type=at_least(5), default=5000, metavar="N", help="at most N entities, at random")
     parser.add_argument("--model_name", metavar="DIR", help="also probe an untuned LLM that reads the names")
-    parser.add_argument("--triples", type=int, default=0, metavar="N", help="also N triples to fit and N to test on")
-    parser.add_argument("--seed", type=int, default=0, help="of the entities' split and the shuffling")
+    parser.add_argument("--triples", type=at_least(0), default=0, metavar="N", help="N triples to fit and N to test on")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the entities' split and the shuffling")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table and a run record")
     args = parser.parse_args(argv)
     if args.triples and not args.model_name:
@@ -243,6 +244,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, started = parse_args(argv), time.monotonic()
     kg = KnowledgeGraph.load(args.dataset)
+    if args.triples and not {"valid", "test"} <= kg.negative_splits.keys():
+        raise InputError(f"--triples {args.triples}: {kg.name} has no valid_neg.txt and test_neg.txt")
     given_codes, num_code, _ = fit_codes(args.codes, kg, args.dataset)
     codes = torch.from_numpy(given_codes)
     loaded = load_scorer(args.checkpoint, kg, torch.device("cpu"))

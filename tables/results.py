@@ -149,12 +149,18 @@ def relative(value: Any) -> Any:
 # ---------------------------------------------------------------- the command
 
 
+def _folder(word: str) -> Path:
+    if not Path(word).is_dir():
+        raise argparse.ArgumentTypeError(f"{word} is no folder")
+    return Path(word)
+
+
 def add_record_flags(parser: argparse.ArgumentParser) -> None:
     """--records and --data, for every command that reads records."""
     parser.add_argument("--records", nargs="+", type=Path, metavar="DIR", default=list(FOLDERS),
                         help="folders (with all below them) or files of run records (default: tables/records, "
                         "codes_new, lora_training/lora_outputs and lora_training/inference_results.json)")  # fmt: skip
-    parser.add_argument("--data", type=Path, metavar="DIR", default=ROOT / "data", help="folder of the graphs")
+    parser.add_argument("--data", type=_folder, metavar="DIR", default=ROOT / "data", help="folder of the graphs")
 
 
 def print_groups(found: Iterable[Group]) -> None:

@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import CommandParser, content_of, run_command
+from common.config import parse_config
+from common.errors import CommandParser, at_least, content_of, run_command
 from common.files import ROOT, exclusive_lock, output_folder, read_json, write_json
 from common.metrics import RANKING, check_ranking, number
 from common.steps import Step, run_steps
+from data.knowledge_graph import KnowledgeGraph
+from model.inputs import load_text
 from tables.system import system_of
 
 SLOW = "--lr 0.001 --encoder_every 4"
@@ -90,8 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the flags that all settings share; its time limit is ignored")  # fmt: skip
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="graph folder (default: the configuration's)")
     parser.add_argument("--text_emb", type=Path, metavar="FILE.npy", help="adds the settings with text")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of every run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every setting (default: 0)")
+    parser.add_argument("--epochs", type=at_least(1), default=10, help="epochs of every run")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="seeds of every setting (default: 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings")
     parser.add_argument("--out", type=output_folder, metavar="DIR", default=ROOT / "codes_new" / "ablations",
                         help="folder for the runs and ablations.json")  # fmt: skip
@@ -167,6 +170,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, setting in settings.items():
             print(f"{name:14s} {setting.group:16s} {setting.flags}")
         return
+    if args.text_emb is not None:  # the settings with text come last
+        config = parse_config(["--config", str(args.config)])
+        kg = KnowledgeGraph.load(args.dataset or ROOT / str(config.dataset), config.keep_names)
+        load_text(args.text_emb, kg.num_entities, kg.entities)
     args.out = args.out.resolve()
     with exclusive_lock(args.out.with_name(f"{args.out.name}.lock"), "--out"):
         for name in args.only or settings:

@@ -422,8 +422,8 @@ def test_the_line_of_a_name_ends_and_that_of_codes_has_ended(world: World) -> No
 def test_bad_input_is_one_line_before_the_weights(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_model", "load_base", "load_adapted"):
-        monkeypatch.setattr(inference, name, lambda *_: pytest.fail("weights were loaded"))
+    for name in ("load_model", "load_base", "load_adapted", "sha256_file"):
+        monkeypatch.setattr(inference, name, lambda *_: pytest.fail("weights were loaded, or whole files were read"))
     test = ["--test_data", world.mix / "test_tasks.json", "--output", tmp_path / "r.json"]
     adapter = ["--lora_adapter", world.adapter]
     other_base = save_base(tmp_path / "other_base", ["few words " * 9], 300)
@@ -443,7 +443,7 @@ def test_bad_input_is_one_line_before_the_weights(
         (["--lora_adapter", foreign, *test], "foreign has "),
         ([*adapter, "--base_model", other_base, *test], "other_base"),
         (["--lora_adapter", other_codes, *test], "other_codes was made with"),
-        ([*adapter, "--test_data", tmp_path / "none.json"], "none.json does not exist"),
+        (["--test_data", tmp_path / "none.json"], "none.json does not exist"),
         ([*adapter, *test, "--val_data", tmp_path / "none.json"], "none.json does not exist"),
         ([*adapter, "--test_data", world.named / "test_tasks.json"], "no codes"),
         (["--base_model", world.base, *test], "--base_model"),

@@ -61,6 +61,31 @@ def test_every_flag_of_an_output_checks_its_place() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("tables/code_quality.py --codes other FILE --json FILE", "argument --json: FILE is the file of --codes"),
+        ("tables/case_studies.py --out ./FILE --answers FILE", "argument --out: FILE is the file of --answers"),
+        ("lora_training/score_answers.py --answers FILE --output FILE", "argument --output: FILE is the file of"),
+        ("tables/make_figures.py --model none", "--model none has no config.json or adapter_config.json"),
+        ("tables/make_tables.py --data none", "argument --data: none is no folder"),
+        ("tables/run_ablations.py --dataset GRAPH --text_emb FILE", "--text_emb FILE cannot be read as a .npy array"),
+        ("tables/export.py --codes FILE --checkpoint x --out new --dataset no", "--dataset no does not exist"),
+        ("tables/probe_codes.py --dataset GRAPH --codes x --checkpoint x --triples 1 --model_name x", "no valid_neg"),
+    ],
+)  # fmt: skip
+def test_inputs_that_are_wrong_or_would_be_replaced_are_reported_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("{}")
+    command = command.replace("./FILE", f"{tmp_path}/./file").replace("GRAPH", str(ROOT / "data" / "family"))
+    outcome = call(command.replace("FILE", str(file)), tmp_path, tmp_path)
+    assert_one_line(outcome, line.replace("FILE", str(file)))
+    assert file.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         ("--text_emb no.npy", "--text_emb no.npy does not exist"),

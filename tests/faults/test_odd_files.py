@@ -1,4 +1,4 @@
-"""Generated graphs with the oddities of real files: each is refused, reported, or makes no difference.
+"""Generated graphs and rows with the oddities of real files: each is refused, reported, or makes no difference.
 
 A case is a kind of oddity, a format and a seed. One case of each kind runs by default, drawn with a fixed seed; all run
 with ``-m slow``. docs/DATA.md has a row for each kind.
@@ -7,6 +7,7 @@ with ``-m slow``. docs/DATA.md has a row for each kind.
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import time
 import unicodedata
@@ -16,24 +17,27 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from Class.rows import longest_rows, read_rows
 from common.errors import InputError
 from data.knowledge_graph import SPLITS, KnowledgeGraph
 
 Triple = tuple[str, str, str]
 Graph = dict[str, list[Triple]]
 SECONDS = 5.0  # processor time
-REFUSED, REPORTED, SAME = "refused", "reported", "the same graph"
+REFUSED, REPORTED, SAME, KEPT = "refused", "reported", "the same graph", "the same names, nothing said"
+PLACE = "od'd $HOME & #1 {x} 北京"  # the folder's name
 WORDS = ("Zoé", "Ångström", "北京", "naïve café", "São Paulo", "plain", "O'Hara", "C++", "x_y", "Đà Nẵng")
 
 
 class Kind(NamedTuple):
-    """An oddity: what becomes of the names, of each file's text, and what is expected."""
+    """An oddity: what becomes of the names, of each file's text, of the folder, and what is expected."""
 
     expected: str
     names: Callable[[Graph, random.Random], Graph] | None = None
     texts: Sequence[Callable[[str, str, str], str]] = ()
     words: Sequence[str] = ()  # in the message
     ends: Sequence[str] = (".txt", ".tsv", ".csv")
+    folder: Callable[[Path, Graph, random.Random], None] = lambda folder, graph, rng: None
 
 
 def in_split(split: str, change: Callable[[str], str]) -> Callable[[Graph, random.Random], Graph]:
@@ -65,6 +69,38 @@ def everywhere(change: Callable[[str], str]) -> Callable[[Graph, random.Random],
     return apply
 
 
+def ids(change: Callable[[list[str], random.Random], list[str]]) -> Callable[[Path, Graph, random.Random], None]:
+    """Write entity2id.txt with the names in random order, changed."""
+
+    def add(folder: Path, graph: Graph, rng: random.Random) -> None:
+        names = change(rng.sample(names_of(graph), len(names_of(graph))), rng)
+        lines = [f"{name}\t{i}\n" for i, name in enumerate(names)]
+        (folder / "entity2id.txt").write_text("".join([f"{len(names)}\n"] * rng.randrange(2) + lines), encoding="utf-8")
+
+    return add
+
+
+def with_other_order(folder: Path, graph: Graph, rng: random.Random) -> None:
+    ids(lambda names, rng: names)(folder, graph, rng)
+    lines = [f"{i}\t{name}\n" for i, name in enumerate(reversed(names_of(graph)))]
+    (folder / "entities.dict").write_text("".join(lines), encoding="utf-8")
+
+
+def rename(end: str) -> Callable[[Path, Graph, random.Random], None]:
+    """Give the training file an ending that is not read."""
+
+    def apply(folder: Path, graph: Graph, rng: random.Random) -> None:
+        next(folder.glob("train*")).rename(folder / f"train{end}")
+
+    return apply
+
+
+def special(graph: Graph, rng: random.Random) -> Graph:
+    """Other characters between the words of each name."""
+    sign = rng.choice(("|", " | ", "$", "&", "#", "{}", "%s", "\\n", "`x`", "*", "~", "<CODE>"))
+    return everywhere(lambda name: name.replace(" ", sign))(graph, rng)
+
+
 def header(words: str) -> Callable[[str, str, str], str]:
     def add(split: str, end: str, text: str) -> str:
         return words.replace(" ", separator(end)) + "\n" + text
@@ -76,9 +112,12 @@ def facts_as_negatives(graph: Graph, rng: random.Random) -> Graph:
     return graph | {"test_neg": [*rng.sample(graph["train"], 3), graph["test"][0]]}
 
 
+def names_of(graph: Graph) -> list[str]:
+    return sorted({name for rows in graph.values() for h, _, t in rows for name in (h, t)})
+
+
 def numbered(graph: Graph, rng: random.Random) -> Graph:
-    names = sorted({name for rows in graph.values() for h, _, t in rows for name in (h, t)})
-    number = {name: str(i) for i, name in enumerate(names)}
+    number = {name: str(i) for i, name in enumerate(names_of(graph))}
     return {split: [(number[h], r, number[t]) for h, r, t in rows] for split, rows in graph.items()}
 
 
@@ -136,6 +175,16 @@ KINDS: dict[str, Kind] = {
     "an empty line": Kind(REFUSED, None, (to("\n", "\n\n", 1),), (":2: ",)),
     "an empty name": Kind(REFUSED, some_name(lambda name: ""), (), ("an empty name",)),
     "a fourth column": Kind(REFUSED, None, (to("\n", "SEPARATOR1\n"),), ("4 columns",)),
+    "entity2id in another order": Kind(KEPT, folder=ids(lambda names, rng: names)),
+    "entity2id without an entity": Kind(REFUSED, folder=ids(lambda names, rng: names[1:]), words=("entity2id",)),
+    "entity2id with a name twice": Kind(
+        REFUSED, folder=ids(lambda names, rng: names + names[:1]), words=("entity2id",)
+    ),
+    "entities.dict in another order": Kind(REFUSED, folder=with_other_order, words=("entity2id", "entities.dict")),
+    "special characters": Kind(KEPT, special),
+    "names that look like flags": Kind(KEPT, everywhere(lambda name: f"--{name}")),
+    "a training file of another kind": Kind(REFUSED, folder=rename(".parquet"), words=("train.parquet",)),
+    "a training file packed otherwise": Kind(REFUSED, folder=rename(".txt.bz2"), words=("train.txt.bz2",)),
     "a line of words": Kind(REFUSED, None, (lambda split, end, text: text + "no triple\n",), (), ANY),
 }
 
@@ -159,7 +208,7 @@ def as_text(rows: list[Triple], end: str) -> str:
     return "".join(separator(end).join(row) + "\n" for row in rows)
 
 
-def write(folder: Path, graph: Graph, end: str, kind: Kind, packed: bool) -> Path:
+def write(folder: Path, graph: Graph, end: str, kind: Kind, packed: bool, rng: random.Random) -> Path:
     folder.mkdir()
     for split, rows in graph.items():
         text = as_text(rows, end)
@@ -168,7 +217,12 @@ def write(folder: Path, graph: Graph, end: str, kind: Kind, packed: bool) -> Pat
         content = text.encode()
         path = folder / f"{split}{end}{'.gz' * packed}"
         path.write_bytes(gzip.compress(content) if packed else content)
+    kind.folder(folder, graph, rng)
     return folder
+
+
+def named(kg: KnowledgeGraph, split: str) -> list[Triple]:
+    return [(kg.entities[h], kg.relations[r], kg.entities[t]) for h, r, t in kg.split(split)]
 
 
 def all_cases() -> list[Any]:
@@ -189,8 +243,8 @@ def test_an_oddity_is_refused_reported_or_harmless(
 ) -> None:
     kind, rng, graph = KINDS[name], random.Random(seed), graph_of(seed)
     odd = kind.names(graph, rng) if kind.names else graph
-    folder = write(tmp_path / "odd", odd, end, kind, packed)
-    plain = KnowledgeGraph.load(write(tmp_path / "plain", graph, end, Kind(SAME), packed=False))
+    folder = write(tmp_path / PLACE, odd, end, kind, packed, rng)
+    plain = KnowledgeGraph.load(write(tmp_path / "plain", graph, end, Kind(SAME), False, rng))
     capsys.readouterr()
     began = time.process_time()
     if kind.expected == REFUSED:
@@ -204,8 +258,74 @@ def test_an_oddity_is_refused_reported_or_harmless(
         if kind.expected == SAME:
             assert found.train_digest() == plain.train_digest() and found.entities == plain.entities
             assert all((found.split(split) == plain.split(split)).all() for split in SPLITS)
+        elif kind.expected == KEPT:
+            assert capsys.readouterr().err == "" and sorted(found.entities) == names_of(odd)
+            assert {split: named(found, split) for split in SPLITS} == odd
         else:
             shown = capsys.readouterr().err
             assert "such as" in shown or "(" in shown
             assert all(word in shown for word in kind.words), shown
     assert time.process_time() - began < SECONDS
+
+
+def test_a_tiny_file_is_split_without_leaks_or_refused(tmp_path: Path) -> None:
+    """Of larger ones: tests/test_formats.py."""
+    rng, refused, path = random.Random(0), 0, tmp_path / "tiny.txt"
+    for _ in range(60):
+        pool = WORDS[: rng.randint(1, 6)]
+        triples = [(rng.choice(pool), f"rel {rng.randrange(2)}", rng.choice(pool)) for _ in range(rng.randint(1, 24))]
+        path.write_text(as_text(triples, ".txt"), encoding="utf-8")
+        try:
+            kg = KnowledgeGraph.load(path)
+        except InputError as error:
+            assert "\n" not in str(error) and "tiny.txt" in str(error)
+            refused += 1
+            continue
+        assert sorted(row for split in SPLITS for row in named(kg, split)) == sorted(set(triples))
+        pairs = [{frozenset((h, t)) for h, _, t in named(kg, split)} for split in SPLITS]
+        assert all(pairs) and not pairs[0] & pairs[1] and not pairs[0] & pairs[2] and not pairs[1] & pairs[2]
+        assert not kg.unseen.any() and set(kg.train[:, 1]) == set(range(kg.num_relations))
+    assert 0 < refused < 40
+
+
+# ---------------------------------------------------------------- rows of instruction data
+
+TEXTS = ("", "a\nb", ",", "[", "]", "},", '"', "\\", "\u2028", "北京", "\U0001f600", '"task_type": "x"', " {} ")
+
+
+def layouts(rows: list[dict[str, Any]], rng: random.Random) -> dict[str, str]:
+    ascii_only = rng.random() < 0.5
+    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    return {
+        "array": json.dumps(rows, ensure_ascii=ascii_only),
+        "dense": json.dumps(rows, ensure_ascii=ascii_only, separators=(",", ":")),
+        "indented": json.dumps(rows, ensure_ascii=ascii_only, indent=rng.randrange(5)),
+        "one per line": "[\n" + ",\n".join(lines) + "\n]\n",
+        "JSON Lines": "\n".join(lines),
+        "Windows lines": "\r\n".join(lines) + "\r\n",
+        "with a BOM": "\ufeff" + "\n".join(lines) + "\n",
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_are_read_from_any_layout_and_a_cut_is_found(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [
+        {
+            "instruction": "".join(rng.sample(TEXTS, 2)),
+            "output": rng.choice(TEXTS),
+            "id": i,
+            "task_type": rng.choice("ab"),
+        }
+        for i in range(rng.randint(1, 40))
+    ]
+    path = tmp_path / "train.json"
+    for layout, text in layouts(rows, rng).items():
+        path.write_bytes(text.encode())
+        assert list(read_rows(path)) == rows, layout
+        few = list(longest_rows(path, count=2))
+        assert {row["task_type"] for row in few} == {row["task_type"] for row in rows} and len(few) <= 4
+        path.write_bytes(text.rstrip().encode()[: -rng.randint(1, 9)])
+        with pytest.raises(InputError, match=r"train\.json") as error:
+            list(read_rows(path))
+        assert "\n" not in str(error.value), layout
