@@ -137,7 +137,7 @@ class Config:
                               low=0, auto=True)  # fmt: skip
     tails_at_once: int = flag(0, TRAINING, "high-degree queries are split: at most N tails per batch entry (0: all)",
                               low=0, auto=True, metavar="N")  # fmt: skip
-    n3: float = flag(0.0, TRAINING, "weight of the nuclear 3-norm (N3) of a triple's vectors; auto: of four, the best "
+    n3: float = flag(0.0, TRAINING, "weight of the nuclear 3-norm (N3) of a triple's vectors; auto: of three, the best "
                      "on valid after a tenth of the run", low=0, auto=True)  # fmt: skip
     lbl_smooth: float = flag(0.1, TRAINING, "label smoothing", low=0, below=1)
     text_weight: float = flag(1.0, TRAINING, "weight of the semantic loss of Eq. 8", low=0, unused_without="text_emb")
