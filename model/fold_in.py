@@ -30,7 +30,7 @@ from data.knowledge_graph import KnowledgeGraph, with_inverse
 from model.entity_inputs import nearest_by_text
 from model.RQGCN import CodeScorer
 
-PRIOR, PRIOR_OF_FEW = 0.3, 0.7  # prior(n) = PRIOR + PRIOR_OF_FEW / n for n support triples (docs/NEW_ENTITIES.md)
+PRIOR, PRIOR_OF_FEW = 0.1, 0.9  # prior(n) = PRIOR + PRIOR_OF_FEW / n for n support triples (docs/NEW_ENTITIES.md)
 TEXT_PAIRS = 2.0  # what the mean of the nearest by text weighs beside the means of pairs
 STEPS, RATE = 40, 0.1  # of Adagrad
 SAMPLED = 512  # known entities that a query of a new entity is compared with
