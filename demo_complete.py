@@ -62,7 +62,7 @@ QUICK = FULL._replace(
 STAGE1 = "--config /dev/null --decoder distmult --lr 0.005 --batch 256"
 CODES = "--seq_len 4 --num_code 256 --num_quantizers 4 --encoder_every 2"
 LLM_CODES = "--seq_len 1 --num_code 128 --num_quantizers 2 --code_dim 128 --encoder_every 2"
-BASE = "--width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003"
+BASE = "--overwrite --width 64 --layers 2 --heads 4 --vocab_size 1600 --block 192 --batch 16 --lr 0.003"
 LORA = (
     "--batch_size 64 --learning_rate 0.004 --rows_lr 0.012 --adam_beta2 0.99 --lora_r 64 --lora_alpha 64 "
     "--lora_dropout 0 --logging_steps 100 --eval_batch_size 128 --overwrite"

@@ -119,13 +119,15 @@ def exclusive_lock(path: Path, flag: str = "--name") -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def check_replaceable(folder: Path, flag: str, record: str | None = None) -> None:
+def check_replaceable(folder: Path, flag: str, record: str | None = None, overwrite: bool = False) -> None:
     """InputError unless ``replaced_folder`` may write ``folder``: the present folder is not in it, and it is empty or
-    (``record``) holds this file, which says that a script wrote it."""
+    (``record``) holds this file, which says that a script wrote it, and ``overwrite`` is given."""
     if Path.cwd().is_relative_to(folder.resolve()):
         raise InputError(f"{flag} {folder} is replaced as a whole, and you are in it; name another folder")
     if record and folder.is_dir() and any(folder.iterdir()) and not (folder / record).is_file():
         raise InputError(f"{flag} {folder} holds files that this script did not write; choose another folder")
+    if record and (folder / record).is_file() and not overwrite:
+        raise InputError(f"{flag} {folder} is finished; give another folder, or --overwrite to replace it")
 
 
 @contextmanager

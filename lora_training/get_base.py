@@ -96,9 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     args = parse_args(argv)
     path = find_gguf(args.model, args.gguf)
-    check_replaceable(args.out, "--out", RECORD)
-    if (args.out / RECORD).exists() and not args.overwrite:
-        raise InputError(f"--out {args.out} is a finished model; give another folder, or --overwrite to replace it")
+    check_replaceable(args.out, "--out", RECORD, args.overwrite)
     quiet_libraries()
     with replaced_folder(args.out, "--out") as part:
         model, tokenizer = read_gguf(path)

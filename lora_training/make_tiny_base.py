@@ -187,7 +187,7 @@ def train(model: LlamaForCausalLM, stream: NDArray[np.int32], args: argparse.Nam
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_replaceable(args.out, "--out", RECORD)
+    check_replaceable(args.out, "--out", RECORD, args.overwrite)
     with replaced_folder(args.out, "--out") as part:
         make_base(args, part)
     print(f"wrote {args.out}")
@@ -232,6 +232,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=output_folder, default=ROOT / "lora_training" / "tiny_base", help="folder of the model"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     parser.add_argument("--vocab_size", type=at_least(300), default=4000, help="at most so many tokens; 259 are taken")
     parser.add_argument("--width", type=at_least(1), default=256, help="D, hidden size")
     parser.add_argument("--layers", type=at_least(1), default=4, help="transformer layers")

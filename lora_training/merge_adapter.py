@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     check_base(saved, base_model)
     used = saved.record.get("args", {})
     dtype = args.dtype or ("bfloat16" if used.get("bf16") else "float16" if used.get("fp16") else "float32")
-    check_replaceable(args.output_dir, "--output_dir", RECORD)
+    check_replaceable(args.output_dir, "--output_dir", RECORD, args.overwrite)
     if args.output_dir.resolve() in (saved.folder.resolve(), Path(base_model).resolve()):
         raise InputError(f"--output_dir {args.output_dir} is the adapter or the base model itself; choose another")
     device = find_device(args.device)
@@ -123,6 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=output_folder, default=HERE / "lora_outputs" / "merged", help="merged model"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that this script wrote")
     parser.add_argument("--dtype", choices=list(BOUNDS), help="of the weights (default: as trained)")
     parser.add_argument("--device", default="cpu", help="device that computes it: auto, cpu, cuda, cuda:1 ...")
     return parser.parse_args(argv)

@@ -70,10 +70,13 @@ def test_weights_after_merging(base: Path, trained: Path, merged: Path) -> None:
 
 def test_merging_twice_is_merging_once(trained: Path, merged: Path, tmp_path: Path) -> None:
     again = tmp_path / "merged"
-    for _ in range(2):
-        merge_adapter.main(["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(again)])
+    flags = ["--lora_adapter", str(trained / "lora_adapters"), "--output_dir", str(again)]
+    for more in ([], ["--overwrite"]):
+        merge_adapter.main([*flags, *more])
         for file in ("model.safetensors", "tokenizer.json", "config.json"):
             assert files.sha256_file(again / file) == files.sha256_file(merged / file), file
+    with pytest.raises(InputError, match="--overwrite"):
+        merge_adapter.main(flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"], "no part is left"
 
 

@@ -152,7 +152,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_second_run_is_refused_before_it_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_is_refused_before_it_has_trained(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(make_tiny_base, "train", lambda *_: pytest.fail("trained for nothing"))
+    with pytest.raises(InputError, match="--overwrite"):
+        run(made)
     with files.exclusive_lock(tmp_path / "base.lock"), pytest.raises(InputError, match="another run is writing"):
         run(tmp_path / "base")
