@@ -117,10 +117,11 @@ def train(config: Config) -> None:
             inputs = read_inputs(config)
             if world.first:
                 lock_outputs(inputs, locks)
-            stored = stored_run(inputs)
+            stored = stored_run(inputs, keep_n3=config.n3 == AUTO)
         with explain_oom(inputs.config):
-            if inputs.config.n3 == AUTO:
-                stored = stored or choose_n3(inputs, device, world)
+            if inputs.config.n3 == AUTO and stored is None:
+                stored = choose_n3(inputs, device, world)
+            if config.n3 == AUTO and stored is not None:
                 inputs = with_n3(inputs, stored["config"]["n3"])
             train_and_dump(inputs, stored, device, world)
 
@@ -232,8 +233,10 @@ def lock_outputs(inputs: Inputs, locks: ExitStack) -> None:
             killed.unlink(missing_ok=True)
 
 
-def stored_run(inputs: Inputs) -> dict[str, Any] | None:
-    """The checkpoint to continue, or None for a new run; InputError where other results would be written over."""
+def stored_run(inputs: Inputs, keep_n3: bool) -> dict[str, Any] | None:
+    """The checkpoint to continue, or None for a new run; InputError where other results would be written over.
+
+    ``keep_n3``: the run has the weight of N3 that it had, since none was given."""
     from model.checkpoint import check_same_run, load_checkpoint
 
     config, files, checkpoint = inputs.config, inputs.files, inputs.checkpoint
@@ -254,7 +257,7 @@ def stored_run(inputs: Inputs) -> dict[str, Any] | None:
             raise InputError(f"{files.codes} exists, but no {checkpoint}; give --out_dir DIR or --overwrite")
         return None
     stored = load_checkpoint(checkpoint)
-    if config.n3 == AUTO:
+    if keep_n3:
         config = dataclasses.replace(config, n3=stored["config"]["n3"])
     check_same_run(stored, checkpoint, config, inputs.hashes)
     return stored

@@ -759,6 +759,9 @@ def test_the_weight_of_n3_is_the_best_on_valid_and_its_run_is_that_of_the_flag(
     assert len(list(tmp_path.glob("auto/checkpoints/*.pt"))) == 1
     again = rq(*small_flags(ring, tmp_path / "auto", **BY_VALID))  # dumps the finished run again
     assert again.code == 0 and "n3 0" not in again.out
+    for limits in (["--epoch", "9"], ["--epoch", "11"], ["--max_minutes", "1"]):  # of which a new run would try none
+        limited = rq(*small_flags(ring, tmp_path / "auto", **BY_VALID), *limits, "--restore")
+        assert limited.code == 0, limited.err
 
 
 def test_a_choice_of_n3_that_was_killed_goes_on(
